@@ -1,0 +1,1 @@
+"""The HTTP face: Ollama, OpenAI and the mesh's own interface."""

@@ -1,0 +1,1 @@
+"""The words of meshmax: frozen types, errors, names and configuration. No I/O, no clock, no randomness."""

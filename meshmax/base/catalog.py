@@ -1,0 +1,83 @@
+"""Models as lists and faces show them: what is here, what the mesh has, what is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.inference import Options
+from meshmax.base.model import ModelDetails, StoredModel
+from meshmax.base.status import Device
+
+
+class CatalogEntry(msgspec.Struct, frozen=True):
+    """One name that this node can use. ``local``: whole in our store. ``fraction``: share of its bytes here, 0 to 1.
+
+    ``holders`` are peers (ourselves too) that have it whole. Two digests under one name make two entries.
+    """
+
+    name: str  # shortest form
+    digest: Sha256
+    size: int
+    modified_at_s: float
+    details: ModelDetails
+    local: bool
+    holders: tuple[PeerId, ...] = ()
+    fraction: float = 0.0
+
+
+class Resolved(msgspec.Struct, frozen=True):
+    """What a name means here and now: one digest, and our own copy if there is one."""
+
+    name: str
+    digest: Sha256
+    entry: CatalogEntry
+    stored: StoredModel | None = None
+
+
+class ModelDescription(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What /api/show tells of a model. ``model_info``: GGUF key-values, arrays of over 5 items as [] (as not verbose).
+
+    ``parameters`` is the params layer; texts are the layers of that name. Fits one frame: its maker cuts long texts.
+    """
+
+    digest: Sha256
+    details: ModelDetails
+    model_info: dict[str, Any] = {}
+    template: str = ""
+    system: str = ""
+    license: str = ""
+    parameters: dict[str, Any] = {}
+    modified_at_s: float = 0.0
+
+
+class ModelFile(msgspec.Struct, frozen=True):
+    """What an engine needs to load a model: the GGUF's path, and the defaults that its manifest carries."""
+
+    digest: Sha256
+    name: str
+    path: str
+    size: int
+    details: ModelDetails = ModelDetails()
+    system: str = ""
+    parameters: Options = Options()
+
+
+class LoadedView(msgspec.Struct, frozen=True):
+    """A model in memory, as /api/ps tells. ``expires_at_s`` Unix time, None: for ever. Sizes in bytes."""
+
+    name: str
+    digest: Sha256
+    size: int
+    size_vram: int
+    context_length: int
+    device: Device
+    details: ModelDetails
+    expires_at_s: float | None
+    running: int = 0
+    queued: int = 0
+    prefill_per_s: float = 0.0  # tokens a second, EWMA; 0 before the first answer
+    decode_per_s: float = 0.0
+    load_s: float = 0.0

@@ -1,0 +1,75 @@
+"""What can be configured, with defaults. Unknown keys are errors; units stand last in names.
+
+Flags win over environment (``MESHMAX_*``) over ``meshmax.yaml`` over these defaults; the merging is cli.settings. Paths
+are strings here, since base does no I/O.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from meshmax.base.errors import ConfigError
+
+DEFAULT_API_PORT: Final = 11434
+DEFAULT_CONTROL_PORT: Final = 11435
+PORT_TRIES: Final = 64  # "the next free one if taken" looks this far
+
+_HOST_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):(\d{1,5})")
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How models run. ``threads`` 0: all physical cores. ``parallel``: answers at once a model. ``context_tokens`` 0: auto.
+
+    ``gpu_layers`` -1: all that fit. ``load_timeout_s``: a model that has not loaded by then is given up.
+    """
+
+    kind: Literal["llamacpp", "echo", "none"] = "llamacpp"
+    threads: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
+    parallel: Count = 4
+    context_tokens: Annotated[int, msgspec.Meta(ge=0, le=1 << 22)] = 0
+    gpu_layers: Annotated[int, msgspec.Meta(ge=-1, le=10000)] = -1
+    keep_alive_s: float = 300.0
+    load_timeout_s: Positive = 300.0
+    max_queue: Count = 512
+    echo_tokens_per_s: Positive = 1000.0
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One node's configuration. ``home`` and ``models`` are folders; ``models`` '' is ``<home>/models``.
+
+    ``api`` '' is 127.0.0.1:11434 or the next free port; ``listen`` () is 0.0.0.0 and [::] at 11435 or the next free port.
+    ``lan_interfaces`` () is every interface that is up; else addresses of the interfaces that mDNS may use.
+    ``heartbeat_s``, ``heartbeat_timeout_s``: the status protocol; a peer silent for the timeout is gone.
+    """
+
+    home: str = "~/.meshmax"
+    name: str = ""
+    api: str = ""
+    listen: tuple[str, ...] = ()
+    lan: bool = True
+    lan_interfaces: tuple[str, ...] = ()
+    join: tuple[str, ...] = ()
+    models: str = ""
+    token: str = ""
+    origins: tuple[str, ...] = ()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    json_logs: bool = False
+    engine: EngineConfig = EngineConfig()
+    heartbeat_s: Positive = 2.0
+    heartbeat_timeout_s: Positive = 6.0
+    max_peers: Count = 256
+    scrub_interval_s: Positive = 86400.0
+
+
+def parse_host_port(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` (IPv6 in brackets) as (host, port). Raises ConfigError that says what is accepted."""
+    match = _HOST_PORT.fullmatch(text)
+    if not match or int(match[2]) > 65535:
+        raise ConfigError(f"'{text[:100]}' is not an address: write HOST:PORT, like 127.0.0.1:11434 or [::1]:11434")
+    return match[1].strip("[]"), int(match[2])

@@ -1,0 +1,311 @@
+"""The one tree of errors, and what each means to a program and to a person.
+
+Every class carries four facts: ``retry`` (who may be asked again), ``http_status``, ``exit_code`` and ``code`` (the
+stable word that crosses the wire and stands in JSON). Its docstring's first line is the sentence shown when no better
+one was given. Foreign exceptions (OSError, library errors) are translated where they enter; what is not in this tree is
+a programming error and ends the node. Not here: how an error travels (wire.failure) or is printed (cli, api).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class Retry(enum.Enum):
+    """Who may be asked the same thing again."""
+
+    NEVER = "never"
+    SAME_PEER = "same_peer"
+    OTHER_PEER = "other_peer"
+    LATER = "later"
+
+
+class MeshmaxError(Exception):
+    """Something went wrong in meshmax."""
+
+    code: ClassVar[str] = "error"
+    retry: ClassVar[Retry] = Retry.NEVER
+    http_status: ClassVar[int] = 500
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str | None = None) -> None:
+        self.message = message or self.sentence()
+        super().__init__(self.message)
+
+    @classmethod
+    def sentence(cls) -> str:
+        """The first line of the class's docstring."""
+        return (cls.__doc__ or MeshmaxError.__doc__ or "").strip().splitlines()[0]
+
+
+class ConfigError(MeshmaxError):
+    """The configuration is not valid."""
+
+    code = "config"
+    http_status = 500
+    exit_code = 2
+
+
+class InvalidRequest(MeshmaxError):
+    """The request is not valid."""
+
+    code = "invalid_request"
+    http_status = 400
+    exit_code = 2
+
+
+class InvalidName(InvalidRequest):
+    """The model name is not valid: use [host/][namespace/]model[:tag] with letters, digits, '_', '-' and '.'."""
+
+    code = "invalid_name"
+
+
+class NotOffered(MeshmaxError):
+    """This is not offered by this version of meshmax."""
+
+    code = "not_offered"
+    http_status = 501
+    exit_code = 2
+
+
+# --- network -------------------------------------------------------------------------------------------------------
+
+
+class ProtocolError(MeshmaxError):
+    """A message broke the protocol."""
+
+    code = "protocol"
+    retry = Retry.OTHER_PEER
+    http_status = 502
+    exit_code = 4
+
+
+class LocalProtocolError(ProtocolError):
+    """We tried to send a message that the protocol does not allow."""
+
+    code = "local_protocol"
+    retry = Retry.NEVER
+    http_status = 500
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent a message that the protocol does not allow."""
+
+    code = "remote_protocol"
+
+
+class VersionMismatch(RemoteProtocolError):
+    """The peer speaks another version of the protocol."""
+
+    code = "version_mismatch"
+    retry = Retry.OTHER_PEER
+
+
+class ConnectError(MeshmaxError):
+    """No connection to the peer could be made."""
+
+    code = "connect"
+    retry = Retry.OTHER_PEER
+    http_status = 502
+    exit_code = 4
+
+    def __init__(self, message: str | None = None, attempts: Iterable[tuple[str, str, str]] = ()) -> None:
+        """``attempts``: each try as (address, stage, cause), in the order in which they failed."""
+        self.attempts = tuple(attempts)
+        text = message or self.sentence()
+        if self.attempts:
+            text += " Tried: " + "; ".join(f"{a} ({stage}: {cause})" for a, stage, cause in self.attempts)
+        super().__init__(text)
+
+
+class PeerGone(MeshmaxError):
+    """The peer went away."""
+
+    code = "peer_gone"
+    retry = Retry.OTHER_PEER
+    http_status = 502
+    exit_code = 4
+
+
+class Refused(MeshmaxError):
+    """The peer refused."""
+
+    code = "refused"
+    retry = Retry.OTHER_PEER
+    http_status = 403
+    exit_code = 5
+
+
+class Busy(Refused):
+    """The peer is busy."""
+
+    code = "busy"
+    retry = Retry.LATER
+    http_status = 503
+
+    def __init__(self, message: str | None = None, retry_after_s: float = 1.0) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
+
+
+class Unauthorized(Refused):
+    """This needs the API token (`meshmax token` prints it)."""
+
+    code = "unauthorized"
+    retry = Retry.NEVER
+    http_status = 401
+
+
+class QuotaExceeded(Refused):
+    """A limit that was set for this peer is used up."""
+
+    code = "quota_exceeded"
+    retry = Retry.LATER
+    http_status = 429
+
+
+# --- what is not there ---------------------------------------------------------------------------------------------
+
+
+class NotFound(MeshmaxError):
+    """Not found."""
+
+    code = "not_found"
+    http_status = 404
+    exit_code = 3
+
+
+class ModelNotFound(NotFound):
+    """The model is not known here."""
+
+    code = "model_not_found"
+    retry = Retry.OTHER_PEER
+
+
+class NoProviders(NotFound):
+    """No peer that can be reached has it."""
+
+    code = "no_providers"
+    retry = Retry.LATER
+
+
+class BlobNotFound(NotFound):
+    """The blob is not in the store."""
+
+    code = "blob_not_found"
+    retry = Retry.OTHER_PEER
+
+
+# --- what is not true ----------------------------------------------------------------------------------------------
+
+
+class IntegrityError(MeshmaxError):
+    """Data does not match its hash or signature."""
+
+    code = "integrity"
+    retry = Retry.OTHER_PEER
+    http_status = 502
+    exit_code = 6
+
+
+class ChunkMismatch(IntegrityError):
+    """A chunk does not match its hash."""
+
+    code = "chunk_mismatch"
+
+
+class ManifestInvalid(IntegrityError):
+    """A manifest, chunk map or record is not valid."""
+
+    code = "manifest_invalid"
+
+
+# --- the disk ------------------------------------------------------------------------------------------------------
+
+
+class StoreError(MeshmaxError):
+    """The store could not do it."""
+
+    code = "store"
+    http_status = 500
+    exit_code = 7
+
+
+class StoreFull(StoreError):
+    """The disk is full; what was fetched so far is kept, and the pull goes on from there when there is room."""
+
+    code = "store_full"
+    retry = Retry.LATER
+    http_status = 507
+
+
+class StoreCorrupt(StoreError):
+    """A file in the store does not hold what its name says; pull the model again to repair it."""
+
+    code = "store_corrupt"
+    retry = Retry.OTHER_PEER
+
+
+# --- the engine ----------------------------------------------------------------------------------------------------
+
+
+class EngineError(MeshmaxError):
+    """The engine could not answer."""
+
+    code = "engine"
+    retry = Retry.OTHER_PEER
+    http_status = 500
+    exit_code = 8
+
+
+class EngineUnavailable(EngineError):
+    """No engine on this peer can run the model."""
+
+    code = "engine_unavailable"
+    http_status = 503
+
+
+class EngineCrashed(EngineError):
+    """The engine's process ended while it was answering."""
+
+    code = "engine_crashed"
+
+
+class ContextTooLong(EngineError):
+    """The prompt is longer than the model's context."""
+
+    code = "context_too_long"
+    retry = Retry.NEVER
+    http_status = 400
+
+
+class CapabilityMissing(EngineError):
+    """The model does not support what was asked of it."""
+
+    code = "capability_missing"
+    retry = Retry.NEVER
+    http_status = 400
+
+
+class FirstTokenTimeout(EngineError):
+    """The engine did not begin to answer in time."""
+
+    code = "first_token_timeout"
+    http_status = 504
+
+
+def _tree(root: type[MeshmaxError]) -> dict[str, type[MeshmaxError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+def error_for(code: str, message: str, retry_after_s: float | None = None) -> MeshmaxError:
+    """The error that a peer named by its ``code``; an unknown code (a newer peer's) becomes a plain MeshmaxError."""
+    cls = _tree(MeshmaxError).get(code, MeshmaxError)
+    if issubclass(cls, Busy):
+        return cls(message, retry_after_s if retry_after_s is not None else 1.0)
+    return cls(message)

@@ -1,0 +1,1 @@
+"""The command line. Terminal output is only here."""

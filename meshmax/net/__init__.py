@@ -1,0 +1,1 @@
+"""Adapters to the network: libp2p, mDNS, the asyncio bridge."""

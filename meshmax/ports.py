@@ -1,0 +1,386 @@
+"""The Protocols between services and the world, and between faces and services: three to six methods each.
+
+Adapters (net, store, engine) and fakes (testing) satisfy the first group and are held to one contract suite per port
+(tests/contracts). Services satisfy the second group; node.py joins them. An async method may be cancelled at any await
+and then leaves nothing half done that a later call cannot see. Errors are those of base.errors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import msgspec
+import trio
+
+from meshmax.base.catalog import CatalogEntry, LoadedView, ModelDescription, ModelFile, Resolved
+from meshmax.base.events import Transfer
+from meshmax.base.ids import MapAddress, PeerId, Sha256
+from meshmax.base.inference import Ask, Event, InferRequest
+from meshmax.base.model import ChunkMap, Haves, Manifest, Signed, StoredModel
+from meshmax.base.names import ModelName
+from meshmax.base.route import Route
+from meshmax.base.status import Device, Gpu, Load, PeerView
+
+T = TypeVar("T")
+
+# --- small things that several ports use ----------------------------------------------------------------------------
+
+
+class Signer(Protocol):
+    """Our identity: signs without showing the key."""
+
+    peer_id: PeerId
+
+    def sign(self, data: bytes) -> bytes:
+        """The 64-byte Ed25519 signature of ``data``."""
+        ...
+
+
+class RunSync(Protocol):
+    """How blocking work is run: in a thread under a named limiter, or in place (simulated nodes own no threads)."""
+
+    async def __call__(self, work: Callable[[], T], /) -> T:
+        """The result of ``work``, which is not interrupted by cancellation."""
+        ...
+
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all); called from any thread, cheap, never raises
+
+# --- net -------------------------------------------------------------------------------------------------------------
+
+
+class Stream(Protocol):
+    """A byte stream to a peer whose PeerId the connection has proved. One reader and one writer at a time."""
+
+    peer: PeerId
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """1 to ``max_bytes`` bytes, or b"" at the end. Raises PeerGone when the stream was reset or the peer is lost."""
+        ...
+
+    async def send_all(self, data: bytes) -> None:
+        """Send everything. Cancelling it may cost this stream (reset it then), never the connection. Raises PeerGone."""
+        ...
+
+    async def send_eof(self) -> None:
+        """We send no more; the other direction stays open."""
+        ...
+
+    async def reset(self) -> None:
+        """Give the stream up in both directions at once; idempotent, never raises."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close both directions in order; idempotent, never raises; does not block for long on a stalled peer."""
+        ...
+
+
+class ConnectionView(msgspec.Struct, frozen=True):
+    """A connection as it is: the remote's address (multiaddr without /p2p), who dialled, since when (Unix time)."""
+
+    peer_id: PeerId
+    address: str
+    direction: Literal["in", "out"]
+    opened_at_s: float
+
+
+class SwarmEvent(msgspec.Struct, frozen=True):
+    """A peer got its first connection to us, or lost its last one."""
+
+    peer_id: PeerId
+    kind: Literal["connected", "disconnected"]
+
+
+class Swarm(Protocol):
+    """Authenticated connections to peers and streams over them. The only place that knows libp2p is its adapter."""
+
+    peer_id: PeerId
+    addresses: tuple[str, ...]  # dialable multiaddrs of ours, each ending in /p2p/<PeerId>
+
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """Connect, racing ``addresses`` (at most 16; the first to authenticate wins); returns at once if connected.
+
+        Raises ConnectError with every attempt. A peer that failed before is tried again. Deadlines are the caller's.
+        """
+        ...
+
+    async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
+        """A new stream on an existing connection. Raises PeerGone, VersionMismatch if the peer does not serve ``protocol``."""
+        ...
+
+    def serve(self, protocol: str, answer: Callable[[Stream], Awaitable[None]]) -> None:
+        """Run ``answer`` in a task of its own for each stream that peers open; its errors are logged, the stream then reset.
+
+        Streams at once are bounded per peer and in all; those beyond are reset.
+        """
+        ...
+
+    async def disconnect(self, peer_id: PeerId) -> None:
+        """Close every connection to the peer; stalled writers included. No error if there is none."""
+        ...
+
+    def connections(self) -> Mapping[PeerId, ConnectionView]:
+        """One connection per peer that is connected now."""
+        ...
+
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
+        """Events from now on, peers that are connected already first, as "connected"; a slow reader misses none."""
+        ...
+
+
+class Sighting(msgspec.Struct, frozen=True):
+    """Somebody said that a peer can be reached at these multiaddrs (each may end in /p2p/<PeerId>). Not yet believed."""
+
+    peer_id: PeerId
+    addresses: tuple[str, ...]
+    source: Literal["mdns", "static", "cached", "gossip", "rendezvous", "dht"]
+
+
+class Discovery(Protocol):
+    """One rung of the discovery ladder."""
+
+    name: str
+
+    async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
+        """Look for peers, and let ourselves be found, until cancelled. Repeats itself; recovers from network errors."""
+        ...
+
+
+# --- store -----------------------------------------------------------------------------------------------------------
+
+
+class Partial(Protocol):
+    """A blob being fetched. Owned by one task at a time; chunks written survive kill -9 once `write` has returned and the
+    bitmap was synced (at least once a second and at close)."""
+
+    chunk_map: ChunkMap
+    haves: Haves
+
+    async def write(self, index: int, data: bytes) -> None:
+        """Verify ``data`` against the map, put it in its place, mark it. Raises ChunkMismatch, StoreFull, StoreError."""
+        ...
+
+    async def finish(self) -> None:
+        """Every chunk is there: sync and rename into place. Raises StoreError."""
+        ...
+
+    async def discard(self) -> None:
+        """Delete what was fetched (its map was a lie)."""
+        ...
+
+    async def aclose(self) -> None:
+        """Sync bitmap and data, let go; a later `open_partial` goes on from there. Idempotent."""
+        ...
+
+
+class BlobStore(Protocol):
+    """Blobs, whole or partial, with their chunk maps. Every chunk read is verified first."""
+
+    async def haves(self, digest: Sha256) -> tuple[ChunkMap, Haves] | None:
+        """The chunk map of a blob and which chunks we can serve; None if we have nothing of it."""
+        ...
+
+    async def read_chunk(self, digest: Sha256, index: int) -> bytes:
+        """A verified chunk. Raises BlobNotFound (not here, or not yet), StoreCorrupt (and offers that chunk no more)."""
+        ...
+
+    async def read_map(self, address: MapAddress) -> bytes | None:
+        """The canonical encoding of the chunk map at ``address``, or None."""
+        ...
+
+    async def open_partial(self, chunk_map: ChunkMap) -> Partial:
+        """Create or resume fetching a blob. Raises StoreFull when it cannot fit, StoreError if it is open already."""
+        ...
+
+    async def path(self, digest: Sha256) -> Path:
+        """The file of a whole blob; its size and time stamp are checked. Raises BlobNotFound, StoreCorrupt."""
+        ...
+
+    async def verify(self, digest: Sha256) -> Haves:
+        """Check every chunk on disk. A whole blob with bad chunks becomes a partial without them. Raises BlobNotFound."""
+        ...
+
+
+class ModelStore(Protocol):
+    """Names and manifests over a BlobStore, in Ollama's layout."""
+
+    async def models(self) -> tuple[StoredModel, ...]:
+        """Every model that is whole here, newest first. A manifest whose blobs are missing is left out and logged."""
+        ...
+
+    async def ingest(self, path: Path, link: bool, progress: Progress) -> Manifest:
+        """Take a GGUF file in (reflink or copy; hard link if ``link``) and write its blobs and maps; no name points at it yet.
+
+        Raises InvalidRequest (not a GGUF, truncated), StoreFull. The file is left as it is.
+        """
+        ...
+
+    async def put(self, name: ModelName, raw_manifest: bytes, record: Signed | None) -> StoredModel:
+        """Let ``name`` mean this manifest, whose blobs are all whole. An existing spelling of the name is kept.
+
+        Raises ManifestInvalid, BlobNotFound.
+        """
+        ...
+
+    async def copy(self, source: ModelName, destination: ModelName) -> None:
+        """Let ``destination`` mean what ``source`` means. Raises ModelNotFound."""
+        ...
+
+    async def delete(self, name: ModelName) -> None:
+        """Forget a name, and every blob that no manifest refers to any more. Raises ModelNotFound."""
+        ...
+
+    async def describe(self, digest: Sha256) -> ModelDescription:
+        """What the model says of itself. Raises ModelNotFound."""
+        ...
+
+
+# --- engine ----------------------------------------------------------------------------------------------------------
+
+
+class LoadedFacts(msgspec.Struct, frozen=True):
+    """How a model was loaded. Sizes in bytes; ``parallel`` answers at once."""
+
+    size: int
+    size_vram: int
+    context_length: int
+    device: Device
+    parallel: int
+
+
+class LoadedModel(Protocol):
+    """A model in memory."""
+
+    facts: LoadedFacts
+    alive: bool  # False once the engine's process has ended
+
+    def answer(self, request: InferRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """The answer's events; the last is a Finish. Leaving the block early stops the engine's work within a second.
+
+        Raises CapabilityMissing, ContextTooLong, InvalidRequest before the first event, EngineCrashed at any time.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Something that runs models."""
+
+    name: str
+
+    async def devices(self) -> tuple[Gpu, ...]:
+        """The GPUs that this engine can really use; () is an answer."""
+        ...
+
+    def open_model(self, model: ModelFile) -> AbstractAsyncContextManager[LoadedModel]:
+        """Load a model; leaving the block unloads it and ends every process it had. Raises EngineUnavailable, EngineCrashed."""
+        ...
+
+
+# --- services, as faces and other services see them --------------------------------------------------------------------
+
+
+class Catalog(Protocol):
+    """Names: what is here and what the mesh has."""
+
+    def entries(self) -> tuple[CatalogEntry, ...]:
+        """Every model, local and remote, newest first."""
+        ...
+
+    def resolve(self, name: str) -> Resolved:
+        """What ``name`` (or NAME@DIGEST) means: ours first, then the newest record or the digest first seen in the mesh.
+
+        Raises InvalidName, ModelNotFound.
+        """
+        ...
+
+    async def describe(self, name: str) -> ModelDescription:
+        """From our store, or asked of a holder. Raises InvalidName, ModelNotFound, NoProviders."""
+        ...
+
+    async def copy(self, source: str, destination: str) -> None:
+        """Local names only. Raises InvalidName, ModelNotFound."""
+        ...
+
+    async def delete(self, name: str) -> None:
+        """Local names only. Raises InvalidName, ModelNotFound."""
+        ...
+
+    async def add(self, name: str, path: Path, link: bool, progress: Progress) -> StoredModel:
+        """Ingest a GGUF file, sign a model record, tell the mesh. Raises InvalidName, InvalidRequest, StoreFull."""
+        ...
+
+
+class Pulls(Protocol):
+    """Transfers of models to here."""
+
+    def open_pull(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[Transfer]]:
+        """Pull a model (or join the pull that is under way) and watch it; the last value has a final state.
+
+        Leaving the block is not an error: when the last watcher leaves, the transfer is cancelled and the partials are kept.
+        Raises InvalidName, NoProviders before the first value; later failures are a Transfer with state "failed".
+        """
+        ...
+
+    def transfers(self) -> tuple[Transfer, ...]:
+        """Running ones and the last 100 ended ones, newest first."""
+        ...
+
+
+class Answer(Protocol):
+    """An answer under way. ``route`` is final once the first event is there; `events` ends with a Finish."""
+
+    route: Route
+    events: AsyncIterator[Event]
+
+
+class Router(Protocol):
+    """Sends each request to the peer that will answer it soonest."""
+
+    def open_answer(self, ask: Ask) -> AbstractAsyncContextManager[Answer]:
+        """Entered when the first event is there (or the request has failed everywhere); leaving early cancels remote work.
+
+        Raises ModelNotFound, NoProviders, Busy, EngineError...: what the best peer said, when nobody could.
+        """
+        ...
+
+    def routes(self) -> tuple[Route, ...]:
+        """The last 200 decisions, newest first; never a word of the prompt."""
+        ...
+
+
+class Residency(Protocol):
+    """Models in this node's memory, and who may use them."""
+
+    def open_answer(self, ask: Ask) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """Load if needed, wait for a slot, answer. A load-only request yields one Finish ("load" or "unload").
+
+        Raises ModelNotFound, Busy, EngineError.
+        """
+        ...
+
+    def loaded(self) -> tuple[LoadedView, ...]:
+        """Models in memory, longest remaining first."""
+        ...
+
+    def load(self) -> Load:
+        """Prompts running and queued now."""
+        ...
+
+    async def unload(self, digest: Sha256) -> None:
+        """Unload when its running answers have ended. No error if it is not loaded."""
+        ...
+
+
+class Presence(Protocol):
+    """Who is there."""
+
+    def peers(self) -> tuple[PeerView, ...]:
+        """Ourselves first, then online peers by round trip, then those that left within the last minute."""
+        ...
+
+    def view(self, peer_id: PeerId) -> PeerView | None:
+        """One peer, ourselves too; None if unknown."""
+        ...

@@ -1,0 +1,1 @@
+"""trio loops: each owns one core and its tasks."""

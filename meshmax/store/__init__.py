@@ -1,0 +1,1 @@
+"""Adapters to the disk: identity, blobs, chunk maps, manifests, home."""

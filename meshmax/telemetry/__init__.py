@@ -1,0 +1,1 @@
+"""Logs, metrics, and the one place where a task's failure is contained (isolate)."""

@@ -1,0 +1,25 @@
+"""Prometheus metrics of a node, by name. Labels have few values: never a PeerId, a digest or a text from outside."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# One registry of our own, so that importing a library cannot add to what we publish.
+REGISTRY: Final = CollectorRegistry()
+
+FAILURES: Final = Counter(
+    "meshmax_failures_total", "Streams, connections and requests that failed", ["what", "code"], registry=REGISTRY
+)
+CONNECTIONS: Final = Gauge("meshmax_connections", "Peers connected now", registry=REGISTRY)
+CHUNKS: Final = Counter(
+    "meshmax_chunks_total", "Chunks moved, by direction and outcome", ["direction", "outcome"], registry=REGISTRY
+)
+BYTES: Final = Counter("meshmax_blob_bytes_total", "Bytes of blobs moved", ["direction"], registry=REGISTRY)
+REQUESTS: Final = Counter(
+    "meshmax_requests_total", "Prompts, by where they were answered", ["where", "outcome"], registry=REGISTRY
+)
+FIRST_TOKEN: Final = Histogram(
+    "meshmax_first_token_seconds", "Time to the first event of an answer", ["where"], registry=REGISTRY
+)

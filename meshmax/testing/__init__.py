@@ -1,0 +1,1 @@
+"""Public fakes: in-memory transport and network, simulated nodes, contract suites."""

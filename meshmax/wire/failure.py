@@ -1,0 +1,33 @@
+"""An error on its way to a peer: its code and sentence, never a traceback or a path of ours."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from meshmax.base.errors import Busy, MeshmaxError, error_for
+
+MAX_MESSAGE: Final = 500  # characters
+
+
+class Failure(msgspec.Struct, frozen=True, omit_defaults=True, tag="failure"):
+    """``code`` is a MeshmaxError's; ``retry_after_s`` only with "busy"."""
+
+    code: str
+    message: str
+    retry_after_s: float | None = None
+
+
+def failure_of(error: MeshmaxError) -> Failure:
+    """``error`` as a message."""
+    return Failure(error.code, error.message[:MAX_MESSAGE], error.retry_after_s if isinstance(error, Busy) else None)
+
+
+def error_of(failure: Failure) -> MeshmaxError:
+    """The error that a peer's ``failure`` stands for, its text cut to MAX_MESSAGE printable characters."""
+    text = "".join(c if c.isprintable() else " " for c in failure.message[:MAX_MESSAGE])
+    retry_after_s = failure.retry_after_s
+    if retry_after_s is not None:
+        retry_after_s = min(max(retry_after_s, 0.0), 3600.0)
+    return error_for(failure.code, text, retry_after_s)

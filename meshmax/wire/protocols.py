@@ -1,0 +1,8 @@
+"""Protocol ids of the mesh: ``/meshmax/<what>/<version>``. A new version is a new id, never a flag inside."""
+
+from typing import Final
+
+STATUS: Final = "/meshmax/status/1.0.0"
+MODEL: Final = "/meshmax/model/1.0.0"
+BLOB: Final = "/meshmax/blob/1.0.0"
+INFER: Final = "/meshmax/infer/1.0.0"

@@ -19,7 +19,7 @@ PeerId = NewType("PeerId", str)
 Sha256 = NewType("Sha256", str)
 MapAddress = NewType("MapAddress", str)
 
-_HEX64: Final = re.compile(r"[0-9a-f]{64}")
+HEX64: Final = re.compile(r"[0-9a-f]{64}")
 # identity multihash (0x00), 36 bytes; protobuf PublicKey: Type (1) = Ed25519 (1), Data (2) of 32 bytes
 _ED25519_PREFIX: Final = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
 _PEER_ID_MAX: Final = 64  # characters; an Ed25519 PeerId has 52
@@ -28,14 +28,14 @@ _PEER_ID_MAX: Final = 64  # characters; an Ed25519 PeerId has 52
 def parse_sha256(text: str) -> Sha256:
     """The digest in ``sha256:HEX``, ``sha256-HEX`` or plain ``HEX``. Raises InvalidRequest."""
     hex_part = text[7:] if text.startswith(("sha256:", "sha256-")) else text
-    if not _HEX64.fullmatch(hex_part):
+    if not HEX64.fullmatch(hex_part):
         raise InvalidRequest("invalid digest format: a digest is sha256: and 64 hexadecimal digits")
     return Sha256(hex_part)
 
 
 def parse_map_address(text: str) -> MapAddress:
     """The address of a chunk map. Raises InvalidRequest."""
-    if not _HEX64.fullmatch(text):
+    if not HEX64.fullmatch(text):
         raise InvalidRequest("invalid chunk map address: it has 64 hexadecimal digits")
     return MapAddress(text)
 

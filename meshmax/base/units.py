@@ -25,8 +25,9 @@ def format_bytes(size_bytes: int) -> str:
     for unit, factor in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if size_bytes >= factor:
             value = size_bytes / factor
-            # Truncated, as Ollama's own formatter does, so that a column here equals a column there.
-            return f"{int(value)} {unit}" if value >= 10 else f"{int(value * 10) / 10:.1f} {unit}".replace(".0 ", " ")
+            if value >= 10 or value == int(value):
+                return f"{int(value)} {unit}"
+            return f"{value:.1f} {unit}"
     return f"{size_bytes} B"
 
 

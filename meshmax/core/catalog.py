@@ -1,0 +1,138 @@
+"""What names mean: our own models and those that peers say they have, merged.
+
+Rules (a name means, in this order): what is present here; then, of the digests that online peers offer under that name,
+the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a name over). Two
+digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make nobody a holder.
+Not here: fetching, files, who answers a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from meshmax.base.catalog import CatalogEntry, Resolved
+from meshmax.base.errors import InvalidName, ModelNotFound
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.model import ModelDetails, StoredModel
+from meshmax.base.names import parse_name, split_digest
+from meshmax.base.status import ModelPresence, PeerView
+
+MAX_FIRST_SEEN: Final = 4096  # names remembered; the oldest is forgotten first
+
+
+class FirstSeen:
+    """The digest that each name had when this node first heard of it."""
+
+    __slots__ = ("_digests",)
+
+    def __init__(self, digests: Mapping[str, Sha256] | None = None) -> None:
+        self._digests = dict(digests or {})
+
+    def note(self, key: str, digest: Sha256) -> bool:
+        """Remember ``digest`` for the name with ``key`` unless there is one; True if it was new."""
+        if key in self._digests:
+            return False
+        while len(self._digests) >= MAX_FIRST_SEEN:
+            del self._digests[next(iter(self._digests))]
+        self._digests[key] = digest
+        return True
+
+    def get(self, key: str) -> Sha256 | None:
+        """The digest first seen under the name, or None."""
+        return self._digests.get(key)
+
+    def forget(self, key: str) -> None:
+        """The person chose another meaning for this name (added, copied or deleted it here)."""
+        self._digests.pop(key, None)
+
+    def items(self) -> dict[str, Sha256]:
+        """All of it, for keeping."""
+        return dict(self._digests)
+
+
+def merge(
+    own: PeerId, local: Iterable[StoredModel], views: Iterable[PeerView], fractions: Mapping[Sha256, float]
+) -> tuple[CatalogEntry, ...]:
+    """Every (name, digest) that can be used, newest first. ``fractions``: share of each digest's bytes here, 0 to 1."""
+    entries: dict[tuple[str, Sha256], CatalogEntry] = {}
+    for stored in local:
+        digest = stored.manifest.digest
+        entries[parse_name(stored.name).key, digest] = CatalogEntry(
+            stored.name, digest, stored.manifest.size, stored.modified_at_s, stored.details, True, (own,), 1.0
+        )
+    for view in views:
+        if view.status is None or view.state not in ("online", "draining"):
+            continue
+        for model in view.status.models:
+            if model.state != "partial":
+                _merge_remote(entries, view.peer_id, model, fractions)
+    return tuple(sorted(entries.values(), key=lambda entry: (-entry.modified_at_s, entry.name, entry.digest)))
+
+
+def _merge_remote(
+    entries: dict[tuple[str, Sha256], CatalogEntry],
+    peer: PeerId,
+    model: ModelPresence,
+    fractions: Mapping[Sha256, float],
+) -> None:
+    for text in model.names:
+        try:
+            name = parse_name(text)
+        except InvalidName:
+            continue  # a peer's mistake; its other names may be good
+        known = entries.get((name.key, model.digest))
+        if known:
+            entry = msgspec.structs.replace(known, holders=(*known.holders, peer))
+        else:
+            entry = CatalogEntry(
+                str(name),
+                model.digest,
+                model.size,
+                float(model.modified_at_s),
+                details_of(model),
+                False,
+                (peer,),
+                fractions.get(model.digest, 0.0),
+            )
+        entries[name.key, model.digest] = entry
+
+
+def details_of(model: ModelPresence) -> ModelDetails:
+    """The details that a status carries."""
+    return ModelDetails(
+        family=model.family,
+        families=(model.family,) if model.family else (),
+        parameter_size=model.parameter_size,
+        quantization_level=model.quantization_level,
+        context_length=model.context_length,
+        embedding_length=model.embedding_length,
+        capabilities=model.capabilities,
+    )
+
+
+def resolve(
+    text: str, entries: Iterable[CatalogEntry], local: Iterable[StoredModel], first_seen: FirstSeen
+) -> Resolved:
+    """What ``text`` means. Raises InvalidName, ModelNotFound (whose message is Ollama's)."""
+    name_text, digest = split_digest(text)
+    name = parse_name(name_text)
+    named = [entry for entry in entries if parse_name(entry.name).key == name.key]
+    if digest is not None:
+        named = [entry for entry in named if entry.digest.startswith(digest)]
+    elif not any(entry.local for entry in named):
+        pinned = first_seen.get(name.key)
+        others = [entry.digest for entry in named]
+        named = [entry for entry in named if pinned in (None, entry.digest)]
+        if others and not named:
+            raise ModelNotFound(
+                f"model '{text}' not found: nobody who is online has the one that was first seen under this name; "
+                f"another one is there: use {name}@{others[0][:12]} if that is meant"
+            )
+    if not named:
+        raise ModelNotFound(f"model '{text}' not found")
+    entry = next((entry for entry in named if entry.local), named[0])
+    stored = next((s for s in local if s.manifest.digest == entry.digest and parse_name(s.name).key == name.key), None)
+    return Resolved(entry.name, entry.digest, entry, stored)

@@ -1,0 +1,166 @@
+"""Names at work: our store's models and the mesh's, kept in step. Satisfies ports.Catalog.
+
+Owns the list of local models (read anew from the store after each change) and what was first seen under each name. Adding
+and copying sign a model record with our key, so that others can fetch by it; a model that was here before us (in an
+Ollama store) gets its record in the background. Not here: what a name means (core.catalog), transfers (services.pull).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from meshmax.base.catalog import CatalogEntry, ModelDescription, Resolved
+from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders
+from meshmax.base.ids import MapAddress, PeerId, Sha256
+from meshmax.base.model import Manifest, ModelRecord, Signed, StoredModel
+from meshmax.base.names import ModelName, parse_name
+from meshmax.base.status import PeerView
+from meshmax.core.catalog import FirstSeen, merge, resolve
+from meshmax.ports import BlobStore, ModelStore, Progress, Signer
+from meshmax.telemetry.isolate import isolate
+from meshmax.wire.chunkmap import encode_map, map_address
+from meshmax.wire.signed import MODEL_RECORD_DOMAIN, sign
+
+AskPeer = Callable[[PeerId, Sha256], Awaitable[ModelDescription]]
+
+
+class CatalogService:
+    """Made by `open_catalog`."""
+
+    def __init__(
+        self,
+        models: ModelStore,
+        blobs: BlobStore,
+        signer: Signer,
+        unix_now: Callable[[], float],
+        peers: Callable[[], tuple[PeerView, ...]],
+        fractions: Callable[[], Mapping[Sha256, float]],
+        ask_peer: AskPeer,
+        first_seen: FirstSeen,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._models = models
+        self._blobs = blobs
+        self._signer = signer
+        self._unix_now = unix_now
+        self._peers = peers
+        self._fractions = fractions
+        self._ask_peer = ask_peer
+        self._first_seen = first_seen
+        self._on_change = on_change
+        self._local: tuple[StoredModel, ...] = ()
+
+    # --- ports.Catalog -----------------------------------------------------------------------------------------------
+
+    def entries(self) -> tuple[CatalogEntry, ...]:
+        """Every model, local and remote, newest first."""
+        return merge(self._signer.peer_id, self._local, self._peers()[1:], self._fractions())
+
+    def resolve(self, name: str) -> Resolved:
+        """What ``name`` (or NAME@DIGEST) means here and now. Raises InvalidName, ModelNotFound."""
+        return resolve(name, self.entries(), self._local, self._first_seen)
+
+    async def describe(self, name: str) -> ModelDescription:
+        """From our store, or asked of a holder. Raises InvalidName, ModelNotFound, NoProviders."""
+        resolved = self.resolve(name)
+        if resolved.stored:
+            return await self._models.describe(resolved.digest)
+        for holder in resolved.entry.holders:
+            try:
+                return await self._ask_peer(holder, resolved.digest)
+            except MeshmaxError:
+                continue  # the next holder may answer; when none does, the caller is told below
+        raise NoProviders(f"no peer that has '{name}' answered")
+
+    async def copy(self, source: str, destination: str) -> None:
+        """Let ``destination`` mean what ``source`` means here. Raises InvalidName, ModelNotFound."""
+        target = parse_name(destination)
+        stored = self._stored(source)
+        await self._put(target, stored.manifest)
+
+    async def delete(self, name: str) -> None:
+        """Forget a name of ours and every blob that only it needed. Raises InvalidName, ModelNotFound."""
+        parsed = parse_name(name)
+        self._stored(name)
+        await self._models.delete(parsed)
+        self._first_seen.forget(parsed.key)
+        await self.refresh()
+
+    async def add(self, name: str, path: Path, link: bool, progress: Progress) -> StoredModel:
+        """Ingest a GGUF file, sign a model record, tell the mesh. Raises InvalidName, InvalidRequest, StoreFull."""
+        target = parse_name(name)
+        manifest = await self._models.ingest(path, link, progress)
+        return await self._put(target, manifest)
+
+    # --- for node.py -------------------------------------------------------------------------------------------------
+
+    def local(self) -> tuple[StoredModel, ...]:
+        """The models that are whole in our store, newest first."""
+        return self._local
+
+    def by_digest(self, digest: Sha256) -> StoredModel:
+        """A model of ours. Raises ModelNotFound."""
+        stored = next((stored for stored in self._local if stored.manifest.digest == digest), None)
+        if stored is None:
+            raise ModelNotFound(f"no model with digest {digest[:12]} is here")
+        return stored
+
+    async def refresh(self) -> None:
+        """Read the local models anew; tell the mesh."""
+        self._local = await self._models.models()
+        self._on_change()
+
+    def note_names(self) -> None:
+        """Remember what each name of the mesh meant when it was first seen; call it when peers say something new."""
+        for entry in self.entries():
+            self._first_seen.note(parse_name(entry.name).key, entry.digest)
+
+    async def sign_missing_records(self) -> None:
+        """Give every local model that has none a record of ours, so that peers can fetch it."""
+        for stored in self._local:
+            if stored.record is None:
+                await isolate("record", lambda stored=stored: self._put(parse_name(stored.name), stored.manifest))
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _stored(self, name: str) -> StoredModel:
+        key = parse_name(name).key
+        stored = next((stored for stored in self._local if parse_name(stored.name).key == key), None)
+        if stored is None:
+            raise ModelNotFound(f"model '{name}' not found")
+        return stored
+
+    async def _put(self, name: ModelName, manifest: Manifest) -> StoredModel:
+        stored = await self._models.put(name, manifest.raw, await self._record(name, manifest))
+        self._first_seen.forget(name.key)
+        self._first_seen.note(name.key, manifest.digest)
+        await self.refresh()
+        return stored
+
+    async def _record(self, name: ModelName, manifest: Manifest) -> Signed:
+        maps: dict[Sha256, MapAddress] = {}
+        for layer in manifest.blobs:
+            known = await self._blobs.haves(layer.digest)
+            if known is None:
+                raise BlobNotFound(f"blob {layer.digest[:12]} of {name} is not in the store")
+            maps[layer.digest] = map_address(encode_map(known[0]))
+        now_s = self._unix_now()
+        # The clock in milliseconds grows over restarts too, which a counter kept in memory would not.
+        record = ModelRecord(name.full, manifest.digest, maps, self._signer.peer_id, int(now_s * 1000), int(now_s))
+        return sign(MODEL_RECORD_DOMAIN, record, self._signer.peer_id, self._signer.sign)
+
+
+@asynccontextmanager
+async def open_catalog(catalog: CatalogService) -> AsyncIterator[CatalogService]:
+    """The catalog with the store's models read, signing missing records in the background."""
+    await catalog.refresh()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(catalog.sign_missing_records)
+        try:
+            yield catalog
+        finally:
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,140 @@
+"""The table of peers: newest wins, who dials whom when, what is forgotten."""
+
+import random
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshmax.base.ids import PeerId, peer_id_of
+from meshmax.base.model import Signed
+from meshmax.base.status import PeerStatus
+from meshmax.core.peers import MAX_BACKOFF_S, SHOWN_AFTER_LEAVING_S, YIELD_S, Dial, PeerTable
+
+IDS = sorted(peer_id_of(bytes([n]) * 32) for n in range(1, 40))
+LOW, HIGH = IDS[0], IDS[-1]
+ADDRESS = "/ip4/10.0.0.1/tcp/1"
+
+
+def table(own: PeerId, limit: int = 16) -> PeerTable:
+    return PeerTable(own, limit, random.Random(1))
+
+
+def status(peer: PeerId, sequence: int, *addresses: str) -> tuple[PeerStatus, Signed]:
+    return PeerStatus(peer, sequence, 0, "x", "0", addresses=addresses), Signed(peer, b"x" * 10, bytes(64))
+
+
+def test_the_smaller_id_dials_at_once_and_the_larger_waits_a_moment() -> None:
+    low, high = table(LOW), table(HIGH)
+    low.on_sighting(HIGH, [ADDRESS], now=0.0)
+    high.on_sighting(LOW, [ADDRESS], now=0.0)
+    assert low.tick(0.0) == [Dial(HIGH, (ADDRESS,))]
+    assert high.tick(0.0) == []
+    assert high.deadline() == YIELD_S
+    assert high.tick(YIELD_S) == [Dial(LOW, (ADDRESS,))]
+
+
+def test_a_peer_is_not_dialled_twice_at_once_nor_while_connected() -> None:
+    peers = table(LOW)
+    peers.on_sighting(HIGH, [ADDRESS], now=0.0)
+    assert peers.tick(0.0)
+    peers.on_sighting(HIGH, [ADDRESS, "/ip4/10.0.0.2/tcp/1"], now=0.1)
+    assert not peers.tick(0.2)
+    peers.on_connected(HIGH, ADDRESS, now=0.3)
+    assert not peers.tick(100.0)
+    assert peers.deadline() is None
+
+
+def test_failed_dials_back_off_and_a_new_address_starts_afresh() -> None:
+    peers = table(LOW)
+    peers.on_sighting(HIGH, [ADDRESS], now=0.0)
+    now = 0.0
+    waits = []
+    for _ in range(12):
+        assert peers.tick(now)
+        peers.on_dial_failed(HIGH, now)
+        due = peers.deadline()
+        assert due is not None
+        waits.append(due - now)
+        peers.on_sighting(HIGH, [ADDRESS], now)  # the same address again is no news
+        assert peers.deadline() == due
+        now = due
+    assert waits[0] <= 2.0
+    assert MAX_BACKOFF_S / 2 <= waits[-1] <= MAX_BACKOFF_S
+    peers.tick(now)
+    peers.on_dial_failed(HIGH, now)
+    peers.on_sighting(HIGH, ["/ip4/10.0.0.9/tcp/9"], now)
+    assert peers.deadline() == now
+
+
+def test_a_lost_peer_is_shown_as_left_for_a_minute_and_dialled_again() -> None:
+    peers = table(LOW)
+    peers.on_sighting(HIGH, [ADDRESS], now=0.0)
+    peers.tick(0.0)
+    peers.on_connected(HIGH, ADDRESS, now=0.0)
+    peers.on_disconnected(HIGH, now=5.0)
+    assert [entry.connected for entry in peers.shown(6.0)] == [False]
+    assert peers.tick(7.0)
+    assert peers.shown(5.1 + SHOWN_AFTER_LEAVING_S) == []
+
+
+@given(st.permutations(range(6)))
+def test_the_newest_status_wins_in_whatever_order_they_come(order: list[int]) -> None:
+    peers = table(LOW)
+    for sequence in order:
+        peers.on_status(*status(HIGH, sequence), bearer=HIGH, now=0.0)
+    entry = peers.entry(HIGH)
+    assert entry and entry.status and entry.status.sequence == 5
+
+
+def test_a_neighbour_is_told_each_status_once_and_never_its_own() -> None:
+    peers = table(LOW)
+    a, b = IDS[1], IDS[2]
+    for peer in (a, b):
+        peers.on_connected(peer, ADDRESS, now=0.0)
+        peers.on_status(*status(peer, 1), bearer=peer, now=0.0)
+    assert [signed.signer for signed in peers.news_for(a, 10, 1000)] == [b]
+    assert peers.news_for(a, 10, 1000) == []
+    peers.on_status(*status(b, 2), bearer=b, now=1.0)
+    assert len(peers.news_for(a, 10, 1000)) == 1
+    assert peers.news_for(b, 10, 5) == []  # too large for what is left of the message
+
+
+def test_what_a_neighbour_brought_is_not_sent_back_to_it() -> None:
+    peers = table(LOW)
+    a, b = IDS[1], IDS[2]
+    for peer in (a, b):
+        peers.on_connected(peer, ADDRESS, now=0.0)
+    peers.on_status(*status(b, 7), bearer=a, now=0.0)
+    assert peers.news_for(a, 10, 1000) == []
+
+
+def test_the_table_is_bounded_and_never_drops_a_connected_peer() -> None:
+    peers = table(LOW, limit=4)
+    peers.on_connected(IDS[1], ADDRESS, now=0.0)
+    for n, peer in enumerate(IDS[2:]):
+        peers.on_sighting(peer, [ADDRESS], now=float(n))
+    assert sum(peers.entry(peer) is not None for peer in IDS) == 4
+    assert peers.entry(IDS[1])
+    assert peers.entry(IDS[-1])
+
+
+def test_ourselves_are_never_dialled_nor_stored() -> None:
+    peers = table(LOW)
+    peers.on_sighting(LOW, [ADDRESS], now=0.0)
+    assert not peers.on_status(*status(LOW, 99), bearer=HIGH, now=0.0)
+    assert peers.tick(10.0) == []
+
+
+def test_round_trips_are_smoothed() -> None:
+    peers = table(LOW)
+    peers.on_connected(HIGH, ADDRESS, now=0.0)
+    peers.on_round_trip(HIGH, 0.010, now=0.0)
+    peers.on_round_trip(HIGH, 0.110, now=0.0)
+    entry = peers.entry(HIGH)
+    assert entry and entry.rtt_s is not None
+    assert 0.010 < entry.rtt_s < 0.110
+
+
+def test_dials_are_plain_values() -> None:
+    assert msgspec.structs.asdict(Dial(LOW, (ADDRESS,))) == {"peer_id": LOW, "addresses": (ADDRESS,)}

@@ -1,0 +1,66 @@
+"""The status protocol's messages: bounds, signatures, garbage."""
+
+import msgspec
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from meshmax.base.errors import ManifestInvalid, RemoteProtocolError
+from meshmax.base.ids import Sha256, peer_id_of
+from meshmax.base.status import MAX_ADDRESSES, MAX_MODELS, Gpu, Load, ModelPresence, PeerStatus
+from meshmax.wire.signed import STATUS_DOMAIN, sign
+from meshmax.wire.status import BEAT, MAX_STATUSES, Beat, check_statuses, read_status
+
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
+PEER = peer_id_of(KEY.public_key().public_bytes_raw())
+MODEL = ModelPresence(Sha256("a" * 64), ("registry.ollama.ai/library/x:latest",), "disk", 98_000_000)
+STATUS = PeerStatus(
+    PEER, 1, 2, "kitchen", "0.1.0", addresses=("/ip4/10.0.0.1/tcp/1",), models=(MODEL,), gpus=(Gpu("H200"),)
+)
+
+
+def test_a_status_of_the_peer_itself_is_believed() -> None:
+    assert read_status(sign(STATUS_DOMAIN, STATUS, PEER, KEY.sign)) == STATUS
+
+
+def test_a_full_status_fits_a_message() -> None:
+    models = tuple(msgspec.structs.replace(MODEL, digest=Sha256(f"{n:064x}")) for n in range(MAX_MODELS))
+    signed = sign(STATUS_DOMAIN, msgspec.structs.replace(STATUS, models=models), PEER, KEY.sign)
+    check_statuses((signed,))
+    read_status(signed)
+    BEAT.encode(Beat(1, (signed,)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "x" * 65},
+        {"name": "\x1b[2J"},
+        {"addresses": ("a",) * (MAX_ADDRESSES + 1)},
+        {"addresses": ("x" * 201,)},
+        {"sequence": -1},
+        {"load": Load(-1)},
+        {"load": Load(capacity=0)},
+        {"models": (msgspec.structs.replace(MODEL, digest=Sha256("../x")),)},
+        {"models": (msgspec.structs.replace(MODEL, size=-1),)},
+        {"models": (msgspec.structs.replace(MODEL, decode_per_s=float("nan")),)},
+        {"models": (msgspec.structs.replace(MODEL, names=("x",) * 65),)},
+        {"gpus": (Gpu("\n"),)},
+    ],
+    ids=str,
+)
+def test_a_status_out_of_bounds_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ManifestInvalid):
+        read_status(sign(STATUS_DOMAIN, msgspec.structs.replace(STATUS, **change), PEER, KEY.sign))
+
+
+def test_a_status_that_another_peer_signed_is_refused() -> None:
+    other = Ed25519PrivateKey.from_private_bytes(b"\1" * 32)
+    signer = peer_id_of(other.public_key().public_bytes_raw())
+    with pytest.raises(ManifestInvalid, match="by the peer that it describes"):
+        read_status(sign(STATUS_DOMAIN, STATUS, signer, other.sign))
+
+
+def test_a_message_with_too_many_statuses_is_refused() -> None:
+    signed = sign(STATUS_DOMAIN, STATUS, PEER, KEY.sign)
+    with pytest.raises(RemoteProtocolError, match="at most"):
+        check_statuses((signed,) * (MAX_STATUSES + 1))

@@ -1,0 +1,98 @@
+"""What names mean: ours first, then the digest that was first seen; two digests under one name are never mixed."""
+
+import pytest
+
+from meshmax.base.catalog import CatalogEntry
+from meshmax.base.errors import InvalidName, ModelNotFound
+from meshmax.base.ids import PeerId, Sha256, peer_id_of
+from meshmax.base.model import Layer, Manifest, ModelDetails, StoredModel
+from meshmax.base.status import ModelPresence, PeerState, PeerStatus, PeerView
+from meshmax.core.catalog import MAX_FIRST_SEEN, FirstSeen, merge, resolve
+
+OWN, KITCHEN, ATTIC = (peer_id_of(bytes([n]) * 32) for n in (1, 2, 3))
+OLD, NEW = Sha256("a" * 64), Sha256("b" * 64)
+FULL = "registry.ollama.ai/library/llama3:latest"
+
+
+def peer(peer_id: PeerId, *models: ModelPresence, state: PeerState = "online") -> PeerView:
+    return PeerView(peer_id, state, "direct", PeerStatus(peer_id, 1, 0, "x", "0", models=models))
+
+
+def has(digest: Sha256, *names: str, state: str = "disk") -> ModelPresence:
+    return ModelPresence(digest, names or (FULL,), state, 10, modified_at_s=5)  # type: ignore[arg-type]
+
+
+def here(digest: Sha256, name: str = "llama3:latest") -> StoredModel:
+    return StoredModel(name, Manifest(digest, b"{}", Layer("c", digest, 10), ()), ModelDetails(), 9.0)
+
+
+def listed(*views: PeerView, local: tuple[StoredModel, ...] = ()) -> tuple[CatalogEntry, ...]:
+    return merge(OWN, local, views, {})
+
+
+def test_a_model_that_two_peers_have_is_listed_once_with_both_as_holders() -> None:
+    (entry,) = listed(peer(KITCHEN, has(OLD)), peer(ATTIC, has(OLD)))
+    assert entry.holders == (KITCHEN, ATTIC)
+    assert not entry.local
+    assert entry.name == "llama3:latest"
+
+
+def test_ours_comes_with_its_other_holders() -> None:
+    (entry,) = listed(
+        peer(KITCHEN, has(OLD, FULL.upper().replace("REGISTRY.OLLAMA.AI", "registry.ollama.ai"))), local=(here(OLD),)
+    )
+    assert entry.local
+    assert entry.fraction == 1.0
+    assert OWN in entry.holders
+
+
+def test_peers_that_left_and_partial_copies_hold_nothing() -> None:
+    assert listed(peer(KITCHEN, has(OLD), state="offline"), peer(ATTIC, has(OLD, state="partial"))) == ()
+
+
+def test_a_name_that_is_not_valid_is_left_out() -> None:
+    assert len(listed(peer(KITCHEN, has(OLD, "../../etc/passwd", FULL)))) == 1
+
+
+def test_what_is_here_wins_over_what_the_mesh_calls_so() -> None:
+    local = (here(NEW),)
+    resolved = resolve("llama3", listed(peer(KITCHEN, has(OLD)), local=local), local, FirstSeen())
+    assert resolved.digest == NEW
+    assert resolved.stored == local[0]
+
+
+def test_a_newcomer_cannot_take_a_name_over() -> None:
+    first_seen = FirstSeen()
+    assert first_seen.note(FULL, OLD)
+    assert not first_seen.note(FULL, NEW)
+    entries = listed(peer(KITCHEN, has(NEW)), peer(ATTIC, has(OLD)))
+    assert resolve("llama3", entries, (), first_seen).digest == OLD
+    assert resolve("llama3@" + NEW[:12], entries, (), first_seen).digest == NEW
+
+
+def test_when_only_another_digest_is_left_the_error_says_how_to_choose_it() -> None:
+    first_seen = FirstSeen({FULL: OLD})
+    with pytest.raises(ModelNotFound, match=f"use llama3:latest@{NEW[:12]}"):
+        resolve("llama3", listed(peer(KITCHEN, has(NEW))), (), first_seen)
+
+
+def test_an_unknown_name_is_not_found_in_the_words_of_ollama() -> None:
+    with pytest.raises(ModelNotFound, match="^model 'llama4' not found$"):
+        resolve("llama4", listed(peer(KITCHEN, has(OLD))), (), FirstSeen())
+    with pytest.raises(InvalidName):
+        resolve("../x", (), (), FirstSeen())
+
+
+def test_what_was_first_seen_is_bounded_and_can_be_forgotten() -> None:
+    first_seen = FirstSeen()
+    for n in range(MAX_FIRST_SEEN + 1):
+        first_seen.note(str(n), OLD)
+    assert len(first_seen.items()) == MAX_FIRST_SEEN
+    assert first_seen.get("0") is None
+    first_seen.forget("1")
+    assert first_seen.get("1") is None
+
+
+def test_newest_models_come_first() -> None:
+    local = (here(NEW, "z:latest"),)
+    assert [entry.name for entry in listed(peer(KITCHEN, has(OLD)), local=local)] == ["z:latest", "llama3:latest"]

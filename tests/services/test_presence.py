@@ -1,0 +1,167 @@
+"""Presence over the in-memory network, in virtual time: meeting, hearing of each other, losing a frozen peer."""
+
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.config import Config
+from meshmax.base.errors import PeerGone
+from meshmax.base.status import Load, PeerStatus
+from meshmax.ports import Sighting
+from meshmax.services.presence import PresenceService, open_presence
+from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
+from meshmax.wire.protocols import STATUS
+
+
+class Told:
+    """A rung that was told where everybody is."""
+
+    name = "told"
+
+    def __init__(self, *sightings: Sighting) -> None:
+        self.sightings = sightings
+
+    async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
+        for sighting in self.sightings:
+            await found.send(sighting)
+
+
+class Failing:
+    """A rung whose network is down."""
+
+    name = "failing"
+    runs = 0
+
+    async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
+        self.runs += 1
+        raise PeerGone("no network")
+
+
+class Site:
+    """Peers on one memory network."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self.network = MemoryNetwork()
+        self.stack = stack
+        self.swarms: list[MemorySwarm] = []
+        self.presences: list[PresenceService] = []
+        self.loads: list[Load] = []
+
+    async def peer(self, *rungs: Failing, knows: int | None = None) -> PresenceService:
+        """A new peer that was told of the first ``knows`` others (None: of all)."""
+        signer = SeededSigner(len(self.swarms) + 1)
+        swarm = await self.stack.enter_async_context(self.network.open_swarm(signer))
+        told = Told(*(Sighting(other.peer_id, other.addresses, "static") for other in self.swarms[:knows]))
+        number = len(self.swarms)
+        self.loads.append(Load())
+        presence = await self.stack.enter_async_context(
+            open_presence(
+                swarm,
+                signer,
+                Config(),
+                lambda: PeerStatus(signer.peer_id, 0, 0, f"peer{number}", "0", load=self.loads[number]),
+                [told, *rungs],
+                lambda: 1_700_000_000.0 + trio.current_time(),
+                random.Random(number),
+            )
+        )
+        self.swarms.append(swarm)
+        self.presences.append(presence)
+        return presence
+
+
+@asynccontextmanager
+async def open_site() -> AsyncIterator[Site]:
+    async with AsyncExitStack() as stack:
+        yield Site(stack)
+
+
+def online(presence: PresenceService) -> set[str]:
+    return {view.status.name for view in presence.peers() if view.state == "online" and view.status}
+
+
+async def test_peers_meet_and_hear_each_others_names_and_round_trips(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        a, b = await site.peer(), await site.peer()
+        await trio.sleep(5)
+        assert online(a) == {"peer1"}
+        assert online(b) == {"peer0"}
+        (view,) = a.peers()[1:]
+        assert view.rtt_s == pytest.approx(2 * site.network.latency_s)
+
+
+async def test_peers_that_were_told_of_one_neighbour_find_the_others_through_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site() as site:
+        a, b, c = await site.peer(), await site.peer(knows=1), await site.peer(knows=1)
+        await trio.sleep(10)
+        assert len(online(a)) == len(online(b)) == len(online(c)) == 2
+
+
+async def test_a_change_of_status_reaches_the_neighbours_within_a_second(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site() as site:
+        a, b = await site.peer(), await site.peer()
+        await trio.sleep(5.3)
+        site.loads[0] = Load(running=3)
+        a.changed()
+        await trio.sleep(1)
+        view = b.view(site.swarms[0].peer_id)
+        assert view
+        assert view.status
+        assert view.status.load.running == 3
+
+
+async def test_a_frozen_peer_is_noticed_within_ten_seconds_and_shown_as_left(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site() as site:
+        a, _ = await site.peer(), await site.peer()
+        await trio.sleep(5)
+        site.network.freeze(site.swarms[1].peer_id)
+        await trio.sleep(10)
+        assert online(a) == set()
+        assert [view.state for view in a.peers()] == ["self", "offline"]
+
+
+async def test_a_peer_that_comes_back_is_met_again_without_a_person(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        a, _ = await site.peer(), await site.peer()
+        await trio.sleep(5)
+        site.network.freeze(site.swarms[1].peer_id)
+        await trio.sleep(30)
+        site.network.thaw(site.swarms[1].peer_id)
+        await trio.sleep(75)
+        assert online(a) == {"peer1"}
+
+
+async def test_a_rung_that_fails_is_climbed_again_and_stops_no_other(autojump_clock: trio.testing.MockClock) -> None:
+    failing = Failing()
+    async with open_site() as site:
+        await site.peer()
+        b = await site.peer(failing)
+        await trio.sleep(60)
+        assert online(b) == {"peer0"}
+        assert 3 <= failing.runs <= 20
+
+
+async def test_garbage_on_the_status_protocol_costs_the_stream_and_nothing_else(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site() as site:
+        a, _ = await site.peer(), await site.peer()
+        await trio.sleep(5)
+        stream = await site.swarms[1].open_stream(site.swarms[0].peer_id, STATUS)
+        await stream.send_all(b"\xff\xff\xff\xff" + b"x" * 1000)
+        with contextlib.suppress(PeerGone):
+            while await stream.receive_some(100):
+                pass
+        await trio.sleep(5)
+        assert online(a) == {"peer1"}

@@ -1,0 +1,394 @@
+"""A network of swarms in memory: satisfies ports.Swarm, in trio's time, without sockets, threads or cryptography.
+
+`MemoryNetwork` holds the peers and what goes wrong between them: ``latency_s`` one way, `partition` and `heal` (nothing
+passes between two peers, and nobody is told), `freeze` and `thaw` (nothing passes to or from a peer), `kill` (every
+connection of a peer ends at once, and the others see it). Limits and errors are those of the real swarm. Connections
+carry the dialler's and the listener's PeerIds as they are; nothing is proved. Not here: real libp2p hosts over a
+simulated wire (sim_network).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Protocol
+
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from meshmax.base.errors import Busy, ConnectError, PeerGone, VersionMismatch
+from meshmax.base.ids import PeerId, peer_id_of
+from meshmax.net import limits
+from meshmax.net.announce import Announcer
+from meshmax.ports import ConnectionView, Stream, SwarmEvent
+from meshmax.telemetry.isolate import isolate
+
+
+class SeededSigner:
+    """An identity for tests: a real Ed25519 key made from a small number; satisfies ports.Signer."""
+
+    def __init__(self, seed: int) -> None:
+        self.private_bytes = seed.to_bytes(32, "big")
+        self._key = Ed25519PrivateKey.from_private_bytes(self.private_bytes)
+        self.peer_id = peer_id_of(self._key.public_key().public_bytes_raw())
+
+    def sign(self, data: bytes) -> bytes:
+        """The 64-byte signature of ``data``."""
+        return self._key.sign(data)
+
+
+class HasPeerId(Protocol):
+    """Whatever knows its PeerId; a Signer does."""
+
+    peer_id: PeerId
+
+
+class MemoryNetwork:
+    """The wire between MemorySwarms, and its faults. ``latency_s``: one way."""
+
+    def __init__(self, latency_s: float = 0.001) -> None:
+        self.latency_s = latency_s
+        self._swarms: dict[str, MemorySwarm] = {}
+        self._blocked: set[frozenset[PeerId]] = set()
+        self._frozen: set[PeerId] = set()
+        self._healed = trio.Event()
+
+    @asynccontextmanager
+    async def open_swarm(self, signer: HasPeerId) -> AsyncIterator[MemorySwarm]:
+        """A new peer, listening. Leaving the block ends its connections and tasks."""
+        async with trio.open_nursery() as nursery:
+            swarm = MemorySwarm(self, signer.peer_id, f"/memory/{len(self._swarms) + 1}", nursery)
+            self._swarms[swarm.addresses[0]] = swarm
+            try:
+                yield swarm
+            finally:
+                swarm.close()
+                nursery.cancel_scope.cancel()
+
+    def partition(self, a: PeerId, b: PeerId) -> None:
+        """From now on nothing passes between ``a`` and ``b``; connections stay and stall, dials time out."""
+        self._blocked.add(frozenset((a, b)))
+
+    def heal(self, a: PeerId, b: PeerId) -> None:
+        """Take a `partition` back; what was sent meanwhile arrives."""
+        self._blocked.discard(frozenset((a, b)))
+        self._wake()
+
+    def freeze(self, peer: PeerId) -> None:
+        """From now on nothing passes to or from ``peer``, as when its process is stopped; nobody is told."""
+        self._frozen.add(peer)
+
+    def thaw(self, peer: PeerId) -> None:
+        """Take a `freeze` back."""
+        self._frozen.discard(peer)
+        self._wake()
+
+    def kill(self, peer: PeerId) -> None:
+        """End every connection of ``peer`` at once and refuse new ones, as when its process dies. Its swarm is useless."""
+        for swarm in self._swarms.values():
+            if swarm.peer_id == peer:
+                swarm.close()
+
+    def passes(self, a: PeerId, b: PeerId) -> bool:
+        """Whether bytes pass between ``a`` and ``b`` now."""
+        return not (a in self._frozen or b in self._frozen or frozenset((a, b)) in self._blocked)
+
+    async def travel(self, a: PeerId, b: PeerId) -> None:
+        """Wait until a packet sent now would have arrived; as long as nothing passes, that is for ever."""
+        await trio.sleep(self.latency_s)
+        await self.wait_passable(a, b)
+
+    async def wait_passable(self, a: PeerId, b: PeerId) -> None:
+        """Wait until bytes pass between ``a`` and ``b``."""
+        while not self.passes(a, b):
+            await self._healed.wait()
+
+    def at(self, address: str) -> MemorySwarm | None:
+        """The swarm that listens at ``address`` (with or without /p2p), or None."""
+        base = address.partition("/p2p/")[0]
+        found = (swarm for key, swarm in self._swarms.items() if key.partition("/p2p/")[0] == base)
+        return next((swarm for swarm in found if not swarm.closed), None)
+
+    def _wake(self) -> None:
+        self._healed.set()
+        self._healed = trio.Event()
+
+
+class _Pipe:
+    """One direction of a stream: bounded, late by the latency, stopped while nothing passes."""
+
+    def __init__(self, network: MemoryNetwork, source: PeerId, sink: PeerId) -> None:
+        self._network, self._source, self._sink = network, source, sink
+        self._parts: deque[tuple[float, bytes]] = deque()
+        self._held_bytes = 0
+        self._changed = trio.Event()
+        self.ended = self.broken = self.abandoned = False
+
+    def change(self, *, ended: bool = False, broken: bool = False, abandoned: bool = False) -> None:
+        """Note the end (no more is sent), a break (reset, or connection lost) or that nobody reads any more."""
+        self.ended |= ended
+        self.broken |= broken
+        self.abandoned |= abandoned
+        if broken or abandoned:
+            self._parts.clear()
+            self._held_bytes = 0
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def send(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        view = memoryview(data)
+        while view:
+            if self.broken or self.ended:
+                raise PeerGone("the stream was closed or reset")
+            room = limits.MAX_STREAM_BUFFER_BYTES - self._held_bytes
+            if self.abandoned:
+                return
+            if not room:
+                await self._changed.wait()
+                continue
+            part, view = bytes(view[:room]), view[room:]
+            self._parts.append((trio.current_time() + self._network.latency_s, part))
+            self._held_bytes += len(part)
+            self.change()
+
+    async def receive(self, max_bytes: int) -> bytes:
+        await trio.lowlevel.checkpoint()
+        while True:
+            if self.broken:
+                raise PeerGone("the stream was reset or the peer is gone")
+            if not self._parts and not self.ended:
+                await self._changed.wait()
+                continue
+            if not self._network.passes(self._source, self._sink):
+                with trio.move_on_after(1.0):  # looks up now and then, so that a break is seen
+                    await self._network.wait_passable(self._source, self._sink)
+                continue
+            if not self._parts:
+                return b""
+            due, part = self._parts[0]
+            if due > trio.current_time():
+                await trio.sleep_until(due)
+                continue
+            return self._take(part, max_bytes)
+
+    def _take(self, part: bytes, max_bytes: int) -> bytes:
+        due, _ = self._parts.popleft()
+        if len(part) > max_bytes:
+            self._parts.appendleft((due, part[max_bytes:]))
+        taken = part[:max_bytes]
+        self._held_bytes -= len(taken)
+        self.change()
+        return taken
+
+
+class MemoryStream:
+    """One end of a stream; satisfies ports.Stream."""
+
+    def __init__(self, peer: PeerId, incoming: _Pipe, outgoing: _Pipe, forget: Callable[[], None]) -> None:
+        self.peer = peer
+        self._incoming, self._outgoing, self._forget = incoming, outgoing, forget
+        self._closed = False
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """See ports.Stream."""
+        if self._closed:
+            raise PeerGone("the stream was closed here")
+        return await self._incoming.receive(max_bytes)
+
+    async def send_all(self, data: bytes) -> None:
+        """See ports.Stream. Cancelled half-way, the stream is reset."""
+        try:
+            await self._outgoing.send(data)
+        except trio.Cancelled:
+            self.break_off()
+            raise
+
+    async def send_eof(self) -> None:
+        """See ports.Stream."""
+        await trio.lowlevel.checkpoint()
+        if self._outgoing.broken:
+            raise PeerGone("the stream was reset or the peer is gone")
+        self._outgoing.change(ended=True)
+
+    async def reset(self) -> None:
+        """See ports.Stream."""
+        self.break_off()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def aclose(self) -> None:
+        """See ports.Stream. What the peer still sends is thrown away."""
+        if not self._closed:
+            self._closed = True
+            self._outgoing.change(ended=True)
+            self._incoming.change(abandoned=True)
+            self._forget()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def break_off(self) -> None:
+        """Reset without an await."""
+        if not self._closed:
+            self._closed = True
+            self._incoming.change(broken=True)
+            self._outgoing.change(broken=True)
+            self._forget()
+
+
+class _Connection:
+    """A connection between two swarms: its streams, and how it ends."""
+
+    def __init__(self, dialler: MemorySwarm, listener: MemorySwarm, address: str) -> None:
+        self.ends = {dialler.peer_id: dialler, listener.peer_id: listener}
+        now_s = time.time()
+        base = address.partition("/p2p/")[0]
+        self.views = {
+            dialler.peer_id: ConnectionView(listener.peer_id, base, "out", now_s),
+            listener.peer_id: ConnectionView(dialler.peer_id, dialler.addresses[0].partition("/p2p/")[0], "in", now_s),
+        }
+        self.pipes: dict[_Pipe, None] = {}
+        self.opened: Counter[PeerId] = Counter()
+
+    def other(self, peer_id: PeerId) -> MemorySwarm:
+        return next(swarm for peer, swarm in self.ends.items() if peer != peer_id)
+
+    def close(self) -> None:
+        for pipe in tuple(self.pipes):
+            pipe.change(broken=True)
+        self.pipes.clear()
+        first, second = self.ends.values()
+        first.lost(second.peer_id, self)
+        second.lost(first.peer_id, self)
+
+
+class MemorySwarm:
+    """One peer on a MemoryNetwork; satisfies ports.Swarm."""
+
+    def __init__(self, network: MemoryNetwork, peer_id: PeerId, address: str, nursery: trio.Nursery) -> None:
+        self.peer_id = peer_id
+        self.addresses: tuple[str, ...] = (f"{address}/p2p/{peer_id}",)
+        self.closed = False
+        self._network, self._nursery = network, nursery
+        self._announcer = Announcer(nursery)
+        self._connections: dict[PeerId, _Connection] = {}
+        self._answers: dict[str, Callable[[Stream], Awaitable[None]]] = {}
+        self._serving: Counter[PeerId] = Counter()
+
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """See ports.Swarm."""
+        await trio.lowlevel.checkpoint()
+        if peer_id in self._connections:
+            return
+        if peer_id == self.peer_id:
+            raise ConnectError("that is our own PeerId")
+        if not addresses:
+            raise ConnectError("no address of the peer is known")
+        attempts: list[tuple[str, str, str]] = []
+        for address in addresses[: limits.MAX_DIAL_ADDRESSES]:
+            failure = await self._try_dial(peer_id, address)
+            if failure is None:
+                return
+            attempts.append((address, *failure))
+        raise ConnectError(attempts=attempts)
+
+    async def _try_dial(self, peer_id: PeerId, address: str) -> tuple[str, str] | None:
+        target = self._network.at(address)
+        if target is None or target is self or self.closed:
+            return "connect", "connection refused"
+        with trio.move_on_after(limits.DIAL_ADDRESS_TIMEOUT_S) as scope:
+            await self._network.travel(self.peer_id, target.peer_id)
+            await self._network.travel(target.peer_id, self.peer_id)
+        if scope.cancelled_caught:
+            return "connect", f"no answer within {limits.DIAL_ADDRESS_TIMEOUT_S:g} s"
+        if target.closed:
+            return "connect", "connection refused"
+        if target.peer_id != peer_id:
+            return "authenticate", f"the peer there is {target.peer_id}"
+        if peer_id not in self._connections:  # both may dial at once
+            connection = _Connection(self, target, address)
+            self.gained(peer_id, connection)
+            target.gained(self.peer_id, connection)
+        return None
+
+    async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
+        """See ports.Swarm."""
+        connection = self._connections.get(peer_id)
+        if connection is None:
+            await trio.lowlevel.checkpoint()
+            raise PeerGone("not connected to the peer")
+        if connection.opened[self.peer_id] >= limits.MAX_STREAMS_PER_PEER:
+            raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
+        with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S) as scope:
+            await self._network.travel(self.peer_id, peer_id)
+            await self._network.travel(peer_id, self.peer_id)
+        if scope.cancelled_caught or self._connections.get(peer_id) is not connection:
+            raise PeerGone("the peer did not answer")
+        there, back = _Pipe(self._network, self.peer_id, peer_id), _Pipe(self._network, peer_id, self.peer_id)
+        other = connection.other(self.peer_id)
+        if protocol not in other._answers:
+            raise VersionMismatch(f"the peer does not speak {protocol}")
+        connection.pipes |= {there: None, back: None}
+        connection.opened[self.peer_id] += 1
+        stream = MemoryStream(peer_id, back, there, partial(self._closed_stream, connection, there, back))
+        other.answer(protocol, MemoryStream(self.peer_id, there, back, lambda: None))
+        return stream
+
+    def _closed_stream(self, connection: _Connection, there: _Pipe, back: _Pipe) -> None:
+        connection.opened[self.peer_id] -= 1
+        connection.pipes.pop(there, None)
+        connection.pipes.pop(back, None)
+
+    def answer(self, protocol: str, stream: MemoryStream) -> None:
+        """A peer opened ``stream``: serve it, or reset it if too many are open."""
+        peer = stream.peer
+        if self._serving[peer] >= limits.MAX_STREAMS_PER_PEER or self._serving.total() >= limits.MAX_STREAMS:
+            stream.break_off()
+            return
+        self._serving[peer] += 1
+        self._nursery.start_soon(self._serve_one, protocol, stream)
+
+    async def _serve_one(self, protocol: str, stream: MemoryStream) -> None:
+        try:
+            if await isolate("stream", partial(self._answers[protocol], stream), peer=stream.peer, protocol=protocol):
+                await stream.aclose()
+        finally:
+            stream.break_off()
+            self._serving[stream.peer] -= 1
+
+    def serve(self, protocol: str, answer: Callable[[Stream], Awaitable[None]]) -> None:
+        """See ports.Swarm."""
+        self._answers[protocol] = answer
+
+    async def disconnect(self, peer_id: PeerId) -> None:
+        """See ports.Swarm."""
+        connection = self._connections.get(peer_id)
+        if connection is not None:
+            connection.close()
+        await trio.lowlevel.checkpoint()
+
+    def connections(self) -> Mapping[PeerId, ConnectionView]:
+        """See ports.Swarm."""
+        return {peer: connection.views[self.peer_id] for peer, connection in self._connections.items()}
+
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
+        """See ports.Swarm."""
+        return self._announcer.subscribe()
+
+    def gained(self, peer_id: PeerId, connection: _Connection) -> None:
+        """A connection was made."""
+        self._connections[peer_id] = connection
+        self._announcer.connected(peer_id)
+
+    def lost(self, peer_id: PeerId, connection: _Connection) -> None:
+        """A connection ended."""
+        if self._connections.get(peer_id) is connection:
+            del self._connections[peer_id]
+            self._announcer.disconnected(peer_id)
+
+    def close(self) -> None:
+        """End every connection; idempotent."""
+        self.closed = True
+        for connection in tuple(self._connections.values()):
+            connection.close()

@@ -1,1 +1,1 @@
-"""The command line. Terminal output is only here."""
+"""The command line: the only place that writes to a terminal. Every command but `peer` talks HTTP to a running peer."""

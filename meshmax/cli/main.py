@@ -1,0 +1,89 @@
+"""The program `meshmax`: which commands there are, and how each one ends.
+
+A command's module is imported only when that command runs, so that ``--help`` answers at once. Every way to end is
+decided in `main`: an error of our tree is one line on standard error and its exit code; Ctrl-C is 130; a reader that
+went away is silent; anything else is a programming error and shows its traceback. Not here: what the commands do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from cyclopts import App, CycloptsError, Parameter
+
+from meshmax import __version__
+from meshmax.base.errors import MeshmaxError
+
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells expect
+EXIT_BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
+
+# name, where, what it does (help shows this without importing the module)
+_COMMANDS: Final = (
+    ("peer", "meshmax.cli.peer:peer", "Run a peer: join the mesh and serve the Ollama and OpenAI interfaces."),
+    ("run", "meshmax.cli.run:run", "Ask a model, once or in a conversation."),
+    ("pull", "meshmax.cli.models:pull", "Fetch a model from the peers that hold it."),
+    ("add", "meshmax.cli.models:add", "Take a GGUF file in under a name."),
+    (("list", "ls"), "meshmax.cli.models:list_models", "List the models that this peer can use."),
+    ("ps", "meshmax.cli.models:ps", "List the models that are loaded."),
+    ("show", "meshmax.cli.models:show", "Show what a model is."),
+    ("cp", "meshmax.cli.models:cp", "Give a model a second name."),
+    ("rm", "meshmax.cli.models:rm", "Delete models from this peer."),
+    ("stop", "meshmax.cli.models:stop", "Unload a model from memory."),
+    ("peers", "meshmax.cli.mesh:peers", "List the peers of the mesh."),
+    ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
+    ("docs", "meshmax.cli.docs:docs", "Read the documentation."),
+)
+
+
+def make_app() -> App:
+    """The tree of commands."""
+    app = App(
+        name="meshmax",
+        help="The machines that people already have, as one place to run language models.",
+        version=f"meshmax {__version__}",
+        version_flags=["--version", "-v"],
+        default_parameter=Parameter(negative=(), show_default=False),
+        result_action="return_value",
+    )
+    for names, where, words in _COMMANDS:
+        app.command(where, name=names, help=words)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. ``arguments`` without the program's name; None: the process's own."""
+    tokens = _spelled_out(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        result = make_app()(tokens, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except CycloptsError as error:
+        return _fail(_usage_text(error), EXIT_USAGE)
+    except MeshmaxError as error:
+        return _fail(error.message if not error.args else str(error), error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python would flush the dead pipe once more while exiting, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return result if isinstance(result, int) else 0
+
+
+def _spelled_out(tokens: list[str]) -> list[str]:
+    """``--think`` alone means ``--think=true``, as in Ollama's command line."""
+    end = tokens.index("--") if "--" in tokens else len(tokens)
+    return [f"{word}=true" if word == "--think" and at < end else word for at, word in enumerate(tokens)]
+
+
+def _usage_text(error: CycloptsError) -> str:
+    return " ".join(str(error).split()) + " (`meshmax --help` lists the commands)"
+
+
+def _fail(text: str, code: int) -> int:
+    sys.stderr.write(f"Error: {text}\n")
+    return code

@@ -1,0 +1,113 @@
+"""The commands about the mesh: who is there (peers) and how this peer is (status)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+from meshmax.base.units import NS_PER_S, format_bytes
+from meshmax.cli.client import Target, open_client
+from meshmax.cli.models import HERE, AsJson
+from meshmax.cli.output import emit, emit_json, human_duration, human_time, parse_time_s, printable, table
+
+MODELS_SHOWN: Final = 3  # of a peer, in the table; --json has all
+LABEL_WIDTH: Final = 12
+_ORDER: Final = {"self": 0, "online": 1, "draining": 2, "offline": 3}
+
+
+def peers(*, as_json: AsJson = False, target: Target = HERE) -> None:
+    """List the peers of the mesh that this peer sees, itself first."""
+    with open_client(target) as client:
+        answer = client.get("/api/v1/nodes")
+    if as_json:
+        emit_json(answer)
+        return
+    header = ("NAME", "PEER ID", "ADDRESS", "RTT", "MODELS", "GPU", "LOAD")
+    nodes = sorted(answer["nodes"].values(), key=_nearest_first)
+    emit(table(header, [_peer_row(node, time.time()) for node in nodes]))
+
+
+def _nearest_first(node: dict[str, Any]) -> tuple[int, float, str]:
+    rtt_ms = node.get("rtt_ms")
+    return _ORDER.get(node["status"], len(_ORDER)), float("inf") if rtt_ms is None else rtt_ms, node["id"]
+
+
+def _peer_row(node: dict[str, Any], now_s: float) -> tuple[str, ...]:
+    status = node["status"]
+    name = node.get("name") or "-"
+    address = next(iter(node.get("addresses") or ()), "-").partition("/p2p/")[0]
+    rtt_ms = node.get("rtt_ms")
+    rtt = "self" if status == "self" else "-" if rtt_ms is None else f"{rtt_ms:.1f} ms"
+    gpus = ", ".join(gpu["name"] for gpu in node.get("gpus") or ()) or "-"
+    return (name, node["id"], address, rtt, _models(node.get("models") or ()), gpus, _load(node, now_s))
+
+
+def _models(models: Any) -> str:
+    marks = {"loaded": " (loaded)", "partial": " (partial)"}
+    shown = [_short(model["name"]) + marks.get(model.get("state"), "") for model in models]
+    more = f", +{len(shown) - MODELS_SHOWN}" if len(shown) > MODELS_SHOWN else ""
+    return ", ".join(shown[:MODELS_SHOWN]) + more or "-"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("registry.ollama.ai/").removeprefix("library/").removesuffix(":latest")
+
+
+def _load(node: dict[str, Any], now_s: float) -> str:
+    if node["status"] == "offline":
+        return f"gone, seen {human_time(parse_time_s(node.get('last_seen') or ''), now_s, 'never')}"
+    load = node.get("load") or {}
+    busy = [f"{load[key]} {key}" for key in ("running", "queued") if load.get(key)]
+    text = ", ".join(busy) or "idle"
+    return f"{text}, draining" if node["status"] == "draining" else text
+
+
+def status(*, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Show how this peer is: addresses, neighbours, models, resources."""
+    with open_client(target) as client:
+        state = client.get("/api/v1/status")
+        nodes = client.get("/api/v1/nodes")["nodes"]
+        models = client.get("/api/v1/models")["models"]
+        url = client.url
+    if as_json:
+        emit_json({**state, "api": url, "nodes": nodes, "models": models})
+    else:
+        emit(describe(state, url, nodes, models))
+
+
+def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dict[str, Any]) -> str:
+    """The lines of `meshmax status`."""
+    online = sum(node["status"] in ("online", "draining") for node in nodes.values())
+    local = sum(bool(model.get("local")) for model in models.values())
+    uptime = human_duration(state.get("uptime", 0) / NS_PER_S).lower()
+    lines = [
+        ("name", state.get("name") or "-"),
+        ("peer id", state["node_id"]),
+        ("version", state["version"]),
+        ("state", f"{state['state']}, for {uptime}"),
+        ("mesh", state.get("mesh") or "open LAN mesh"),
+        ("api", url),
+        *(("address" if at == 0 else "", text) for at, text in enumerate(state.get("addresses") or ())),
+        ("peers", f"{online} online"),
+        ("models", f"{local} here, {len(models)} in the mesh"),
+        *_resource_lines(state.get("resources") or {}),
+    ]
+    return "\n".join(f"{label:<{LABEL_WIDTH}}  {printable(str(text))}".rstrip() for label, text in lines)
+
+
+def _resource_lines(resources: dict[str, Any]) -> list[tuple[str, str]]:
+    if not resources:
+        return []
+    memory = (
+        f"{format_bytes(resources.get('memory_bytes', 0))} of {format_bytes(resources.get('memory_total_bytes', 0))}"
+    )
+    gpus = [
+        f"{gpu['name']}, {format_bytes(gpu.get('memory_bytes', 0))} of {format_bytes(gpu.get('memory_total_bytes', 0))}"
+        for gpu in resources.get("gpus") or ()
+    ]
+    return [
+        ("cpu", f"{resources.get('cpu_percent', 0):.0f} %"),
+        ("memory", memory),
+        ("disk free", format_bytes(resources.get("disk_free_bytes", 0))),
+        *(("gpu", text) for text in gpus or ["none"]),
+    ]

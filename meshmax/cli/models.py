@@ -1,0 +1,211 @@
+"""The commands about models: list, ps, show, cp, rm, stop, pull, add. Columns and sentences are Ollama's."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
+
+from meshmax.base.errors import InvalidRequest, ModelNotFound, NotFound
+from meshmax.base.units import format_bytes
+from meshmax.cli.client import PeerClient, Target, open_client
+from meshmax.cli.output import (
+    emit,
+    emit_json,
+    human_count,
+    human_time,
+    parse_time_s,
+    printable_answer,
+    processor,
+    section,
+    table,
+)
+from meshmax.cli.progress import show_progress
+
+AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
+HERE: Final = Target()
+ID_CHARACTERS: Final = 12  # of a digest, in tables
+
+
+def list_models(prefix: str = "", /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+    """List the models that this peer can use: its own, and those that only other peers hold (SIZE `-`)."""
+    with open_client(target) as client:
+        found = [m for m in client.get("/api/tags")["models"] if m["name"].lower().startswith(prefix.lower())]
+    if as_json:
+        emit_json({"models": found})
+    else:
+        emit(table(("NAME", "ID", "SIZE", "MODIFIED"), [_list_row(model, time.time()) for model in found]))
+
+
+def _list_row(model: dict[str, Any], now_s: float) -> tuple[str, ...]:
+    size = "-" if model.get("remote_host") else format_bytes(model["size"])
+    changed = human_time(parse_time_s(model["modified_at"]), now_s)
+    return (model["name"], model["digest"][:ID_CHARACTERS], size, changed)
+
+
+def ps(*, as_json: AsJson = False, target: Target = HERE) -> None:
+    """List the models that are loaded on this peer."""
+    with open_client(target) as client:
+        answer = client.get("/api/ps")
+    if as_json:
+        emit_json(answer)
+        return
+    header = ("NAME", "ID", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL")
+    emit(table(header, [_ps_row(model, time.time()) for model in answer["models"]]))
+
+
+def _ps_row(model: dict[str, Any], now_s: float) -> tuple[str, ...]:
+    expires_s = parse_time_s(model.get("expires_at", ""))
+    until = "Stopping..." if expires_s is not None and expires_s < now_s else human_time(expires_s, now_s)
+    where = processor(model["size"], model.get("size_vram", 0))
+    context = str(model.get("context_length", 0))
+    return (model["name"], model["digest"][:ID_CHARACTERS], format_bytes(model["size"]), where, context, until)
+
+
+def show(
+    model: str,
+    /,
+    *,
+    license: bool = False,  # noqa: A002 (the flag is Ollama's)
+    modelfile: bool = False,
+    parameters: bool = False,
+    template: bool = False,
+    system: bool = False,
+    verbose: Annotated[bool, Parameter(name=("--verbose", "-v"))] = False,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
+    """Show what a model is."""
+    flags = {
+        "license": license,
+        "modelfile": modelfile,
+        "parameters": parameters,
+        "template": template,
+        "system": system,
+    }
+    chosen = [name for name, given in flags.items() if given]
+    if len(chosen) > 1:
+        raise InvalidRequest(
+            "only one of '--license', '--modelfile', '--parameters', '--system', or '--template' can be given"
+        )
+    with open_client(target) as client:
+        answer = client.call("POST", "/api/show", {"model": model, "verbose": verbose})
+    if as_json:
+        emit_json(answer)
+    elif chosen:
+        emit(printable_answer(answer.get(chosen[0]) or ""))
+    else:
+        emit(describe(answer, verbose))
+
+
+def describe(answer: dict[str, Any], verbose: bool = False) -> str:
+    """What /api/show answered, in the sections of `ollama show`."""
+    details, figures = answer.get("details") or {}, answer.get("model_info") or {}
+    blocks = [section("Model", _model_rows(details, figures))]
+    if capabilities := answer.get("capabilities"):
+        blocks.append(section("Capabilities", [(name,) for name in capabilities]))
+    if parameters := answer.get("parameters"):
+        rows = [tuple(line.split(None, 1)) for line in parameters.splitlines() if line.strip()]
+        blocks.append(section("Parameters", rows))
+    if verbose:
+        blocks.append(section("Metadata", [(key, str(value)) for key, value in sorted(figures.items())]))
+        if tensors := answer.get("tensors"):
+            rows = [(t["name"], t["type"], str(t["shape"])) for t in tensors]
+            blocks.append(section("Tensors", rows))
+    texts = [(title, answer.get(title.lower())) for title in ("System", "License")]
+    blocks += [section(title, _first_lines(text, 2)) for title, text in texts if text]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _model_rows(details: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]]:
+    family = str(figures.get("general.architecture") or details.get("family") or "")
+    count = figures.get("general.parameter_count")
+    values = {
+        "architecture": family,
+        "parameters": human_count(count) if isinstance(count, int) else details.get("parameter_size"),
+        "context length": figures.get(f"{family}.context_length") or details.get("context_length"),
+        "embedding length": figures.get(f"{family}.embedding_length") or details.get("embedding_length"),
+        "quantization": details.get("quantization_level"),
+    }
+    return [(name, str(value)) for name, value in values.items() if value]
+
+
+def _first_lines(text: str, count: int) -> list[tuple[str]]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return [(line.strip(),) for line in lines[:count]] + ([("...",)] if len(lines) > count else [])
+
+
+def cp(source: str, destination: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Give a model of this peer a second name."""
+    with open_client(target) as client:
+        client.call("POST", "/api/copy", {"source": source, "destination": destination})
+    if as_json:
+        emit_json({"source": source, "destination": destination})
+    else:
+        emit(f"copied '{source}' to '{destination}'")
+
+
+def rm(model: str, /, *more: str, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Delete models from this peer; other peers keep theirs."""
+    with open_client(target) as client:
+        for name in (model, *more):
+            _unload(client, name)
+            client.call("DELETE", "/api/delete", {"model": name})
+            if not as_json:
+                emit(f"deleted '{name}'")
+    if as_json:
+        emit_json({"deleted": [model, *more]})
+
+
+def stop(model: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Unload a model from this peer's memory."""
+    with open_client(target) as client:
+        if not _unload(client, model):
+            raise ModelNotFound(f'couldn\'t find model "{model}" to stop')
+    if as_json:
+        emit_json({"stopped": model})
+
+
+def _unload(client: PeerClient, model: str) -> bool:
+    """Whether there was such a model. Only what is loaded here is stopped: never one on another peer."""
+    wanted = model if ":" in model.rpartition("/")[2] else f"{model}:latest"
+    if any(wanted.lower() in (m["name"].lower(), m["model"].lower()) for m in client.get("/api/ps")["models"]):
+        client.call("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
+        return True
+    try:
+        client.call("POST", "/api/show", {"model": model})
+    except NotFound:
+        return False
+    return True
+
+
+def pull(model: str, /, *, insecure: bool = False, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Fetch a model from every peer that holds some of it; an interrupted pull goes on where it was."""
+    with open_client(target) as client:
+        pull_model(client, model, as_json, insecure)
+
+
+def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = False) -> None:
+    """Pull ``model`` and show how it goes. Raises NoProviders and what stopped it."""
+    with client.open_answer("POST", "/api/pull", {"model": model, "insecure": insecure, "stream": True}) as answer:
+        show_progress(answer.lines(), as_json)
+
+
+def add(
+    name: str,
+    file: Path,
+    /,
+    *,
+    link: Annotated[bool, Parameter(help="Hard link instead of a copy: the file must then never be edited.")] = False,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
+    """Take a GGUF file in under a name, so that every peer of the mesh can use it."""
+    path = file.expanduser().absolute()
+    if not path.is_file():
+        raise InvalidRequest(f"{file}: there is no such file: give the path of a GGUF file")
+    body = {"name": name, "path": str(path), "link": link}
+    with open_client(target) as client, client.open_answer("POST", "/api/v1/models", body) as answer:
+        show_progress(answer.lines(), as_json)

@@ -1,0 +1,167 @@
+"""`meshmax peer`: run a node and its API until a signal, and say where it is.
+
+Starting and ending in order: node, then API, then the banner; a signal (INT, TERM, HUP) ends the API first, then the node,
+both within END_TIMEOUT_S; a second signal ends the process at once. Not here: the node itself (node), its settings
+(settings).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+from cyclopts import Parameter
+
+from meshmax import __version__
+from meshmax.base.config import DEFAULT_API_PORT, Config
+from meshmax.base.errors import MeshmaxError
+from meshmax.cli.output import emit, printable
+from meshmax.cli.settings import load_config
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import trio
+
+PROBE_TIMEOUT_S: Final = 0.5  # a daemon on this machine answers in milliseconds
+EXIT_IMPATIENT: Final = 130  # a second signal: ended without cleaning up
+ENDINGS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def peer(
+    *,
+    home: Annotated[Path | None, Parameter(help="Folder of identity, models and state; default ~/.meshmax.")] = None,
+    api: Annotated[
+        str | None, Parameter(help="HOST:PORT to serve the API on; default 127.0.0.1, port 11434 or next.")
+    ] = None,
+    listen: Annotated[
+        tuple[str, ...],
+        Parameter(help="HOST:PORT for other peers, repeatable; default all interfaces, port 11435 or next."),
+    ] = (),
+    lan: Annotated[bool | None, Parameter(negative="--no-lan", help="Find peers on this LAN, and be found.")] = None,
+    join: Annotated[tuple[str, ...], Parameter(help="Address of a peer to connect to, repeatable.")] = (),
+    config: Annotated[
+        Path | None, Parameter(help="Configuration file; default meshmax.yaml in the home folder.")
+    ] = None,
+    name: Annotated[str | None, Parameter(help="Name that other peers see; default the host's name.")] = None,
+    json_logs: Annotated[bool | None, Parameter(help="Log as JSON lines.")] = None,
+) -> int:
+    """Run a peer in the foreground; Ctrl-C ends it."""
+    given = {
+        "home": str(home) if home else None, "api": api, "listen": listen or None, "lan": lan,
+        "join": join or None, "name": name, "json_logs": json_logs,
+    }  # fmt: skip
+    flags = {key: value for key, value in given.items() if value is not None}
+    return start(load_config(flags, os.environ, config))
+
+
+def start(config: Config) -> int:
+    """Run a node until it is told to end. Returns the exit code. Raises MeshmaxError when it cannot start."""
+    signal.signal(signal.SIGTERM, _end_before_start)
+    import trio
+
+    from meshmax.telemetry.log import configure
+
+    configure(config.log_level, config.json_logs)
+    try:
+        trio.run(run_peer, config)
+    except BaseExceptionGroup as group:
+        raise _only_error(group) from None
+    return 0
+
+
+def _end_before_start(*_: object) -> NoReturn:
+    sys.exit(0)  # nothing is open yet
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one cause that a person should read, or the whole group if there is a programming error in it."""
+    leaf: BaseException = group
+    while isinstance(leaf, BaseExceptionGroup):
+        if len(leaf.exceptions) > 1 and leaf.split(MeshmaxError)[1] is not None:
+            return group
+        leaf = leaf.exceptions[0]
+    return leaf
+
+
+async def run_peer(config: Config) -> None:
+    """Run a node and its API until a signal comes."""
+    import trio
+
+    from meshmax.api.server import serve_api
+    from meshmax.node import open_node
+
+    stage = [trio.CancelScope()]  # what the next signal ends: the API once it is up, before that everything
+    with trio.open_signal_receiver(*ENDINGS) as signals:
+        async with trio.open_nursery() as watch:
+            watch.start_soon(_end_on_signal, signals, stage)
+            with stage[0]:
+                async with open_node(config) as node, trio.open_nursery() as nursery:
+                    url = await nursery.start(partial(serve_api, node))
+                    stage.append(nursery.cancel_scope)
+                    emit(banner(node_facts(node), str(url), await who_holds_default_port(config, str(url))))
+                    sys.stdout.flush()
+            watch.cancel_scope.cancel()
+
+
+async def _end_on_signal(signals: AsyncIterator[int], stage: list[trio.CancelScope]) -> None:
+    async for _ in signals:
+        if stage[-1].cancel_called:
+            os._exit(EXIT_IMPATIENT)
+        stage[-1].cancel()
+
+
+def node_facts(node: Any) -> dict[str, Any]:
+    """What the banner says of a running node."""
+    return {
+        "name": node.name,
+        "peer_id": node.signer.peer_id,
+        "home": node.config.home,
+        "lan": node.config.lan,
+        "addresses": tuple(node.addresses),
+        "models": sum(entry.local for entry in node.catalog.entries()),
+    }
+
+
+async def who_holds_default_port(config: Config, url: str) -> str:
+    """What answers at 11434 when our API had to go elsewhere: ``Ollama``, ``another meshmax peer``; '' if nothing does."""
+    if config.api or url.endswith(f":{DEFAULT_API_PORT}"):
+        return ""
+    import httpx
+
+    async with httpx.AsyncClient(timeout=PROBE_TIMEOUT_S, trust_env=False) as client:
+        try:
+            root = await client.get(f"http://127.0.0.1:{DEFAULT_API_PORT}/")
+            if "Ollama is running" not in root.text[:100]:
+                return "another program"
+            ours = await client.get(f"http://127.0.0.1:{DEFAULT_API_PORT}/api/v1/version")
+        except (httpx.HTTPError, UnicodeDecodeError):
+            return "another program"
+    return "another meshmax peer" if ours.status_code == 200 else "Ollama"
+
+
+def banner(facts: Mapping[str, Any], url: str, holder: str) -> str:
+    """What a person sees when the peer is up."""
+    authority = url.partition("://")[2].rstrip("/")
+    lines = [f"meshmax {__version__}: peer {printable(facts['name'])} ({facts['peer_id']})", f"  API      {url}"]
+    if holder:
+        lines += [
+            f"           (port {DEFAULT_API_PORT} is held by {holder}; to point clients at this peer:"
+            f" export OLLAMA_HOST={authority})"
+        ]
+    if facts["lan"]:
+        lines.append(
+            "  mesh     the open LAN mesh: anyone on this LAN may use it; `meshmax peer --no-lan` stays out of it"
+        )
+    else:
+        lines.append(
+            "  mesh     not announced on the LAN (--no-lan): only peers given with --join, and those that join this one"
+        )
+    lines += [f"  {'address' if at == 0 else '':<8} {address}" for at, address in enumerate(facts["addresses"])]
+    lines += [f"  models   {facts['models']} here; home {facts['home']}", "Ctrl-C ends it."]
+    return "\n".join(lines)

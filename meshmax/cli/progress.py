@@ -1,0 +1,93 @@
+"""Long work shown while it goes on: bars with rate and remaining time on a terminal, plain lines elsewhere.
+
+The work is a stream of Ollama's progress objects (``status``, and for a part of it ``digest``, ``total``, ``completed``).
+Not here: where the stream comes from.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+from meshmax.base.errors import RemoteProtocolError
+from meshmax.base.units import format_bytes
+from meshmax.cli.output import emit, printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+MAX_BARS: Final = 64  # parts shown; a model has under 10 layers, and a screen has few more lines
+
+
+def show_progress(lines: Iterable[dict[str, Any]], as_json: bool) -> None:
+    """Show ``lines`` until they end. Raises RemoteProtocolError if the last one is no success."""
+    if as_json:
+        last = _show_json(lines)
+    elif sys.stdout.isatty():
+        last = _show_bars(lines)
+    else:
+        last = _show_lines(lines)
+    if last != "success":
+        raise RemoteProtocolError("the peer stopped in the middle of it; ask again to go on")
+
+
+def _show_json(lines: Iterable[dict[str, Any]]) -> str:
+    last = ""
+    for line in lines:
+        emit(json.dumps(line, ensure_ascii=False))
+        last = _status(line)
+    return last
+
+
+def _show_lines(lines: Iterable[dict[str, Any]]) -> str:
+    """Each status once; a part with its size when it is whole."""
+    last, shown = "", ""
+    for line in lines:
+        last, total = _status(line), _count(line, "total")
+        whole = total and _count(line, "completed") >= total
+        text = f"{last} {format_bytes(total)}" if whole else last
+        if (not total or whole) and text != shown:
+            emit(text)
+            shown = text
+    return last
+
+
+def _show_bars(lines: Iterable[dict[str, Any]]) -> str:
+    last = ""
+    bars: dict[str, TaskID] = {}
+    with _progress() as progress:
+        for line in lines:
+            last, total = _status(line), _count(line, "total")
+            if not total:
+                progress.console.print(last, markup=False, highlight=False)
+                continue
+            part = str(line.get("digest") or last)
+            if part not in bars and len(bars) < MAX_BARS:
+                bars[part] = progress.add_task(last, total=total)
+            if part in bars:
+                progress.update(bars[part], completed=_count(line, "completed"), total=total, description=last)
+    return last
+
+
+def _progress() -> Progress:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+
+
+def _status(line: dict[str, Any]) -> str:
+    return printable(str(line.get("status", "")))
+
+
+def _count(line: dict[str, Any], key: str) -> int:
+    value = line.get(key)
+    return value if isinstance(value, int) and value > 0 else 0

@@ -1,0 +1,125 @@
+"""`meshmax run`: one question, text that is piped in, or a conversation.
+
+The mesh answers at once if any peer has the model; ``--pull`` brings it here first. Standard input that is not a terminal
+is put before the prompt. Not here: the conversation (chat), how an answer is written (answer).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any, Final, Literal
+
+from cyclopts import Parameter
+
+from meshmax.base.errors import InvalidRequest, ModelNotFound, NotFound
+from meshmax.base.inference import MAX_PROMPT_BYTES
+from meshmax.base.units import parse_duration_s
+from meshmax.cli.answer import AnswerWriter, timings, write_out
+from meshmax.cli.client import PeerClient, Target, open_client
+from meshmax.cli.models import HERE, AsJson, pull_model
+from meshmax.cli.output import emit, emit_json
+
+ThinkFlag = Literal["true", "false", "low", "medium", "high", "max"]
+_EMBEDDING_ONLY: Final = frozenset({"embedding"})
+
+
+def run(
+    model: str,
+    /,
+    *prompt: str,
+    pull: Annotated[bool, Parameter(help="Bring the model to this peer first.")] = False,
+    keepalive: Annotated[str | None, Parameter(help="How long the model stays loaded, like 5m.")] = None,
+    verbose: Annotated[bool, Parameter(help="Show timings, and who answered.")] = False,
+    format: Annotated[Literal["json"] | None, Parameter(help="Let the model answer in JSON.")] = None,  # noqa: A002
+    think: Annotated[ThinkFlag | None, Parameter(help="Whether, or how much, the model thinks.")] = None,
+    hidethinking: Annotated[bool, Parameter(help="Do not show what the model thinks.")] = False,
+    nowordwrap: Annotated[bool, Parameter(help="Do not wrap lines at words.")] = False,
+    truncate: Annotated[bool | None, Parameter(help="Embedding models: cut text that is too long.")] = None,
+    dimensions: Annotated[int | None, Parameter(help="Embedding models: cut vectors to this length.")] = None,
+    insecure: Annotated[bool, Parameter(show=False)] = False,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
+    """Ask MODEL: PROMPT once, or a conversation when there is no prompt and a person is typing."""
+    if keepalive is not None:
+        parse_duration_s(keepalive)
+    settings = {"keep_alive": keepalive, "format": format, "think": _think_value(think)}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    text = _question(prompt)
+    with open_client(target) as client:
+        if pull:
+            pull_model(client, model, as_json, insecure)
+        capabilities = _capabilities(client, model)
+        if capabilities == _EMBEDDING_ONLY:
+            _print_embedding(
+                client, model, text, {"truncate": truncate, "dimensions": dimensions, "keep_alive": keepalive}
+            )
+        elif text is None:
+            from meshmax.cli.chat import Conversation, converse
+
+            converse(client, Conversation(model, settings, verbose, hidethinking, not nowordwrap))
+        elif as_json:
+            _print_json(client, model, text, settings)
+        else:
+            _print_answer(client, {"model": model, "prompt": text, **settings}, verbose, hidethinking, not nowordwrap)
+
+
+def _think_value(think: ThinkFlag | None) -> bool | str | None:
+    return {"true": True, "false": False}.get(think, think) if think is not None else None
+
+
+def _question(prompt: tuple[str, ...]) -> str | None:
+    """Piped text and the prompt, joined; None when a person shall type. Raises InvalidRequest."""
+    parts = list(prompt)
+    if not sys.stdin.isatty():
+        piped = sys.stdin.read(MAX_PROMPT_BYTES + 1)
+        if len(piped) > MAX_PROMPT_BYTES:
+            raise InvalidRequest(f"standard input is longer than {MAX_PROMPT_BYTES >> 20} MiB, which no model takes")
+        if piped:
+            parts.insert(0, piped)
+        if not parts:
+            raise InvalidRequest("there is no prompt: give one after the model's name, or on standard input")
+    return " ".join(parts) if parts else None
+
+
+def _capabilities(client: PeerClient, model: str) -> frozenset[str]:
+    try:
+        return frozenset(client.call("POST", "/api/show", {"model": model}).get("capabilities") or ())
+    except NotFound as error:
+        raise ModelNotFound(
+            f"{error.message}: no peer of the mesh has it. `meshmax list` shows the models there are,"
+            f" `meshmax add {model} FILE.gguf` adds one"
+        ) from None
+
+
+def _print_answer(client: PeerClient, body: dict[str, Any], verbose: bool, hide_thinking: bool, wrap: bool) -> None:
+    terminal = sys.stdout.isatty()
+    writer = AnswerWriter(write_out, terminal, wrap, hide_thinking)
+    final: dict[str, Any] = {}
+    with client.open_answer("POST", "/api/generate", body) as answer:
+        for final in answer.lines():
+            writer.piece(final.get("response") or "", final.get("thinking") or "")
+        headers = dict(answer.headers)
+    writer.end_thinking()
+    emit("\n" if terminal else "")
+    if verbose:
+        sys.stderr.write(timings(final, headers) + "\n")
+
+
+def _print_json(client: PeerClient, model: str, prompt: str, settings: dict[str, Any]) -> None:
+    with client.open_answer(
+        "POST", "/api/generate", {"model": model, "prompt": prompt, "stream": False, **settings}
+    ) as answer:
+        *_, value = answer.lines()
+        peer, route = (answer.headers.get(f"x-meshmax-{word}") for word in ("peer", "route"))
+    emit_json({**value, "meshmax": {"peer": peer, "route": route}})
+
+
+def _print_embedding(client: PeerClient, model: str, text: str | None, settings: dict[str, Any]) -> None:
+    if text is None:
+        raise InvalidRequest(f"'{model}' makes embeddings and does not converse: give it a text after its name")
+    given = {key: value for key, value in settings.items() if value is not None}
+    answer = client.call("POST", "/api/embed", {"model": model, "input": text, **given})
+    import json
+
+    emit(json.dumps(answer["embeddings"][0]))

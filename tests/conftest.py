@@ -1,0 +1,28 @@
+"""What all tests share: hypothesis without time limits, and quiet logs."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from meshmax.telemetry import log
+
+# A slow machine must not fail a test, so there are no deadlines; CI tries the same examples each time.
+settings.register_profile("local", deadline=None, max_examples=60)
+settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet_logs() -> None:
+    """Errors only: a test asserts on behaviour, and a failing one prints what was logged."""
+    log.configure("error", json_lines=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty MESHMAX_HOME for one test."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("MESHMAX_HOME", str(folder))
+    return folder

@@ -1,0 +1,46 @@
+"""The boundary where a failure stops: one stream or request ends, the node goes on."""
+
+import pytest
+import trio
+
+from meshmax.base.errors import PeerGone
+from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.metrics import REGISTRY
+
+
+async def gone() -> None:
+    raise PeerGone("it left")
+
+
+async def broken() -> None:
+    raise ZeroDivisionError
+
+
+async def grouped() -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(gone)
+
+
+async def fine() -> None:
+    await trio.lowlevel.checkpoint()
+
+
+def count(code: str) -> float:
+    return REGISTRY.get_sample_value("meshmax_failures_total", {"what": "test", "code": code}) or 0.0
+
+
+@pytest.mark.parametrize(("work", "code"), [(gone, "peer_gone"), (broken, "unexpected"), (grouped, "group")])
+async def test_a_failure_is_counted_and_goes_no_further(work: object, code: str) -> None:
+    before = count(code)
+    assert not await isolate("test", work)  # type: ignore[arg-type]
+    assert count(code) == before + 1
+
+
+async def test_what_ends_well_says_so() -> None:
+    assert await isolate("test", fine)
+
+
+async def test_cancellation_passes_through() -> None:
+    with trio.move_on_after(0) as scope:
+        await isolate("test", trio.sleep_forever)
+    assert scope.cancelled_caught

@@ -1,0 +1,15 @@
+"""Readings of this machine."""
+
+from pathlib import Path
+
+from meshmax.telemetry.meter import Meter
+
+
+def test_a_reading_is_plausible_and_cpu_is_not_read_more_often_than_it_can_be_measured(tmp_path: Path) -> None:
+    meter = Meter(tmp_path)
+    first, second = meter.read(0.0), meter.read(0.1)
+    assert 0 <= first.cpu_percent <= 100
+    assert first.cpu_percent == second.cpu_percent
+    assert 0 < first.memory_bytes < first.memory_total_bytes
+    assert first.disk_free_bytes > 0
+    assert first.process_bytes > 0

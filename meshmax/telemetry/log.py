@@ -34,7 +34,7 @@ def configure(level: str, json_lines: bool) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=_to_stderr,
         cache_logger_on_first_use=False,
     )
 
@@ -42,6 +42,10 @@ def configure(level: str, json_lines: bool) -> None:
 def get_logger(name: str) -> Any:
     """The logger of a module, ``name`` its last part."""
     return structlog.get_logger(component=name)
+
+
+def _to_stderr(*_names: Any) -> structlog.PrintLogger:
+    return structlog.PrintLogger(sys.stderr)  # looked up each time: whoever replaced it meant to
 
 
 def _hide_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -1,0 +1,329 @@
+"""FileBlobStore: whole blobs in Ollama's folder, partial ones in ours, every chunk verified before it is handed out.
+
+Decided here: what is offered (a whole blob minus chunks that were found bad, or a partial's bitmap), when a blob is in
+doubt (its file differs from its seal, a chunk was bad) and what becomes of a damaged one (store.scrub). An adopted blob
+has no chunk map: it is made in the store's own task when somebody first asks, so that a caller who gives up does not
+throw the work away. Blocking work goes through RunSync in steps, so that nothing holds a thread for long.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from meshmax.base.errors import BlobNotFound, ChunkMismatch, StoreCorrupt, StoreError
+from meshmax.base.ids import MapAddress, Sha256
+from meshmax.base.model import ChunkMap, Haves
+from meshmax.ports import RunSync
+from meshmax.store.disk import Disk, translated
+from meshmax.store.layout import Layout
+from meshmax.store.maps import MapFiles
+from meshmax.store.partials import SYNC_INTERVAL_S, PartialFile, load_bits
+from meshmax.store.scrub import Scrub, bad_to_partial
+from meshmax.telemetry.log import get_logger
+from meshmax.wire.chunkmap import check_chunk
+
+MAX_MAPPING: Final = 256  # adopted blobs waiting for their map; more are told "nothing here" until there is room
+_log = get_logger("store")
+
+
+class FileBlobStore:
+    """ports.BlobStore on disk. Opened by `store.open_store`, whose nursery runs `run` and the making of maps."""
+
+    def __init__(self, layout: Layout, disk: Disk, run_sync: RunSync) -> None:
+        self.layout, self.disk, self.run_sync = layout, disk, run_sync
+        self.maps = MapFiles(layout, disk)
+        self._nursery: trio.Nursery | None = None  # `run` has it
+        self._partials: dict[Sha256, PartialFile] = {}
+        self._bad: dict[Sha256, set[int]] = {}
+        self._rotten: set[Sha256] = set()  # adopted blobs whose bytes are not what their name says
+        self._mapping: dict[Sha256, trio.Event] = {}
+        self._one_pass = trio.Lock()  # one full reading of a blob at a time: they compete for one disk
+        self._dirty = trio.Event()
+
+    def load_partials(self) -> None:
+        """Take up what earlier runs left: partials with a map and a bitmap; files without them vouch for nothing and go."""
+        for path in self.layout.partials.glob("*.data"):
+            digest = Sha256(path.stem)
+            chunk_map = self.maps.load(digest)
+            if chunk_map is None or not self.layout.bits(digest).exists():
+                self.disk.unlink(path)
+            else:
+                self._adopt_partial(chunk_map, load_bits(self.layout, digest, chunk_map))
+        for path in self.layout.partials.glob("*.bits"):
+            if Sha256(path.stem) not in self._partials:
+                self.disk.unlink(path)
+
+    async def run(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Sync dirty partials within SYNC_INTERVAL_S and make maps of adopted blobs, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await self._sync_dirty()
+
+    async def _sync_dirty(self) -> None:
+        while True:
+            await self._dirty.wait()
+            self._dirty = trio.Event()
+            await trio.sleep(SYNC_INTERVAL_S)
+            for partial in [p for p in self._partials.values() if p.dirty]:
+                try:
+                    await partial.sync()
+                except StoreError as error:
+                    _log.warning("bitmap not saved", blob=partial.digest[:12], error=error.message)
+                    self._dirty.set()
+
+    async def aclose(self) -> None:
+        """Close every partial that is still open."""
+        for partial in list(self._partials.values()):
+            await partial.aclose()
+
+    async def haves(self, digest: Sha256) -> tuple[ChunkMap, Haves] | None:
+        """See ports.BlobStore. The first question for an adopted blob takes as long as reading it (about 350 MB/s)."""
+        partial = self._partials.get(digest)
+        if partial is not None:
+            return partial.chunk_map, partial.haves
+        there, chunk_map = await self.run_sync(lambda: self._look(digest))
+        if there and chunk_map is None and await self._map_adopted(digest):
+            _, chunk_map = await self.run_sync(lambda: self._look(digest))
+        if chunk_map is None:
+            return None
+        return chunk_map, self._without_bad(digest, Haves.all(chunk_map.count))
+
+    async def read_chunk(self, digest: Sha256, index: int) -> bytes:
+        """See ports.BlobStore."""
+        partial = self._partials.get(digest)
+        if index in self._bad.get(digest, ()) or (partial is not None and index not in partial.haves):
+            raise _chunk_not_here(digest, index)
+        if partial is None and self.maps.address(digest) is None:
+            await self.haves(digest)  # an adopted blob's map may have to be made
+        try:
+            return await self.run_sync(lambda: self._read(digest, index))
+        except ChunkMismatch as error:
+            await self._doubt(digest, index)
+            raise StoreCorrupt(f"blob {digest[:12]} is damaged on disk: {error.message}") from None
+
+    async def read_map(self, address: MapAddress) -> bytes | None:
+        """See ports.BlobStore."""
+        with translated("a chunk map was not read"):
+            return await self.run_sync(lambda: self.maps.read(address))
+
+    async def open_partial(self, chunk_map: ChunkMap) -> PartialFile:
+        """See ports.BlobStore. A partial of another map keeps the chunks on which both maps agree."""
+        digest = chunk_map.sha256
+        known = self._partials.get(digest)
+        if known is not None and known.is_open:
+            raise StoreError(f"blob {digest[:12]} is being fetched already")
+        there, whole_map = await self.run_sync(lambda: self._look(digest))
+        if known is None and there and whole_map is not None:
+            raise StoreError(f"blob {digest[:12]} is whole already")
+        haves = _agreed(known, chunk_map) if known else Haves.none(chunk_map.count)
+        if known is None or known.chunk_map != chunk_map:
+            known = self._adopt_partial(chunk_map, haves)
+        try:
+            await known.open()
+        except BaseException:
+            if not self.layout.partial(digest).exists():
+                self._forget_partial(known)
+            raise
+        return known
+
+    async def path(self, digest: Sha256) -> Path:
+        """See ports.BlobStore. A blob in doubt is verified first, which takes as long as reading it."""
+        path = self.layout.blob(digest)
+        if digest in self._rotten:
+            raise StoreCorrupt(f"blob {digest[:12]} does not hold what its name says; pull the model again")
+        try:
+            doubt = await self.run_sync(lambda: self.maps.in_doubt(digest, path))
+        except OSError:
+            raise BlobNotFound(f"blob {digest[:12]} is not in the store") from None
+        if (doubt or self._bad.get(digest)) and not (await self.verify(digest)).whole:
+            raise StoreCorrupt(f"blob {digest[:12]} is damaged on disk; pull the model again to repair it")
+        return path
+
+    async def verify(self, digest: Sha256) -> Haves:
+        """See ports.BlobStore. Computes the sha256 too unless it is proved; a blob that fails only that has a lying map,
+        or none: it is deleted and StoreCorrupt raised."""
+        async with self._one_pass:
+            partial = self._partials.get(digest)
+            chunk_map = partial.chunk_map if partial else await self.run_sync(lambda: self.maps.load(digest))
+            path = self.layout.partial(digest) if partial else self.layout.blob(digest)
+            if not await self.run_sync(path.is_file):
+                raise BlobNotFound(f"blob {digest[:12]} is not in the store")
+            scrub = await self._scrub(digest, path, chunk_map, partial.haves if partial else None)
+            if partial is not None:
+                for index in scrub.bad:
+                    partial.drop_chunk(index)
+                return partial.haves
+            return await self._judge(digest, scrub)
+
+    async def remove(self, digest: Sha256) -> None:
+        """Delete a whole blob with map and seal; a partial of it stays."""
+        with translated(f"blob {digest[:12]} was not removed"):
+            await self.run_sync(lambda: self._remove_files(digest))
+        self._bad.pop(digest, None)
+        self._rotten.discard(digest)
+
+    async def placed(self, digest: Sha256) -> None:
+        """A whole blob was put in its place by somebody else (ingest): a partial of it that is at rest is of no use now."""
+        self._bad.pop(digest, None)
+        self._rotten.discard(digest)
+        partial = self._partials.get(digest)
+        if partial is not None and not partial.is_open:
+            self._forget_partial(partial)
+            await self.run_sync(lambda: self._remove_partial_files(digest))
+
+    # --- in threads ---------------------------------------------------------------------------------------------------
+
+    def _look(self, digest: Sha256) -> tuple[bool, ChunkMap | None]:
+        """Whether there is a file of the whole blob, and its map if the file has the size that it says."""
+        try:
+            size = self.layout.blob(digest).stat().st_size
+        except OSError:
+            return False, None
+        chunk_map = self.maps.load(digest)
+        if digest in self._rotten or (chunk_map is not None and chunk_map.size != size):
+            return False, None
+        return True, chunk_map
+
+    def _read(self, digest: Sha256, index: int) -> bytes:
+        partial = self._partials.get(digest)
+        chunk_map = partial.chunk_map if partial else self.maps.load(digest)
+        if chunk_map is None or not 0 <= index < chunk_map.count:
+            raise _chunk_not_here(digest, index)
+        offset, length = chunk_map.span(index)
+        data = self._read_span(digest, offset, length)
+        check_chunk(chunk_map, index, data)
+        return data
+
+    def _read_span(self, digest: Sha256, offset: int, length: int) -> bytes:
+        # Partial first if there is one; it may become whole while we look.
+        paths = [self.layout.blob(digest)]
+        if digest in self._partials:
+            paths.insert(0, self.layout.partial(digest))
+        for path in paths:
+            with translated(f"blob {digest[:12]} was not read"):
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue
+                try:
+                    return os.pread(fd, length, offset)
+                finally:
+                    os.close(fd)
+        raise BlobNotFound(f"blob {digest[:12]} is not in the store")
+
+    def _remove_files(self, digest: Sha256) -> None:
+        if digest not in self._partials:
+            self.maps.forget(digest)
+        self.disk.unlink(self.layout.blob(digest))
+
+    def _remove_partial_files(self, digest: Sha256) -> None:
+        self.disk.unlink(self.layout.bits(digest))
+        self.disk.unlink(self.layout.partial(digest))
+
+    # --- in the store's task -------------------------------------------------------------------------------------------
+
+    def _adopt_partial(self, chunk_map: ChunkMap, haves: Haves) -> PartialFile:
+        partial = PartialFile(self.layout, self.disk, self.maps, self.run_sync, chunk_map, haves)
+        partial.on_dirty = self._mark_dirty
+        partial.on_gone = self._forget_partial
+        self._partials[chunk_map.sha256] = partial
+        return partial
+
+    def _mark_dirty(self) -> None:
+        self._dirty.set()  # not bound early: the event is a new one after each round
+
+    def _forget_partial(self, partial: PartialFile) -> None:
+        self._partials.pop(partial.digest, None)
+        self._bad.pop(partial.digest, None)
+        self._rotten.discard(partial.digest)
+
+    def _without_bad(self, digest: Sha256, haves: Haves) -> Haves:
+        bits = bytearray(haves.bits)
+        for index in self._bad.get(digest, ()):
+            bits[index >> 3] &= ~(1 << (index & 7)) & 0xFF
+        return Haves(haves.count, bytes(bits))
+
+    async def _doubt(self, digest: Sha256, index: int) -> None:
+        partial = self._partials.get(digest)
+        if partial is not None:
+            partial.drop_chunk(index)
+            return
+        self._bad.setdefault(digest, set()).add(index)
+        _log.warning("blob is damaged on disk", blob=digest[:12], chunk=index)
+        with translated(f"blob {digest[:12]} was not put in doubt"):
+            await self.run_sync(lambda: self.maps.unseal(digest))
+
+    async def _scrub(self, digest: Sha256, path: Path, chunk_map: ChunkMap | None, haves: Haves | None) -> Scrub:
+        seal = await self.run_sync(lambda: self.maps.try_seal(digest))
+        scrub = Scrub(path, chunk_map, haves, prove=haves is None and not (seal and seal.proved))
+        with translated(f"blob {digest[:12]} was not read"):
+            while not await self.run_sync(scrub.step):
+                pass
+        return scrub
+
+    async def _judge(self, digest: Sha256, scrub: Scrub) -> Haves:
+        """What becomes of a whole blob that was read through."""
+        if scrub.true_map is not None and scrub.true_map.sha256 != digest and not scrub.bad:
+            await self.remove(digest)
+            raise StoreCorrupt(f"blob {digest[:12]} did not hold what its name says and was removed; pull it again")
+        chunk_map = scrub.chunk_map or scrub.true_map
+        if chunk_map is None:
+            raise BlobNotFound(f"blob {digest[:12]} is not in the store")
+        haves = scrub.good_haves(chunk_map.count)
+        with translated(f"blob {digest[:12]} was not put in order"):
+            if haves.whole:
+                await self.run_sync(lambda: scrub.seal(self.maps, digest))
+            else:
+                await self.run_sync(lambda: bad_to_partial(self.layout, self.disk, self.maps, chunk_map, haves))
+                self._adopt_partial(chunk_map, haves)
+        self._bad.pop(digest, None)
+        self._rotten.discard(digest)
+        return haves
+
+    async def _map_adopted(self, digest: Sha256) -> bool:
+        """Have the map of an adopted blob made, or wait for it; whether there may be one now."""
+        made = self._mapping.get(digest)
+        if made is None:
+            if self._nursery is None or len(self._mapping) >= MAX_MAPPING:
+                return False
+            made = self._mapping[digest] = trio.Event()
+            self._nursery.start_soon(self._make_map, digest, made)
+        await made.wait()
+        return True
+
+    async def _make_map(self, digest: Sha256, made: trio.Event) -> None:
+        try:
+            async with self._one_pass:
+                scrub = await self._scrub(digest, self.layout.blob(digest), None, None)
+                if scrub.true_map is None or scrub.true_map.sha256 != digest:
+                    self._rotten.add(digest)
+                    _log.warning("blob does not hold what its name says", blob=digest[:12])
+                    return
+                with translated(f"the chunk map of blob {digest[:12]} was not saved"):
+                    await self.run_sync(lambda: scrub.seal(self.maps, digest))
+        except StoreError as error:
+            _log.warning("no chunk map was made", blob=digest[:12], error=error.message)
+        finally:
+            self._mapping.pop(digest, None)
+            made.set()
+
+
+def _chunk_not_here(digest: Sha256, index: int) -> BlobNotFound:
+    return BlobNotFound(f"chunk {index} of blob {digest[:12]} is not in the store")
+
+
+def _agreed(known: PartialFile, chunk_map: ChunkMap) -> Haves:
+    """The chunks of ``known`` that ``chunk_map`` names with the same hash at the same place."""
+    if known.chunk_map == chunk_map:
+        return known.haves
+    haves = Haves.none(chunk_map.count)
+    for index in range(min(chunk_map.count, known.chunk_map.count)):
+        same_span = known.chunk_map.span(index) == chunk_map.span(index)
+        if index in known.haves and same_span and known.chunk_map.chunk_hash(index) == chunk_map.chunk_hash(index):
+            haves = haves.with_chunk(index)
+    return haves

@@ -87,3 +87,7 @@ def _usage_text(error: CycloptsError) -> str:
 def _fail(text: str, code: int) -> int:
     sys.stderr.write(f"Error: {text}\n")
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

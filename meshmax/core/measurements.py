@@ -1,0 +1,149 @@
+"""What we measured of peers ourselves: round trips, speeds per model and device, failures. Feeds core.routing.
+
+Rules: figures are means over time (core.ewma), kept per (peer, model, device), since a model that moved to another device
+runs at another speed. A failure keeps a peer (or one model on it) out for a time that doubles with each further failure
+and is forgotten by a success. Both tables are bounded; what was not used for longest goes first. Time is passed in. Not
+here: what the figures mean for a choice (core.routing), who takes the measurements (services.router).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Final, TypeVar
+
+import msgspec
+
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.status import Device
+from meshmax.core.ewma import Ewma
+
+MAX_SPEEDS: Final = 4096  # (peer, model, device) entries of about 1 KiB: 256 peers with 16 models in use each
+MAX_PEERS: Final = 1024  # four times the peers a node knows at once by default
+FIRST_BACKOFF_S: Final = 1.0  # one lost stream is often a hiccup: soon again
+MAX_BACKOFF_S: Final = 60.0  # a peer that was repaired is tried within a minute
+MIN_PREFILL_TOKENS: Final = 64  # shorter prompts measure the fixed cost of an answer, not the prefill rate
+MIN_DECODE_TOKENS: Final = 8  # fewer are dominated by how they were batched on the way
+MIN_LOAD_S: Final = 0.05  # a shorter "load" is the bookkeeping of a model that was in memory already
+MAX_RATE_PER_S: Final = 1e6  # tokens; no device decodes faster, so a larger figure was not measured well
+
+V = TypeVar("V")
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """Means measured by us of one model on one peer; None where never. ``first_token_s``: of short prompts, less the
+    round trip. ``age_s``: seconds since the last answer, infinite before the first."""
+
+    first_token_s: float | None = None
+    prefill_per_s: float | None = None
+    decode_per_s: float | None = None
+    load_s: float | None = None
+    age_s: float = math.inf
+
+
+class Setback(msgspec.Struct, frozen=True):
+    """Why a peer is kept out, and until when. ``code``: of the error (base.errors)."""
+
+    until_s: float
+    failures: int
+    code: str
+
+
+class _Speed:
+    __slots__ = ("decode", "first_token", "load", "prefill")
+
+    def __init__(self) -> None:
+        self.first_token, self.prefill, self.decode, self.load = Ewma(), Ewma(), Ewma(), Ewma()
+
+
+class Measurements:
+    """The bounded table of what we measured. Owned by one task; every ``now`` is of one monotonic clock, in seconds."""
+
+    __slots__ = ("_rtts", "_setbacks", "_speeds")
+
+    def __init__(self) -> None:
+        self._speeds: OrderedDict[tuple[PeerId, Sha256, Device], _Speed] = OrderedDict()
+        self._rtts: OrderedDict[PeerId, Ewma] = OrderedDict()
+        self._setbacks: OrderedDict[tuple[PeerId, Sha256 | None], Setback] = OrderedDict()
+
+    def on_rtt(self, peer: PeerId, rtt_s: float, now: float) -> None:
+        """A round trip to ``peer`` took ``rtt_s``."""
+        _touch(self._rtts, peer, Ewma(), MAX_PEERS).add(rtt_s, now)
+
+    def on_first_token(
+        self, peer: PeerId, digest: Sha256, device: Device, *, waited_s: float, prompt_tokens: int, now: float
+    ) -> None:
+        """The first event came ``waited_s`` after sending, the model being loaded and nobody ahead of us."""
+        self.on_success(peer, digest)
+        without_rtt_s = max(waited_s - (self.rtt_s(peer) or 0.0), 1e-4)
+        speed = self._speed(peer, digest, device)
+        if prompt_tokens >= MIN_PREFILL_TOKENS:
+            speed.prefill.add(min(prompt_tokens / without_rtt_s, MAX_RATE_PER_S), now)
+        else:
+            speed.first_token.add(without_rtt_s, now)
+
+    def on_finish(
+        self, peer: PeerId, digest: Sha256, device: Device, *, tokens: int, span_s: float, load_s: float, now: float
+    ) -> None:
+        """``tokens`` came in the ``span_s`` after the first event. ``load_s``: how long the peer loaded the model first."""
+        self.on_success(peer, digest)
+        speed = self._speed(peer, digest, device)
+        if tokens >= MIN_DECODE_TOKENS:
+            speed.decode.add(min(tokens / max(span_s, 1e-6), MAX_RATE_PER_S), now)
+        if load_s >= MIN_LOAD_S:
+            speed.load.add(load_s, now)
+
+    def on_success(self, peer: PeerId, digest: Sha256) -> None:
+        """The peer answered: earlier failures are forgotten."""
+        self._setbacks.pop((peer, digest), None)
+        self._setbacks.pop((peer, None), None)
+
+    def on_failure(self, peer: PeerId, digest: Sha256 | None, code: str, now: float, at_least_s: float = 0.0) -> None:
+        """The peer failed: with this model, or (``digest`` None) altogether. ``at_least_s``: it asked to be left alone so long.
+
+        The time out is FIRST_BACKOFF_S, doubled with each further failure, at most MAX_BACKOFF_S.
+        """
+        previous = self._setbacks.pop((peer, digest), None)
+        failures = min(previous.failures + 1 if previous else 1, 32)
+        pause_s = min(max(FIRST_BACKOFF_S * 2.0 ** (failures - 1), at_least_s), MAX_BACKOFF_S)
+        _touch(self._setbacks, (peer, digest), Setback(now + pause_s, failures, code), MAX_SPEEDS)
+
+    def setback(self, peer: PeerId, digest: Sha256, now: float) -> Setback | None:
+        """Why the peer is kept out for this model now; None if it is not. The longer one, where two hold."""
+        found = (self._setbacks.get((peer, digest)), self._setbacks.get((peer, None)))
+        current = [setback for setback in found if setback and setback.until_s > now]
+        return max(current, key=lambda setback: setback.until_s, default=None)
+
+    def rtt_s(self, peer: PeerId) -> float | None:
+        """The mean round trip, None if never measured."""
+        mean = self._rtts.get(peer)
+        return mean.value if mean else None
+
+    def figures(self, peer: PeerId, digest: Sha256, device: Device, now: float) -> Figures:
+        """What we measured of this model on this peer and device."""
+        speed = self._speeds.get((peer, digest, device))
+        if speed is None:
+            return Figures()
+        means = (speed.first_token, speed.prefill, speed.decode, speed.load)
+        return Figures(
+            first_token_s=speed.first_token.value,
+            prefill_per_s=speed.prefill.value,
+            decode_per_s=speed.decode.value,
+            load_s=speed.load.value,
+            age_s=min(mean.age_s(now) for mean in means),
+        )
+
+    def _speed(self, peer: PeerId, digest: Sha256, device: Device) -> _Speed:
+        return _touch(self._speeds, (peer, digest, device), _Speed(), MAX_SPEEDS)
+
+
+K = TypeVar("K")
+
+
+def _touch(table: OrderedDict[K, V], key: K, new: V, limit: int) -> V:
+    """The entry of ``key`` (``new`` if there is none), now the most recently used of at most ``limit``."""
+    entry = table.setdefault(key, new)
+    table.move_to_end(key)
+    if len(table) > limit:
+        table.popitem(last=False)
+    return entry

@@ -207,5 +207,5 @@ def add(
     if not path.is_file():
         raise InvalidRequest(f"{file}: there is no such file: give the path of a GGUF file")
     body = {"name": name, "path": str(path), "link": link}
-    with open_client(target) as client, client.open_answer("POST", "/api/v1/models", body) as answer:
+    with open_client(target) as client, client.open_answer("POST", "/api/v1/models/add", body) as answer:
         show_progress(answer.lines(), as_json)

@@ -104,6 +104,7 @@ async def run_peer(config: Config) -> None:
                 async with open_node(config) as node, trio.open_nursery() as nursery:
                     url = await nursery.start(partial(serve_api, node))
                     stage.append(nursery.cancel_scope)
+                    node.home.write_run(str(url), node.peer_id, node.started_at_s)
                     emit(banner(node_facts(node), str(url), await who_holds_default_port(config, str(url))))
                     sys.stdout.flush()
             watch.cancel_scope.cancel()

@@ -175,6 +175,8 @@ def meet(*group: PeerProcess) -> None:
     """Until every one of them sees all the others."""
     everybody = {peer.peer_id for peer in group}
     for peer in group:
-        until(
-            f"{peer.home.name} sees the others", lambda peer=peer: everybody - {peer.peer_id} <= set(peer.neighbours())
-        )
+        until(f"{peer.home.name} sees the others", partial(_sees, peer, everybody - {peer.peer_id}))
+
+
+def _sees(peer: PeerProcess, others: set[str]) -> bool:
+    return others <= set(peer.neighbours())

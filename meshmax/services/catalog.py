@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -114,16 +115,15 @@ class CatalogService:
         self._local = await self._models.models()
         self._on_change()
 
-    def note_names(self) -> None:
-        """Remember what each name of the mesh meant when it was first seen; call it when peers say something new."""
-        for entry in self.entries():
-            self._first_seen.note(parse_name(entry.name).key, entry.digest)
+    def note_names(self) -> bool:
+        """Remember what each name of the mesh means when it is first seen; True if one was new."""
+        return any([self._first_seen.note(parse_name(entry.name).key, entry.digest) for entry in self.entries()])
 
     async def sign_missing_records(self) -> None:
         """Give every local model that has none a record of ours, so that peers can fetch it."""
         for stored in self._local:
             if stored.record is None:
-                await isolate("record", lambda stored=stored: self._put(parse_name(stored.name), stored.manifest))
+                await isolate("record", partial(self._put, parse_name(stored.name), stored.manifest))
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

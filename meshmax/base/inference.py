@@ -48,6 +48,12 @@ class Options(msgspec.Struct, frozen=True, omit_defaults=True):
     num_thread: int | None = None
 
 
+def merge_options(asked: Options, model: Options) -> Options:
+    """The options that were asked for, with the model's own parameters where nothing was."""
+    given = {name: value for name in Options.__struct_fields__ if (value := getattr(asked, name)) is not None}
+    return msgspec.structs.replace(model, **given)
+
+
 class ToolCall(msgspec.Struct, frozen=True):
     """A function that the model wants called; ``arguments`` is a JSON object, order kept."""
 
@@ -134,7 +140,10 @@ class Vector(msgspec.Struct, frozen=True, tag="vector"):
 
 
 class Finish(msgspec.Struct, frozen=True, omit_defaults=True, tag="finish"):
-    """The end of an answer. Durations are seconds on the serving peer; ``context`` only for a Generate that is not raw."""
+    """The end of an answer. Durations are seconds on the serving peer; ``context`` only for a Generate that is not raw.
+
+    ``cached_tokens`` of the ``prompt_tokens`` were there from an earlier prompt, so ``prompt_s`` is of the others.
+    """
 
     done_reason: DoneReason = "stop"
     prompt_tokens: int = 0
@@ -144,6 +153,7 @@ class Finish(msgspec.Struct, frozen=True, omit_defaults=True, tag="finish"):
     prompt_s: float = 0.0
     output_s: float = 0.0
     context: tuple[int, ...] = ()
+    cached_tokens: int = 0
 
 
 Event = Delta | Vector | Finish

@@ -1,0 +1,283 @@
+"""Models in this node's memory: does what core.residency decides, with one task per model, and measures its speed.
+
+A model's task holds the engine's block open, so that closing the residency ends every engine process. Answers run in the
+task of whoever asked; leaving an answer frees its slot and stops the engine's work. A model whose process has ended is
+seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx counts when it is the one that
+loads the model; a model that is loaded already answers with the context that it has. Not here: what may run where.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Final
+
+import msgspec
+import trio
+
+from meshmax.base.catalog import LoadedView, ModelFile
+from meshmax.base.config import EngineConfig
+from meshmax.base.errors import EngineCrashed, EngineUnavailable, MeshmaxError
+from meshmax.base.ids import Sha256
+from meshmax.base.inference import Ask, Event, Finish, InferRequest, Options, is_load_only, merge_options
+from meshmax.base.status import Load
+from meshmax.core.residency import Action, Fail, Rates, ResidencyCore, Start, Unload
+from meshmax.core.residency import Load as LoadModel
+from meshmax.ports import Engine, LoadedModel
+from meshmax.telemetry.log import get_logger
+
+MAX_MEASURED: Final = 256  # models whose rates are remembered; the one measured longest ago is forgotten first
+
+_log = get_logger("residency")
+
+
+class _Waiter:
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.settled = trio.Event()
+        self.error: MeshmaxError | None = None
+        self.model: LoadedModel | None = None
+
+
+class _Held:
+    """A model that is loading or loaded, with the scope of its task."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.leave = trio.Event()
+        self.file: ModelFile | None = None
+        self.model: LoadedModel | None = None
+
+
+class ModelResidency:
+    """A Residency; made by `open_residency`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model_file: Callable[[Sha256], Awaitable[ModelFile]],
+        config: EngineConfig,
+        nursery: trio.Nursery,
+        on_change: Callable[[], None],
+        wall: Callable[[], float],
+    ) -> None:
+        self._engine = engine
+        self._model_file = model_file
+        self._config = config
+        self._nursery = nursery
+        self._on_change = on_change
+        self._wall = wall
+        self._core = ResidencyCore(config.max_queue)
+        self._waiters: dict[int, _Waiter] = {}
+        self._held: dict[Sha256, _Held] = {}
+        self._rates: OrderedDict[Sha256, Rates] = OrderedDict()
+        self._asks = 0
+        self._changed = trio.Event()
+
+    @asynccontextmanager
+    async def open_answer(self, ask: Ask) -> AsyncIterator[AsyncIterator[Event]]:
+        """Load if needed, wait for a slot, answer. A load-only request yields one Finish ("load" or "unload").
+
+        Raises ModelNotFound, Busy, EngineError.
+        """
+        begun = trio.current_time()
+        keep_alive_s = self._config.keep_alive_s if ask.keep_alive_s is None else ask.keep_alive_s
+        load_only = is_load_only(ask.request)
+        if load_only and keep_alive_s == 0:
+            await self.unload(ask.digest)
+            async with aclosing(_one(Finish("unload"))) as events:
+                yield events
+            return
+        self._notice_crash(ask.digest)
+        async with self._turn(ask, keep_alive_s, takes_slot=not load_only) as (model, waited_for_load):
+            load_s = trio.current_time() - begun if waited_for_load else 0.0
+            if load_only:
+                async with aclosing(_one(Finish("load", total_s=load_s, load_s=load_s))) as events:
+                    yield events
+                return
+            async with model.answer(ask.request) as answer:
+                async with aclosing(self._measured(ask.digest, answer, begun, load_s)) as events:
+                    yield events
+
+    @asynccontextmanager
+    async def _turn(self, ask: Ask, keep_alive_s: float, takes_slot: bool) -> AsyncIterator[tuple[LoadedModel, bool]]:
+        """A slot of the ask's model, and whether we waited for its load. Leaving gives it back, and notices a crash."""
+        self._asks += 1
+        number = self._asks
+        waiter = self._waiters[number] = _Waiter(ask)
+        held = self._held.get(ask.digest)
+        ready = held is not None and held.model is not None and not held.leave.is_set()
+        try:
+            self._do(self._core.on_ask(number, ask.digest, keep_alive_s, trio.current_time(), takes_slot=takes_slot))
+            await waiter.settled.wait()
+            if waiter.error:
+                raise waiter.error
+            if waiter.model is None:
+                raise EngineCrashed
+            yield waiter.model, not ready
+        finally:
+            del self._waiters[number]
+            self._notice_crash(ask.digest)
+            self._do(self._core.on_end(number, trio.current_time()))
+
+    def loaded(self) -> tuple[LoadedView, ...]:
+        """Models in memory, longest remaining first."""
+        offset_s = self._wall() - trio.current_time()
+        views = []
+        for resident in self._core.snapshot():
+            held = self._held.get(resident.digest)
+            if held is None or held.file is None or held.model is None or not held.model.alive:
+                continue
+            facts, rates = held.model.facts, self.rates(resident.digest)
+            views.append(
+                LoadedView(
+                    name=held.file.name,
+                    digest=resident.digest,
+                    size=facts.size,
+                    size_vram=facts.size_vram,
+                    context_length=facts.context_length,
+                    device=facts.device,
+                    details=held.file.details,
+                    expires_at_s=None if resident.expires_at == math.inf else resident.expires_at + offset_s,
+                    running=resident.running,
+                    queued=resident.queued,
+                    prefill_per_s=rates.prefill_per_s,
+                    decode_per_s=rates.decode_per_s,
+                    load_s=rates.load_s,
+                )
+            )
+        return tuple(views)
+
+    def load(self) -> Load:
+        """Prompts running and queued now; the capacity of one model, loaded or not."""
+        return Load(self._core.running, self._core.queued, self._config.parallel)
+
+    def rates(self, digest: Sha256) -> Rates:
+        """What was measured of a model since this node started, loaded now or not."""
+        return self._rates.get(digest, Rates())
+
+    async def unload(self, digest: Sha256) -> None:
+        """Unload when its running answers have ended; does not wait for them. No error if it is not loaded."""
+        await trio.lowlevel.checkpoint()
+        self._do(self._core.on_unload(digest, trio.current_time()))
+
+    async def run_expiry(self) -> None:
+        """Unload what nobody used for its keep-alive, until cancelled."""
+        while True:
+            changed = self._changed = trio.Event()
+            with trio.move_on_at(self._core.deadline()):
+                await changed.wait()
+            self._do(self._core.tick(trio.current_time()))
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, LoadModel):
+                held = self._held[action.digest] = _Held()
+                first = next(w.ask for w in self._waiters.values() if w.ask.digest == action.digest)
+                self._nursery.start_soon(self._run_model, action.digest, held, first.request)
+            elif isinstance(action, Unload):
+                self._leave(self._held[action.digest])
+            elif isinstance(action, Start):
+                waiter = self._waiters[action.ask]
+                waiter.model = self._held[waiter.ask.digest].model
+                waiter.settled.set()
+        self._changed.set()
+        self._on_change()
+
+    def _leave(self, held: _Held) -> None:
+        held.leave.set()
+        if held.model is None:
+            held.scope.cancel()
+
+    def _notice_crash(self, digest: Sha256) -> None:
+        held = self._held.get(digest)
+        if held and held.model and not held.model.alive and not held.leave.is_set():
+            _log.warning("engine crashed", digest=digest[:12])
+            self._do(self._core.on_crashed(digest, trio.current_time()))
+
+    async def _run_model(self, digest: Sha256, held: _Held, request: InferRequest) -> None:
+        try:
+            with held.scope:
+                await self._hold_model(digest, held, request)
+        except MeshmaxError as error:
+            if held.model is None:
+                self._fail(digest, error)
+                return
+            _log.warning("engine ended badly", digest=digest[:12], error=error.message)
+        del self._held[digest]
+        self._do(self._core.on_unloaded(digest, trio.current_time()))
+
+    async def _hold_model(self, digest: Sha256, held: _Held, request: InferRequest) -> None:
+        begun = trio.current_time()
+        file = await self._model_file(digest)
+        held.file = msgspec.structs.replace(file, parameters=_with_context(file, request))
+        # The deadline ends with the load: the block below stays open for as long as the model is in memory.
+        with trio.CancelScope(deadline=begun + self._config.load_timeout_s) as loading:
+            async with self._engine.open_model(held.file) as model:
+                loading.deadline = math.inf
+                held.model = model
+                took_s = trio.current_time() - begun
+                self._remember(digest, self.rates(digest).after_load(took_s))
+                _log.info("loaded", model=held.file.name, digest=digest[:12], seconds=round(took_s, 3))
+                self._do(self._core.on_loaded(digest, model.facts.parallel, trio.current_time()))
+                await held.leave.wait()
+        if loading.cancelled_caught:
+            raise EngineUnavailable(f"the model did not load within {self._config.load_timeout_s:g} s")
+
+    def _fail(self, digest: Sha256, error: MeshmaxError) -> None:
+        _log.warning("not loaded", digest=digest[:12], code=error.code, error=error.message)
+        del self._held[digest]
+        actions = self._core.on_load_failed(digest, trio.current_time())
+        for action in actions:
+            if isinstance(action, Fail):
+                self._waiters[action.ask].error = error
+                self._waiters[action.ask].settled.set()
+        self._do(actions)
+
+    async def _measured(
+        self, digest: Sha256, answer: AsyncIterator[Event], begun: float, load_s: float
+    ) -> AsyncGenerator[Event, None]:
+        async for event in answer:
+            if isinstance(event, Finish):
+                self._remember(digest, self.rates(digest).after_answer(event))
+                event = msgspec.structs.replace(event, load_s=load_s, total_s=trio.current_time() - begun)
+            yield event
+
+    def _remember(self, digest: Sha256, rates: Rates) -> None:
+        self._rates[digest] = rates
+        self._rates.move_to_end(digest)
+        if len(self._rates) > MAX_MEASURED:
+            self._rates.popitem(last=False)
+
+
+def _with_context(file: ModelFile, request: InferRequest) -> Options:
+    return merge_options(Options(num_ctx=request.options.num_ctx), file.parameters)
+
+
+async def _one(event: Event) -> AsyncGenerator[Event, None]:
+    await trio.lowlevel.checkpoint()
+    yield event
+
+
+@asynccontextmanager
+async def open_residency(
+    engine: Engine,
+    model_file: Callable[[Sha256], Awaitable[ModelFile]],
+    config: EngineConfig,
+    *,
+    on_change: Callable[[], None] = lambda: None,
+    wall: Callable[[], float] = time.time,
+) -> AsyncIterator[ModelResidency]:
+    """The residency of one node; leaving unloads everything.
+
+    ``model_file`` finds a model on disk (raises ModelNotFound, StoreError). ``on_change`` is called, often, when models or
+    load changed; it must be cheap. ``wall`` tells Unix time.
+    """
+    async with trio.open_nursery() as nursery:
+        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall)
+        nursery.start_soon(residency.run_expiry)
+        yield residency
+        nursery.cancel_scope.cancel()

@@ -156,8 +156,15 @@ class Partial(Protocol):
     """A blob being fetched. Owned by one task at a time; chunks written survive kill -9 once `write` has returned and the
     bitmap was synced (at least once a second and at close)."""
 
-    chunk_map: ChunkMap
-    haves: Haves
+    @property
+    def chunk_map(self) -> ChunkMap:
+        """What the blob must be."""
+        ...
+
+    @property
+    def haves(self) -> Haves:
+        """Which chunks are in their place."""
+        ...
 
     async def write(self, index: int, data: bytes) -> None:
         """Verify ``data`` against the map, put it in its place, mark it. Raises ChunkMismatch, StoreFull, StoreError."""

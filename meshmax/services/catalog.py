@@ -117,7 +117,8 @@ class CatalogService:
 
     def note_names(self) -> bool:
         """Remember what each name of the mesh means when it is first seen; True if one was new."""
-        return any([self._first_seen.note(parse_name(entry.name).key, entry.digest) for entry in self.entries()])
+        new = [entry for entry in self.entries() if self._first_seen.note(parse_name(entry.name).key, entry.digest)]
+        return bool(new)
 
     async def sign_missing_records(self) -> None:
         """Give every local model that has none a record of ours, so that peers can fetch it."""

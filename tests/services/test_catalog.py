@@ -1,0 +1,141 @@
+"""The catalog over an in-memory store: adding signs a record, copying and deleting keep to our own names."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from meshmax.base.catalog import ModelDescription
+from meshmax.base.errors import InvalidName, ModelNotFound, NoProviders, PeerGone
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.model import ModelDetails, ModelRecord
+from meshmax.base.names import parse_name
+from meshmax.base.status import ModelPresence, PeerStatus, PeerView
+from meshmax.core.catalog import FirstSeen
+from meshmax.services.catalog import CatalogService, open_catalog
+from meshmax.testing.gguf import build_gguf
+from meshmax.testing.memory_store import MemoryBlobStore, MemoryModelStore
+from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.wire.signed import MODEL_RECORD_DOMAIN, verify
+
+OWN, KITCHEN, ATTIC = SeededSigner(1), SeededSigner(2).peer_id, SeededSigner(3).peer_id
+REMOTE = Sha256("d" * 64)
+
+
+class World:
+    """What the catalog sees around it."""
+
+    def __init__(self) -> None:
+        self.blobs = MemoryBlobStore()
+        self.models = MemoryModelStore(self.blobs)
+        self.views: tuple[PeerView, ...] = ()
+        self.changes = 0
+        self.gone: set[PeerId] = set()
+
+    def peers(self) -> tuple[PeerView, ...]:
+        return (PeerView(OWN.peer_id, "self", "self", None), *self.views)
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    async def ask(self, peer: PeerId, digest: Sha256) -> ModelDescription:
+        if peer in self.gone:
+            raise PeerGone
+        return ModelDescription(digest, ModelDetails(), template=peer)
+
+
+@asynccontextmanager
+async def open_world() -> AsyncIterator[tuple[World, CatalogService]]:
+    world = World()
+    service = CatalogService(
+        world.models, world.blobs, OWN, lambda: 1000.0, world.peers, dict, world.ask, FirstSeen(), world.changed
+    )
+    async with open_catalog(service) as catalog:
+        yield world, catalog
+
+
+def holder(peer: PeerId) -> PeerView:
+    model = ModelPresence(REMOTE, (parse_name("far").full,), "disk", 7)
+    return PeerView(peer, "online", "direct", PeerStatus(peer, 1, 0, "x", "0", models=(model,)))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(build_gguf())
+    return path
+
+
+def nothing(done: int, total: int) -> None:
+    pass
+
+
+async def test_adding_a_file_makes_a_model_with_a_record_that_we_signed(tiny: Path) -> None:
+    async with open_world() as (world, catalog):
+        stored = await catalog.add("tiny", tiny, False, nothing)
+        assert stored.record
+        record = verify(MODEL_RECORD_DOMAIN, stored.record, ModelRecord)
+        assert record.name == "registry.ollama.ai/library/tiny:latest"
+        assert record.manifest == stored.manifest.digest
+        assert record.publisher == OWN.peer_id
+        assert set(record.chunk_maps) == {blob.digest for blob in stored.manifest.blobs}
+        assert catalog.resolve("TINY").stored == stored
+        assert world.changes == 2  # at the start, and for the new model
+
+
+async def test_a_bad_name_is_refused_before_anything_is_written(tiny: Path) -> None:
+    async with open_world() as (world, catalog):
+        with pytest.raises(InvalidName):
+            await catalog.add("../tiny", tiny, False, nothing)
+        assert not world.blobs.blobs
+
+
+async def test_a_copy_means_the_same_and_has_a_record_of_its_own(tiny: Path) -> None:
+    async with open_world() as (_, catalog):
+        first = await catalog.add("tiny", tiny, False, nothing)
+        await catalog.copy("tiny", "mine:v1")
+        second = catalog.resolve("mine:v1").stored
+        assert second
+        assert second.manifest == first.manifest
+        assert second.record
+        assert verify(MODEL_RECORD_DOMAIN, second.record, ModelRecord).name.endswith("mine:v1")
+
+
+async def test_deleting_one_name_leaves_the_other_and_an_unknown_one_is_not_found(tiny: Path) -> None:
+    async with open_world() as (_, catalog):
+        await catalog.add("tiny", tiny, False, nothing)
+        await catalog.copy("tiny", "other")
+        await catalog.delete("tiny")
+        assert [entry.name for entry in catalog.entries()] == ["other:latest"]
+        with pytest.raises(ModelNotFound, match="model 'tiny' not found"):
+            await catalog.delete("tiny")
+
+
+async def test_a_model_that_only_a_peer_has_is_listed_described_and_not_ours_to_delete() -> None:
+    async with open_world() as (world, catalog):
+        world.views = (holder(KITCHEN), holder(ATTIC))
+        world.gone = {KITCHEN}
+        (entry,) = catalog.entries()
+        assert not entry.local
+        assert (await catalog.describe("far")).template == ATTIC
+        with pytest.raises(ModelNotFound):
+            await catalog.delete("far")
+        world.gone.add(ATTIC)
+        with pytest.raises(NoProviders):
+            await catalog.describe("far")
+
+
+async def test_names_of_the_mesh_are_noted_once() -> None:
+    async with open_world() as (world, catalog):
+        world.views = (holder(KITCHEN),)
+        assert catalog.note_names()
+        assert not catalog.note_names()
+
+
+async def test_a_model_that_was_here_before_us_gets_a_record() -> None:
+    async with open_world() as (world, catalog):
+        await world.models.add_model("old", b"weights")
+        await catalog.refresh()
+        await catalog.sign_missing_records()
+        assert all(stored.record for stored in catalog.local())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import trio
 
@@ -31,12 +31,12 @@ _log = get_logger("store")
 
 
 class FileBlobStore:
-    """ports.BlobStore on disk. Opened by `store.open_store`, whose nursery runs `run` and the making of maps."""
+    """ports.BlobStore on disk. Opened by `store.open_store`, which starts it."""
 
     def __init__(self, layout: Layout, disk: Disk, run_sync: RunSync) -> None:
         self.layout, self.disk, self.run_sync = layout, disk, run_sync
         self.maps = MapFiles(layout, disk)
-        self._nursery: trio.Nursery | None = None  # `run` has it
+        self._nursery: trio.Nursery | None = None  # until `start`
         self._partials: dict[Sha256, PartialFile] = {}
         self._bad: dict[Sha256, set[int]] = {}
         self._rotten: set[Sha256] = set()  # adopted blobs whose bytes are not what their name says
@@ -57,14 +57,12 @@ class FileBlobStore:
             if Sha256(path.stem) not in self._partials:
                 self.disk.unlink(path)
 
-    async def run(self, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        """Sync dirty partials within SYNC_INTERVAL_S and make maps of adopted blobs, until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await self._sync_dirty()
+    def start(self, nursery: trio.Nursery) -> None:
+        """Begin to sync dirty partials and to make maps of adopted blobs, in tasks of ``nursery``."""
+        self._nursery = nursery
+        nursery.start_soon(self._run_sync_dirty)
 
-    async def _sync_dirty(self) -> None:
+    async def _run_sync_dirty(self) -> None:
         while True:
             await self._dirty.wait()
             self._dirty = trio.Event()
@@ -100,11 +98,11 @@ class FileBlobStore:
             raise _chunk_not_here(digest, index)
         if partial is None and self.maps.address(digest) is None:
             await self.haves(digest)  # an adopted blob's map may have to be made
-        try:
-            return await self.run_sync(lambda: self._read(digest, index))
-        except ChunkMismatch as error:
+        data = await self.run_sync(lambda: self._read(digest, index))
+        if data is None:
             await self._doubt(digest, index)
-            raise StoreCorrupt(f"blob {digest[:12]} is damaged on disk: {error.message}") from None
+            raise StoreCorrupt(f"chunk {index} of blob {digest[:12]} is damaged on disk; it is not offered any more")
+        return data
 
     async def read_map(self, address: MapAddress) -> bytes | None:
         """See ports.BlobStore."""
@@ -189,14 +187,18 @@ class FileBlobStore:
             return False, None
         return True, chunk_map
 
-    def _read(self, digest: Sha256, index: int) -> bytes:
+    def _read(self, digest: Sha256, index: int) -> bytes | None:
+        """The chunk, or None if it does not match its hash."""
         partial = self._partials.get(digest)
         chunk_map = partial.chunk_map if partial else self.maps.load(digest)
         if chunk_map is None or not 0 <= index < chunk_map.count:
             raise _chunk_not_here(digest, index)
         offset, length = chunk_map.span(index)
         data = self._read_span(digest, offset, length)
-        check_chunk(chunk_map, index, data)
+        try:
+            check_chunk(chunk_map, index, data)
+        except ChunkMismatch:
+            return None
         return data
 
     def _read_span(self, digest: Sha256, offset: int, length: int) -> bytes:

@@ -46,7 +46,7 @@ async def open_store(models: Path, state: Path, run_sync: RunSync, disk: Disk | 
         await run_sync(layout.sweep)
         await run_sync(blobs.load_partials)
     async with trio.open_nursery() as nursery:
-        await nursery.start(blobs.run)
+        blobs.start(nursery)
         try:
             yield Store(blobs, FileModelStore(blobs))
         finally:

@@ -118,12 +118,11 @@ class PartialFile:
         self._require_open()
         if not self.haves.whole:
             raise StoreError(f"blob {self.digest[:12]} is not whole: {len(self.haves.missing())} chunks are missing")
-        try:
-            async with self._syncing:
-                await self._run_sync(self._move_in)
-        except StoreCorrupt:
+        async with self._syncing:
+            true = await self._run_sync(self._try_move_in)
+        if not true:
             await self.discard()
-            raise
+            raise StoreCorrupt(f"the chunk map of blob {self.digest[:12]} is of other bytes; its publisher is wrong")
         self._close_file()
         self.on_gone(self)
 
@@ -186,7 +185,8 @@ class PartialFile:
             address = self._maps.save(self.chunk_map)
             save_bits(self._layout, self._disk, self.digest, address, haves)
 
-    def _move_in(self) -> None:
+    def _try_move_in(self) -> bool:
+        """Put the whole file in its place; False if it is small and its sha256 turned out wrong."""
         partial = self._layout.partial(self.digest)
         with translated(f"blob {self.digest[:12]} was not put in its place"):
             self._disk.sync(self._fd)
@@ -199,6 +199,7 @@ class PartialFile:
             self._maps.seal(self.digest, partial, proved)
             self._disk.move_in(partial, self._layout.blob(self.digest))
             self._disk.unlink(self._layout.bits(self.digest))
+        return True
 
     def _proves_true(self) -> bool:
         hasher = BlobHasher()

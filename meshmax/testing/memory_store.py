@@ -16,7 +16,6 @@ from meshmax.base.errors import (
     BlobNotFound,
     ChunkMismatch,
     InvalidRequest,
-    ManifestInvalid,
     ModelNotFound,
     StoreCorrupt,
     StoreError,
@@ -36,7 +35,9 @@ from meshmax.base.model import (
 )
 from meshmax.base.names import ModelName, parse_name
 from meshmax.ports import Progress
+from meshmax.store.details import build_config, describe, details_of, parse_config
 from meshmax.wire.chunkmap import check_chunk, chunk_map_of_bytes, encode_map, map_address
+from meshmax.wire.gguf import GgufHeader, try_parse_header
 from meshmax.wire.manifest import build_manifest, parse_manifest
 
 
@@ -244,8 +245,10 @@ class MemoryModelStore:
             data = path.read_bytes()
         except OSError as error:
             raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
-        if not data.startswith(b"GGUF"):
-            raise InvalidRequest(f"{path.name} is not a GGUF file")
+        try:
+            try_parse_header(data, len(data))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{path.name}: {error.message}") from None
         self._blobs.require_room()
         progress(len(data), len(data))
         return self._manifest(data)
@@ -257,11 +260,13 @@ class MemoryModelStore:
             if not self._blobs.whole(blob.digest):
                 raise BlobNotFound(f"blob {blob.digest[:12]} of {name} is not in the store")
             if len(self._blobs.content(blob.digest)) != blob.size:
-                raise ManifestInvalid(f"the manifest gives blob {blob.digest[:12]} a wrong size")
-        known = self._names.get(name.key)
+                raise BlobNotFound(f"blob {blob.digest[:12]} has not the size that the manifest gives")
+        known = self._names.pop(name.key, None)
         self.now_s += 1.0
         stored = StoredModel(known.name if known else str(name), manifest, self._details(manifest), self.now_s, record)
         self._names[name.key] = stored
+        if known is not None:
+            self._drop_unused(known.manifest)
         return stored
 
     async def copy(self, source: ModelName, destination: ModelName) -> None:
@@ -272,17 +277,20 @@ class MemoryModelStore:
         """See ports.ModelStore."""
         gone = self._model(name)
         del self._names[name.key]
-        used = {blob.digest for model in self._names.values() for blob in model.manifest.blobs}
-        for blob in gone.manifest.blobs:
-            if blob.digest not in used:
-                self._blobs.remove(blob.digest)
+        self._drop_unused(gone.manifest)
 
     async def describe(self, digest: Sha256) -> ModelDescription:
         """See ports.ModelStore."""
         for model in self._names.values():
             if model.manifest.digest == digest:
-                return ModelDescription(digest, model.details, modified_at_s=model.modified_at_s)
+                return describe(digest, model.details, self._header(model.manifest), {}, model.modified_at_s)
         raise ModelNotFound(f"model {digest[:12]} is not in the store")
+
+    def _drop_unused(self, manifest: Manifest) -> None:
+        used = {blob.digest for model in self._names.values() for blob in model.manifest.blobs}
+        for blob in manifest.blobs:
+            if blob.digest not in used:
+                self._blobs.remove(blob.digest)
 
     def _model(self, name: ModelName) -> StoredModel:
         if name.key not in self._names:
@@ -291,14 +299,31 @@ class MemoryModelStore:
 
     def _manifest(self, data: bytes) -> Manifest:
         model = self._blobs.add(data)
+        header = _try_header(data)
         config = self._blobs.add(
-            msgspec.json.encode({"model_format": "gguf", "model_family": "test", "diff": model.sha256})
+            build_config(header, model.sha256)
+            if header
+            else msgspec.json.encode({"model_format": "gguf", "model_family": "test", "diff": model.sha256})
         )
         layers = [Layer(MODEL_MEDIA_TYPE, model.sha256, model.size)]
         return parse_manifest(build_manifest(Layer(CONFIG_MEDIA_TYPE, config.sha256, config.size), layers))
 
+    def _header(self, manifest: Manifest) -> GgufHeader | None:
+        layer = manifest.layer(MODEL_MEDIA_TYPE)
+        return _try_header(self._blobs.content(layer.digest)) if layer else None
+
     def _details(self, manifest: Manifest) -> ModelDetails:
-        return ModelDetails(family="test", families=("test",), capabilities=("completion",))
+        header = self._header(manifest)
+        if header is None:
+            return ModelDetails(family="test", families=("test",), capabilities=("completion",))
+        return details_of(parse_config(self._blobs.content(manifest.config.digest)), header, "")
+
+
+def _try_header(data: bytes) -> GgufHeader | None:
+    try:
+        return try_parse_header(data, len(data))
+    except InvalidRequest:
+        return None
 
 
 def _without(haves: Haves, index: int) -> Haves:

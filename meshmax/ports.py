@@ -22,7 +22,7 @@ from meshmax.base.inference import Ask, Event, InferRequest
 from meshmax.base.model import ChunkMap, Haves, Manifest, Signed, StoredModel
 from meshmax.base.names import ModelName
 from meshmax.base.route import Route
-from meshmax.base.status import Device, Gpu, Load, PeerView
+from meshmax.base.status import Device, Gpu, Load, PeerView, Speed
 
 T = TypeVar("T")
 
@@ -376,8 +376,12 @@ class Residency(Protocol):
         """Prompts running and queued now."""
         ...
 
+    def speed(self, digest: Sha256) -> Speed:
+        """What was measured of a model here, loaded now or not."""
+        ...
+
     async def unload(self, digest: Sha256) -> None:
-        """Unload when its running answers have ended. No error if it is not loaded."""
+        """Unload when its running answers have ended; does not wait for that. No error if it is not loaded."""
         ...
 
 

@@ -65,6 +65,14 @@ class Load(msgspec.Struct, frozen=True):
     capacity: int = 1
 
 
+class Speed(msgspec.Struct, frozen=True):
+    """A model's measured speed on a peer: tokens a second of prompt and of answer, seconds of a load; 0 if never measured."""
+
+    prefill_per_s: float = 0.0
+    decode_per_s: float = 0.0
+    load_s: float = 0.0
+
+
 class PeerStatus(msgspec.Struct, frozen=True):
     """One peer's word about itself. ``sequence`` grows with each issue, over restarts too; ``mesh`` is '' in an open mesh."""
 

@@ -19,6 +19,7 @@ import msgspec
 from meshmax.base.errors import Busy
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Finish
+from meshmax.base.status import Speed
 
 MAX_LOADED: Final = 3  # models in memory at once, as Ollama's default for one device
 RATE_WEIGHT: Final = 0.3  # of the newest measurement in an EWMA: a few answers make the figure, one outlier does not
@@ -243,26 +244,20 @@ class ResidencyCore:
         return Unload(resident.digest)
 
 
-class Rates(msgspec.Struct, frozen=True):
-    """A model's measured speed here, EWMA: tokens a second of prompt and of answer, seconds of a load. 0: not yet measured."""
+def speed_after_load(speed: Speed, took_s: float) -> Speed:
+    """The EWMA with one more load."""
+    return msgspec.structs.replace(speed, load_s=_ewma(speed.load_s, took_s))
 
-    prefill_per_s: float = 0.0
-    decode_per_s: float = 0.0
-    load_s: float = 0.0
 
-    def after_load(self, took_s: float) -> Rates:
-        """These rates with one more load."""
-        return msgspec.structs.replace(self, load_s=_ewma(self.load_s, took_s))
-
-    def after_answer(self, finish: Finish) -> Rates:
-        """These rates with one more answer; parts of it that are too short to measure do not count."""
-        prefill, decode = self.prefill_per_s, self.decode_per_s
-        read = finish.prompt_tokens - finish.cached_tokens
-        if read >= MIN_RATE_TOKENS and finish.prompt_s > 0:
-            prefill = _ewma(prefill, read / finish.prompt_s)
-        if finish.output_tokens >= MIN_RATE_TOKENS and finish.output_s > 0:
-            decode = _ewma(decode, finish.output_tokens / finish.output_s)
-        return msgspec.structs.replace(self, prefill_per_s=prefill, decode_per_s=decode)
+def speed_after_answer(speed: Speed, finish: Finish) -> Speed:
+    """The EWMA with one more answer; parts of it that are too short to measure do not count."""
+    prefill, decode = speed.prefill_per_s, speed.decode_per_s
+    read = finish.prompt_tokens - finish.cached_tokens
+    if read >= MIN_RATE_TOKENS and finish.prompt_s > 0:
+        prefill = _ewma(prefill, read / finish.prompt_s)
+    if finish.output_tokens >= MIN_RATE_TOKENS and finish.output_s > 0:
+        decode = _ewma(decode, finish.output_tokens / finish.output_s)
+    return msgspec.structs.replace(speed, prefill_per_s=prefill, decode_per_s=decode)
 
 
 def _ewma(old: float, new: float) -> float:

@@ -23,8 +23,8 @@ from meshmax.base.config import EngineConfig
 from meshmax.base.errors import EngineCrashed, EngineUnavailable, MeshmaxError
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Ask, Event, Finish, InferRequest, Options, is_load_only, merge_options
-from meshmax.base.status import Load
-from meshmax.core.residency import Action, Fail, Rates, ResidencyCore, Start, Unload
+from meshmax.base.status import Load, Speed
+from meshmax.core.residency import Action, Fail, ResidencyCore, Start, Unload, speed_after_answer, speed_after_load
 from meshmax.core.residency import Load as LoadModel
 from meshmax.ports import Engine, LoadedModel
 from meshmax.telemetry.log import get_logger
@@ -73,7 +73,7 @@ class ModelResidency:
         self._core = ResidencyCore(config.max_queue)
         self._waiters: dict[int, _Waiter] = {}
         self._held: dict[Sha256, _Held] = {}
-        self._rates: OrderedDict[Sha256, Rates] = OrderedDict()
+        self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
         self._asks = 0
         self._changed = trio.Event()
 
@@ -131,7 +131,7 @@ class ModelResidency:
             held = self._held.get(resident.digest)
             if held is None or held.file is None or held.model is None or not held.model.alive:
                 continue
-            facts, rates = held.model.facts, self.rates(resident.digest)
+            facts, speed = held.model.facts, self.speed(resident.digest)
             views.append(
                 LoadedView(
                     name=held.file.name,
@@ -144,9 +144,9 @@ class ModelResidency:
                     expires_at_s=None if resident.expires_at == math.inf else resident.expires_at + offset_s,
                     running=resident.running,
                     queued=resident.queued,
-                    prefill_per_s=rates.prefill_per_s,
-                    decode_per_s=rates.decode_per_s,
-                    load_s=rates.load_s,
+                    prefill_per_s=speed.prefill_per_s,
+                    decode_per_s=speed.decode_per_s,
+                    load_s=speed.load_s,
                 )
             )
         return tuple(views)
@@ -155,9 +155,9 @@ class ModelResidency:
         """Prompts running and queued now; the capacity of one model, loaded or not."""
         return Load(self._core.running, self._core.queued, self._config.parallel)
 
-    def rates(self, digest: Sha256) -> Rates:
+    def speed(self, digest: Sha256) -> Speed:
         """What was measured of a model since this node started, loaded now or not."""
-        return self._rates.get(digest, Rates())
+        return self._speeds.get(digest, Speed())
 
     async def unload(self, digest: Sha256) -> None:
         """Unload when its running answers have ended; does not wait for them. No error if it is not loaded."""
@@ -220,7 +220,7 @@ class ModelResidency:
                 loading.deadline = math.inf
                 held.model = model
                 took_s = trio.current_time() - begun
-                self._remember(digest, self.rates(digest).after_load(took_s))
+                self._remember(digest, speed_after_load(self.speed(digest), took_s))
                 _log.info("loaded", model=held.file.name, digest=digest[:12], seconds=round(took_s, 3))
                 self._do(self._core.on_loaded(digest, model.facts.parallel, trio.current_time()))
                 await held.leave.wait()
@@ -242,15 +242,15 @@ class ModelResidency:
     ) -> AsyncGenerator[Event, None]:
         async for event in answer:
             if isinstance(event, Finish):
-                self._remember(digest, self.rates(digest).after_answer(event))
+                self._remember(digest, speed_after_answer(self.speed(digest), event))
                 event = msgspec.structs.replace(event, load_s=load_s, total_s=trio.current_time() - begun)
             yield event
 
-    def _remember(self, digest: Sha256, rates: Rates) -> None:
-        self._rates[digest] = rates
-        self._rates.move_to_end(digest)
-        if len(self._rates) > MAX_MEASURED:
-            self._rates.popitem(last=False)
+    def _remember(self, digest: Sha256, speed: Speed) -> None:
+        self._speeds[digest] = speed
+        self._speeds.move_to_end(digest)
+        if len(self._speeds) > MAX_MEASURED:
+            self._speeds.popitem(last=False)
 
 
 def _with_context(file: ModelFile, request: InferRequest) -> Options:
@@ -267,9 +267,9 @@ async def open_residency(
     engine: Engine,
     model_file: Callable[[Sha256], Awaitable[ModelFile]],
     config: EngineConfig,
+    wall: Callable[[], float] = time.time,
     *,
     on_change: Callable[[], None] = lambda: None,
-    wall: Callable[[], float] = time.time,
 ) -> AsyncIterator[ModelResidency]:
     """The residency of one node; leaving unloads everything.
 

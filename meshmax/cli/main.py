@@ -48,6 +48,7 @@ def make_app() -> App:
         version_flags=["--version", "-v"],
         default_parameter=Parameter(negative=(), show_default=False),
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     for names, where, words in _COMMANDS:
         app.command(where, name=names, help=words)

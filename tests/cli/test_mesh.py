@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from meshmax.cli.main import main
+from tests.cli.conftest import FakePeer
+
+A, B, C = (f"12D3KooW{letter * 44}" for letter in "ABC")
+
+
+def node(peer_id: str, name: str, status: str, **more: Any) -> dict[str, Any]:
+    return {
+        "id": peer_id, "name": name, "status": status, "path": "direct", "rtt_ms": None, "models": [], "gpus": [],
+        "addresses": [f"/ip4/10.0.0.1/tcp/11435/p2p/{peer_id}"], "load": {"running": 0, "queued": 0},
+        "usage": {"cpu": 0, "memory": 0}, "version": "0.1.0", "last_seen": "2026-01-01T00:00:00Z", **more,
+    }  # fmt: skip
+
+
+def model(name: str, state: str = "disk") -> dict[str, str]:
+    return {"name": name, "digest": "0" * 64, "state": state}
+
+
+NODES = {
+    B: node(B, "box", "online", rtt_ms=12.345, gpus=[{"name": "RTX 4090"}], load={"running": 2, "queued": 1},
+            models=[model("smollm2:latest", "loaded"), model("llama3:8b"), model("c"), model("d"), model("e")]),
+    C: node(C, "gone", "offline", addresses=[]),
+    A: node(A, "here", "self", path="self", models=[model("registry.ollama.ai/library/x:latest", "partial")]),
+}  # fmt: skip
+
+
+def test_peers_shows_ourselves_first_then_by_round_trip(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    assert main(["peers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "PEER", "ID", "ADDRESS", "RTT", "MODELS", "GPU", "LOAD"]
+    cells = [[cell for cell in line.split("    ") if cell] for line in lines[1:]]
+    assert [[cell.strip() for cell in row] for row in cells[:2]] == [
+        ["here", A, "/ip4/10.0.0.1/tcp/11435", "self", "x (partial)", "-", "idle"],
+        [
+            "box",
+            B,
+            "/ip4/10.0.0.1/tcp/11435",
+            "12.3 ms",
+            "smollm2 (loaded), llama3:8b, c, +2",
+            "RTX 4090",
+            "2 running, 1 queued",
+        ],
+    ]
+    assert lines[3].startswith("gone")
+    assert "gone, seen" in lines[3]
+
+
+def test_peers_as_json_is_what_the_interface_says(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    assert main(["peers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"nodes": NODES}
+
+
+STATUS = {
+    "node_id": A, "name": "here", "version": "0.1.0", "state": "running", "mesh": "", "connections": 1,
+    "addresses": ["/ip4/10.0.0.1/tcp/11435/p2p/" + A, "/ip6/::1/tcp/11435/p2p/" + A], "uptime": 185 * 10**9,
+    "resources": {"cpu_percent": 3.2, "memory_bytes": 1_200_000_000, "memory_total_bytes": 16_000_000_000,
+                  "disk_free_bytes": 120_000_000_000, "gpus": []},
+}  # fmt: skip
+
+
+def test_status_tells_how_the_peer_is(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/status", STATUS)
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    fake_peer.on(
+        "GET", "/api/v1/models", {"models": {"x": {"name": "x", "local": True}, "y": {"name": "y", "local": False}}}
+    )
+    assert main(["status"]) == 0
+    assert capsys.readouterr().out == (
+        "name          here\n"
+        f"peer id       {A}\n"
+        "version       0.1.0\n"
+        "state         running, for 3 minutes\n"
+        "mesh          open LAN mesh\n"
+        f"api           {fake_peer.url}\n"
+        f"address       /ip4/10.0.0.1/tcp/11435/p2p/{A}\n"
+        f"              /ip6/::1/tcp/11435/p2p/{A}\n"
+        "peers         1 online\n"
+        "models        1 here, 2 in the mesh\n"
+        "cpu           3 %\n"
+        "memory        1.2 GB of 16 GB\n"
+        "disk free     120 GB\n"
+        "gpu           none\n"
+    )
+
+
+def test_docs_lists_its_pages_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["docs", "--json"]) == 0
+    pages = json.loads(capsys.readouterr().out)
+    for page in pages:
+        assert main(["docs", page]) == 0
+        assert capsys.readouterr().out.strip()
+
+
+def test_docs_of_an_unknown_page_says_how_to_list_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["docs", "../../etc/passwd"]) == 3
+    assert "`meshmax docs` lists the pages" in capsys.readouterr().err

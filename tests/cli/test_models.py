@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshmax.cli.main import main
+from tests.cli.conftest import FakePeer, Lines
+
+DIGEST = "6a0746a1ec1aef3e7ec53868f220ff6e389f6f8ef87a01d77c96807de94ca2aa"
+DETAILS = {"format": "gguf", "family": "llama", "parameter_size": "134.52M", "quantization_level": "Q4_1"}
+
+
+def at(seconds_from_now: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + seconds_from_now))
+
+
+def tag(name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "model": name, "digest": DIGEST, "size": 98_362_432, "modified_at": at(-3 * 86400), **more}
+
+
+def loaded(name: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name, "model": name, "digest": DIGEST, "size": 240_000_000, "size_vram": 0, "context_length": 4096,
+        "expires_at": at(299), **more,
+    }  # fmt: skip
+
+
+def test_list_has_ollamas_columns_and_a_dash_for_what_only_others_hold(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote = tag("llama3:8b", remote_host="http://a", remote_model="llama3:8b")
+    fake_peer.on("GET", "/api/tags", {"models": [tag("smollm2:latest"), remote]})
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out == (
+        "NAME              ID              SIZE     MODIFIED\n"
+        "smollm2:latest    6a0746a1ec1a    98 MB    3 days ago\n"
+        "llama3:8b         6a0746a1ec1a    -        3 days ago\n"
+    )
+
+
+def test_list_takes_a_prefix_in_any_case_and_ls_is_its_other_name(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("GET", "/api/tags", {"models": [tag("smollm2:latest"), tag("llama3:8b")]})
+    assert main(["ls", "LLAMA", "--json"]) == 0
+    assert [model["name"] for model in json.loads(capsys.readouterr().out)["models"]] == ["llama3:8b"]
+
+
+def test_ps_has_ollamas_columns(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [
+        loaded("a:latest"),
+        loaded("b:latest", size_vram=240_000_000, expires_at="2318-01-01T00:00:00Z"),
+        loaded("c:latest", expires_at=at(-1)),
+    ]
+    fake_peer.on("GET", "/api/ps", {"models": models})
+    assert main(["ps"]) == 0
+    assert capsys.readouterr().out == (
+        "NAME        ID              SIZE      PROCESSOR    CONTEXT    UNTIL\n"
+        "a:latest    6a0746a1ec1a    240 MB    100% CPU     4096       4 minutes from now\n"
+        "b:latest    6a0746a1ec1a    240 MB    100% GPU     4096       Forever\n"
+        "c:latest    6a0746a1ec1a    240 MB    100% CPU     4096       Stopping...\n"
+    )
+
+
+SHOWN = {
+    "details": DETAILS,
+    "model_info": {
+        "general.architecture": "llama",
+        "general.parameter_count": 134_515_008,
+        "llama.context_length": 2048,
+        "llama.embedding_length": 576,
+    },
+    "capabilities": ["completion"],
+    "parameters": 'stop                           "<|im_end|>"\ntemperature                    0.2',
+    "system": "Be brief.",
+    "license": "Apache License\nVersion 2.0\nTERMS\nmore",
+    "template": "{{ .Prompt }}",
+}
+
+
+def test_show_has_ollamas_sections(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("POST", "/api/show", SHOWN)
+    assert main(["show", "smollm2"]) == 0
+    assert capsys.readouterr().out == (
+        "  Model\n"
+        "    architecture        llama\n"
+        "    parameters          134.52M\n"
+        "    context length      2048\n"
+        "    embedding length    576\n"
+        "    quantization        Q4_1\n"
+        "\n"
+        "  Capabilities\n"
+        "    completion\n"
+        "\n"
+        "  Parameters\n"
+        '    stop           "<|im_end|>"\n'
+        "    temperature    0.2\n"
+        "\n"
+        "  System\n"
+        "    Be brief.\n"
+        "\n"
+        "  License\n"
+        "    Apache License\n"
+        "    Version 2.0\n"
+        "    ...\n"
+        "\n"
+    )
+
+
+def test_show_of_one_part_is_that_part_alone(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("POST", "/api/show", SHOWN)
+    assert main(["show", "--template", "smollm2"]) == 0
+    assert capsys.readouterr().out == "{{ .Prompt }}\n"
+    assert main(["show", "--template", "--system", "smollm2"]) == 2
+
+
+def test_show_verbose_asks_for_everything(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("POST", "/api/show", SHOWN)
+    assert main(["show", "smollm2", "--verbose"]) == 0
+    assert fake_peer.bodies("/api/show") == [{"model": "smollm2", "verbose": True}]
+    assert "  Metadata\n    general.architecture       llama\n" in capsys.readouterr().out
+
+
+def test_cp_says_what_it_did(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("POST", "/api/copy")
+    assert main(["cp", "a", "b"]) == 0
+    assert capsys.readouterr().out == "copied 'a' to 'b'\n"
+    assert fake_peer.bodies("/api/copy") == [{"source": "a", "destination": "b"}]
+
+
+def test_rm_stops_what_is_loaded_here_then_deletes_each(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("GET", "/api/ps", {"models": [loaded("a:latest")]})
+    fake_peer.on("POST", "/api/show", SHOWN)
+    fake_peer.on("POST", "/api/generate", {"done": True})
+    fake_peer.on("DELETE", "/api/delete")
+    assert main(["rm", "a", "b:1"]) == 0
+    assert capsys.readouterr().out == "deleted 'a'\ndeleted 'b:1'\n"
+    assert fake_peer.bodies("/api/generate") == [{"model": "a", "keep_alive": 0, "stream": False}]
+    assert fake_peer.bodies("/api/delete") == [{"model": "a"}, {"model": "b:1"}]
+
+
+def test_rm_of_an_unknown_model_ends_with_3(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/ps", {"models": []})
+    fake_peer.on("DELETE", "/api/delete", {"error": "model 'x' not found"}, 404)
+    assert main(["rm", "x"]) == 3
+    assert capsys.readouterr().err == "Error: model 'x' not found\n"
+
+
+def test_stop_of_an_unknown_model_says_so_as_ollama_does(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("GET", "/api/ps", {"models": []})
+    fake_peer.on("POST", "/api/show", {"error": "model 'x' not found"}, 404)
+    assert main(["stop", "x"]) == 3
+    assert capsys.readouterr().err == 'Error: couldn\'t find model "x" to stop\n'
+
+
+def test_stop_never_touches_a_model_that_is_loaded_only_on_another_peer(fake_peer: FakePeer) -> None:
+    fake_peer.on("GET", "/api/ps", {"models": []})
+    fake_peer.on("POST", "/api/show", SHOWN)
+    assert main(["stop", "x"]) == 0
+    assert fake_peer.bodies("/api/generate") == []
+
+
+PULL = Lines(
+    [
+        {"status": "pulling manifest"},
+        {"status": "pulling 6a0746a1ec1a", "digest": f"sha256:{DIGEST}", "total": 98_362_432},
+        {"status": "pulling 6a0746a1ec1a", "digest": f"sha256:{DIGEST}", "total": 98_362_432, "completed": 50_000_000},
+        {"status": "pulling 6a0746a1ec1a", "digest": f"sha256:{DIGEST}", "total": 98_362_432, "completed": 98_362_432},
+        {"status": "pulling 6a0746a1ec1a", "digest": f"sha256:{DIGEST}", "total": 98_362_432, "completed": 98_362_432},
+        {"status": "verifying sha256 digest"},
+        {"status": "writing manifest"},
+        {"status": "success"},
+    ]
+)
+
+
+def test_pull_elsewhere_than_on_a_terminal_writes_each_step_once_without_escape_codes(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("POST", "/api/pull", PULL)
+    assert main(["pull", "smollm2"]) == 0
+    assert capsys.readouterr().out == (
+        "pulling manifest\npulling 6a0746a1ec1a 98 MB\nverifying sha256 digest\nwriting manifest\nsuccess\n"
+    )
+
+
+def test_pull_as_json_passes_every_line_on(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("POST", "/api/pull", PULL)
+    assert main(["pull", "smollm2", "--json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == PULL
+
+
+def test_pull_on_a_terminal_draws_a_bar(
+    fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("POST", "/api/pull", PULL)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert main(["pull", "smollm2"]) == 0
+    shown = capsys.readouterr().out
+    assert "pulling 6a0746a1ec1a" in shown
+    assert "100%" in shown
+
+
+def test_a_pull_that_fails_on_the_way_ends_with_the_code_of_its_cause(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("POST", "/api/pull", Lines([*PULL[:2], {"error": "no peer has it", "code": "no_providers"}]))
+    assert main(["pull", "smollm2"]) == 3
+    assert capsys.readouterr().err == "Error: no peer has it\n"
+
+
+def test_a_pull_that_just_ends_is_not_taken_for_success(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("POST", "/api/pull", Lines(PULL[:3]))
+    assert main(["pull", "smollm2"]) == 4
+    assert "in the middle" in capsys.readouterr().err
+
+
+def test_add_gives_the_peer_the_absolute_path(
+    fake_peer: FakePeer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    lines = Lines([{"status": "adding model", "total": 4, "completed": 4}, {"status": "success"}])
+    fake_peer.on("POST", "/api/v1/models/add", lines)
+    assert main(["add", "m", "m.gguf", "--link"]) == 0
+    assert capsys.readouterr().out == "adding model 4 B\nsuccess\n"
+    assert fake_peer.bodies("/api/v1/models/add") == [{"name": "m", "path": str(tmp_path / "m.gguf"), "link": True}]
+
+
+def test_add_of_a_file_that_is_not_there_is_refused_before_the_peer_is_asked(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["add", "m", "/nowhere/m.gguf"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    assert fake_peer.asked == []

@@ -247,7 +247,7 @@ def _check_delta(delta: Delta) -> None:
 
 
 def _check_finish(finish: Finish) -> None:
-    counts = (finish.prompt_tokens, finish.output_tokens)
+    counts = (finish.prompt_tokens, finish.cached_tokens, finish.output_tokens)
     times = (finish.total_s, finish.load_s, finish.prompt_s, finish.output_s)
     if not (all(0 <= n <= 1 << 32 for n in counts) and all(math.isfinite(t) and 0 <= t <= 1e9 for t in times)):
         raise RemoteProtocolError("the peer sent figures of an answer that are out of bounds")

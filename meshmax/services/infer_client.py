@@ -1,0 +1,114 @@
+"""Asks one peer for an answer over /meshmax/infer/1.0.0. No tasks: frames are read as the caller asks for events.
+
+A peer that says nothing, not even KeepAlive, for SILENCE_S is gone. What the peer sends is checked against what was
+asked. Leaving the block resets the stream, which stops the work there. Not here: whom to ask (services.router).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from meshmax.base.errors import PeerGone, RemoteProtocolError
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, Vector
+from meshmax.ports import Stream, Swarm
+from meshmax.services.frames import FrameStream
+from meshmax.wire.failure import Failure, error_of
+from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, Reply, ask_parts, check_reply
+from meshmax.wire.protocols import INFER
+
+OPEN_DEADLINE_S: Final = 5.0  # a round trip or two on a connection that is there
+SILENCE_S: Final = 7.0  # three keep-alives missed, and a second; within the 10 s in which a frozen peer must be noticed
+
+
+@asynccontextmanager
+async def open_remote_answer(swarm: Swarm, peer: PeerId, ask: Ask) -> AsyncIterator[AsyncIterator[Event]]:
+    """The events of ``peer``'s answer, a Finish at the end. Entered once the request is sent; leaving resets the stream.
+
+    Raises, on entering or at any event: PeerGone, VersionMismatch, RemoteProtocolError, Busy, EngineError... as the peer
+    says; InvalidRequest for a request that is too large.
+    """
+    parts = ask_parts(ask)
+    stream = await _open(swarm, peer)
+    try:
+        frames = FrameStream(stream)
+        for part in parts:
+            with trio.move_on_after(SILENCE_S) as scope:
+                await frames.send(ASK_PART, part)
+            if scope.cancelled_caught:
+                raise PeerGone(f"the peer took nothing of the request for {SILENCE_S:g} s")
+        yield RemoteEvents(frames, ask)
+    finally:
+        with trio.CancelScope(shield=True):  # reset does not block; without it the peer would work on
+            await stream.reset()
+
+
+async def _open(swarm: Swarm, peer: PeerId) -> Stream:
+    stream = None
+    with trio.move_on_after(OPEN_DEADLINE_S):
+        stream = await swarm.open_stream(peer, INFER)
+    if stream is None:
+        raise PeerGone(f"the peer did not open a stream within {OPEN_DEADLINE_S:g} s")
+    return stream
+
+
+class RemoteEvents:
+    """The events of one answer as they come."""
+
+    def __init__(self, frames: FrameStream, ask: Ask) -> None:
+        self._frames = frames
+        self._inputs = len(ask.request.inputs) if isinstance(ask.request, EmbedRequest) else None
+        self._seen: set[int] = set()
+        self._ready: deque[Event] = deque()
+        self._accepted = self._finished = False
+
+    def __aiter__(self) -> RemoteEvents:
+        return self
+
+    async def __anext__(self) -> Event:
+        """The next event. Raises PeerGone, RemoteProtocolError, and what the peer says that went wrong."""
+        if self._finished and not self._ready:
+            raise StopAsyncIteration
+        while not self._ready:
+            self._on_reply(await self._receive())
+        return self._ready.popleft()
+
+    async def _receive(self) -> Reply:
+        reply = None
+        with trio.move_on_after(SILENCE_S) as scope:
+            reply = await self._frames.try_receive(REPLY)
+        if scope.cancelled_caught:
+            raise PeerGone(f"the peer was silent for {SILENCE_S:g} s")
+        if reply is None:
+            raise PeerGone("the peer ended the stream before its answer was whole")
+        return reply
+
+    def _on_reply(self, reply: Reply) -> None:
+        if isinstance(reply, Failure):
+            raise error_of(reply)
+        if isinstance(reply, Accepted) == self._accepted:
+            raise RemoteProtocolError("the peer did not accept the request once, before everything else")
+        self._accepted = True
+        check_reply(reply)
+        if isinstance(reply, Events):
+            for event in reply.events:
+                self._check(event)
+            self._ready.extend(reply.events)
+
+    def _check(self, event: Event) -> None:
+        """Whether the event answers what was asked: vectors or text, each vector once, all of them before the end."""
+        if isinstance(event, Finish):
+            self._finished = True
+            if self._inputs is not None and len(self._seen) != self._inputs:
+                raise RemoteProtocolError("the peer ended its answer without a vector for each input")
+        elif isinstance(event, Delta) == (self._inputs is not None):
+            raise RemoteProtocolError("the peer sent another kind of answer than was asked for")
+        elif isinstance(event, Vector):
+            if event.index in self._seen or event.index >= (self._inputs or 0):
+                raise RemoteProtocolError("the peer sent a vector twice, or one that was not asked for")
+            self._seen.add(event.index)

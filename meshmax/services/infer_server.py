@@ -1,0 +1,193 @@
+"""Serves /meshmax/infer/1.0.0 from this node's Residency: the model must be here, others are not asked.
+
+A request lives as long as its stream: the moment the requester closes or resets it, says another word, or is lost, the
+work is cancelled and the engine stops. Three tasks a request, in one nursery: one makes events, one sends them
+(those that are ready together in one frame, a KeepAlive when there are none), one watches the requester. Requests at
+once and bytes held for them are bounded, in all and per peer; beyond that the answer is Busy. Neither prompts nor
+answers are logged. Not here: queues and slots of a model (services.residency).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import structlog
+import trio
+
+from meshmax.base.errors import Busy, MeshmaxError, PeerGone, RemoteProtocolError
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import Ask, Event
+from meshmax.base.units import MIB
+from meshmax.ports import Residency, Stream, Swarm
+from meshmax.services.frames import FrameStream
+from meshmax.telemetry.log import get_logger
+from meshmax.wire.failure import Failure, failure_of
+from meshmax.wire.infer import ASK_PART, MAX_EVENTS, REPLY, Accepted, AskAssembly, KeepAlive, events_frames
+from meshmax.wire.protocols import INFER
+
+MAX_REQUESTS: Final = 512  # at once, waiting ones too; as the default queue of one model
+MAX_REQUESTS_PER_PEER: Final = 64  # a quarter of the streams a connection has
+MAX_HELD_BYTES: Final = 256 * MIB  # of requests in all: 15 of the largest, or thousands of usual ones
+PART_DEADLINE_S: Final = 15.0  # for each piece of a request: 35 kB/s at least
+KEEP_ALIVE_S: Final = 2.0  # silence after which the requester is told that we are still at it
+SEND_DEADLINE_S: Final = 30.0  # a requester that takes nothing for so long holds a slot that others wait for
+
+_log = get_logger("infer_server")
+
+
+class InferServer:
+    """Answers peers' requests. ``active`` counts requests under way per peer."""
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._held_bytes = 0
+        self.active: Counter[PeerId] = Counter()
+
+    def register(self, swarm: Swarm) -> None:
+        """Serve the protocol on ``swarm`` from now on."""
+        swarm.serve(INFER, self.answer)
+
+    async def answer(self, stream: Stream) -> None:
+        """Serve one request. Raises RemoteProtocolError and PeerGone; what else goes wrong is told to the requester."""
+        frames = FrameStream(stream)
+        try:
+            with self._place(stream.peer):
+                await self._serve(frames)
+        except Busy as error:
+            await _send(frames, REPLY.encode(failure_of(error)))
+            await _drain(frames)
+
+    @contextmanager
+    def _place(self, peer: PeerId) -> Iterator[None]:
+        if self.active[peer] >= MAX_REQUESTS_PER_PEER:
+            raise Busy(f"this peer answers at most {MAX_REQUESTS_PER_PEER} requests of one peer at once")
+        if self.active.total() >= MAX_REQUESTS:
+            raise Busy(f"this peer answers at most {MAX_REQUESTS} requests of its neighbours at once")
+        self.active[peer] += 1
+        try:
+            yield
+        finally:
+            self.active[peer] -= 1
+            if not self.active[peer]:
+                del self.active[peer]
+
+    async def _serve(self, frames: FrameStream) -> None:
+        assembly = AskAssembly()
+        try:
+            ask = await self._receive_ask(frames, assembly)
+            with structlog.contextvars.bound_contextvars(request_id=ask.request_id, peer=frames.peer):
+                _log.debug("request taken", digest=ask.digest)
+                await _send(frames, REPLY.encode(Accepted()))
+                await _Exchange(self._residency, frames, ask).run()
+        finally:
+            self._held_bytes -= assembly.held_bytes
+
+    async def _receive_ask(self, frames: FrameStream, assembly: AskAssembly) -> Ask:
+        while True:
+            part = None
+            with trio.move_on_after(PART_DEADLINE_S):
+                part = await frames.receive(ASK_PART)
+            if part is None:
+                raise RemoteProtocolError(f"the peer did not send its request within {PART_DEADLINE_S:g} s")
+            if self._held_bytes + len(part.data) > MAX_HELD_BYTES:
+                raise Busy("this peer holds as many large requests as it has room for")
+            before = assembly.held_bytes
+            try:
+                ask = assembly.on_part(part)
+            finally:
+                self._held_bytes += assembly.held_bytes - before
+            if ask is not None:
+                return ask
+
+
+class _Exchange:
+    """One request that was accepted, until its answer is sent or nobody wants it any more."""
+
+    def __init__(self, residency: Residency, frames: FrameStream, ask: Ask) -> None:
+        self._residency = residency
+        self._frames = frames
+        self._ask = ask
+        self._error: PeerGone | RemoteProtocolError | None = None
+
+    async def run(self) -> None:
+        # The engine may be MAX_EVENTS ahead of the wire, not more: a slow requester slows the engine down.
+        made, ready = trio.open_memory_channel[Event | Failure](MAX_EVENTS)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, nursery.cancel_scope)
+            nursery.start_soon(self._make, made)
+            nursery.start_soon(self._send, ready, nursery.cancel_scope)
+        if self._error is not None:
+            raise self._error
+
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        """The requester has nothing more to say; whatever comes, it no longer wants (or may not have) the answer."""
+        try:
+            extra = await self._frames.try_receive(ASK_PART)
+            if extra is not None:
+                self._error = RemoteProtocolError("the peer sent more after its request was whole")
+        except (PeerGone, RemoteProtocolError) as error:
+            self._error = error
+        _log.debug("requester left")
+        scope.cancel()
+
+    async def _make(self, made: trio.MemorySendChannel[Event | Failure]) -> None:
+        async with made:
+            try:
+                async with self._residency.open_answer(self._ask) as events:
+                    async for event in events:
+                        await made.send(event)
+            except MeshmaxError as error:
+                _log.info("request failed", code=error.code)
+                await made.send(failure_of(error))
+
+    async def _send(self, ready: trio.MemoryReceiveChannel[Event | Failure], scope: trio.CancelScope) -> None:
+        try:
+            while True:
+                batch = await _next_batch(ready)
+                if batch is None:
+                    break
+                for frame in _encode(batch):
+                    await _send(self._frames, frame)
+        except PeerGone as error:
+            self._error = error
+        scope.cancel()  # the answer is out: nothing that the watcher could see matters any more
+
+
+async def _next_batch(ready: trio.MemoryReceiveChannel[Event | Failure]) -> list[Event | Failure] | None:
+    """What is ready, [] if nothing was for KEEP_ALIVE_S, None at the end."""
+    batch: list[Event | Failure] = []
+    try:
+        with trio.move_on_after(KEEP_ALIVE_S):
+            batch.append(await ready.receive())
+        while batch and len(batch) < MAX_EVENTS:
+            batch.append(ready.receive_nowait())
+    except trio.WouldBlock:
+        pass
+    except trio.EndOfChannel:
+        return batch or None
+    return batch
+
+
+def _encode(batch: list[Event | Failure]) -> list[bytes]:
+    if not batch:
+        return [REPLY.encode(KeepAlive())]
+    events = [item for item in batch if not isinstance(item, Failure)]
+    frames = events_frames(events) if events else []
+    return frames + [REPLY.encode(item) for item in batch if isinstance(item, Failure)]
+
+
+async def _send(frames: FrameStream, frame: bytes) -> None:
+    with trio.move_on_after(SEND_DEADLINE_S) as scope:
+        await frames.stream.send_all(frame)
+    if scope.cancelled_caught:
+        raise PeerGone(f"the requester took nothing for {SEND_DEADLINE_S:g} s")
+
+
+async def _drain(frames: FrameStream) -> None:
+    """Read on after a refusal until the requester has closed, so that the refusal is not lost in a reset."""
+    with trio.move_on_after(PART_DEADLINE_S):
+        while await frames.try_receive(ASK_PART) is not None:
+            pass

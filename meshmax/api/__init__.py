@@ -1,1 +1,1 @@
-"""The HTTP face: Ollama, OpenAI and the mesh's own interface."""
+"""The HTTP faces of a node: Ollama's interface, OpenAI's, and the mesh's own, on one port."""

@@ -1,0 +1,91 @@
+"""The ASGI application of a node: the tables of routes, those that are closed, and the guard around them."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from typing import Final
+
+import trio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from meshmax.api.access import Policy
+from meshmax.api.guard import Guard
+from meshmax.api.mesh_routes import MeshFace
+from meshmax.api.node_view import ApiNode
+from meshmax.api.ollama_routes import OllamaFace
+from meshmax.api.openai_routes import OpenAiFace
+from meshmax.api.prompts import Prompts
+from meshmax.api.table import ANY_VERB, closed_route
+
+_POST: Final = ("POST",)
+_GET: Final = ("GET",)
+
+# Known to clients, not offered yet: (path, verbs, what it would be).
+CLOSED: Final = (
+    ("/api/create", _POST, "Making models from other models or files"),
+    ("/api/push", _POST, "Pushing to a registry"),
+    ("/api/blobs/{digest}", _POST, "Uploading blobs"),
+    ("/api/me", _POST, "An account"),
+    ("/api/signout", _POST, "An account"),
+    ("/api/user/keys/{key}", ("DELETE",), "An account"),
+    ("/api/experimental/{rest:path}", ANY_VERB, "Web search and the other experimental interfaces"),
+    ("/v1/responses", _POST, "The responses interface"),
+    ("/v1/audio/transcriptions", _POST, "Transcribing audio"),
+    ("/v1/messages", _POST, "The messages interface"),
+    ("/docs", _GET, "The interface's documentation page"),
+    ("/api/v1/openapi.json", _GET, "The OpenAPI document"),
+    ("/api/v1/ws", _GET, "The stream of events"),
+    ("/api/v1/metrics", _GET, "This summary (GET /metrics has the figures)"),
+    ("/api/v1/nodes/{id}/drain", _POST, "Draining a node"),
+    ("/api/v1/nodes/{id}/undrain", _POST, "Draining a node"),
+    ("/api/v1/transfers/{id}/cancel", _POST, "Steering transfers"),
+    ("/api/v1/transfers/{id}/pause", _POST, "Steering transfers"),
+    ("/api/v1/transfers/{id}/resume", _POST, "Steering transfers"),
+    ("/api/v1/models/{name:path}/download", _POST, "Starting a download in the background (POST /api/pull pulls)"),
+    ("/api/v1/models/{name:path}/distribute", _POST, "Distributing a model"),
+    ("/api/v1/cluster/{rest:path}", ANY_VERB, "Managing the cluster"),
+    ("/api/v1/config", ANY_VERB, "Changing the configuration"),
+    ("/api/v1/auth/{rest:path}", ANY_VERB, "Managing access"),
+    ("/api/v1/plugins", ANY_VERB, "Plugins"),
+)
+
+
+def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str, ...] = ()) -> Starlette:
+    """The application. ``loopback``: it is bound there, so Host is checked; else every call needs ``node.token``."""
+    prompts = Prompts(node)
+    mesh = MeshFace(prompts)
+    routes: list[Route] = [
+        *OllamaFace(prompts).routes(),
+        *OpenAiFace(prompts).routes(),
+        *mesh.routes(),
+        *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
+        *mesh.name_routes(),
+    ]
+    policy = Policy(
+        loopback=loopback,
+        hostname=socket.gethostname(),
+        local_addresses=local_addresses,
+        token=node.config.token or node.token,
+        origins=node.config.origins,
+    )
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, policy, lambda: uuid.uuid4().hex)],
+        exception_handlers={HTTPException: _no_route},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+async def _no_route(_request: Request, error: Exception) -> Response:
+    """What Ollama's router says of a path or verb that it does not know."""
+    await trio.lowlevel.checkpoint()
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return PlainTextResponse("405 method not allowed", 405, error.headers)
+    return PlainTextResponse("404 page not found", 404)

@@ -1,0 +1,96 @@
+"""Request bodies: read within a limit and a deadline, then decoded into typed words. Every failure says what was wrong.
+
+A body's size is checked against what it announces before a byte is read, and again while it arrives. Free-form values in
+it (schemas, tools, arguments) are held to MAX_DEPTH, since other parts walk them recursively. Not here: what fields mean.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, TypeVar
+
+import msgspec
+import trio
+from starlette.requests import ClientDisconnect, Request
+
+from meshmax.api.replies import PayloadTooLarge, RequestTimeout, UnsupportedMediaType
+from meshmax.base.errors import InvalidRequest, PeerGone
+from meshmax.base.units import MIB
+
+PROMPT_BODY_BYTES: Final = 32 * MIB  # 16 MiB of images are 22 MiB of base64; text escapes take the rest
+PLAIN_BODY_BYTES: Final = MIB  # names and a few options
+BODY_TIMEOUT_S: Final = 60.0  # the whole body; 32 MiB at 0.6 MB/s
+MAX_DEPTH: Final = 64  # levels in a free-form value; a JSON schema written by a person has under 20
+
+T = TypeVar("T")
+
+_BYTE: Final = re.compile(r"JSON is malformed: invalid character \(byte (\d+)\)")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises PayloadTooLarge, RequestTimeout, PeerGone when the client went away."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
+    body = bytearray()
+    with trio.move_on_after(BODY_TIMEOUT_S) as scope:
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
+        except ClientDisconnect as error:
+            raise PeerGone("the client went away") from error
+    if scope.cancelled_caught:
+        raise RequestTimeout(f"the request's body did not arrive within {BODY_TIMEOUT_S:.0f} s")
+    return bytes(body)
+
+
+async def read_words(request: Request, words: type[T], limit: int = PLAIN_BODY_BYTES) -> T:
+    """The body as ``words``. Raises InvalidRequest and what `read_body` raises."""
+    return decode_words(await read_body(request, limit), words)
+
+
+def decode_words(body: bytes, words: type[T]) -> T:
+    """``body`` as ``words``; the first mistake is told with its place. Raises InvalidRequest."""
+    if not body.strip():
+        raise InvalidRequest("missing request body")
+    try:
+        return msgspec.json.decode(body, type=words)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(str(error)[:300]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(_syntax_error(body, str(error))) from None
+    except RecursionError:
+        raise InvalidRequest("the JSON is nested too deeply") from None
+
+
+def require_json(request: Request) -> None:
+    """Refuse a body that is not declared as JSON. Raises UnsupportedMediaType."""
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if declared != "application/json":
+        raise UnsupportedMediaType
+
+
+def check_depth(value: Any, what: str) -> None:
+    """Refuse a free-form ``value`` that is nested beyond MAX_DEPTH. Raises InvalidRequest."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        if not inner:
+            return
+        level = inner
+    raise InvalidRequest(f"{what} is nested more than {MAX_DEPTH} levels deep")
+
+
+def _syntax_error(body: bytes, text: str) -> str:
+    if text == "Input data was truncated":
+        return "unexpected EOF"
+    if (match := _BYTE.match(text)) and (at := int(match[1])) < len(body):
+        return f"invalid character {chr(body[at])!r} at byte {at}"
+    return text[:300]

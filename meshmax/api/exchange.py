@@ -1,0 +1,194 @@
+"""One prompt between a client and the router: the answer as one object or as a stream of lines, and a clean end.
+
+Rules: a client that goes away, before the first token too, cancels everything that was begun for it; a failure before
+the first byte has its own status, later ones are a line of the stream; a slow client holds the answer up and costs at
+most WRITE_AHEAD lines of memory; lines that are ready together leave in one write. Not here: what lines look like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Final, Protocol
+
+import msgspec
+import trio
+from starlette.types import Receive, Scope, Send
+
+from meshmax.api.replies import Dialect, error_body, error_reply, json_reply, only_error
+from meshmax.base.errors import EngineError, MeshmaxError
+from meshmax.base.inference import Delta, Event, Finish, Vector
+from meshmax.base.route import Route
+from meshmax.base.units import MIB
+from meshmax.ports import Answer
+from meshmax.telemetry.log import get_logger
+
+WRITE_AHEAD: Final = 64  # lines that wait for a slow client
+MAX_CHUNK_BYTES: Final = 65536  # lines are joined up to this much for one write
+MAX_WHOLE_BYTES: Final = 32 * MIB  # of an answer that is sent as one object
+MAX_ROUTE_CHARACTERS: Final = 500  # of X-Meshmax-Route
+
+Emit = Callable[[Any], Awaitable[None]]  # sends one line of a stream
+
+_log = get_logger("exchange")
+
+
+class Form(Protocol):
+    """How one interface writes one answer."""
+
+    stream_type: str
+
+    def line(self, event: Event) -> bytes:
+        """What ``event`` adds to the stream."""
+        ...
+
+    def failure(self, error: MeshmaxError) -> bytes:
+        """The end of a stream that failed."""
+        ...
+
+    def whole(self, deltas: list[Delta], vectors: list[Vector], finish: Finish) -> Any:
+        """The answer as one object."""
+        ...
+
+
+class PromptReply:
+    """An ASGI reply that gets its answer itself, so that it can watch the client from the first moment."""
+
+    def __init__(
+        self,
+        open_answer: Callable[[], AbstractAsyncContextManager[Answer]],
+        form_for: Callable[[Route], Form],
+        stream: bool,
+        dialect: Dialect,
+    ) -> None:
+        self._open_answer = open_answer
+        self._form_for = form_for
+        self._stream = stream
+        self._dialect = dialect
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; returns when the last byte is sent or the client is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
+            await self._answer(scope, receive, send)
+            nursery.cancel_scope.cancel()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._open_answer() as answer:
+                form = self._form_for(answer.route)
+                if self._stream:
+                    await self._send_stream(answer, form, send)
+                else:
+                    await self._send_whole(answer, form, scope, receive, send)
+        except (MeshmaxError, BaseExceptionGroup) as error:
+            if (ours := only_error(error)) is None:
+                raise
+            if self._begun:
+                _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
+            else:
+                await error_reply(ours, self._dialect)(scope, receive, send)
+
+    async def _send_stream(self, answer: Answer, form: Form, send: Send) -> None:
+        self._begun = True
+        async with open_lines(send, form.stream_type, route_headers(answer.route)) as lines:
+            try:
+                async for event in answer.events:
+                    await lines.send(form.line(event))
+            except (MeshmaxError, BaseExceptionGroup) as error:
+                if (ours := only_error(error)) is None:
+                    raise
+                await lines.send(form.failure(ours))
+
+    async def _send_whole(self, answer: Answer, form: Form, scope: Scope, receive: Receive, send: Send) -> None:
+        deltas, vectors, finish = await _collect(answer.events)
+        reply = json_reply(form.whole(deltas, vectors, finish), 200, route_headers(answer.route))
+        self._begun = True
+        await reply(scope, receive, send)
+
+
+async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vector], Finish]:
+    deltas: list[Delta] = []
+    vectors: list[Vector] = []
+    size = 0
+    async for event in events:
+        if isinstance(event, Finish):
+            return deltas, vectors, event
+        if isinstance(event, Vector):
+            vectors.append(event)
+            size += len(event.values)
+        else:
+            deltas.append(event)
+            size += len(event.text) + len(event.thinking)
+        if size > MAX_WHOLE_BYTES:
+            raise EngineError("the answer is too long to be sent as one object: ask with stream true")
+    raise EngineError("the answer ended before it was finished")
+
+
+@asynccontextmanager
+async def open_lines(
+    send: Send, media_type: str, headers: Mapping[str, str]
+) -> AsyncIterator[trio.MemorySendChannel[bytes]]:
+    """A streamed reply that has begun; leaving the block in order ends it. Sending waits for a slow client."""
+    named = {"content-type": media_type, "cache-control": "no-cache", **headers}
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+    lines, ready = trio.open_memory_channel[bytes](WRITE_AHEAD)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_write, ready, send)
+        async with lines:
+            yield lines
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _write(ready: trio.MemoryReceiveChannel[bytes], send: Send) -> None:
+    async for line in ready:
+        chunk = bytearray(line)
+        while len(chunk) < MAX_CHUNK_BYTES:
+            try:
+                chunk += ready.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                break
+        await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
+
+
+async def cancel_on_hang_up(receive: Receive, scope: trio.CancelScope) -> None:
+    """Cancel ``scope`` when the client goes away. The request's body must have been read before."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+def route_headers(route: Route) -> dict[str, str]:
+    """Who serves the prompt and why, as headers."""
+    line = "".join(c if " " <= c <= "~" else "?" for c in route.line[:MAX_ROUTE_CHARACTERS])
+    return {"x-meshmax-peer": route.peer_id, "x-meshmax-route": line}
+
+
+class StreamReply:
+    """An ASGI reply whose lines are made by ``work``, which gets the channel to send them to; for pulls and the like.
+
+    Errors of our tree end the stream as its last line; a client that goes away cancels ``work``.
+    """
+
+    def __init__(self, work: Callable[[Emit], Awaitable[None]], dialect: Dialect = "ollama") -> None:
+        self._work = work
+        self._dialect = dialect
+
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the work; returns when it has ended or the client is gone."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
+            async with open_lines(send, "application/x-ndjson", {}) as lines:
+
+                async def emit(value: Any) -> None:
+                    await lines.send(msgspec.json.encode(value) + b"\n")
+
+                try:
+                    await self._work(emit)
+                except (MeshmaxError, BaseExceptionGroup) as error:
+                    if (ours := only_error(error)) is None:
+                        raise
+                    await emit(error_body(ours, self._dialect))
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,144 @@
+"""The outermost layer of the API: access checks, CORS, request ids, and the boundary where a request's failure ends.
+
+Every reply carries X-Request-ID. A body that nobody read is drained while the reply leaves, within bounds, since the
+server would otherwise stand still with a full queue. Not here: the decisions (access), the routes.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Any, Final
+
+import structlog
+import trio
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from meshmax.api.access import Call, Policy, judge
+from meshmax.api.prompts import REQUEST_ID
+from meshmax.api.replies import Forbidden, InternalError, dialect_of, error_reply
+from meshmax.base.errors import MeshmaxError, Unauthorized
+from meshmax.telemetry.isolate import isolate
+
+MAX_REQUEST_ID: Final = 128  # characters of an id that a client chose
+DRAIN_S: Final = 5.0  # how long a refused body may go on arriving
+PREFLIGHT_AGE_S: Final = 43200  # Ollama's 12 hours
+_ID_CHARACTERS: Final = frozenset(string.ascii_letters + string.digits + string.punctuation)
+_STAINLESS: Final = (
+    "arch async custom-poll-interval helper-method lang os package-version poll-helper "
+    "retry-count runtime runtime-version timeout"
+)
+ALLOWED_HEADERS: Final = ",".join(
+    [
+        "Authorization",
+        "Content-Type",
+        "User-Agent",
+        "Accept",
+        "X-Requested-With",
+        "X-Request-ID",
+        "OpenAI-Beta",
+        *(f"x-stainless-{name}" for name in _STAINLESS.split()),
+    ]
+)
+ALLOWED_METHODS: Final = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
+EXPOSED_HEADERS: Final = "X-Request-ID,X-Meshmax-Peer,X-Meshmax-Route"
+
+
+class Guard:
+    """ASGI middleware around every route. ``new_id`` makes request ids."""
+
+    def __init__(self, app: ASGIApp, policy: Policy, new_id: Any) -> None:
+        self._app = app
+        self._policy = policy
+        self._new_id = new_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request in, or answer it here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        scope[REQUEST_ID] = request_id = self._request_id(headers.get("x-request-id", ""))
+        extra = {"x-request-id": request_id, **_cors(headers.get("origin"))}
+        exchange = _Exchange(receive, send, extra)
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            ended_well = await isolate(
+                "http request", lambda: self._enter(scope, headers, exchange), path=scope["path"][:200]
+            )
+        if not ended_well and not exchange.begun:
+            await error_reply(InternalError(), dialect_of(scope["path"]))(scope, exchange.receive, exchange.send)
+
+    async def _enter(self, scope: Scope, headers: Headers, exchange: _Exchange) -> None:
+        app = self._refusal(scope, headers) or self._app
+        await app(scope, exchange.receive, exchange.send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
+        path = scope["path"]
+        preflight = scope["method"] == "OPTIONS"
+        call = Call(path, headers.get("host", ""), headers.get("origin"), headers.get("authorization", ""))
+        verdict = judge(call, self._policy)
+        if verdict in ("host", "origin"):
+            return Response(status_code=403)
+        if preflight:  # a browser asks without credentials; the call itself is checked in full
+            return Response(status_code=204, headers=_PREFLIGHT)
+        refused: dict[str, MeshmaxError] = {"token": Unauthorized(), "cross-origin": Forbidden()}
+        return error_reply(refused[verdict], dialect_of(path)) if verdict in refused else None
+
+    def _request_id(self, given: str) -> str:
+        sane = 0 < len(given) <= MAX_REQUEST_ID and _ID_CHARACTERS.issuperset(given)
+        return given if sane else str(self._new_id())
+
+
+_PREFLIGHT: Final = {
+    "access-control-allow-methods": ALLOWED_METHODS,
+    "access-control-allow-headers": ALLOWED_HEADERS,
+    "access-control-max-age": str(PREFLIGHT_AGE_S),
+}
+
+
+def _cors(origin: str | None) -> Mapping[str, str]:
+    if origin is None:
+        return {}
+    return {
+        "access-control-allow-origin": origin,
+        "access-control-expose-headers": EXPOSED_HEADERS,
+        "vary": "Origin",
+    }
+
+
+class _Exchange:
+    """One request's two directions: adds headers to the reply, knows whether the body was read and the reply begun."""
+
+    def __init__(self, receive: Receive, send: Send, extra: Mapping[str, str]) -> None:
+        self._receive = receive
+        self._send = send
+        self._extra = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in extra.items()]
+        self._body_read = False
+        self.begun = False
+
+    async def receive(self) -> Message:
+        """The next message from the client."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            self._body_read = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send, and while the last of the reply leaves take in what the client still sends."""
+        if message["type"] == "http.response.start":
+            self.begun = True
+            message = {**message, "headers": [*message.get("headers", ()), *self._extra]}
+        if self._body_read or message.get("more_body", False) or message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._drain)
+            await self._send(message)
+            nursery.cancel_scope.cancel()
+
+    async def _drain(self) -> None:
+        with trio.move_on_after(DRAIN_S):
+            while (await self._receive())["type"] != "http.disconnect":
+                pass

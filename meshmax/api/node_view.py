@@ -1,0 +1,84 @@
+"""What the faces need of a node: the parts as ports, and a few facts. `meshmax.node.Node` satisfies it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+from meshmax.base.config import Config
+from meshmax.ports import BlobStore, Catalog, Presence, Pulls, Residency, Router, Signer, Swarm
+
+NodeState = Literal["starting", "running", "draining"]
+
+
+class HasBlobs(Protocol):
+    """A store, as far as the faces look into it."""
+
+    @property
+    def blobs(self) -> BlobStore:
+        """The blobs."""
+        ...
+
+
+class _Services(Protocol):
+    @property
+    def catalog(self) -> Catalog:
+        """Names."""
+        ...
+
+    @property
+    def pulls(self) -> Pulls: ...
+
+    @property
+    def router(self) -> Router: ...
+
+    @property
+    def residency(self) -> Residency: ...
+
+    @property
+    def presence(self) -> Presence: ...
+
+    @property
+    def swarm(self) -> Swarm: ...
+
+
+class _Facts(Protocol):
+    @property
+    def signer(self) -> Signer: ...
+
+    @property
+    def store(self) -> HasBlobs: ...
+
+    @property
+    def state(self) -> NodeState: ...
+
+    def now(self) -> float:
+        """Unix time in seconds."""
+        ...
+
+    def resources(self) -> dict[str, Any]:
+        """cpu_percent, memory_bytes, memory_total_bytes, disk_free_bytes, gpus: as mesh status shows them."""
+        ...
+
+
+class ApiNode(_Services, _Facts, Protocol):
+    """A running node. ``token`` '' where there is none; ``started_at_s`` Unix time."""
+
+    @property
+    def config(self) -> Config:
+        """What was configured."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What people call this node."""
+        ...
+
+    @property
+    def token(self) -> str:
+        """The API token, or nothing."""
+        ...
+
+    @property
+    def started_at_s(self) -> float:
+        """Unix time."""
+        ...

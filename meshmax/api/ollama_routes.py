@@ -1,0 +1,357 @@
+"""Ollama's interface over HTTP (ollama-api 1.2): each route reads its words, calls one part of the node, writes its reply."""
+
+from __future__ import annotations
+
+import array
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import msgspec
+import trio
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route as HttpRoute
+
+from meshmax.api import ollama_models, ollama_words
+from meshmax.api.bodies import PROMPT_BODY_BYTES, read_words
+from meshmax.api.exchange import Emit, PromptReply, StreamReply
+from meshmax.api.ollama_words import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Name, ReplyWriter, join
+from meshmax.api.prompts import Prompts
+from meshmax.api.replies import InternalError, json_reply, model_not_found
+from meshmax.api.table import route
+from meshmax.base.catalog import Resolved
+from meshmax.base.errors import (
+    BlobNotFound,
+    InvalidName,
+    InvalidRequest,
+    MeshmaxError,
+    ModelNotFound,
+    NoProviders,
+    NotFound,
+)
+from meshmax.base.ids import parse_sha256
+from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, Vector
+from meshmax.base.names import parse_name
+from meshmax.base.route import Route
+
+OLLAMA_VERSION: Final = "0.33.0"  # the interface that is spoken here; clients compare it with the oldest they know
+NDJSON: Final = "application/x-ndjson"
+NO_MANIFEST: Final = "pull model manifest: file does not exist"
+
+
+class NameBody(msgspec.Struct):
+    """A model by ``model``, or by ``name`` as older clients write it."""
+
+    model: Name = ""
+    name: Name = ""
+
+    @property
+    def given(self) -> str:
+        """The name that was given, '' if none."""
+        return self.model or self.name
+
+
+class ShowBody(NameBody):
+    """The body of POST /api/show; ``system`` and ``template`` override the model's."""
+
+    system: Annotated[str, msgspec.Meta(max_length=1 << 20)] = ""
+    template: Annotated[str, msgspec.Meta(max_length=1 << 20)] = ""
+
+
+class PullBody(NameBody):
+    """The body of POST /api/pull."""
+
+    stream: bool | None = None
+
+
+class CopyBody(msgspec.Struct):
+    """The body of POST /api/copy."""
+
+    source: Name = ""
+    destination: Name = ""
+
+
+class OllamaForm:
+    """Writes one answer as /api/generate or /api/chat does."""
+
+    stream_type = NDJSON
+
+    def __init__(self, writer: ReplyWriter, now: Callable[[], float]) -> None:
+        self._writer = writer
+        self._now = now
+
+    def line(self, event: Event) -> bytes:
+        """One JSON object and a line feed; nothing for a vector, which these answers do not have."""
+        if isinstance(event, Vector):
+            return b""
+        now_s = self._now()
+        shown = self._writer.finish(event, now_s) if isinstance(event, Finish) else self._writer.delta(event, now_s)
+        return msgspec.json.encode(shown) + b"\n"
+
+    def failure(self, error: MeshmaxError) -> bytes:
+        """The line that ends a broken stream."""
+        return msgspec.json.encode({"error": error.message}) + b"\n"
+
+    def whole(self, deltas: list[Delta], _vectors: list[Vector], finish: Finish) -> Any:
+        """The texts joined."""
+        return self._writer.finish(finish, self._now(), join(deltas))
+
+
+class EmbedForm:
+    """Writes vectors as /api/embed does, or with ``legacy`` as /api/embeddings."""
+
+    stream_type = NDJSON
+
+    def __init__(self, model: str, legacy: bool) -> None:
+        self._model = model
+        self._legacy = legacy
+
+    def line(self, event: Event) -> bytes:
+        """These answers are not streamed."""
+        raise InternalError(f"vectors are not streamed: {type(event).__name__}")
+
+    def failure(self, error: MeshmaxError) -> bytes:
+        """These answers are not streamed."""
+        raise error
+
+    def whole(self, _deltas: list[Delta], vectors: list[Vector], finish: Finish) -> Any:
+        """The vectors in the order of their inputs."""
+        rows = [floats(vector.values) for vector in sorted(vectors, key=lambda vector: vector.index)]
+        if self._legacy:
+            return {"embedding": rows[0] if rows else []}
+        measures = ollama_words.measures(finish)
+        kept = ("total_duration", "load_duration", "prompt_eval_count")
+        return {"model": self._model, "embeddings": rows} | {name: measures[name] for name in kept if name in measures}
+
+
+def floats(values: bytes) -> list[float]:
+    """The numbers of little-endian float32 ``values``."""
+    numbers = array.array("f")
+    numbers.frombytes(values[: len(values) // 4 * 4])
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
+
+
+class OllamaFace:
+    """The routes of Ollama's interface for one node."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+        self._node = prompts.node
+
+    def routes(self) -> list[HttpRoute]:
+        """Every route that is offered."""
+        both = ("GET", "HEAD")
+        return [
+            route("/", self.alive, both),
+            route("/api/version", self.version, both),
+            route("/api/tags", self.tags, both),
+            route("/api/ps", self.ps, ("GET",)),
+            route("/api/status", self.cloud_status, ("GET",)),
+            route("/api/show", self.show, ("POST",)),
+            route("/api/generate", self.generate, ("POST",)),
+            route("/api/chat", self.chat, ("POST",)),
+            route("/api/embed", self.embed, ("POST",)),
+            route("/api/embeddings", self.embeddings, ("POST",)),
+            route("/api/pull", self.pull, ("POST",)),
+            route("/api/copy", self.copy, ("POST",)),
+            route("/api/delete", self.delete, ("DELETE",)),
+            route("/api/blobs/{digest}", self.blob, ("HEAD",)),
+            route("/api/v1/generate", self.generate, ("POST",)),
+            route("/api/v1/chat", self.chat, ("POST",)),
+            route("/api/v1/embeddings", self.embed, ("POST",)),
+        ]
+
+    async def alive(self, _request: Request) -> Response:
+        """GET /: what people and clients look for to see that somebody listens."""
+        return PlainTextResponse("Ollama is running")
+
+    async def version(self, _request: Request) -> Response:
+        """GET /api/version: the version of the interface, not of meshmax (/api/v1/version)."""
+        return json_reply({"version": OLLAMA_VERSION})
+
+    async def cloud_status(self, _request: Request) -> Response:
+        """GET /api/status: there is no cloud here."""
+        return json_reply({"cloud": {"disabled": True, "source": "config"}})
+
+    async def tags(self, _request: Request) -> Response:
+        """GET /api/tags."""
+        return json_reply(ollama_models.tags_json(self._node.catalog.entries(), self._prompts.peer_name))
+
+    async def ps(self, _request: Request) -> Response:
+        """GET /api/ps: models in this node's memory."""
+        return json_reply(ollama_models.ps_json(self._node.residency.loaded(), self._node.now()))
+
+    async def show(self, request: Request) -> Response:
+        """POST /api/show: from our store or asked of a holder."""
+        body = await read_words(request, ShowBody)
+        if not body.given:
+            raise InvalidRequest("model is required")
+        resolved = self._prompts.resolve(body.given)
+        try:
+            described = await self._node.catalog.describe(body.given)
+        except (InvalidName, ModelNotFound):
+            raise model_not_found(body.given) from None
+        described = msgspec.structs.replace(
+            described, system=body.system or described.system, template=body.template or described.template
+        )
+        entry = resolved.entry
+        remote = {} if entry.local else ollama_models.remote_fields(entry, self._prompts.peer_name)
+        return json_reply(ollama_models.show_json(resolved.name, described, remote))
+
+    async def generate(self, request: Request) -> PromptReply:
+        """POST /api/generate."""
+        body = await read_words(request, GenerateBody, PROMPT_BODY_BYTES)
+        resolved = self._prompts.resolve(body.model)
+        prompt, ignored = ollama_words.generate_request(body)
+        return self._prompts.reply(
+            request,
+            resolved,
+            body.model,
+            prompt,
+            self._form(resolved, body.model, chat=False),
+            stream=body.stream is not False,
+            dialect="ollama",
+            keep_alive_s=ollama_words.keep_alive_s(body.keep_alive),
+            ignored=ignored,
+        )
+
+    async def chat(self, request: Request) -> PromptReply:
+        """POST /api/chat."""
+        body = await read_words(request, ChatBody, PROMPT_BODY_BYTES)
+        if not body.model:
+            raise InvalidRequest("model is required")
+        resolved = self._prompts.resolve(body.model)
+        prompt, ignored = ollama_words.chat_request(body)
+        return self._prompts.reply(
+            request,
+            resolved,
+            body.model,
+            prompt,
+            self._form(resolved, body.model, chat=True),
+            stream=body.stream is not False,
+            dialect="ollama",
+            keep_alive_s=ollama_words.keep_alive_s(body.keep_alive),
+            ignored=ignored,
+        )
+
+    async def embed(self, request: Request) -> PromptReply | Response:
+        """POST /api/embed."""
+        body = await read_words(request, EmbedBody, PROMPT_BODY_BYTES)
+        prompt, ignored = ollama_words.embed_request(body)
+        return self._vectors(request, body, prompt, ignored, legacy=False)
+
+    async def embeddings(self, request: Request) -> PromptReply | Response:
+        """POST /api/embeddings: the older interface."""
+        body = await read_words(request, EmbeddingsBody, PROMPT_BODY_BYTES)
+        prompt, ignored = ollama_words.embeddings_request(body)
+        return self._vectors(request, body, prompt, ignored, legacy=True)
+
+    def _vectors(
+        self, http: Request, body: EmbedBody | EmbeddingsBody, prompt: EmbedRequest, ignored: list[str], *, legacy: bool
+    ) -> PromptReply | Response:
+        resolved = self._prompts.resolve(body.model)
+        keep_alive_s = ollama_words.keep_alive_s(body.keep_alive)
+        if not prompt.inputs:
+            return json_reply({"embedding": []} if legacy else {"model": body.model, "embeddings": []})
+        form = EmbedForm(body.model, legacy)
+        return self._prompts.reply(
+            http,
+            resolved,
+            body.model,
+            prompt,
+            lambda _route: form,
+            stream=False,
+            dialect="ollama",
+            keep_alive_s=keep_alive_s,
+            ignored=ignored,
+        )
+
+    def _form(self, resolved: Resolved, typed: str, *, chat: bool) -> Callable[[Route], OllamaForm]:
+        def form(served: Route) -> OllamaForm:
+            return OllamaForm(ReplyWriter(typed, chat, self._prompts.remote(resolved, served)), self._node.now)
+
+        return form
+
+    async def pull(self, request: Request) -> StreamReply | Response:
+        """POST /api/pull: over the mesh, with Ollama's progress lines."""
+        body = await read_words(request, PullBody)
+        if not body.given:
+            raise InvalidRequest("model is required")
+        parse_name(body.given.partition("@")[0])
+        if body.stream is not False:
+            return StreamReply(lambda emit: self._pull(body.given, emit))
+        last: dict[str, Any] = {}
+
+        async def keep(line: dict[str, Any]) -> None:
+            await trio.lowlevel.checkpoint()
+            last.clear()
+            last.update(line)
+
+        await self._pull(body.given, keep)
+        return json_reply(last, 500 if "error" in last else 200)
+
+    async def _pull(self, name: str, emit: Emit) -> None:
+        lines = ollama_models.PullLines()
+        for line in lines.first():
+            await emit(line)
+        try:
+            async with self._node.pulls.open_pull(name) as transfers:
+                async for transfer in transfers:
+                    for line in lines.on_transfer(transfer, trio.current_time()):
+                        await emit(line)
+        except (NoProviders, ModelNotFound) as error:
+            raise InternalError(f"{NO_MANIFEST}: {error.message}") from None
+
+    async def copy(self, request: Request) -> Response:
+        """POST /api/copy: local names only."""
+        body = await read_words(request, CopyBody)
+        for what, name in (("source", body.source), ("destination", body.destination)):
+            if not _is_name(name):
+                raise InvalidRequest(f'{what} "{name[:200]}" is invalid')
+        try:
+            await self._node.catalog.copy(body.source, body.destination)
+        except ModelNotFound:
+            raise NotFound(f'model "{body.source[:200]}" not found') from None
+        return Response(status_code=200)
+
+    async def delete(self, request: Request) -> Response:
+        """DELETE /api/delete: local names only; memory that held the model is freed."""
+        body = await read_words(request, NameBody)
+        if not _is_name(body.given):
+            raise InvalidRequest(f'name "{body.given[:200]}" is invalid')
+        await delete_model(self._prompts, body.given)
+        return Response(status_code=200)
+
+    async def blob(self, request: Request) -> Response:
+        """HEAD /api/blobs/:digest."""
+        given = request.path_params["digest"]
+        if not given.startswith(("sha256:", "sha256-")):
+            raise InvalidRequest("invalid digest format")
+        try:
+            await self._node.store.blobs.path(parse_sha256(given))
+        except BlobNotFound:
+            raise NotFound(f'blob "{given[:100]}" not found') from None
+        return Response(status_code=200)
+
+
+async def delete_model(prompts: Prompts, name: str) -> None:
+    """Forget a local name, and unload the model when no other local name means it. Raises NotFound."""
+    node = prompts.node
+    digest = prompts.resolve(name).digest
+    try:
+        await node.catalog.delete(name)
+    except ModelNotFound:
+        raise model_not_found(name) from None
+    if not any(entry.local and entry.digest == digest for entry in node.catalog.entries()):
+        await node.residency.unload(digest)
+
+
+def _is_name(name: str) -> bool:
+    try:
+        parse_name(name)
+    except InvalidName:
+        return False
+    return True

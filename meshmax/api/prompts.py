@@ -1,0 +1,158 @@
+"""From a request's words to an answer under way: the name resolved, capabilities checked, the right door chosen.
+
+A request that only loads or unloads a model acts on this node where the model is here; where it is not, loading goes to a
+peer and there is nothing to unload. Everything else goes through the router. Not here: JSON (the *_words modules).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Final, Literal
+
+import msgspec
+import trio
+from starlette.requests import Request
+
+from meshmax.api.exchange import Form, PromptReply
+from meshmax.api.node_view import ApiNode
+from meshmax.api.ollama_words import Remote
+from meshmax.api.replies import Dialect, model_not_found
+from meshmax.base.catalog import Resolved
+from meshmax.base.errors import Busy, CapabilityMissing, InvalidName, InvalidRequest, ModelNotFound
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import (
+    Ask,
+    ChatRequest,
+    EmbedRequest,
+    Event,
+    Finish,
+    GenerateRequest,
+    InferRequest,
+    is_load_only,
+)
+from meshmax.base.names import parse_name
+from meshmax.base.route import Route
+from meshmax.ports import Answer
+from meshmax.telemetry.log import get_logger
+
+REQUEST_ID: Final = "meshmax.request_id"  # key in an ASGI scope
+
+Verb = Literal["generate", "chat", "embed"]
+
+_log = get_logger("prompts")
+
+
+class _Answered(msgspec.Struct):
+    """An answer that did not come through the router."""
+
+    route: Route
+    events: AsyncIterator[Event]
+
+
+class Prompts:
+    """Turns requests into replies for all faces of one node."""
+
+    def __init__(self, node: ApiNode) -> None:
+        self.node = node
+
+    def resolve(self, name: str) -> Resolved:
+        """What ``name`` means. Raises NotFound with Ollama's sentence."""
+        try:
+            return self.node.catalog.resolve(name)
+        except (InvalidName, ModelNotFound):
+            raise model_not_found(name) from None
+
+    def peer_name(self, peer_id: PeerId) -> str:
+        """A peer's name, or its id where it has told none."""
+        view = self.node.presence.view(peer_id)
+        return view.status.name if view and view.status and view.status.name else peer_id
+
+    def remote(self, resolved: Resolved, route: Route) -> Remote | None:
+        """Where the model answers, if it is not here."""
+        if resolved.stored is not None or resolved.entry.local:
+            return None
+        return Remote(self.peer_name(route.peer_id), resolved.entry.name)
+
+    def reply(
+        self,
+        http: Request,
+        resolved: Resolved,
+        typed: str,
+        request: InferRequest,
+        form_for: Callable[[Route], Form],
+        *,
+        stream: bool,
+        dialect: Dialect,
+        keep_alive_s: float | None = None,
+        ignored: list[str] | None = None,
+    ) -> PromptReply:
+        """The reply to ``request``. Raises Busy while draining, CapabilityMissing."""
+        if self.node.state == "draining":
+            raise Busy("this node is shutting down")
+        if ignored:
+            _log.info("options without effect here were ignored", options=ignored[:20])
+        request = with_capabilities(request, resolved, typed)
+        ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s)
+        stream = stream and not is_load_only(request)  # Ollama answers these with one object, whatever was asked
+        return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect)
+
+    def _open(self, ask: Ask, resolved: Resolved) -> AbstractAsyncContextManager[Answer]:
+        if not is_load_only(ask.request):
+            return self.node.router.open_answer(ask)
+        if resolved.stored is not None or resolved.entry.local:
+            return self._open_here(ask)
+        return self._nothing_to_unload(ask) if ask.keep_alive_s == 0 else self.node.router.open_answer(ask)
+
+    @asynccontextmanager
+    async def _open_here(self, ask: Ask) -> AsyncIterator[Answer]:
+        async with self.node.residency.open_answer(ask) as events:
+            yield _Answered(self._own_route(ask, "here: a request to load or unload acts on this node"), events)
+
+    @asynccontextmanager
+    async def _nothing_to_unload(self, ask: Ask) -> AsyncIterator[Answer]:
+        yield _Answered(self._own_route(ask, "here: the model is not on this node"), _one(Finish("unload")))
+
+    def _own_route(self, ask: Ask, line: str) -> Route:
+        return Route(ask.request_id, ask.digest, self.node.signer.peer_id, line)
+
+
+async def _one(event: Event) -> AsyncIterator[Event]:
+    await trio.lowlevel.checkpoint()
+    yield event
+
+
+def with_capabilities(request: InferRequest, resolved: Resolved, typed: str) -> InferRequest:
+    """``request``, thinking switched on where the model can and nothing was said. Raises CapabilityMissing, Ollama's words.
+
+    A model whose capabilities are not known is left to its engine to judge.
+    """
+    known = resolved.entry.details.capabilities
+    if not known or isinstance(request, EmbedRequest):
+        return request
+    if is_load_only(request):
+        return request
+    if "completion" not in known:
+        verb = "chat" if isinstance(request, ChatRequest) else "generate"
+        raise CapabilityMissing(f'"{typed[:200]}" does not support {verb}')
+    for needed in _needed(request):
+        if needed not in known:
+            raise CapabilityMissing(f"{_full_name(resolved.name)} does not support {needed}")
+    if "thinking" not in known and request.think:
+        raise CapabilityMissing(f'"{typed[:200]}" does not support thinking')
+    if "thinking" in known and request.think is None:
+        return msgspec.structs.replace(request, think=True)
+    return request
+
+
+def _needed(request: GenerateRequest | ChatRequest) -> list[str]:
+    if isinstance(request, GenerateRequest):
+        return ["insert"] * bool(request.suffix) + ["vision"] * bool(request.images)
+    return ["tools"] * bool(request.tools) + ["vision"] * any(message.images for message in request.messages)
+
+
+def _full_name(name: str) -> str:
+    try:
+        return parse_name(name.partition("@")[0]).full
+    except InvalidRequest:
+        return name

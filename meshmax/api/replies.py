@@ -1,0 +1,118 @@
+"""Whole replies: JSON with the content type that Ollama sends, and errors in the shape of each interface.
+
+Which shape an error takes follows from the path: ``/v1/`` is OpenAI's, ``/api/v1/`` and the node's own paths are the
+mesh's, the rest Ollama's. Not here: which error a request deserves (the faces), streams (exchange).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+from starlette.responses import Response
+
+from meshmax.base.errors import Busy, MeshmaxError, NotFound, NotOffered, Unauthorized
+
+JSON_TYPE: Final = "application/json; charset=utf-8"
+SERVER_BUSY: Final = "server busy, please try again.  maximum pending requests exceeded"
+
+Dialect = Literal["ollama", "openai", "mesh"]
+
+_MESH_PATHS: Final = frozenset({"/health", "/ready", "/status", "/metrics", "/docs"})
+
+
+class PayloadTooLarge(MeshmaxError):
+    """The request's body is too large."""
+
+    code = "payload_too_large"
+    http_status = 413
+
+
+class UnsupportedMediaType(MeshmaxError):
+    """The body must be JSON, sent with the header Content-Type: application/json."""
+
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class Forbidden(MeshmaxError):
+    """Calls from a web page of another origin need the API token."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class RequestTimeout(MeshmaxError):
+    """The request's body did not arrive in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
+class InternalError(MeshmaxError):
+    """Something went wrong inside this node; its log tells more."""
+
+    code = "internal"
+
+
+def dialect_of(path: str) -> Dialect:
+    """The interface that ``path`` belongs to."""
+    if path.startswith("/v1/"):
+        return "openai"
+    return "mesh" if path.startswith("/api/v1/") or path in _MESH_PATHS else "ollama"
+
+
+def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """``value`` as a JSON reply."""
+    return Response(msgspec.json.encode(value), status, {"content-type": JSON_TYPE, **(headers or {})})
+
+
+def error_body(error: MeshmaxError, dialect: Dialect) -> dict[str, Any]:
+    """``error`` as the interface writes it."""
+    if dialect == "mesh":
+        return {"error": error.message, "code": error.code}
+    message = SERVER_BUSY if isinstance(error, Busy) else error.message
+    if dialect == "ollama":
+        return {"error": message}
+    return {"error": {"message": message, "type": _openai_type(error.http_status), "param": None, "code": None}}
+
+
+def error_reply(error: MeshmaxError, dialect: Dialect) -> Response:
+    """``error`` as a whole reply, with Retry-After where a later try may help."""
+    headers: dict[str, str] = {}
+    if isinstance(error, Busy):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return json_reply(error_body(error, dialect), error.http_status, headers)
+
+
+def not_offered(what: str) -> NotOffered:
+    """The error of a route that is known and not offered."""
+    return NotOffered(f"{what} is not offered by this version of meshmax.")
+
+
+def only_error(error: BaseException) -> MeshmaxError | None:
+    """The error of our tree that ``error`` is, or the first of a group that holds nothing else; None for anything else."""
+    leaves = list(_leaves(error))
+    ours = [leaf for leaf in leaves if isinstance(leaf, MeshmaxError)]
+    return ours[0] if ours and len(ours) == len(leaves) else None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _openai_type(status: int) -> str:
+    return {400: "invalid_request_error", 404: "not_found_error"}.get(status, "api_error")
+
+
+def model_not_found(name: str) -> NotFound:
+    """Ollama's sentence for a model that is not known, ``name`` as it was asked for."""
+    return NotFound(f"model '{name[:200]}' not found")

@@ -1,0 +1,248 @@
+"""A node whose parts are small fakes around a real Residency with the echo engine, for tests of the faces."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import trio
+
+from meshmax.api.node_view import NodeState
+from meshmax.base.catalog import CatalogEntry, ModelDescription, ModelFile, Resolved
+from meshmax.base.config import Config, EngineConfig
+from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders
+from meshmax.base.events import BlobProgress, Transfer
+from meshmax.base.ids import PeerId, Sha256, peer_id_of
+from meshmax.base.inference import Ask, Event
+from meshmax.base.model import Haves, Layer, Manifest, ModelDetails, StoredModel
+from meshmax.base.names import parse_name, split_digest
+from meshmax.base.route import Route
+from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
+from meshmax.engine.echo import EchoEngine
+from meshmax.ports import Answer, ConnectionView, Progress
+from meshmax.services.residency import ModelResidency, open_residency
+
+OURS = peer_id_of(b"\x01" * 32)
+THEIRS = peer_id_of(b"\x02" * 32)
+NOW_S = 1_761_498_924.097767  # 2025-10-26T17:15:24.097767Z
+DIGEST = Sha256("ab" * 32)
+REMOTE_DIGEST = Sha256("cd" * 32)
+BLOB = Sha256("6a" * 32)
+
+
+def details(*capabilities: str) -> ModelDetails:
+    return ModelDetails("gguf", "echo", ("echo",), "1M", "F16", 4096, 64, capabilities)
+
+
+def entry(name: str, digest: Sha256, **fields: Any) -> CatalogEntry:
+    given = {"size": 1000, "modified_at_s": NOW_S, "details": details("completion"), "local": True, "holders": (OURS,)}
+    return CatalogEntry(name, digest, **(given | fields))
+
+
+class FakeCatalog:
+    def __init__(self) -> None:
+        self.known = [
+            entry("echo:latest", DIGEST),
+            entry("far:latest", REMOTE_DIGEST, local=False, holders=(THEIRS,), modified_at_s=NOW_S - 60),
+        ]
+        self.description = ModelDescription(
+            DIGEST,
+            details("completion"),
+            {"general.architecture": "echo", "general.name": "x", "tokenizer.ggml.tokens": ["a"] * 6},
+            template="{{ .Prompt }}",
+            license="MIT",
+            parameters={"temperature": 0.5, "stop": ["<end>", "<|eot|>"]},
+            modified_at_s=NOW_S,
+        )
+
+    def entries(self) -> tuple[CatalogEntry, ...]:
+        return tuple(self.known)
+
+    def resolve(self, name: str) -> Resolved:
+        bare, digest = split_digest(name)
+        wanted = parse_name(bare)
+        for known in self.known:
+            if parse_name(known.name).key == wanted.key and known.digest.startswith(digest or ""):
+                return Resolved(known.name, known.digest, known, self._stored(known) if known.local else None)
+        raise ModelNotFound(f"model '{name}' not found")
+
+    def _stored(self, known: CatalogEntry) -> StoredModel:
+        layers = (Layer("application/vnd.ollama.image.model", BLOB, 900),)
+        manifest = Manifest(known.digest, b"{}", Layer("config", Sha256("0c" * 32), 100), layers)
+        return StoredModel(known.name, manifest, known.details, known.modified_at_s)
+
+    async def describe(self, name: str) -> ModelDescription:
+        await trio.lowlevel.checkpoint()
+        self.resolve(name)
+        return self.description
+
+    async def copy(self, source: str, destination: str) -> None:
+        await trio.lowlevel.checkpoint()
+        found = self.resolve(source).entry
+        if not found.local:
+            raise ModelNotFound
+        self.known.append(msgspec.structs.replace(found, name=str(parse_name(destination))))
+
+    async def delete(self, name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        found = self.resolve(name).entry
+        if not found.local:
+            raise ModelNotFound
+        self.known.remove(found)
+
+    async def add(self, name: str, path: Path, link: bool, progress: Progress) -> StoredModel:
+        for done in range(0, 1001, 250):
+            progress(done, 1000)
+            await trio.sleep(0.1)
+        self.known.append(entry(str(parse_name(name)), DIGEST))
+        return self._stored(self.known[-1])
+
+
+class FakePulls:
+    """Plays ``script`` for any name but ``missing``."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        one = Transfer("t1", "far:latest", "in", "running", "pulling manifest", bytes_total=1000)
+        self.script = [
+            one,
+            msgspec.structs.replace(one, phase="pulling", blobs=(BlobProgress(BLOB, 900, 0),)),
+            msgspec.structs.replace(one, phase="pulling", blobs=(BlobProgress(BLOB, 900, 400),)),
+            msgspec.structs.replace(one, phase="success", state="done", blobs=(BlobProgress(BLOB, 900, 900),)),
+        ]
+
+    @asynccontextmanager
+    async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
+        if "missing" in name:
+            raise NoProviders(f"no peer that can be reached has '{name}'")
+        try:
+            yield self._play()
+        finally:
+            self.left += 1
+
+    async def _play(self) -> AsyncIterator[Transfer]:
+        for transfer in self.script:
+            await trio.sleep(0.1)
+            yield transfer
+
+    def transfers(self) -> tuple[Transfer, ...]:
+        return tuple(self.script[-1:])
+
+
+class FakeRouter:
+    """Answers with our own residency, or fails: ``refuse`` before the first event, ``break_after`` events with ``error``."""
+
+    def __init__(self, residency: ModelResidency) -> None:
+        self._residency = residency
+        self.refuse: MeshmaxError | None = None
+        self.break_after: tuple[int, MeshmaxError] | None = None
+        self.asks: list[Ask] = []
+        self.open = 0
+
+    @asynccontextmanager
+    async def open_answer(self, ask: Ask) -> AsyncIterator[Answer]:
+        self.asks.append(ask)
+        if self.refuse:
+            await trio.lowlevel.checkpoint()
+            raise self.refuse
+        peer = OURS if ask.digest == DIGEST else THEIRS
+        self.open += 1
+        try:
+            async with self._residency.open_answer(ask) as events:
+                route = Route(ask.request_id, ask.digest, peer, "only candidate\n\u00e9")
+                yield SimpleNamespace(route=route, events=self._broken(events))  # type: ignore[misc]
+        finally:
+            self.open -= 1
+
+    async def _broken(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+        count = 0
+        async for event in events:
+            if self.break_after and count == self.break_after[0]:
+                raise self.break_after[1]
+            count += 1
+            yield event
+
+    def routes(self) -> tuple[Route, ...]:
+        return (Route("r1", DIGEST, OURS, "only candidate"),)
+
+
+class FakePresence:
+    def __init__(self) -> None:
+        model = ModelPresence(REMOTE_DIGEST, ("registry.ollama.ai/library/far:latest",), "disk", 1000)
+        status = PeerStatus(THEIRS, 1, 1, "attic", "0.1.0", models=(model,), load=Load(1, 2))
+        own = PeerStatus(OURS, 1, 1, "desk", "0.1.0", cpu_percent=5.0, memory_bytes=1, memory_total_bytes=4)
+        self.known = [
+            PeerView(OURS, "self", "self", own, last_seen_s=NOW_S),
+            PeerView(THEIRS, "online", "direct", status, "/ip4/10.0.0.2/tcp/11435", 0.0015, NOW_S),
+        ]
+
+    def peers(self) -> tuple[PeerView, ...]:
+        return tuple(self.known)
+
+    def view(self, peer_id: PeerId) -> PeerView | None:
+        return next((view for view in self.known if view.peer_id == peer_id), None)
+
+
+class FakeSwarm:
+    peer_id = OURS
+    addresses: tuple[str, ...] = (f"/ip4/10.0.0.1/tcp/11435/p2p/{OURS}",)
+
+    def connections(self) -> Mapping[PeerId, ConnectionView]:
+        return {THEIRS: ConnectionView(THEIRS, "/ip4/10.0.0.2/tcp/11435", "out", NOW_S)}
+
+
+class FakeBlobs:
+    async def path(self, digest: Sha256) -> Path:
+        await trio.lowlevel.checkpoint()
+        if digest != BLOB:
+            raise BlobNotFound
+        return Path("/nowhere")
+
+    async def haves(self, digest: Sha256) -> tuple[Any, Haves] | None:
+        await trio.lowlevel.checkpoint()
+        return (SimpleNamespace(chunk_bytes=1 << 20, blake3=b"\1" * 32), Haves.all(1)) if digest == BLOB else None
+
+
+class FakeNode:
+    """An ApiNode. Its attributes may be changed by a test."""
+
+    def __init__(self, residency: ModelResidency, config: Config) -> None:
+        self.config = config
+        self.name = "desk"
+        self.token = ""
+        self.state: NodeState = "running"
+        self.started_at_s = NOW_S - 1.5
+        self.signer = SimpleNamespace(peer_id=OURS, sign=lambda data: data)
+        self.catalog = FakeCatalog()
+        self.pulls = FakePulls()
+        self.router = FakeRouter(residency)
+        self.residency = residency
+        self.presence = FakePresence()
+        self.swarm = FakeSwarm()
+        self.store = SimpleNamespace(blobs=FakeBlobs())
+
+    def now(self) -> float:
+        return NOW_S
+
+    def resources(self) -> dict[str, Any]:
+        return {"cpu_percent": 1.0, "memory_bytes": 1, "memory_total_bytes": 2, "disk_free_bytes": 3, "gpus": []}
+
+
+@asynccontextmanager
+async def open_fake_node(**config: Any) -> AsyncIterator[Any]:
+    """A fake node; its engine makes ten tokens a second, in virtual time."""
+
+    async def model_file(digest: Sha256) -> ModelFile:
+        await trio.lowlevel.checkpoint()
+        return ModelFile(digest, "echo:latest", "/nowhere", 1000, details("completion"))
+
+    engine = EngineConfig(kind="echo", **({"echo_tokens_per_s": 10.0} | config.pop("engine", {})))
+    echo = EchoEngine(engine)
+    async with open_residency(echo, model_file, engine, wall=lambda: NOW_S) as residency:
+        node = FakeNode(residency, Config(engine=engine, **config))
+        node.engine = echo  # type: ignore[attr-defined]
+        yield node

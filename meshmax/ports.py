@@ -32,7 +32,10 @@ T = TypeVar("T")
 class Signer(Protocol):
     """Our identity: signs without showing the key."""
 
-    peer_id: PeerId
+    @property
+    def peer_id(self) -> PeerId:
+        """Who this is."""
+        ...
 
     def sign(self, data: bytes) -> bytes:
         """The 64-byte Ed25519 signature of ``data``."""
@@ -55,7 +58,10 @@ Progress = Callable[[int, int], None]  # (bytes done, bytes in all); called from
 class Stream(Protocol):
     """A byte stream to a peer whose PeerId the connection has proved. One reader and one writer at a time."""
 
-    peer: PeerId
+    @property
+    def peer(self) -> PeerId:
+        """Whose stream this is."""
+        ...
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """1 to ``max_bytes`` bytes, or b"" at the end. Raises PeerGone when the stream was reset or the peer is lost."""
@@ -97,8 +103,15 @@ class SwarmEvent(msgspec.Struct, frozen=True):
 class Swarm(Protocol):
     """Authenticated connections to peers and streams over them. The only place that knows libp2p is its adapter."""
 
-    peer_id: PeerId
-    addresses: tuple[str, ...]  # dialable multiaddrs of ours, each ending in /p2p/<PeerId>
+    @property
+    def peer_id(self) -> PeerId:
+        """Who this is."""
+        ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Dialable multiaddrs of ours, each ending in /p2p/<PeerId>."""
+        ...
 
     async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
         """Connect, racing ``addresses`` (at most 16; the first to authenticate wins); returns at once if connected.
@@ -142,7 +155,10 @@ class Sighting(msgspec.Struct, frozen=True):
 class Discovery(Protocol):
     """One rung of the discovery ladder."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in logs and messages."""
+        ...
 
     async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
         """Look for peers, and let ourselves be found, until cancelled. Repeats itself; recovers from network errors."""
@@ -261,8 +277,15 @@ class LoadedFacts(msgspec.Struct, frozen=True):
 class LoadedModel(Protocol):
     """A model in memory."""
 
-    facts: LoadedFacts
-    alive: bool  # False once the engine's process has ended
+    @property
+    def facts(self) -> LoadedFacts:
+        """How it was loaded."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine's process has ended."""
+        ...
 
     def answer(self, request: InferRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """The answer's events; the last is a Finish. Leaving the block early stops the engine's work within a second.
@@ -275,7 +298,10 @@ class LoadedModel(Protocol):
 class Engine(Protocol):
     """Something that runs models."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in logs and messages."""
+        ...
 
     async def devices(self) -> tuple[Gpu, ...]:
         """The GPUs that this engine can really use; () is an answer."""
@@ -339,8 +365,15 @@ class Pulls(Protocol):
 class Answer(Protocol):
     """An answer under way. ``route`` is final once the first event is there; `events` ends with a Finish."""
 
-    route: Route
-    events: AsyncIterator[Event]
+    @property
+    def route(self) -> Route:
+        """The decision; final once the first event is there."""
+        ...
+
+    @property
+    def events(self) -> AsyncIterator[Event]:
+        """The answer's events; the last is a Finish."""
+        ...
 
 
 class Router(Protocol):

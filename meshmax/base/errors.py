@@ -151,7 +151,7 @@ class Busy(Refused):
 
 
 class Unauthorized(Refused):
-    """This needs the API token (`meshmax token` prints it)."""
+    """This needs the API token that was set at the peer (token in meshmax.yaml, MESHMAX_TOKEN)."""
 
     code = "unauthorized"
     retry = Retry.NEVER

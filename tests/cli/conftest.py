@@ -45,8 +45,11 @@ def _handler(peer: FakePeer) -> type[BaseHTTPRequestHandler]:
     class Answering(BaseHTTPRequestHandler):
         def answer(self) -> None:
             raw = self.rfile.read(int(self.headers.get("content-length") or 0))
-            peer.asked.append((self.command, self.path, json.loads(raw) if raw else None))
+            asked = json.loads(raw) if raw else None
+            peer.asked.append((self.command, self.path, asked))
             status, body = peer.answers.get((self.command, self.path), (404, {"error": "no such route"}))
+            if isinstance(body, Lines) and (asked or {}).get("stream") is False:
+                body = body[-1]
             encoded = _encoded(body)
             self.send_response(status)
             for name, value in {**peer.headers, "content-length": str(len(encoded))}.items():

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from meshmax.base.config import Config
+from meshmax.base.errors import ConfigError
+from meshmax.cli.peer import _only_error, banner, who_holds_default_port
+
+FACTS: dict[str, Any] = {
+    "name": "box", "peer_id": "12D3KooWA", "home": "/home/me/.meshmax", "lan": True, "models": 2,
+    "addresses": ("/ip4/10.0.0.1/tcp/11435/p2p/12D3KooWA", "/ip6/fe80::1/tcp/11435/p2p/12D3KooWA"),
+}  # fmt: skip
+
+
+def test_the_banner_says_where_the_peer_is_and_that_the_mesh_is_open() -> None:
+    text = banner(FACTS, "http://127.0.0.1:11434", "")
+    assert "peer box (12D3KooWA)" in text
+    assert "  API      http://127.0.0.1:11434\n" in text
+    assert "anyone on this LAN may use it; `meshmax peer --no-lan` stays out of it" in text
+    assert "  address  /ip4/10.0.0.1/tcp/11435/p2p/12D3KooWA\n           /ip6/" in text
+    assert "OLLAMA_HOST" not in text
+
+
+def test_the_banner_says_how_to_point_clients_here_when_ollama_holds_its_port() -> None:
+    text = banner(FACTS, "http://127.0.0.1:11436", "Ollama")
+    assert "port 11434 is held by Ollama" in text
+    assert "export OLLAMA_HOST=127.0.0.1:11436" in text
+
+
+def test_the_banner_of_a_peer_off_the_lan_says_so() -> None:
+    text = banner({**FACTS, "lan": False}, "http://127.0.0.1:11434", "")
+    assert "open LAN mesh" not in text
+    assert "--no-lan" in text
+
+
+async def test_nobody_is_asked_who_holds_the_default_port_when_we_have_it_or_chose_another() -> None:
+    assert await who_holds_default_port(Config(), "http://127.0.0.1:11434") == ""
+    assert await who_holds_default_port(Config(api="127.0.0.1:5"), "http://127.0.0.1:5") == ""
+
+
+def test_the_one_error_inside_groups_is_what_a_person_reads() -> None:
+    inner = ConfigError("no")
+    assert _only_error(ExceptionGroup("a", [ExceptionGroup("b", [inner])])) is inner
+    assert _only_error(ExceptionGroup("a", [inner, ConfigError("too")])) is inner
+
+
+def test_a_programming_error_is_never_hidden_behind_one_of_ours() -> None:
+    group = ExceptionGroup("a", [ConfigError("no"), ValueError("bug")])
+    assert _only_error(group) is group
+    with pytest.raises(ZeroDivisionError):
+        raise _only_error(ExceptionGroup("a", [ZeroDivisionError()]))

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from meshmax.cli.main import main
+from tests.cli.conftest import FakePeer, Lines
+
+ANSWER = Lines(
+    [
+        {"model": "m", "response": "Par", "done": False},
+        {"model": "m", "response": "is.", "done": False},
+        {"model": "m", "response": "", "done": True, "done_reason": "stop", "eval_count": 2, "eval_duration": 10**9},
+    ]
+)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def peer(fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch) -> FakePeer:
+    monkeypatch.setattr("sys.stdin", Terminal())
+    fake_peer.on("POST", "/api/show", {"capabilities": ["completion"]})
+    fake_peer.on("POST", "/api/generate", ANSWER)
+    fake_peer.headers = {"X-Meshmax-Peer": "12D3KooW", "X-Meshmax-Route": "the only holder"}
+    return fake_peer
+
+
+def test_a_prompt_is_answered_once(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "m", "capital", "of", "France?"]) == 0
+    assert capsys.readouterr() == ("Paris.\n", "")
+    assert peer.bodies("/api/generate") == [{"model": "m", "prompt": "capital of France?"}]
+
+
+def test_piped_text_stands_before_the_prompt(
+    peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("some text"))
+    assert main(["run", "m", "summarise"]) == 0
+    assert peer.bodies("/api/generate")[0]["prompt"] == "some text summarise"
+
+
+def test_piped_text_alone_is_the_prompt(
+    peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    assert main(["run", "m"]) == 0
+    assert peer.bodies("/api/generate")[0]["prompt"] == "hello"
+
+
+def test_nothing_piped_and_no_prompt_is_an_error(
+    peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["run", "m"]) == 2
+    assert "there is no prompt" in capsys.readouterr().err
+
+
+def test_the_flags_become_fields_of_the_request(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "m", "hi", "--format", "json", "--keepalive", "1h", "--think", "--verbose"]) == 0
+    assert peer.bodies("/api/generate") == [
+        {"model": "m", "prompt": "hi", "format": "json", "keep_alive": "1h", "think": True}
+    ]
+    assert "eval rate:            2.00 tokens/s\nanswered by:          12D3KooW\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "sent"), [("--think=false", False), ("--think=high", "high"), ("--think", True)])
+def test_think_takes_a_value_or_none(peer: FakePeer, given: str, sent: object) -> None:
+    assert main(["run", "m", "hi", given]) == 0
+    assert peer.bodies("/api/generate")[0]["think"] == sent
+
+
+def test_a_wrong_duration_is_refused_before_anybody_is_asked(
+    peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "m", "hi", "--keepalive", "soon"]) == 2
+    assert 'write it like "5m"' in capsys.readouterr().err
+    assert peer.asked == []
+
+
+def test_as_json_the_whole_answer_says_who_gave_it(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.on("POST", "/api/generate", {"model": "m", "response": "Paris.", "done": True})
+    assert main(["run", "m", "hi", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["response"] == "Paris."
+    assert answer["meshmax"] == {"peer": "12D3KooW", "route": "the only holder"}
+
+
+def test_an_unknown_model_says_what_to_do(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.on("POST", "/api/show", {"error": "model 'x' not found"}, 404)
+    assert main(["run", "x", "hi"]) == 3
+    assert "`meshmax add x FILE.gguf` adds one" in capsys.readouterr().err
+
+
+def test_with_pull_the_model_comes_first(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.on("POST", "/api/pull", Lines([{"status": "success"}]))
+    assert main(["run", "m", "hi", "--pull"]) == 0
+    assert [path for _, path, _ in peer.asked] == ["/api/pull", "/api/show", "/api/generate"]
+
+
+def test_an_error_after_the_first_words_ends_with_its_code(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.on("POST", "/api/generate", Lines([ANSWER[0], {"error": "the engine crashed", "code": "engine_crashed"}]))
+    assert main(["run", "m", "hi"]) == 8
+    assert capsys.readouterr() == ("Par", "Error: the engine crashed\n")
+
+
+def test_a_model_that_only_embeds_prints_a_vector(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.on("POST", "/api/show", {"capabilities": ["embedding"]})
+    peer.on("POST", "/api/embed", {"embeddings": [[0.5, 0.25]]})
+    assert main(["run", "m", "hi", "--dimensions", "2"]) == 0
+    assert capsys.readouterr().out == "[0.5, 0.25]\n"
+    assert peer.bodies("/api/embed") == [{"model": "m", "input": "hi", "dimensions": 2}]

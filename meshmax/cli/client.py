@@ -1,7 +1,7 @@
 """The HTTP client of the command line: find the running peer, ask it, turn what it answers into values or errors.
 
-The peer is, in this order: ``--api``, ``MESHMAX_API``, the one whose ``run.json`` lies in the home folder (``--home``,
-``MESHMAX_HOME``, else ``~/.meshmax``). Errors become those of base.errors, by the ``code`` that the answer carries, else by
+The peer is, in this order: the one at ``--api``, the one whose ``run.json`` lies in ``--home``, the one at ``MESHMAX_API``,
+the one of ``MESHMAX_HOME``, else of ``~/.meshmax``. Errors become those of base.errors, by the ``code`` that the answer carries, else by
 its status, so that a command ends with the exit code that belongs to the cause. Proxies of the environment are not used:
 a peer is on this machine or on the LAN. Not here: what a command prints.
 """
@@ -191,7 +191,7 @@ def error_of_answer(status: int, body: bytes) -> MeshmaxError:
 
 def open_client(target: Target) -> PeerClient:
     """A client of the peer that ``target`` and the environment name. Raises NoPeerRunning, ConfigError."""
-    given = target.api or os.environ.get("MESHMAX_API", "")
+    given = target.api or ("" if target.home else os.environ.get("MESHMAX_API", ""))
     home = home_folder(target.home)
     return PeerClient(api_url(given) if given else running_api(home), _token(home))
 

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import trio
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from meshmax.api.replies import PayloadTooLarge, RequestTimeout, UnsupportedMediaType
 from meshmax.base.errors import InvalidRequest, PeerGone
@@ -34,13 +34,15 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
     body = bytearray()
     with trio.move_on_after(BODY_TIMEOUT_S) as scope:
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
-        except ClientDisconnect as error:
-            raise PeerGone("the client went away") from error
+        more = True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise PeerGone("the client went away")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > limit:
+                raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
     if scope.cancelled_caught:
         raise RequestTimeout(f"the request's body did not arrive within {BODY_TIMEOUT_S:.0f} s")
     return bytes(body)

@@ -60,7 +60,10 @@ class PromptReply:
         form_for: Callable[[Route], Form],
         stream: bool,
         dialect: Dialect,
+        reword: Callable[[MeshmaxError], MeshmaxError] = lambda error: error,
     ) -> None:
+        """``reword`` turns an error into the sentence that clients of the interface know."""
+        self._reword = reword
         self._open_answer = open_answer
         self._form_for = form_for
         self._stream = stream
@@ -88,7 +91,7 @@ class PromptReply:
             if self._begun:
                 _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
             else:
-                await error_reply(ours, self._dialect)(scope, receive, send)
+                await error_reply(self._reword(ours), self._dialect)(scope, receive, send)
 
     async def _send_stream(self, answer: Answer, form: Form, send: Send) -> None:
         self._begun = True
@@ -99,7 +102,7 @@ class PromptReply:
             except (MeshmaxError, BaseExceptionGroup) as error:
                 if (ours := only_error(error)) is None:
                     raise
-                await lines.send(form.failure(ours))
+                await lines.send(form.failure(self._reword(ours)))
 
     async def _send_whole(self, answer: Answer, form: Form, scope: Scope, receive: Receive, send: Send) -> None:
         deltas, vectors, finish = await _collect(answer.events)

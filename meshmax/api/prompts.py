@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 import trio
@@ -19,7 +19,15 @@ from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_words import Remote
 from meshmax.api.replies import Dialect, model_not_found
 from meshmax.base.catalog import Resolved
-from meshmax.base.errors import Busy, CapabilityMissing, InvalidName, InvalidRequest, ModelNotFound
+from meshmax.base.errors import (
+    Busy,
+    CapabilityMissing,
+    ContextTooLong,
+    InvalidName,
+    InvalidRequest,
+    MeshmaxError,
+    ModelNotFound,
+)
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import (
     Ask,
@@ -38,7 +46,7 @@ from meshmax.telemetry.log import get_logger
 
 REQUEST_ID: Final = "meshmax.request_id"  # key in an ASGI scope
 
-Verb = Literal["generate", "chat", "embed"]
+INPUT_TOO_LONG: Final = "the input length exceeds the context length"
 
 _log = get_logger("prompts")
 
@@ -95,7 +103,8 @@ class Prompts:
         request = with_capabilities(request, resolved, typed)
         ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s)
         stream = stream and not is_load_only(request)  # Ollama answers these with one object, whatever was asked
-        return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect)
+        reword = _too_long_input if isinstance(request, EmbedRequest) else _same
+        return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect, reword)
 
     def _open(self, ask: Ask, resolved: Resolved) -> AbstractAsyncContextManager[Answer]:
         if not is_load_only(ask.request):
@@ -115,6 +124,15 @@ class Prompts:
 
     def _own_route(self, ask: Ask, line: str) -> Route:
         return Route(ask.request_id, ask.digest, self.node.signer.peer_id, line)
+
+
+def _too_long_input(error: MeshmaxError) -> MeshmaxError:
+    """Ollama's sentence for a text that is too long to embed."""
+    return ContextTooLong(INPUT_TOO_LONG) if isinstance(error, ContextTooLong) else error
+
+
+def _same(error: MeshmaxError) -> MeshmaxError:
+    return error
 
 
 async def _one(event: Event) -> AsyncIterator[Event]:

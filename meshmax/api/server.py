@@ -187,7 +187,23 @@ class _Server:
 
     async def _protocol(self, stream: trio.SocketStream) -> None:
         client = _PatientStream(stream)
-        await TCPServer(self._app, self._config, self._context, ConnectionState({}), client).run()
+        await _Connection(self._app, self._config, self._context, ConnectionState({}), client).run()
+
+
+class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without its types
+    """hypercorn's connection, which ends when its client has gone, not when the idle time is over as well."""
+
+    _gone = False
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._gone = True
+        await self.idle_task.stop()
+
+    async def protocol_send(self, event: Any) -> None:
+        await super().protocol_send(event)
+        if self._gone:
+            await self.idle_task.stop()
 
 
 class _PatientStream:

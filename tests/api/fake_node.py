@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +39,13 @@ def details(*capabilities: str) -> ModelDetails:
 
 
 def entry(name: str, digest: Sha256, **fields: Any) -> CatalogEntry:
-    given = {"size": 1000, "modified_at_s": NOW_S, "details": details("completion"), "local": True, "holders": (OURS,)}
+    given: dict[str, Any] = {
+        "size": 1000,
+        "modified_at_s": NOW_S,
+        "details": details("completion"),
+        "local": True,
+        "holders": (OURS,),
+    }
     return CatalogEntry(name, digest, **(given | fields))
 
 
@@ -120,11 +126,12 @@ class FakePulls:
         if "missing" in name:
             raise NoProviders(f"no peer that can be reached has '{name}'")
         try:
-            yield self._play()
+            async with aclosing(self._play()) as transfers:
+                yield transfers
         finally:
             self.left += 1
 
-    async def _play(self) -> AsyncIterator[Transfer]:
+    async def _play(self) -> AsyncGenerator[Transfer, None]:
         for transfer in self.script:
             await trio.sleep(0.1)
             yield transfer
@@ -152,13 +159,13 @@ class FakeRouter:
         peer = OURS if ask.digest == DIGEST else THEIRS
         self.open += 1
         try:
-            async with self._residency.open_answer(ask) as events:
+            async with self._residency.open_answer(ask) as answered, aclosing(self._broken(answered)) as events:
                 route = Route(ask.request_id, ask.digest, peer, "only candidate\n\u00e9")
-                yield SimpleNamespace(route=route, events=self._broken(events))  # type: ignore[misc]
+                yield SimpleNamespace(route=route, events=events)
         finally:
             self.open -= 1
 
-    async def _broken(self, events: AsyncIterator[Event]) -> AsyncIterator[Event]:
+    async def _broken(self, events: AsyncIterator[Event]) -> AsyncGenerator[Event, None]:
         count = 0
         async for event in events:
             if self.break_after and count == self.break_after[0]:

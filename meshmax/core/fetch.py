@@ -1,0 +1,379 @@
+"""Fetching one blob from many sources at once: which chunk is asked of whom, and what follows from what they do.
+
+Rules. Rarest chunk first, random among equals (core.fetch_chunks); each source has a window (core.fetch_source). A chunk
+is asked of one source at a time, but for the end game: when every missing chunk is under way, a source with nothing to
+do is asked, too, for the last chunk of the source that will need longest; what this can waste is bounded by
+DOUBLE_SHARE of the blob. A source that sends a bad chunk is never asked for that chunk again and gets one chunk at a
+time; at BAN_STRIKES it is banned from this blob. A source that is silent loses what was asked of it to others; after
+MAX_TIMEOUTS silences in a row it is dropped and may come back. All of this survives a source's leaving and returning.
+
+The owner calls an ``on_`` method for each thing that happens, `tick` at `deadline`, and performs the actions in order.
+Chunks are verified and written by the owner before `on_chunk_ok`. Not here: streams, files, who the sources are.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+import msgspec
+
+from meshmax.base.ids import PeerId
+from meshmax.base.model import Haves
+from meshmax.core.backoff import Random
+from meshmax.core.fetch_chunks import Rarity, bits_of
+from meshmax.core.fetch_source import BAN_STRIKES, MAX_TIMEOUTS, Source
+
+MAX_SOURCES: Final = (
+    64  # sources of one blob at once; more than fill any network card, each costs a stream and 8 chunks
+)
+MAX_AHEAD: Final = 64  # chunks under way in all: 64 MiB that may have come and wait for the disk
+MAX_KNOWN: Final = 1024  # sources remembered, gone and banned ones too, so that a liar is no stranger when it returns
+DOUBLE_SHARE: Final = 50  # a fiftieth of the chunks (2 at least) may be under way twice or have been wasted by that
+DOUBLE_CHECK_S: Final = 0.25  # how often the end game looks for a source that has fallen behind
+MAX_PAUSE_S: Final = 60.0  # a busy source is asked again after this, whatever it says
+
+
+class Request(msgspec.Struct, frozen=True):
+    """Ask ``peer`` for chunk ``index``."""
+
+    peer: PeerId
+    index: int
+
+
+class Cancel(msgspec.Struct, frozen=True):
+    """Chunk ``index`` is no longer wanted of ``peer``; it answers with that chunk or `on_cancelled`."""
+
+    peer: PeerId
+    index: int
+
+
+class Demote(msgspec.Struct, frozen=True):
+    """``peer`` sent a bad chunk; from now on it gets one chunk at a time."""
+
+    peer: PeerId
+
+
+class Ban(msgspec.Struct, frozen=True):
+    """``peer`` is no source of this blob any more. Nothing is awaited of it."""
+
+    peer: PeerId
+    reason: str
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """``peer`` is given up for now and may be offered again. Nothing is awaited of it."""
+
+    peer: PeerId
+    reason: str
+
+
+class Done(msgspec.Struct, frozen=True):
+    """Every chunk is there."""
+
+
+class Stuck(msgspec.Struct, frozen=True):
+    """No source has any of the missing chunks. It ends when one comes that has."""
+
+    reason: str
+
+
+Action: TypeAlias = Request | Cancel | Demote | Ban | Drop | Done | Stuck
+
+
+class SourceView(msgspec.Struct, frozen=True):
+    """What a source gave. ``strikes``: bad chunks; ``asked``: chunks under way; ``rate_bytes_per_s`` 0 when not a source now."""
+
+    chunks: int
+    bytes: int
+    strikes: int
+    asked: int
+    window: int
+    rate_bytes_per_s: float
+    active: bool
+
+
+class FetchView(msgspec.Struct, frozen=True):
+    """The fetch as it is. ``bytes_wasted``: bad or double bytes received."""
+
+    count: int
+    missing: int
+    bytes_wasted: int
+    stuck: bool
+    sources: dict[PeerId, SourceView]
+
+
+class Fetch:
+    """The fetch of one blob of ``haves.count`` chunks, of which ``haves`` are there already."""
+
+    __slots__ = (
+        "_active",
+        "_ahead",
+        "_checked_s",
+        "_doubled",
+        "_doubles_lost",
+        "_ended",
+        "_known",
+        "_missing",
+        "_open",
+        "_rarity",
+        "_stuck",
+        "_wasted",
+        "count",
+    )
+
+    def __init__(self, haves: Haves, random: Random) -> None:
+        self.count = haves.count
+        self._missing = ((1 << haves.count) - 1) & ~bits_of(haves)
+        self._open = self._missing  # missing and under way from nobody
+        self._rarity = Rarity(haves.count, random)
+        self._active: dict[PeerId, Source] = {}
+        self._known: dict[PeerId, Source] = {}
+        self._ahead: dict[int, list[PeerId]] = {}  # chunk under way -> whom it was asked of
+        self._doubled: set[int] = set()  # chunks asked of two, whose loser has not said its last word
+        self._doubles_lost = 0
+        self._wasted = 0
+        self._checked_s = 0.0
+        self._ended = False
+        self._stuck = False
+
+    # --- what the owner asks -----------------------------------------------------------------------------------------
+
+    def needs(self, index: int) -> bool:
+        """Whether chunk ``index`` is still missing."""
+        return 0 <= index < self.count and bool(self._missing >> index & 1)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether no source has any of the missing chunks."""
+        return self._stuck
+
+    def banned(self, peer: PeerId) -> bool:
+        """Whether ``peer`` is banned from this blob."""
+        known = self._known.get(peer)
+        return known is not None and known.strikes >= BAN_STRIKES
+
+    def deadline(self) -> float | None:
+        """When `tick` is due, in the owner's time; None: not before the next event."""
+        times = [ends for source in self._active.values() if (ends := source.silence_ends_s()) is not None]
+        times += [s.paused_until_s for s in self._active.values() if s.paused_until_s and s.useful & self._missing]
+        if self._ahead and not self._open and self._may_double() and any(not s.asked for s in self._active.values()):
+            times.append(self._checked_s + DOUBLE_CHECK_S)
+        return min(times, default=None)
+
+    def snapshot(self) -> FetchView:
+        """The fetch as it is now."""
+        views = {}
+        for peer, source in self._known.items():
+            active = peer in self._active
+            value = source.chunk_s.value
+            rate = source.bytes / source.chunks / value if active and value and source.chunks else 0.0
+            views[peer] = SourceView(
+                source.chunks, source.bytes, source.strikes, len(source.asked), source.window, rate, active
+            )
+        return FetchView(self.count, self._missing.bit_count(), self._wasted, self._stuck, views)
+
+    # --- what happens ------------------------------------------------------------------------------------------------
+
+    def start(self, now: float) -> list[Action]:
+        """Nothing happened yet: Done if every chunk is there, else Stuck until a source comes."""
+        return self._next(now, [])
+
+    def on_source(self, peer: PeerId, haves: Haves, now: float) -> list[Action]:
+        """``peer`` offers chunks, or says anew what it has. A banned one is answered with Ban, one too many with Drop."""
+        if self.banned(peer):
+            return [Ban(peer, "it sent bad chunks")]
+        source = self._active.get(peer)
+        if source is None:
+            full = len(self._active) >= MAX_SOURCES or (peer not in self._known and len(self._known) >= MAX_KNOWN)
+            if full:
+                return [Drop(peer, "there are sources enough")]
+            source = self._known.setdefault(peer, Source(peer))
+            source.begin()
+            self._active[peer] = source
+        chunks = bits_of(haves) & ((1 << self.count) - 1)
+        self._rarity.remove(source.haves & ~chunks)
+        self._rarity.add(chunks & ~source.haves)
+        source.haves = chunks
+        return self._next(now, [])
+
+    on_have = on_source  # a source that has more now, or less
+
+    def on_source_gone(self, peer: PeerId, now: float) -> list[Action]:
+        """``peer`` went away; what was asked of it is asked of others."""
+        self._forget(peer)
+        return self._next(now, [])
+
+    def on_part(self, peer: PeerId, now: float) -> None:
+        """Some of a chunk came: the source is alive."""
+        if source := self._active.get(peer):
+            source.heard_s = now
+
+    def on_chunk_ok(self, peer: PeerId, index: int, size: int, now: float) -> list[Action]:
+        """Chunk ``index`` came from ``peer``, was verified and is in its place. Twice the same counts as wasted."""
+        actions: list[Action] = []
+        if not self.needs(index):
+            return self.on_chunk_double(peer, index, size, now)
+        if source := self._active.get(peer):
+            source.delivered(index, size, now)
+        for other in self._ahead.pop(index, []):
+            if other != peer:
+                self._active[other].leave(index)
+                actions.append(Cancel(other, index))
+        if not actions:
+            self._doubled.discard(index)
+        self._missing &= ~(1 << index)
+        self._open &= ~(1 << index)
+        return self._next(now, actions)
+
+    def on_chunk_double(self, peer: PeerId, index: int, size: int, now: float) -> list[Action]:
+        """Chunk ``index`` came from ``peer`` when it was there already."""
+        return self.on_cancelled(peer, index, size, now)
+
+    def on_chunk_bad(self, peer: PeerId, index: int, size: int, now: float) -> list[Action]:
+        """What ``peer`` sent as chunk ``index`` is not that chunk: demoted, then banned."""
+        self._wasted += size
+        source = self._active.get(peer)
+        if source is None:
+            return self._next(now, [])
+        source.settled(index, now)
+        self._release(peer, index)
+        source.bad |= 1 << index
+        source.strikes += 1
+        if source.strikes < BAN_STRIKES:
+            return self._next(now, [Demote(peer)])
+        self._forget(peer)
+        return self._next(now, [Ban(peer, f"it sent {source.strikes} bad chunks")])
+
+    def on_not_have(self, peer: PeerId, index: int, now: float) -> list[Action]:
+        """``peer`` does not have chunk ``index`` after all."""
+        if source := self._active.get(peer):
+            source.settled(index, now)
+            self._release(peer, index)
+            lost = source.haves & (1 << index) if 0 <= index < self.count else 0
+            self._rarity.remove(lost)
+            source.haves &= ~lost
+        return self._next(now, [])
+
+    def on_cancelled(self, peer: PeerId, index: int, wasted: int, now: float) -> list[Action]:
+        """``peer`` will not send chunk ``index``, as we asked; ``wasted`` bytes of it had come."""
+        self._wasted += wasted
+        if source := self._active.get(peer):
+            source.settled(index, now)
+        self._release(peer, index)
+        if index in self._doubled and index not in self._ahead:
+            self._doubled.discard(index)
+            self._doubles_lost += wasted > 0
+        return self._next(now, [])
+
+    def on_busy(self, peer: PeerId, index: int, retry_after_s: float, now: float) -> list[Action]:
+        """``peer`` will not send chunk ``index`` now, and wants to be left alone for ``retry_after_s``."""
+        if source := self._active.get(peer):
+            source.settled(index, now)
+            self._release(peer, index)
+            source.paused_until_s = now + min(max(retry_after_s, 0.1), MAX_PAUSE_S)
+        return self._next(now, [])
+
+    def tick(self, now: float) -> list[Action]:
+        """Time passed: silent sources lose what was asked of them, paused ones are asked again."""
+        actions: list[Action] = []
+        for peer, source in tuple(self._active.items()):
+            ends_s = source.silence_ends_s()
+            if ends_s is None or now < ends_s:
+                continue
+            source.silent(now)
+            if source.timeouts >= MAX_TIMEOUTS:
+                self._forget(peer)
+                actions.append(Drop(peer, "it sends nothing"))
+                continue
+            for index in tuple(source.asked):
+                source.leave(index)
+                self._release(peer, index)
+                actions.append(Cancel(peer, index))
+        return self._next(now, actions)
+
+    # --- deciding ----------------------------------------------------------------------------------------------------
+
+    def _next(self, now: float, actions: list[Action]) -> list[Action]:
+        if not self._missing:
+            if not self._ended:
+                self._ended = True
+                actions.append(Done())
+            return actions
+        for source in self._active.values():
+            if source.paused_until_s and now >= source.paused_until_s:
+                source.paused_until_s = 0.0
+        self._fill(now, actions)
+        self._double(now, actions)
+        stuck = not self._ahead and not any(s.useful & self._missing for s in self._active.values())
+        if stuck and not self._stuck:
+            actions.append(Stuck(f"no source has any of the {self._missing.bit_count()} missing chunks"))
+        self._stuck = stuck
+        return actions
+
+    def _fill(self, now: float, actions: list[Action]) -> None:
+        ready = sorted(self._active.values(), key=lambda source: (source.strikes, source.pace_s()))
+        while self._open and ready and len(self._ahead) < MAX_AHEAD:
+            still = []
+            for source in ready:  # one chunk each in turn, the quickest first
+                if source.room(now) <= 0 or len(self._ahead) >= MAX_AHEAD:
+                    continue
+                index = self._rarity.choose(source.useful & self._open)
+                if index is not None:
+                    self._ask(source, index, now, actions)
+                    still.append(source)
+            ready = still
+
+    def _double(self, now: float, actions: list[Action]) -> None:
+        if self._open or not self._ahead:
+            return
+        self._checked_s = now
+        for helper in sorted(self._active.values(), key=Source.pace_s):
+            if not self._may_double():
+                return
+            if helper.asked or helper.strikes or helper.room(now) <= 0:
+                continue
+            index = self._slowest_for(helper, now)
+            if index is not None:
+                self._doubled.add(index)
+                self._ask(helper, index, now, actions)
+
+    def _slowest_for(self, helper: Source, now: float) -> int | None:
+        """The chunk asked last of the source that needs longest, where ``helper`` is sure to bring it sooner."""
+        waits = []
+        for source in self._active.values():
+            single = [i for i in source.asked if len(self._ahead[i]) == 1 and helper.useful >> i & 1]
+            if source is not helper and single and source.remaining_s(now) > 2 * helper.pace_s():
+                waits.append((source.remaining_s(now), single[-1]))
+        return max(waits)[1] if waits else None
+
+    def _may_double(self) -> bool:
+        return len(self._doubled) + self._doubles_lost < max(2, self.count // DOUBLE_SHARE)
+
+    def _ask(self, source: Source, index: int, now: float, actions: list[Action]) -> None:
+        source.ask(index, now)
+        self._ahead.setdefault(index, []).append(source.peer)
+        self._open &= ~(1 << index)
+        actions.append(Request(source.peer, index))
+
+    def _release(self, peer: PeerId, index: int) -> None:
+        """``peer`` is not going to bring chunk ``index``: it is open again unless somebody else is bringing it."""
+        owners = self._ahead.get(index)
+        if owners is None or peer not in owners:
+            return
+        owners.remove(peer)
+        self._doubled.discard(index)
+        if not owners:
+            del self._ahead[index]
+            self._open |= self._missing & (1 << index)
+
+    def _forget(self, peer: PeerId) -> None:
+        source = self._active.pop(peer, None)
+        if source is None:
+            return
+        self._rarity.remove(source.haves)
+        for index in (*source.asked, *source.leaving):
+            if index in self._doubled and index not in self._ahead:
+                self._doubled.discard(index)  # it lost, and how much of it had come is not known
+                self._doubles_lost += 1
+            self._release(peer, index)
+        source.begin()

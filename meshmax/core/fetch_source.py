@@ -1,0 +1,149 @@
+"""One source of one blob: what it has, what is asked of it, how fast it is, how far it is trusted.
+
+Rules. The window (chunks asked and not yet there) begins at FIRST_WINDOW, grows by one with each chunk that comes, halves
+when nothing came in time, and never holds more than WINDOW_S worth of the source's measured rate: a slow source thus
+never sits on chunks that a fast one could have brought. A source that sent a bad chunk is asked one chunk at a time from
+then on. Silence is measured against the source's own rate. Not here: choosing chunks (core.fetch_chunks), the blob as a
+whole (core.fetch).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from meshmax.base.ids import PeerId
+from meshmax.core.ewma import Ewma
+
+FIRST_WINDOW: Final = 2  # chunks; one on the wire and one behind it, before anything is measured
+MAX_WINDOW: Final = (
+    8  # chunks of 1 MiB in flight a source: covers 40 MB/s at 200 ms; bounds what a reader may have to hold
+)
+WINDOW_S: Final = 2.0  # seconds of a source's rate that a window may hold (2 chunks at least)
+FIRST_PATIENCE_S: Final = (
+    10.0  # silence before anything is measured; a loaded peer may take seconds to open a cold file
+)
+MIN_PATIENCE_S: Final = 3.0  # silence of a measured source: longer than a garbage collection or a Wi-Fi roam
+MAX_PATIENCE_S: Final = 30.0
+PATIENCE_CHUNKS: Final = 8.0  # silence of a measured source, in times of one chunk
+MAX_CHUNK_S: Final = 120.0  # one chunk altogether: under 9 kB/s a source is no source, however steadily it drips
+MAX_TIMEOUTS: Final = 3  # silences in a row after which a source is given up
+BAN_STRIKES: Final = 2  # bad chunks after which a source is banned from this blob
+
+
+class Source:
+    """What `core.fetch` knows of one source.
+
+    ``bad``: chunks it sent wrong. ``asked``: chunks asked of it, since when. ``leaving``: asked, then cancelled, not yet
+    confirmed; they still fill the window, so that what a peer has to remember stays bounded.
+    """
+
+    __slots__ = (
+        "_done_s",
+        "asked",
+        "bad",
+        "bytes",
+        "chunk_s",
+        "chunks",
+        "haves",
+        "heard_s",
+        "leaving",
+        "paused_until_s",
+        "peer",
+        "strikes",
+        "timeouts",
+        "window",
+    )
+
+    def __init__(self, peer: PeerId) -> None:
+        self.peer = peer
+        self.bad = 0
+        self.strikes = 0
+        self.chunks = 0
+        self.bytes = 0
+        self.chunk_s = Ewma()
+        self.begin()
+
+    def begin(self) -> None:
+        """It came, or came back: what it sent before stays known, what was asked before does not count."""
+        self.haves = 0
+        self.asked: dict[int, float] = {}
+        self.leaving: set[int] = set()
+        self.window = FIRST_WINDOW
+        self.timeouts = 0
+        self.paused_until_s = 0.0
+        self.heard_s = 0.0
+        self._done_s = 0.0
+
+    @property
+    def useful(self) -> int:
+        """The chunks that it may be asked for, as a set in an integer."""
+        return self.haves & ~self.bad
+
+    def room(self, now: float) -> int:
+        """How many more chunks it may be asked for now."""
+        if now < self.paused_until_s:
+            return 0
+        return self._limit() - len(self.asked) - len(self.leaving)
+
+    def pace_s(self) -> float:
+        """Seconds for one chunk as measured; the first patience if never measured."""
+        return FIRST_PATIENCE_S if self.chunk_s.value is None else self.chunk_s.value
+
+    def remaining_s(self, now: float) -> float:
+        """Seconds until all that is asked of it will be there; for one that has fallen silent, at least its silence."""
+        return max(self.pace_s() * len(self.asked), now - self.heard_s)
+
+    def ask(self, index: int, now: float) -> None:
+        """Chunk ``index`` is asked of it."""
+        if not self.asked and not self.leaving:
+            self.heard_s = now
+        self.asked[index] = now
+
+    def leave(self, index: int) -> None:
+        """Chunk ``index`` is no longer wanted of it."""
+        if self.asked.pop(index, None) is not None:
+            self.leaving.add(index)
+
+    def settled(self, index: int, now: float) -> bool:
+        """It said the last word about chunk ``index``; False if it was never asked for it."""
+        known = index in self.asked or index in self.leaving
+        self.asked.pop(index, None)
+        self.leaving.discard(index)
+        self.heard_s = now
+        return known
+
+    def delivered(self, index: int, size: int, now: float) -> None:
+        """A good chunk came."""
+        asked_s = self.asked.get(index)
+        if asked_s is not None:
+            self.chunk_s.add(now - max(asked_s, self._done_s), now)
+        self.settled(index, now)
+        self._done_s = now
+        self.chunks += 1
+        self.bytes += size
+        self.timeouts = 0
+        self.window = min(MAX_WINDOW, self.window + 1)
+
+    def silent(self, now: float) -> None:
+        """Nothing came in time: ask less from now on."""
+        self.timeouts += 1
+        self.window = max(1, self.window // 2)
+        self.heard_s = now
+
+    def silence_ends_s(self) -> float | None:
+        """When its silence will have lasted too long; None while it owes nothing."""
+        if not self.asked:
+            return self.heard_s + self._patience_s() if self.leaving else None
+        oldest_s = min(self.asked.values())
+        return min(self.heard_s + self._patience_s(), oldest_s + MAX_CHUNK_S * len(self.asked))
+
+    def _patience_s(self) -> float:
+        value = self.chunk_s.value
+        base_s = FIRST_PATIENCE_S if value is None else max(MIN_PATIENCE_S, PATIENCE_CHUNKS * value)
+        return min(MAX_PATIENCE_S, base_s * float(2**self.timeouts))
+
+    def _limit(self) -> int:
+        if self.strikes:
+            return 1
+        value = self.chunk_s.value
+        return min(self.window, max(FIRST_WINDOW, int(WINDOW_S / value))) if value else self.window

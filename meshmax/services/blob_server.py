@@ -1,0 +1,185 @@
+"""Serves chunks of our blobs, whole or partial: the server's end of ``/meshmax/blob/1.0.0``.
+
+One session a stream. A reader takes messages in and never waits for the disk; a sender reads chunks (the store verifies
+each before it is served), sends them in parts, and now and then tells what has come in since. Wants, sessions and time
+are bounded; a peer that stops reading loses its session. A chunk that turns out bad on disk is answered with NotHave and
+the session goes on. Not here: what is a good chunk (store), to whom we serve (node).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import Final
+
+import trio
+
+from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError, PeerGone, RemoteProtocolError, StoreCorrupt
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.model import Haves
+from meshmax.ports import BlobStore, Stream, Swarm
+from meshmax.services.frames import FrameStream
+from meshmax.telemetry.metrics import BYTES, CHUNKS
+from meshmax.wire import blob as wire
+from meshmax.wire.failure import failure_of
+from meshmax.wire.protocols import BLOB
+
+MAX_SESSIONS: Final = 128  # in all; each may hold one chunk of 1 MiB
+MAX_SESSIONS_PER_PEER: Final = 8  # a puller uses one a blob, one blob at a time a model
+OPEN_TIMEOUT_S: Final = 10.0  # for the first message
+IDLE_TIMEOUT_S: Final = 120.0  # without a want; a fetcher that waits for others comes back
+SEND_TIMEOUT_S: Final = 30.0  # for one part; a reader slower than 9 kB/s gives its place to another
+HAVE_INTERVAL_S: Final = 1.0  # how often a growing blob is announced on a session
+BUSY_RETRY_S: Final = 5.0
+
+
+class BlobServer:
+    """Serves ``blobs`` to whoever opens a stream."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+        self._sessions: Counter[PeerId] = Counter()
+
+    def register(self, swarm: Swarm) -> None:
+        """Serve on ``swarm`` from now on."""
+        swarm.serve(BLOB, self.answer)
+
+    async def answer(self, stream: Stream) -> None:
+        """One session. Raises PeerGone, RemoteProtocolError when it ends badly."""
+        frames = FrameStream(stream)
+        with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
+            first = await frames.receive(wire.FROM_FETCHER)
+        if scope.cancelled_caught:
+            raise RemoteProtocolError("the peer opened a stream and asked for nothing")
+        if not isinstance(first, wire.Open):
+            raise RemoteProtocolError("the peer asked for chunks before it said of which blob")
+        if self._sessions.total() >= MAX_SESSIONS or self._sessions[stream.peer] >= MAX_SESSIONS_PER_PEER:
+            await _send(frames, failure_of(Busy("this peer serves as many as it can", BUSY_RETRY_S)))
+            return
+        self._sessions[stream.peer] += 1
+        try:
+            await self._session(frames, Sha256(first.digest))
+        finally:
+            self._sessions[stream.peer] -= 1
+            self._sessions += Counter()  # drops the zeros, so that peers that left take no room
+
+    async def _session(self, frames: FrameStream, digest: Sha256) -> None:
+        known = await self._blobs.haves(digest)
+        if known is None:
+            await _send(frames, failure_of(BlobNotFound(f"blob {digest[:12]} is not here")))
+            return
+        session = _Session(self._blobs, frames, digest, known[1])
+        await session.run()
+
+
+class _Session:
+    """One fetcher at one blob."""
+
+    def __init__(self, blobs: BlobStore, frames: FrameStream, digest: Sha256, haves: Haves) -> None:
+        self._blobs = blobs
+        self._frames = frames
+        self._digest = digest
+        self._haves = haves
+        self._wants: deque[int] = deque()
+        self._cancelled: set[int] = set()  # wants not yet answered that are no longer wanted
+        self._current: int | None = None
+        self._wake = trio.Event()
+        self._ended = False
+        self._failure: MeshmaxError | None = None
+
+    async def run(self) -> None:
+        """Until the peer ends its side, asks for nothing for long, or goes away."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._read_into, nursery.cancel_scope)
+            try:
+                await _send(self._frames, wire.have_of(self._haves))
+                await self._serve()
+            except MeshmaxError as error:
+                self._failure = self._failure or error
+            nursery.cancel_scope.cancel()
+        if self._failure:
+            raise self._failure
+
+    async def _read_into(self, scope: trio.CancelScope) -> None:
+        try:
+            while (message := await self._frames.try_receive(wire.FROM_FETCHER)) is not None:
+                self._take(message)
+            self._ended = True
+            self._wake.set()
+        except MeshmaxError as error:
+            self._failure = error
+            scope.cancel()
+
+    def _take(self, message: wire.FromFetcher) -> None:
+        match message:
+            case wire.Want(index=index):
+                if index in self._wants:
+                    raise RemoteProtocolError(f"the peer asked for chunk {index} twice at once")
+                if len(self._wants) >= wire.MAX_WANTS:
+                    raise RemoteProtocolError(f"the peer asked for more than {wire.MAX_WANTS} chunks ahead")
+                self._wants.append(index)
+                self._wake.set()
+            case wire.Cancel(index=index):
+                if index in self._wants or index == self._current:
+                    self._cancelled.add(index)
+            case _:
+                raise RemoteProtocolError("the peer opened a blob twice on one stream")
+
+    async def _serve(self) -> None:
+        idle_since_s = announced_s = trio.current_time()
+        while True:
+            if self._wants:
+                self._current = self._wants.popleft()
+                await self._answer(self._current)
+                idle_since_s = trio.current_time()
+            elif self._ended or trio.current_time() - idle_since_s >= IDLE_TIMEOUT_S:
+                return
+            else:
+                with trio.move_on_after(HAVE_INTERVAL_S):
+                    await self._wake.wait()
+            self._wake = trio.Event()
+            if not self._haves.whole and trio.current_time() - announced_s >= HAVE_INTERVAL_S:
+                announced_s = trio.current_time()
+                await self._announce()
+
+    async def _announce(self) -> None:
+        known = await self._blobs.haves(self._digest)
+        haves = known[1] if known else Haves.none(self._haves.count)
+        if haves.count == self._haves.count and haves != self._haves:
+            self._haves = haves
+            await _send(self._frames, wire.have_of(haves))
+
+    async def _answer(self, index: int) -> None:
+        if index in self._cancelled:
+            await self._last_word(wire.Cancelled(index))
+            return
+        try:
+            chunk = await self._blobs.read_chunk(self._digest, index)
+        except (BlobNotFound, StoreCorrupt) as error:
+            CHUNKS.labels(direction="out", outcome=error.code).inc()
+            await self._last_word(wire.NotHave(index))
+            return
+        for offset in range(0, len(chunk), wire.PART_BYTES):
+            if index in self._cancelled:
+                await self._last_word(wire.Cancelled(index))
+                return
+            part = wire.ChunkPart(index, offset, chunk[offset : offset + wire.PART_BYTES])
+            if offset + wire.PART_BYTES < len(chunk):
+                await _send(self._frames, part)
+            else:
+                await self._last_word(part)
+            BYTES.labels(direction="out").inc(len(part.data))
+        CHUNKS.labels(direction="out", outcome="ok").inc()
+
+    async def _last_word(self, message: wire.ChunkPart | wire.NotHave | wire.Cancelled) -> None:
+        # Settled before it is sent: the fetcher may ask for the chunk anew, and cancel that, while we still send.
+        self._current = None
+        self._cancelled.discard(message.index)
+        await _send(self._frames, message)
+
+
+async def _send(frames: FrameStream, message: wire.FromServer) -> None:
+    with trio.move_on_after(SEND_TIMEOUT_S) as scope:
+        await frames.send(wire.FROM_SERVER, message)
+    if scope.cancelled_caught:
+        await frames.stream.reset()
+        raise PeerGone("the peer stopped reading")

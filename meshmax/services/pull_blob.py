@@ -1,0 +1,188 @@
+"""Fetching one blob from all its sources at once: runs core.fetch over sessions, and writes what comes to the partial.
+
+One task owns the core: it takes events of all sessions from one channel, verifies and writes chunks one after the other,
+and performs the core's actions. New sources are looked for all the time; those that fail are tried again after a pause.
+It ends when the blob is whole, the store fails, or nobody has had what is missing for long. Not here: which peers have
+the model (services.pull), what to ask of whom (core.fetch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import trio
+
+from meshmax.base.errors import ChunkMismatch, MeshmaxError, NoProviders, VersionMismatch
+from meshmax.base.ids import PeerId
+from meshmax.core import fetch as core
+from meshmax.core.backoff import Random, backoff_s
+from meshmax.ports import Partial, Swarm
+from meshmax.services.blob_client import Arrived, Gone, Lacking, Offered, Paused, Session, SourceEvent, Withdrawn
+from meshmax.telemetry.log import get_logger
+from meshmax.telemetry.metrics import BYTES, CHUNKS
+
+SEEK_INTERVAL_S: Final = 0.5  # how often new sources are looked for
+SOURCE_WAIT_S: Final = 30.0  # how long nobody may have what is missing before the pull is given up
+STALL_WAIT_S: Final = 180.0  # how long sources may offer chunks and bring none
+RETRY_FIRST_S: Final = 1.0  # pause before a source that failed is tried again; doubles
+RETRY_MOST_S: Final = 15.0
+RETRY_VERSION_S: Final = 600.0  # a peer of another version stays one until it is restarted
+MAX_EVENTS: Final = 1024  # undelivered events of all sessions; chunks among them are bounded by core.MAX_AHEAD
+
+Sources = Callable[[], Mapping[PeerId, tuple[str, ...]]]  # peers that may have some of it -> their addresses
+
+_log = get_logger("pull")
+
+
+class BlobFetch:
+    """One blob, into ``partial``. ``changed`` is called after each chunk."""
+
+    def __init__(
+        self, swarm: Swarm, partial: Partial, sources: Sources, random: Random, changed: Callable[[], None]
+    ) -> None:
+        self.map = partial.chunk_map
+        self._swarm = swarm
+        self._partial = partial
+        self._sources = sources
+        self._random = random
+        self._changed = changed
+        self._core = core.Fetch(partial.haves, random)
+        self._sessions: dict[PeerId, Session] = {}
+        self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
+        self._retry_at_s: dict[PeerId, float] = {}
+        self._done = False
+        self._done_bytes = sum(self.map.span(i)[1] for i in range(self.map.count) if i in partial.haves)
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are verified and in place."""
+        return self._done_bytes
+
+    def view(self) -> core.FetchView:
+        """Who gave what."""
+        return self._core.snapshot()
+
+    async def run(self) -> None:
+        """Until every chunk is in place. Raises NoProviders, StoreFull, StoreError; what came is kept."""
+        failure: MeshmaxError | None = None
+        send, receive = trio.open_memory_channel[SourceEvent](MAX_EVENTS)
+        async with trio.open_nursery() as nursery:
+            try:
+                await self._fetch(nursery, send, receive)
+            except MeshmaxError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure:
+            raise failure
+
+    async def _fetch(
+        self,
+        nursery: trio.Nursery,
+        send: trio.MemorySendChannel[SourceEvent],
+        receive: trio.MemoryReceiveChannel[SourceEvent],
+    ) -> None:
+        began_s = hopeful_s = seek_at_s = trio.current_time()
+        progress_bytes = self._done_bytes
+        self._perform(self._core.start(began_s))
+        while not self._done:
+            now = trio.current_time()
+            if now >= seek_at_s:
+                self._seek(nursery, send, now)
+                seek_at_s = now + SEEK_INTERVAL_S
+            if not self._core.stuck:
+                hopeful_s = now
+            if self._done_bytes > progress_bytes:
+                progress_bytes, began_s = self._done_bytes, now
+            if now - hopeful_s >= SOURCE_WAIT_S or now - began_s >= STALL_WAIT_S:
+                raise NoProviders(self._despair())
+            await self._step(receive, min(seek_at_s, self._core.deadline() or seek_at_s))
+
+    async def _step(self, receive: trio.MemoryReceiveChannel[SourceEvent], until_s: float) -> None:
+        with trio.move_on_at(until_s) as scope:
+            event = await receive.receive()
+        if not scope.cancelled_caught:
+            self._perform(await self._take(event))
+        due_s = self._core.deadline()
+        if (
+            due_s is not None and trio.current_time() >= due_s
+        ):  # a steady stream of events must not hide a silent source
+            self._perform(self._core.tick(trio.current_time()))
+
+    async def _take(self, event: SourceEvent) -> list[core.Action]:
+        now = trio.current_time()
+        match event:
+            case Offered(peer=peer):
+                self._failures.pop(peer, None)
+                return self._core.on_source(peer, self._sessions[peer].offer_taken(), now)
+            case Arrived():
+                return await self._arrived(event)
+            case Lacking(peer=peer, index=index):
+                return self._core.on_not_have(peer, index, now)
+            case Paused(peer=peer, index=index, retry_after_s=retry_after_s):
+                return self._core.on_busy(peer, index, retry_after_s, now)
+            case Withdrawn(peer=peer, index=index, wasted=wasted):
+                return self._core.on_cancelled(peer, index, wasted, now)
+            case Gone(peer=peer, error=error):
+                self._gone(peer, error, now)
+                return self._core.on_source_gone(peer, now)
+
+    async def _arrived(self, event: Arrived) -> list[core.Action]:
+        size = len(event.data)
+        BYTES.labels(direction="in").inc(size)
+        if not self._core.needs(event.index):
+            CHUNKS.labels(direction="in", outcome="double").inc()
+            return self._core.on_chunk_double(event.peer, event.index, size, trio.current_time())
+        try:
+            await self._partial.write(event.index, event.data)
+        except ChunkMismatch:
+            CHUNKS.labels(direction="in", outcome="bad").inc()
+            _log.warning("bad chunk", peer=event.peer, blob=self.map.sha256[:12], index=event.index)
+            return self._core.on_chunk_bad(event.peer, event.index, size, trio.current_time())
+        CHUNKS.labels(direction="in", outcome="ok").inc()
+        self._done_bytes += size
+        actions = self._core.on_chunk_ok(event.peer, event.index, size, trio.current_time())
+        self._changed()
+        return actions
+
+    def _perform(self, actions: list[core.Action]) -> None:
+        for action in actions:
+            match action:
+                case core.Request(peer=peer, index=index):
+                    self._sessions[peer].want(index)
+                case core.Cancel(peer=peer, index=index):
+                    self._sessions[peer].withdraw(index)
+                case core.Ban(peer=peer, reason=reason) | core.Drop(peer=peer, reason=reason):
+                    _log.info("source given up", peer=peer, blob=self.map.sha256[:12], reason=reason)
+                    self._sessions[peer].end()
+                case core.Done():
+                    self._done = True
+                case core.Demote() | core.Stuck():
+                    pass  # seen in `view` and `stuck`
+
+    def _seek(self, nursery: trio.Nursery, send: trio.MemorySendChannel[SourceEvent], now: float) -> None:
+        for peer, addresses in self._sources().items():
+            known = peer in self._sessions or self._core.banned(peer)
+            if known or len(self._sessions) >= core.MAX_SOURCES or now < self._retry_at_s.get(peer, 0.0):
+                continue
+            session = Session(peer, self.map, self._heard(peer))
+            self._sessions[peer] = session
+            nursery.start_soon(session.run, self._swarm, addresses, send)
+
+    def _heard(self, peer: PeerId) -> Callable[[], None]:
+        return lambda: self._core.on_part(peer, trio.current_time())
+
+    def _gone(self, peer: PeerId, error: MeshmaxError | None, now: float) -> None:
+        self._sessions.pop(peer, None)
+        failures = self._failures[peer] = self._failures.get(peer, 0) + 1
+        pause_s = backoff_s(failures, RETRY_FIRST_S, RETRY_MOST_S, self._random)
+        self._retry_at_s[peer] = now + (RETRY_VERSION_S if isinstance(error, VersionMismatch) else pause_s)
+        if error:
+            _log.info("source lost", peer=peer, blob=self.map.sha256[:12], code=error.code, error=error.message)
+
+    def _despair(self) -> str:
+        view = self._core.snapshot()
+        return (
+            f"no peer that can be reached has the missing {view.missing} of {view.count} chunks of blob "
+            f"{self.map.sha256[:12]}; what was fetched is kept, and pulling again goes on from there"
+        )

@@ -1,9 +1,9 @@
 """The HTTP client of the command line: find the running peer, ask it, turn what it answers into values or errors.
 
 The peer is, in this order: the one at ``--api``, the one whose ``run.json`` lies in ``--home``, the one at ``MESHMAX_API``,
-the one of ``MESHMAX_HOME``, else of ``~/.meshmax``. Errors become those of base.errors, by the ``code`` that the answer carries, else by
-its status, so that a command ends with the exit code that belongs to the cause. Proxies of the environment are not used:
-a peer is on this machine or on the LAN. Not here: what a command prints.
+the one of ``MESHMAX_HOME``, else of ``~/.meshmax``. Errors become those of base.errors, by the ``code`` that the answer
+carries, else by its status, so that a command ends with the exit code that belongs to the cause. Proxies of the
+environment are not used: a peer is on this machine or on the LAN. Not here: what a command prints.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from meshmax.base.ids import Sha256
 from meshmax.base.model import ModelDetails
 from meshmax.wire.gguf import GgufHeader, LongArray
 
-MAX_TEXT: Final = 128 << 10  # characters of a template, system prompt or license in a description
+MAX_TEXT_BYTES: Final = 128 << 10  # of a template, system prompt, license or params layer in a description
 MAX_VALUE_TEXT: Final = 4096  # characters of one key-value's text
 MAX_DESCRIPTION_BYTES: Final = 900 << 10  # a description travels in one frame of 1 MiB, with some words around it
 MAX_CONFIG_BYTES: Final = 1 << 20
@@ -154,9 +154,9 @@ def describe(
 
 
 def parse_parameters(text: str) -> dict[str, Any]:
-    """The params layer (a JSON object); one that cannot be read is an empty one."""
+    """The params layer (a JSON object); one that cannot be read, or is too long, is an empty one."""
     try:
-        return msgspec.json.decode(text[:MAX_TEXT], type=dict[str, Any]) if text else {}
+        return msgspec.json.decode(_cut(text), type=dict[str, Any]) if text else {}
     except (msgspec.DecodeError, ValueError, RecursionError):
         return {}
 
@@ -176,4 +176,5 @@ def _shown(value: Any) -> Any:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "\n[cut]"
+    data = text.encode("utf-8", "replace")
+    return text if len(data) <= MAX_TEXT_BYTES else data[:MAX_TEXT_BYTES].decode("utf-8", "ignore") + "\n[cut]"

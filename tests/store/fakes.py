@@ -64,6 +64,12 @@ class DyingDisk(Disk):
         self._change()
         super().unlink(path)
 
+    def sync(self, fd: int) -> None:
+        """The process dies, not the machine: what was written stays."""
+
+    def sync_folder(self, folder: Path) -> None:
+        """As `sync`."""
+
     def try_clone(self, source_fd: int, destination_fd: int) -> bool:
         return False
 

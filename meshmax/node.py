@@ -1,1 +1,368 @@
-"""The composition root: the only module that names concrete adapters. `async with open_node(config) as node`."""
+"""The composition root: the only module that names concrete adapters. `async with open_node(config) as node`.
+
+One tree of tasks; what is opened first is closed last:
+
+    home (lock) > store > swarm > residency (engine processes) > catalog > presence > pulls > router > background
+                                                                                                       (scrub, GPU facts)
+
+A simulated node is the same tree over another `World`. Not here: faces (api, cli), decisions (core).
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+import trio
+
+from meshmax import __version__
+from meshmax.base.catalog import ModelFile
+from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
+from meshmax.base.errors import EngineUnavailable
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.inference import Options
+from meshmax.base.model import MODEL_MEDIA_TYPE, StoredModel
+from meshmax.base.names import parse_name
+from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.core.backoff import Random
+from meshmax.core.catalog import FirstSeen
+from meshmax.engine.echo import EchoEngine
+from meshmax.engine.llamacpp import LlamaCppEngine
+from meshmax.engine.none import NoEngine
+from meshmax.net.addresses import is_lan_address
+from meshmax.net.static import Static
+from meshmax.net.swarm import open_swarm
+from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swarm
+from meshmax.services.blob_server import BlobServer
+from meshmax.services.catalog import CatalogService, open_catalog
+from meshmax.services.infer_server import InferServer
+from meshmax.services.model_exchange import ModelServer
+from meshmax.services.model_exchange import describe as ask_description
+from meshmax.services.presence import PresenceService, open_presence
+from meshmax.services.pull import PartialModel, open_pulls
+from meshmax.services.residency import ModelResidency, open_residency
+from meshmax.services.router import open_router
+from meshmax.services.scrub import run_scrub
+from meshmax.store import Store, open_store
+from meshmax.store.first_seen import load_first_seen, save_first_seen
+from meshmax.store.home import Home, open_home
+from meshmax.store.identity import load_identity
+from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.meter import Meter
+
+DISK_THREADS: Final = (
+    4  # more would only queue at one disk; a limiter of its own, so that a stuck disk blocks nothing else
+)
+
+T = TypeVar("T")
+State = Literal["starting", "running", "draining"]
+
+
+@dataclass(frozen=True)
+class World:
+    """What a node takes from outside: the network, the engine, threads, the clock, chance."""
+
+    open_swarm: Callable[[Config, bytes], AbstractAsyncContextManager[Swarm]]
+    rungs: Callable[[Config, Swarm], Sequence[Discovery]]
+    engine: Callable[[Config, Path], Engine]
+    run_sync: RunSync
+    unix_now: Callable[[], float]
+    random: Random
+
+
+class Node:
+    """A running node; made by `open_node`. Attributes are the ports that faces use."""
+
+    def __init__(self, config: Config, home: Home, world: World) -> None:
+        self.config = config
+        self.home = home
+        self.world = world
+        self.state: State = "starting"
+        self.name = (config.name or socket.gethostname().split(".")[0])[:MAX_PEER_NAME]
+        self.token = config.token
+        self.started_at_s = world.unix_now()
+        self.gpus: tuple[Gpu, ...] = ()
+        self.signer: Signer
+        self.swarm: Swarm
+        self.store: Store
+        self.engine: Engine
+        self.catalog: CatalogService
+        self.presence: PresenceService
+        self.residency: ModelResidency
+        self.pulls: Pulls
+        self.router: Router
+        self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
+        self._meter = Meter(home.path)
+
+    def now(self) -> float:
+        """Unix time in seconds."""
+        return self.world.unix_now()
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who we are."""
+        return self.signer.peer_id
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where we can be dialled."""
+        return self.swarm.addresses
+
+    def resources(self) -> dict[str, Any]:
+        """The machine now, in the shape of the status interface."""
+        reading = self._meter.read(trio.current_time())
+        return {
+            "cpu_percent": reading.cpu_percent,
+            "memory_bytes": reading.memory_bytes,
+            "memory_total_bytes": reading.memory_total_bytes,
+            "disk_free_bytes": reading.disk_free_bytes,
+            "gpus": [
+                {"name": gpu.name, "memory_bytes": gpu.memory_bytes, "memory_total_bytes": gpu.memory_total_bytes}
+                for gpu in self.gpus
+            ],
+        }
+
+    # --- what we say of ourselves ------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Something that our status tells has changed: let the mesh know soon. Cheap."""
+        if self.state != "starting":
+            self.presence.changed()
+
+    def describe(self) -> PeerStatus:
+        """Our status, but for what presence fills in (sequence, time, addresses)."""
+        reading = self._meter.read(trio.current_time())
+        return PeerStatus(
+            self.signer.peer_id,
+            0,
+            0,
+            self.name,
+            __version__,
+            models=self._models(),
+            gpus=self.gpus,
+            load=self.residency.load(),
+            cpu_percent=reading.cpu_percent,
+            memory_bytes=reading.memory_bytes,
+            memory_total_bytes=reading.memory_total_bytes,
+            draining=self.state == "draining",
+        )
+
+    def _models(self) -> tuple[ModelPresence, ...]:
+        by_digest: dict[Sha256, list[StoredModel]] = {}
+        for stored in self.catalog.local():
+            by_digest.setdefault(stored.manifest.digest, []).append(stored)
+        whole = [self._presence(models) for models in by_digest.values()]
+        partial = [
+            ModelPresence(part.digest, part.names, "partial", part.size)
+            for part in self.partials()
+            if part.digest not in by_digest
+        ]
+        return tuple((whole + partial)[:MAX_MODELS])
+
+    def _presence(self, models: list[StoredModel]) -> ModelPresence:
+        stored = models[0]
+        details = stored.details
+        loaded = next((view for view in self.residency.loaded() if view.digest == stored.manifest.digest), None)
+        speed = self.residency.speed(stored.manifest.digest)
+        return ModelPresence(
+            stored.manifest.digest,
+            tuple(parse_name(model.name).full for model in models[:64]),
+            "loaded" if loaded else "disk",
+            stored.manifest.size,
+            device=loaded.device if loaded else "gpu" if self.gpus else "cpu",
+            family=details.family,
+            parameter_size=details.parameter_size,
+            quantization_level=details.quantization_level,
+            context_length=details.context_length,
+            embedding_length=details.embedding_length,
+            capabilities=details.capabilities,
+            modified_at_s=int(stored.modified_at_s),
+            prefill_per_s=speed.prefill_per_s,
+            decode_per_s=speed.decode_per_s,
+            load_s=speed.load_s,
+        )
+
+    async def model_file(self, digest: Sha256) -> ModelFile:
+        """What the engine needs to load a model of ours. Raises ModelNotFound, BlobNotFound, StoreCorrupt."""
+        stored = self.catalog.by_digest(digest)
+        layer = stored.manifest.layer(MODEL_MEDIA_TYPE)
+        if layer is None:
+            raise EngineUnavailable(f"'{stored.name}' has no GGUF layer; models of other formats cannot be run yet")
+        path = await self.store.blobs.path(layer.digest)
+        description = await self.store.models.describe(digest)
+        return ModelFile(
+            digest,
+            stored.name,
+            str(path),
+            layer.size,
+            stored.details,
+            description.system,
+            _parameters(description.parameters),
+        )
+
+    async def find_gpus(self) -> None:
+        """Ask the engine for its GPUs; tells the mesh when there are some."""
+        self.gpus = await self.engine.devices()
+        self.presence.changed()
+
+
+def _parameters(raw: dict[str, Any]) -> Options:
+    """The params layer of a model as options; what this version does not know is left out."""
+    known = {key: value for key, value in raw.items() if key in Options.__struct_fields__}
+    try:
+        return msgspec.convert(known, Options, strict=False)
+    except msgspec.ValidationError as error:
+        raise EngineUnavailable(f"the model's own parameters are not valid: {error}") from None
+
+
+@asynccontextmanager
+async def open_node(config: Config, world: World | None = None) -> AsyncIterator[Node]:
+    """A node, running: it listens, discovers and answers. Leaving the block ends everything that it started.
+
+    Raises ConfigError (home in use or not writable, bad addresses), StoreError.
+    """
+    world = world or real_world()
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        home = await enter(open_home(Path(config.home).expanduser()))
+        node = Node(config, home, world)
+        identity = load_identity(home.path)
+        node.signer = identity
+        models = Path(config.models).expanduser() if config.models else home.path / "models"
+        node.store = await enter(open_store(models, home.path / "state", world.run_sync))
+        node.swarm = await enter(world.open_swarm(config, identity.private_bytes))
+        node.engine = world.engine(config, home.path / "logs")
+        await _open_services(node, stack)
+        node.state = "running"
+        node.changed()
+        yield node
+
+
+async def _open_services(node: Node, stack: AsyncExitStack) -> None:
+    enter, world, config, store = stack.enter_async_context, node.world, node.config, node.store
+    node.residency = await enter(
+        open_residency(node.engine, node.model_file, config.engine, on_change=node.changed, wall=world.unix_now)
+    )
+    first_seen = FirstSeen(load_first_seen(node.home.path))
+    node.catalog = CatalogService(
+        store.models,
+        store.blobs,
+        node.signer,
+        world.unix_now,
+        lambda: node.presence.peers(),  # noqa: PLW0108  presence is opened after the catalog that it tells about
+        lambda: {part.digest: part.fraction for part in node.partials()},
+        lambda peer_id, digest: ask_description(node.swarm, peer_id, digest),
+        first_seen,
+        node.changed,
+    )
+    await enter(open_catalog(node.catalog))
+    # Protocols are served before anybody can know our address, so that no early peer is refused.
+    ModelServer(store.models, store.blobs).register(node.swarm)
+    BlobServer(store.blobs).register(node.swarm)
+    InferServer(node.residency).register(node.swarm)
+    rungs = world.rungs(config, node.swarm)
+    node.presence = await enter(
+        open_presence(node.swarm, node.signer, config, node.describe, rungs, world.unix_now, world.random)
+    )
+
+    async def stored(_: StoredModel) -> None:
+        await node.catalog.refresh()
+
+    node.pulls = pulls = await enter(
+        open_pulls(
+            node.swarm,
+            store,
+            node.catalog,
+            node.presence,
+            random=world.random,
+            run_sync=world.run_sync,
+            on_stored=stored,
+        )
+    )
+    node.partials = pulls.partials
+    node.router = await enter(open_router(node.swarm, node.residency, node.catalog, node.presence, node.peer_id))
+    await enter(_open_background(node, first_seen))
+
+
+@asynccontextmanager
+async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[None]:
+    """What goes on by itself: GPU facts, scrubbing, keeping what names meant."""
+    noted = trio.Event()
+
+    def on_news() -> None:
+        if node.catalog.note_names():
+            noted.set()
+
+    async def keep_names() -> None:
+        nonlocal noted
+        while True:
+            await noted.wait()
+            noted = trio.Event()
+            save = partial(save_first_seen, node.home.path, first_seen.items())
+            await isolate("names", partial(node.world.run_sync, save))
+
+    node.presence.watch(on_news)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(isolate, "gpus", node.find_gpus)
+        nursery.start_soon(keep_names)
+        nursery.start_soon(
+            run_scrub, node.store.blobs, node.catalog.local, node.catalog.refresh, node.config.scrub_interval_s
+        )
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+# --- the real world --------------------------------------------------------------------------------------------------
+
+
+def real_world() -> World:
+    """libp2p, mDNS, llama.cpp, threads, the system's clock."""
+    return World(_open_swarm, _rungs, _engine, _disk_threads(), time.time, random.SystemRandom())
+
+
+def _open_swarm(config: Config, private_bytes: bytes) -> AbstractAsyncContextManager[Swarm]:
+    if config.listen:
+        listen = [parse_host_port(text) for text in config.listen]
+    else:
+        # Without a LAN to take part in, only this machine may reach us unless --listen says otherwise.
+        hosts = ("0.0.0.0", "::") if config.lan else ("127.0.0.1",)  # noqa: S104
+        listen = [(host, DEFAULT_CONTROL_PORT) for host in hosts]
+    return open_swarm(private_bytes, listen, allow=is_lan_address)
+
+
+def _rungs(config: Config, swarm: Swarm) -> tuple[Discovery, ...]:
+    static = Static(config.join)
+    if not config.lan:
+        return (static,)
+    from meshmax.net.mdns import Mdns
+
+    return (static, Mdns(swarm.peer_id, lambda: swarm.addresses, config.lan_interfaces))
+
+
+def _engine(config: Config, logs: Path) -> Engine:
+    match config.engine.kind:
+        case "echo":
+            return EchoEngine(config.engine)
+        case "none":
+            return NoEngine()
+        case _:
+            return LlamaCppEngine(config.engine, logs)
+
+
+def _disk_threads() -> RunSync:
+    limiter = trio.CapacityLimiter(DISK_THREADS)
+
+    async def run_sync(work: Callable[[], T], /) -> T:
+        return await trio.to_thread.run_sync(work, limiter=limiter)
+
+    return run_sync

@@ -1,0 +1,331 @@
+"""The llama.cpp engine: one supervised process per loaded model, spoken to over HTTP on loopback with a random key.
+
+It decides how a model is loaded (context, threads, batch) and which of llama.cpp's endpoints answers which request:
+chat and templated prompts go to /v1/chat/completions (which finds thinking and tool calls in the text), raw prompts and
+those with `context` to /completion, those with a suffix to /infill, texts to /v1/embeddings. The context is fixed at
+load: the model's or first request's num_ctx, else the configured size, else 4096, never more than the model was trained
+for; a later request with a larger num_ctx is answered with what there is. Images and template overrides are refused.
+Not here: the process itself (llamacpp_process), the wording (llamacpp_words).
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import itertools
+import math
+import os
+import secrets
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import msgspec
+import psutil
+import trio
+
+from meshmax.base.catalog import ModelFile
+from meshmax.base.config import EngineConfig
+from meshmax.base.errors import CapabilityMissing, ContextTooLong, EngineCrashed, EngineUnavailable, InvalidRequest
+from meshmax.base.inference import (
+    ChatRequest,
+    Delta,
+    EmbedRequest,
+    Event,
+    Finish,
+    GenerateRequest,
+    InferRequest,
+    Vector,
+)
+from meshmax.base.status import Gpu
+from meshmax.engine import llamacpp_words as words
+from meshmax.engine.gpu import EngineDevice, nvml_gpus, usable_gpus
+from meshmax.engine.llamacpp_process import EngineProcess, open_process
+from meshmax.ports import LoadedFacts
+
+DEFAULT_CONTEXT_TOKENS: Final = 4096  # as Ollama's on a small machine
+MIN_CONTEXT_TOKENS: Final = 64  # less holds no template
+BATCH_TOKENS: Final = 512  # Ollama's num_batch; the compute buffer grows with it
+MAX_EMBED_TOKENS: Final = 8192  # one batch of an embedding model holds a whole text, and its buffer a whole batch
+EMBED_TEXTS: Final = 16  # texts a call to the engine: vectors come soon, and leaving costs at most these
+CONNECT_S: Final = 10.0  # loopback; only a machine on its knees needs more
+CRASH_SEEN_S: Final = 2.0  # after a broken connection, how long the process may take to be seen dead
+
+
+class LlamaCppEngine:
+    """An Engine. ``folder`` takes one log file per model, of bounded size."""
+
+    name = "llamacpp"
+
+    def __init__(self, config: EngineConfig, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+        self._devices: tuple[EngineDevice, ...] | None = None
+        self._looking = trio.Lock()
+
+    async def devices(self) -> tuple[Gpu, ...]:
+        """The GPUs that llama.cpp can use here, with the driver's figures of now; () is an answer. Never raises."""
+        async with self._looking:
+            if self._devices is None:
+                self._devices = await self._look()
+        if not self._devices:
+            return ()
+        return usable_gpus(self._devices, await trio.to_thread.run_sync(nvml_gpus))
+
+    async def _look(self) -> tuple[EngineDevice, ...]:
+        try:
+            async with open_process({"devices": True}, self._folder / "engine-devices.log") as process:
+                return msgspec.convert(process.words["devices"], tuple[EngineDevice, ...], strict=False)
+        except (EngineUnavailable, msgspec.ValidationError, KeyError):
+            return ()
+
+    @asynccontextmanager
+    async def open_model(self, model: ModelFile) -> AsyncIterator[LlamaCppModel]:
+        """Load ``model`` in a process of its own, which ends with the block. Raises EngineUnavailable."""
+        key = secrets.token_urlsafe(32)
+        wanted = load_words(model, self._config)
+        log = self._folder / f"engine-{model.digest[:12]}.log"
+        async with open_process({**wanted, "key": key}, log) as process:
+            async with httpx.AsyncClient(
+                base_url=process.words["address"],
+                headers={"Authorization": f"Bearer {key}"},
+                # A long prompt is silent for minutes; who waits decides how long.
+                timeout=httpx.Timeout(None, connect=CONNECT_S),
+                # A connection each: llama.cpp closes idle ones just when the next request is on its way.
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+                trust_env=False,  # a proxy is not for loopback
+            ) as client:
+                loaded = LlamaCppModel(model, process, client, wanted)
+                await loaded.learn_facts()
+                yield loaded
+
+
+def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
+    """How ``model`` is to be loaded, as the engine process reads it."""
+    own = model.parameters
+    cores = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    context = own.num_ctx or config.context_tokens or DEFAULT_CONTEXT_TOKENS
+    trained = model.details.context_length
+    context = max(MIN_CONTEXT_TOKENS, min(context, trained) if trained else context)
+    embeds = "embedding" in model.details.capabilities
+    return {
+        "model": model.path,
+        "name": model.name,
+        "context_tokens": context,
+        "parallel": config.parallel,
+        "threads": min(own.num_thread, cores) if own.num_thread else cores,
+        "gpu_layers": own.num_gpu if own.num_gpu is not None else config.gpu_layers,
+        "batch_tokens": min(context, MAX_EMBED_TOKENS) if embeds else min(BATCH_TOKENS, context),
+        "own_pooling": embeds,
+    }
+
+
+class LlamaCppModel:
+    """A LoadedModel: a client of its process."""
+
+    def __init__(
+        self, model: ModelFile, process: EngineProcess, client: httpx.AsyncClient, wanted: dict[str, Any]
+    ) -> None:
+        self._model = model
+        self._process = process
+        self._client = client
+        self._wanted = wanted
+        self.facts = LoadedFacts(model.size, 0, wanted["context_tokens"], "cpu", wanted["parallel"])
+
+    @property
+    def alive(self) -> bool:
+        """False once the process has ended."""
+        return self._process.alive
+
+    @property
+    def pid(self) -> int:
+        """The process that holds the model."""
+        return self._process.pid
+
+    async def learn_facts(self) -> None:
+        """Ask the process how it loaded the model. Raises EngineCrashed."""
+        settings = (await self._call("GET", "/props"))["default_generation_settings"]
+        gpu = bool(self._process.words.get("offload"))
+        try:
+            resident = psutil.Process(self._process.pid).memory_info().rss
+        except psutil.Error:
+            resident = 0
+        self.facts = LoadedFacts(
+            size=max(resident, self._model.size),
+            size_vram=self._model.size if gpu else 0,
+            context_length=int(settings["n_ctx"]),
+            device="gpu" if gpu else "cpu",
+            parallel=self.facts.parallel,
+        )
+
+    async def busy_slots(self) -> int:
+        """Answers that the process works on now. Raises EngineCrashed."""
+        return sum(bool(slot["is_processing"]) for slot in await self._call("GET", "/slots"))
+
+    @asynccontextmanager
+    async def answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
+        """The answer's events; the last is a Finish. Leaving closes the connection, and llama.cpp frees the slot.
+
+        Raises CapabilityMissing, ContextTooLong, InvalidRequest before the first event, EngineCrashed at any time.
+        """
+        self._refuse_what_is_missing(request)
+        if isinstance(request, EmbedRequest):
+            async with aclosing(self._vectors(request)) as events:
+                yield events
+            return
+        path, body, reader = await self._route(request)
+        async with self._stream(path, body) as chunks:
+            async with aclosing(self._events(request, chunks, reader)) as events:
+                yield events
+
+    def _refuse_what_is_missing(self, request: InferRequest) -> None:
+        has = self._model.details.capabilities
+        lacks = ""
+        if isinstance(request, ChatRequest):
+            lacks = "vision" if any(message.images for message in request.messages) else ""
+            lacks = lacks or ("tools" if request.tools and has and "tools" not in has else "")
+        elif isinstance(request, GenerateRequest):
+            lacks = "vision" if request.images else ""
+            if request.template is not None:
+                raise CapabilityMissing("templates of a request are not supported: leave 'template' out, or use raw")
+        if not isinstance(request, EmbedRequest):
+            lacks = lacks or ("thinking" if request.think and has and "thinking" not in has else "")
+            lacks = lacks or ("completion" if has and "completion" not in has else "")
+        if lacks:
+            raise CapabilityMissing(f'"{self._model.name}" does not support {lacks}')
+
+    async def _route(
+        self, request: GenerateRequest | ChatRequest
+    ) -> tuple[str, dict[str, Any], words.ChatReader | words.CompletionReader]:
+        own, top = self._model.parameters, request.top_logprobs
+        if isinstance(request, GenerateRequest) and request.suffix:
+            return "/infill", words.infill_body(request, own), words.CompletionReader(top)
+        if isinstance(request, GenerateRequest) and (request.raw or request.context):
+            text = request.prompt if request.raw else await self._templated(request)
+            tokens = [*request.context, *await self._tokens(text, first=not request.context)]
+            return "/completion", words.completion_body(request, tokens, own), words.CompletionReader(top)
+        return "/v1/chat/completions", words.chat_body(request, self._model.system, own), words.ChatReader(top)
+
+    async def _events(
+        self,
+        request: GenerateRequest | ChatRequest,
+        chunks: AsyncIterator[dict[str, Any]],
+        reader: words.ChatReader | words.CompletionReader,
+    ) -> AsyncGenerator[Event, None]:
+        async for chunk in chunks:
+            delta = reader.on_chunk(chunk)
+            if delta is not None:
+                yield delta
+        if calls := reader.tool_calls():
+            yield Delta(tool_calls=calls)
+        finish = reader.finish()
+        if isinstance(request, GenerateRequest) and not request.raw and not request.suffix:
+            finish = msgspec.structs.replace(finish, context=await self._context(request, reader.text))
+        yield finish
+
+    async def _context(self, request: GenerateRequest, answer: str) -> tuple[int, ...]:
+        """The conversation in tokens. The answer is tokenised anew: chunks leave out tokens that are half a character."""
+        prompt = await self._tokens(await self._templated(request), first=not request.context)
+        return (*request.context, *prompt, *await self._tokens(answer, first=False))
+
+    async def _templated(self, request: GenerateRequest) -> str:
+        messages = words.messages_of(request, self._model.system)
+        return str((await self._call("POST", "/apply-template", {"messages": messages}))["prompt"])
+
+    async def _tokens(self, text: str, first: bool) -> list[int]:
+        body = {"content": text, "add_special": first, "parse_special": True}
+        tokens: list[int] = (await self._call("POST", "/tokenize", body))["tokens"]
+        return tokens
+
+    async def _vectors(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
+        begun = trio.current_time()
+        limit = min(self.facts.context_length, self._wanted["batch_tokens"])
+        texts = [await self._embeddable(text, limit, request.truncate) for text in request.inputs]
+        done = 0
+        while done < len(texts):
+            part = texts[done : done + EMBED_TEXTS]
+            body = {"input": part, "encoding_format": "base64", "embd_normalize": -1}
+            for entry in (await self._call("POST", "/v1/embeddings", body))["data"]:
+                raw = base64.b64decode(entry["embedding"])
+                yield Vector(done + int(entry["index"]), finished_vector(raw, request.dimensions, request.normalize))
+            done += len(part)
+        took_s = trio.current_time() - begun
+        yield Finish(prompt_tokens=sum(map(len, texts)), total_s=took_s, prompt_s=took_s)
+
+    async def _embeddable(self, text: str, limit: int, truncate: bool) -> list[int]:
+        tokens = await self._tokens(text, first=True)
+        if len(tokens) <= limit:
+            return tokens
+        if not truncate:
+            raise ContextTooLong("the input length exceeds the context length")
+        return tokens[:limit]
+
+    async def _call(self, method: str, path: str, body: object = None) -> Any:
+        try:
+            response = await self._client.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise await self._crash(error) from None
+        if response.status_code != 200:
+            raise words.error_of(response.status_code, response.content)
+        return msgspec.json.decode(response.content)
+
+    @asynccontextmanager
+    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        request = self._client.build_request("POST", path, json=body)
+        try:
+            response = await self._client.send(request, stream=True)
+        except httpx.TransportError as error:
+            raise await self._crash(error) from None
+        try:
+            if response.status_code != 200:
+                raise words.error_of(response.status_code, await response.aread())
+            async with aclosing(self._chunks(response)) as chunks:
+                yield chunks
+        finally:
+            with trio.CancelScope(shield=True):  # closing a loopback socket does not wait for anybody
+                await response.aclose()
+
+    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            async for line in response.aiter_lines():
+                kind, _, data = line.partition(": ")
+                if data and kind in ("data", "error") and data != "[DONE]":
+                    chunk = msgspec.json.decode(data, type=dict[str, Any])
+                    if kind == "error" or "error" in chunk:
+                        raise words.error_of(
+                            500, data.encode() if "error" in chunk else b'{"error":' + data.encode() + b"}"
+                        )
+                    yield chunk
+        except httpx.TransportError as error:
+            raise await self._crash(error) from None
+
+    async def _crash(self, error: Exception) -> EngineCrashed:
+        """What a broken connection to the process means: it has ended, or is as good as ended."""
+        with trio.move_on_after(CRASH_SEEN_S) as waiting:
+            await self._process.wait()
+        if waiting.cancelled_caught:
+            return EngineCrashed(f"the engine broke off: {type(error).__name__}: {error}")
+        return EngineCrashed(f"the engine's process ended (exit status {self._process.status}); its log is {self._process.log.name}")
+
+
+def finished_vector(raw: bytes, dimensions: int | None, normalize: bool) -> bytes:
+    """A vector as asked: cut to ``dimensions``, then brought to L2 length 1. Little-endian float32 in and out.
+
+    Raises InvalidRequest for dimensions that the model does not have.
+    """
+    vector = array.array("f", raw)
+    if sys.byteorder == "big":
+        vector.byteswap()
+    if dimensions is not None:
+        if not 1 <= dimensions <= len(vector):
+            raise InvalidRequest(f"dimensions must be between 1 and {len(vector)}")
+        vector = vector[:dimensions]
+    if normalize:
+        length = math.sqrt(math.fsum(itertools.starmap(float.__mul__, zip(vector, vector, strict=True))))
+        vector = array.array("f", (value / length for value in vector)) if length else vector
+    if sys.byteorder == "big":
+        vector.byteswap()
+    return vector.tobytes()

@@ -156,7 +156,7 @@ class Fetch:
         """When `tick` is due, in the owner's time; None: not before the next event."""
         times = [ends for source in self._active.values() if (ends := source.silence_ends_s()) is not None]
         times += [s.paused_until_s for s in self._active.values() if s.paused_until_s and s.useful & self._missing]
-        if self._ahead and not self._open and self._may_double() and any(not s.asked for s in self._active.values()):
+        if self._ahead and not self._open and self._may_double() and any(map(self._idle, self._active.values())):
             times.append(self._checked_s + DOUBLE_CHECK_S)
         return min(times, default=None)
 
@@ -317,7 +317,7 @@ class Fetch:
             for source in ready:  # one chunk each in turn, the quickest first
                 if source.room(now) <= 0 or len(self._ahead) >= MAX_AHEAD:
                     continue
-                index = self._rarity.choose(source.useful & self._open)
+                index = self._rarity.choose(source.askable & self._open)
                 if index is not None:
                     self._ask(source, index, now, actions)
                     still.append(source)
@@ -330,7 +330,7 @@ class Fetch:
         for helper in sorted(self._active.values(), key=Source.pace_s):
             if not self._may_double():
                 return
-            if helper.asked or helper.strikes or helper.room(now) <= 0:
+            if not self._idle(helper) or helper.room(now) <= 0:
                 continue
             index = self._slowest_for(helper, now)
             if index is not None:
@@ -341,10 +341,13 @@ class Fetch:
         """The chunk asked last of the source that needs longest, where ``helper`` is sure to bring it sooner."""
         waits = []
         for source in self._active.values():
-            single = [i for i in source.asked if len(self._ahead[i]) == 1 and helper.useful >> i & 1]
+            single = [i for i in source.asked if len(self._ahead[i]) == 1 and helper.askable >> i & 1]
             if source is not helper and single and source.remaining_s(now) > 2 * helper.pace_s():
                 waits.append((source.remaining_s(now), single[-1]))
         return max(waits)[1] if waits else None
+
+    def _idle(self, source: Source) -> bool:
+        return not source.asked and not source.strikes and bool(source.useful & self._missing)
 
     def _may_double(self) -> bool:
         return len(self._doubled) + self._doubles_lost < max(2, self.count // DOUBLE_SHARE)

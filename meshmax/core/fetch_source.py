@@ -76,8 +76,13 @@ class Source:
 
     @property
     def useful(self) -> int:
-        """The chunks that it may be asked for, as a set in an integer."""
+        """The chunks that it can bring, as a set in an integer."""
         return self.haves & ~self.bad
+
+    @property
+    def askable(self) -> int:
+        """The chunks that it may be asked for now: one that was cancelled not before that is confirmed."""
+        return self.useful & ~sum(1 << index for index in self.leaving)
 
     def room(self, now: float) -> int:
         """How many more chunks it may be asked for now."""

@@ -8,12 +8,28 @@ MAX_DIAL_ADDRESSES: Final = (
     16  # addresses raced in one dial; a host with that many interfaces is reached by the first ones
 )
 DIAL_ADDRESS_TIMEOUT_S: Final = 10.0  # one address: TCP connect, Noise, Yamux; beyond it an address counts as dead
+MAX_DIALS: Final = 64  # address attempts at once, in all dials together; each is a socket and a handshake
 NEW_STREAM_TIMEOUT_S: Final = 10.0  # protocol negotiation of a new stream; the library's own wait can be for ever
 
 # A connection of the library blocks for ever at 256 unclosed streams, so both ways stay well below.
 MAX_STREAMS_PER_PEER: Final = 192  # open streams with one peer, each way counted by itself
 MAX_STREAMS: Final = 2048  # open streams that peers opened to us, in all
 
-MAX_STREAM_BUFFER_BYTES: Final = 256 * 1024  # what one direction of a stream holds unread (Yamux's window)
-WRITE_STEP_BYTES: Final = 65_000  # one shielded write: below Noise's message limit, so a step is one frame on the wire
-CLOSE_TIMEOUT_S: Final = 2.0  # an orderly close of a stream; beyond it the stream is reset
+MAX_STREAM_BUFFER_BYTES: Final = 256 * 1024  # what one direction of a stream holds unread (Yamux's first window)
+MAX_CONNECTION_BUFFER_BYTES: Final = (
+    64 << 20
+)  # unread bytes of all streams of one connection: four of Yamux's largest windows
+WRITE_STEP_BYTES: Final = 65_000  # one write to a stream: with Yamux's header it fits one Noise message (65,519 bytes)
+CLOSE_TIMEOUT_S: Final = 10.0  # how long a closed stream waits for the peer's end; beyond it the stream is reset
+SHUTDOWN_TIMEOUT_S: Final = 1.0  # how long the whole swarm waits for its streams' ends when it closes
+
+MAX_CONNECTIONS: Final = 512  # authenticated connections in all (about 1 MiB each)
+MAX_CONNECTIONS_PER_PEER: Final = 4  # two peers that dial each other twice at once have four
+MAX_HALF_OPEN: Final = 128  # inbound connections that are not authenticated yet, in all
+MAX_HALF_OPEN_PER_IP: Final = 64  # the same from one address; several peers may share a machine or a NAT
+HANDSHAKE_TIMEOUT_S: Final = 5.0  # from accept to authenticated; an honest peer needs well under one second
+MAX_HANDSHAKE_BYTES: Final = 64 * 1024  # read before the peer is authenticated; an honest handshake has under 2 KiB
+ACCEPT_PACE_S: Final = (
+    0.005  # pause after each accept while too many are half-open: the kernel's backlog holds the rest
+)
+LISTEN_BACKLOG: Final = 256  # connections that the kernel completes before we accept them

@@ -1,0 +1,129 @@
+"""Addresses: multiaddrs as text, the interfaces of this machine, and what counts as a local network.
+
+A multiaddr is read here by hand (``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEER]``), because these few forms are all
+that TCP needs and everything here comes from strangers. Not here: which of them to dial (swarm).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Final
+
+import msgspec
+
+from meshmax.base.errors import InvalidRequest
+from meshmax.base.ids import PeerId, parse_peer_id
+
+MAX_MULTIADDR: Final = 400  # characters; a DNS name has at most 253, a PeerId 52
+_DNS_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where a peer listens. ``host`` is an IP address (IPv6 may end in %zone) or, with ``name``, a DNS name."""
+
+    host: str
+    port: int
+    peer_id: PeerId | None = None
+    name: bool = False
+
+
+def parse_endpoint(multiaddr: str) -> Endpoint:
+    """The endpoint that ``multiaddr`` names. Raises InvalidRequest that says what is accepted."""
+    parts = multiaddr.split("/") if len(multiaddr) <= MAX_MULTIADDR else []
+    zone = ""
+    if parts[1:2] == ["ip6zone"] and len(parts) > 3:
+        zone = "%" + parts[2]
+        parts = ["", *parts[3:]]
+    if len(parts) not in (5, 7) or parts[0] or parts[3] != "tcp" or parts[5:6] not in ([], ["p2p"]):
+        raise _invalid(multiaddr)
+    kind, host, port = parts[1], parts[2], parts[4]
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) <= 65535):
+        raise _invalid(multiaddr)
+    peer_id = parse_peer_id(parts[6]) if len(parts) == 7 else None
+    if kind in ("dns", "dns4", "dns6"):
+        if not _DNS_NAME.fullmatch(host):
+            raise _invalid(multiaddr)
+        return Endpoint(host, int(port), peer_id, name=True)
+    try:
+        if kind == "ip4":
+            return Endpoint(str(ipaddress.IPv4Address(host)), int(port), peer_id)
+        if kind == "ip6":
+            return Endpoint(str(ipaddress.IPv6Address(host + zone)), int(port), peer_id)
+    except ValueError:
+        pass
+    raise _invalid(multiaddr)
+
+
+def multiaddr_of(ip: str, port: int, peer_id: PeerId | None = None) -> str:
+    """``/ip4/1.2.3.4/tcp/5[/p2p/PEER]``; an IPv6 zone is written as /ip6zone."""
+    address, _, zone = ip.partition("%")
+    kind = "ip6" if ":" in address else "ip4"
+    head = f"/ip6zone/{zone}" if zone else ""
+    return f"{head}/{kind}/{address}/tcp/{port}" + (f"/p2p/{peer_id}" if peer_id else "")
+
+
+def is_lan_address(ip: str) -> bool:
+    """Whether ``ip`` is loopback, private or link-local, which is where an open mesh lives. False for what is no address.
+
+    IPv6: unique local (fc00::/7) and link-local; an IPv4-mapped address counts as the IPv4 address in it.
+    """
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return is_lan_address(str(address.ipv4_mapped))
+        return address.is_loopback or address.is_link_local or address in _UNIQUE_LOCAL
+    # Not `is_private`, which also holds documentation, benchmark and other networks that are nobody's LAN.
+    return address.is_loopback or address.is_link_local or any(address in network for network in _PRIVATE)
+
+
+def allow_any(ip: str) -> bool:
+    """Every address; for meshes whose members prove themselves."""
+    return bool(ip)
+
+
+def interface_addresses() -> list[str]:
+    """IP addresses of the interfaces of this machine: IPv4 before IPv6, loopback last; IPv6 link-local ones with a zone."""
+    import ifaddr
+
+    found: list[str] = []
+    for adapter in ifaddr.get_adapters():
+        for entry in adapter.ips:
+            if isinstance(entry.ip, str):
+                found.append(entry.ip)
+            else:
+                ip, _flow, scope = entry.ip
+                local = ipaddress.IPv6Address(ip).is_link_local
+                found.append(f"{ip}%{adapter.name}" if local and scope else ip)
+    return sorted(dict.fromkeys(found), key=_preference)
+
+
+def concrete_addresses(host: str, interfaces: list[str]) -> list[str]:
+    """The addresses at which somebody who bound ``host`` can be reached: itself, or every interface for 0.0.0.0 and ::.
+
+    Loopback and IPv6 link-local ones (which need the reader's own zone) are included last and left out, respectively.
+    """
+    if host == "0.0.0.0":  # noqa: S104 -- compared, not bound
+        return [ip for ip in interfaces if ":" not in ip]
+    if host == "::":
+        return [ip for ip in interfaces if ":" in ip and "%" not in ip]
+    return [host]
+
+
+_PRIVATE: Final = tuple(map(ipaddress.IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")))
+_UNIQUE_LOCAL: Final = ipaddress.IPv6Network("fc00::/7")
+
+
+def _preference(ip: str) -> tuple[bool, bool, bool]:
+    address = ipaddress.ip_address(ip)
+    return address.is_loopback, address.is_link_local, address.version == 6
+
+
+def _invalid(multiaddr: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"'{multiaddr[:100]}' is not an address of a peer: write /ip4/192.168.1.2/tcp/11435, with /ip6/ or /dns/ for other "
+        "kinds of host and, if known, /p2p/<PeerId> at the end"
+    )

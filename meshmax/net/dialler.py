@@ -1,0 +1,116 @@
+"""Dialling: every address at once, each with its own deadline; the first that proves the PeerId wins, the rest is dropped.
+
+Rules: at most MAX_DIAL_ADDRESSES addresses of one peer and MAX_DIALS attempts at once; an address that may not be used, or
+that names another peer, is an attempt that failed. Two dials to one peer do not race each other: the second waits for the
+first. A peer that failed before is tried like any other. Not here: who should be dialled, and when again (services).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from meshmax.base.errors import ConnectError, InvalidRequest, MeshmaxError
+from meshmax.base.ids import PeerId
+from meshmax.net import library, limits
+from meshmax.net.addresses import Endpoint, parse_endpoint
+from meshmax.net.wire import ByteStream, Transport
+
+Attempt = tuple[str, str, str]  # address, stage, cause
+
+
+class Dialler:
+    """Makes connections; ``secure`` takes a byte stream to the point where the peer has proved who it is."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        allow: Callable[[str], bool],
+        secure: Callable[[ByteStream, PeerId], Awaitable[None]],
+    ) -> None:
+        self._transport, self._allow, self._secure = transport, allow, secure
+        self._dialling: dict[PeerId, trio.Event] = {}
+        self._limiter = trio.CapacityLimiter(limits.MAX_DIALS)
+
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str], connected: Callable[[], bool]) -> None:
+        """Connect to ``peer_id``. Raises ConnectError with every attempt, unless ``connected`` says that it came to us."""
+        while peer_id in self._dialling and not connected():
+            await self._dialling[peer_id].wait()
+        if connected():
+            return
+        ended = self._dialling[peer_id] = trio.Event()
+        try:
+            attempts = await self._race(peer_id, addresses)
+        finally:
+            del self._dialling[peer_id]
+            ended.set()
+        if attempts is not None and not connected():
+            raise ConnectError("No connection to the peer could be made.", attempts)
+
+    async def _race(self, peer_id: PeerId, addresses: Sequence[str]) -> list[Attempt] | None:
+        """None if an address won, else why each lost."""
+        chosen = list(dict.fromkeys(addresses))[: limits.MAX_DIAL_ADDRESSES]
+        if not chosen:
+            raise ConnectError("no address of the peer is known")
+        attempts: list[Attempt] = []
+        won = False
+
+        async def run(address: str) -> None:
+            nonlocal won
+            failure = await self._try(peer_id, address)
+            if failure is not None:
+                attempts.append((address[:200], *failure))
+            else:
+                won = True
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for address in chosen:
+                nursery.start_soon(run, address)
+        return None if won else attempts
+
+    async def _try(self, peer_id: PeerId, address: str) -> tuple[str, str] | None:
+        stage = "address"
+        try:
+            endpoint = parse_endpoint(address)
+            if endpoint.peer_id not in (None, peer_id):
+                return stage, f"it names another peer, {endpoint.peer_id}"
+            async with self._limiter:
+                with trio.fail_after(limits.DIAL_ADDRESS_TIMEOUT_S):
+                    stage = "connect"
+                    stream = await self._connect(endpoint)
+                    stage = "authenticate"
+                    try:
+                        await self._secure(stream, peer_id)
+                    except BaseException:
+                        stream.close()
+                        raise
+        except InvalidRequest as error:
+            return stage, error.message
+        except trio.TooSlowError:
+            return stage, f"no answer within {limits.DIAL_ADDRESS_TIMEOUT_S:g} s"
+        except MeshmaxError as error:
+            return stage, error.message
+        except library.failures() as error:
+            return stage, _cause(error)
+        return None
+
+    async def _connect(self, endpoint: Endpoint) -> ByteStream:
+        ips = await self._transport.resolve(endpoint.host) if endpoint.name else [endpoint.host]
+        allowed = [ip for ip in ips if self._allow(ip)]
+        if not allowed:
+            raise ConnectError("this mesh does not connect to that address")
+        failure: OSError = OSError("the name has no address")
+        for ip in allowed[: limits.MAX_DIAL_ADDRESSES]:
+            try:
+                return await self._transport.connect(ip, endpoint.port)
+            except OSError as error:
+                failure = error
+        raise failure
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None and str(error.__cause__):
+        error = error.__cause__
+    return f"{error or type(error).__name__}"[:200]

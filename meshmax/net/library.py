@@ -1,0 +1,141 @@
+"""py-libp2p as this project uses it: imported late, quiet, Noise and Yamux only, with nothing dialled or bound by itself.
+
+What is decided here: which parts of the library run (host with identify and ping, Noise, Yamux; no transport, so that the
+library can neither dial nor listen behind the back of door and dialler), how much a peer may make us hold, and which of
+its exceptions mean "that peer, that connection" rather than a mistake of ours. Not here: connections, streams.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from meshmax.net import limits
+
+# The import takes 2 to 3 s, so it happens when a swarm is opened, never when a module of ours is imported.
+
+
+@functools.cache
+def load() -> None:
+    """Import the library and tame it: idempotent."""
+    import libp2p
+    import libp2p.network.swarm as library_swarm
+
+    # Normal ends are logged as errors there, and its import clears handlers: so this comes after it.
+    quiet = logging.getLogger("libp2p")
+    quiet.handlers = [logging.NullHandler()]
+    quiet.propagate = False
+    quiet.setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("libp2p."):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    if not logging.root.handlers:  # it also logs on the root logger, which would set itself up and print
+        logging.root.addHandler(logging.NullHandler())
+    # Nothing of ours dials through it; whoever does should not pay a quarter of a second.
+    library_swarm._HAPPY_EYEBALLS_DELAY = 0.0
+    if not hasattr(libp2p, "new_host"):
+        raise ImportError("the installed libp2p is not py-libp2p 0.8")
+
+
+@functools.cache
+def failures() -> tuple[type[Exception], ...]:
+    """What the library and its parsers raise for bytes that a peer chose, or for a connection that went away."""
+    import trio
+    from cryptography.exceptions import InvalidSignature, InvalidTag
+    from google.protobuf.message import DecodeError
+    from libp2p.exceptions import BaseLibp2pError
+    from noise.exceptions import NoiseInvalidMessage, NoiseValueError
+
+    return (
+        BaseLibp2pError,
+        InvalidSignature,
+        InvalidTag,
+        DecodeError,
+        NoiseInvalidMessage,
+        NoiseValueError,
+        OSError,
+        EOFError,
+        trio.BrokenResourceError,
+        trio.ClosedResourceError,
+        trio.EndOfChannel,
+        trio.TooSlowError,
+        # Its parsers of what a peer sends check little: these are a peer's doing there, never a mistake of ours.
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    )
+
+
+def make_host(private_bytes: bytes, advertised: Callable[[], Sequence[str]]) -> Any:
+    """A host whose identity is the Ed25519 key ``private_bytes`` (32 bytes); `run` it before use.
+
+    ``advertised``: the multiaddrs that identify tells peers.
+    """
+    load()
+    import libp2p
+    from libp2p.crypto.ed25519 import create_new_key_pair
+    from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
+    from libp2p.network.config import ConnectionConfig
+    from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+    from libp2p.security.noise.transport import Transport as Noise
+    from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+    from multiaddr import Multiaddr
+
+    key_pair = create_new_key_pair(private_bytes)
+    host = libp2p.new_host(
+        key_pair=key_pair,
+        # Without these two it also takes plaintext, SECIO and mplex.
+        sec_opt={NOISE: Noise(key_pair, noise_privkey=create_noise_key_pair().private_key)},
+        muxer_opt={YAMUX: _bounded_yamux()},
+        transports=[],
+        connection_config=ConnectionConfig(
+            max_connections=limits.MAX_CONNECTIONS,
+            max_connections_per_peer=limits.MAX_CONNECTIONS_PER_PEER,
+            min_connections=0,
+            low_watermark=0,
+            high_watermark=limits.MAX_CONNECTIONS,
+            auto_connect_interval=3600.0,  # it has no peers to connect to by itself
+            inbound_upgrade_timeout=limits.HANDSHAKE_TIMEOUT_S,
+            outbound_upgrade_timeout=limits.DIAL_ADDRESS_TIMEOUT_S,
+        ),
+        addrs_factory=lambda _candidates: [Multiaddr(address.partition("/p2p/")[0]) for address in advertised()],
+        disable_identify_address_discovery=True,
+    )
+    # Its resource manager is made for public nodes: rates and breakers that refuse neighbours. The limits here are ours.
+    host.get_network().set_resource_manager(None)
+    return host
+
+
+@functools.cache
+def _bounded_yamux() -> Any:
+    import trio
+    from libp2p.stream_muxer.yamux.yamux import Yamux
+
+    class BoundedYamux(Yamux):
+        """Yamux that ends the connection of a peer that sends past its windows, which the library only logs."""
+
+        async def _read_data_body(self, length: int) -> bytes:
+            held = sum(map(len, self.stream_buffers.values()))
+            if held + length > limits.MAX_CONNECTION_BUFFER_BYTES:
+                raise trio.TooSlowError  # the one exception for which the library closes the connection
+            return bytes(await super()._read_data_body(length))
+
+    return BoundedYamux
+
+
+def make_peer_id(text: str) -> Any:
+    """The library's object for a PeerId."""
+    from libp2p.peer.id import ID
+
+    return ID.from_string(text)
+
+
+def make_raw_connection(wire: Any, initiator: bool) -> Any:
+    """``wire`` as the library's upgrader takes it."""
+    from libp2p.network.connection.raw_connection import RawConnection
+
+    return RawConnection(wire, initiator)

@@ -1,0 +1,161 @@
+"""A libp2p stream as ports.Stream: bounded writes, reads that lose nothing when cancelled, an end that always comes.
+
+Rules: a write goes out in steps of WRITE_STEP_BYTES with a checkpoint between; a cancelled write costs this stream, never
+the connection (net.wire finishes what the cipher has numbered). A read waits cancellably for data and takes it in one go.
+`reset` and `aclose` return at once; what they send goes out in the swarm's nursery, because a stalled connection would
+hold them until it is cut. After `aclose` the peer has CLOSE_TIMEOUT_S to end its side; then the stream is reset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import trio
+
+from meshmax.base.errors import PeerGone
+from meshmax.base.ids import PeerId
+from meshmax.net import library, limits
+
+_DRAIN_BYTES = 65536
+
+
+class LibraryStream:
+    """One open stream; satisfies ports.Stream."""
+
+    def __init__(
+        self,
+        peer: PeerId,
+        net_stream: Any,
+        spawn: Callable[[Callable[[], Awaitable[None]]], None],
+        on_close: Callable[[], None],
+    ) -> None:
+        """``spawn`` runs the farewell in the swarm's nursery; ``on_close`` is called when it is done."""
+        self.peer = peer
+        self._stream = net_stream
+        self._spawn = spawn
+        self._on_close = on_close
+        self._muxed = net_stream.muxed_stream
+        self._over = False
+        self._eof_sent = False
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """See ports.Stream."""
+        if self._over:
+            raise PeerGone("the stream was closed here")
+        await trio.lowlevel.checkpoint()
+        try:
+            await self._wait_readable()
+            # The library takes bytes out of its buffer and then sends a window update; cancelled there they would be lost.
+            with trio.CancelScope(shield=True):
+                return await self._read(max_bytes)
+        except library.failures() as error:
+            await self.reset()
+            raise PeerGone(_why(error)) from error
+
+    async def _wait_readable(self) -> None:
+        muxed, connection, stream_id = self._muxed, self._muxed.conn, self._muxed.stream_id
+        while not (
+            connection.stream_buffers.get(stream_id)
+            or muxed.recv_closed
+            or muxed.reset_received
+            or muxed.closed
+            or connection.event_shutting_down.is_set()
+        ):
+            event = connection.stream_events.get(stream_id)
+            if event is None:
+                return
+            if event.is_set():  # set for data that was read since; the library renews it in the same way
+                event = connection.stream_events[stream_id] = trio.Event()
+            await event.wait()
+
+    async def _read(self, max_bytes: int) -> bytes:
+        from libp2p.network.stream.exceptions import StreamEOF
+
+        muxed = self._muxed
+        try:
+            return bytes(await self._stream.read(max_bytes))
+        except StreamEOF:
+            # The library says EOF for a lost connection, too: only the peer's own FIN is an end.
+            if muxed.reset_received or muxed.conn.event_shutting_down.is_set() or not muxed.recv_closed:
+                raise PeerGone("the connection was lost") from None
+            return b""
+
+    async def send_all(self, data: bytes) -> None:
+        """See ports.Stream."""
+        await trio.lowlevel.checkpoint()
+        view = memoryview(data)
+        try:
+            for start in range(0, len(view), limits.WRITE_STEP_BYTES):
+                if self._over or self._eof_sent:
+                    raise PeerGone("the stream was closed here")
+                await self._stream.write(bytes(view[start : start + limits.WRITE_STEP_BYTES]))
+        except library.failures() as error:
+            await self.reset()
+            raise PeerGone(_why(error)) from error
+        except trio.Cancelled:
+            self._end(self._reset_now)
+            raise
+
+    async def send_eof(self) -> None:
+        """See ports.Stream."""
+        await trio.lowlevel.checkpoint()
+        if self._over:
+            raise PeerGone("the stream was closed here")
+        if self._eof_sent:
+            return
+        self._eof_sent = True
+        try:
+            await self._muxed.close()
+        except library.failures() as error:
+            await self.reset()
+            raise PeerGone(_why(error)) from error
+        except trio.Cancelled:
+            self._end(self._reset_now)
+            raise
+
+    async def reset(self) -> None:
+        """See ports.Stream."""
+        self._end(self._reset_now)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def aclose(self) -> None:
+        """See ports.Stream. What the peer still sends is thrown away."""
+        self._end(self._close_in_order)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _end(self, farewell: Callable[[], Awaitable[None]]) -> None:
+        if not self._over:
+            self._over = True
+            self._spawn(farewell)
+
+    async def _close_in_order(self) -> None:
+        with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
+            try:
+                await self._muxed.close()
+                await self._drain()
+            except library.failures():
+                scope.cancel()
+        await self._reset_now()
+
+    async def _drain(self) -> None:
+        muxed = self._muxed
+        while not (muxed.recv_closed or muxed.closed):
+            await self._wait_readable()
+            if not muxed.conn.stream_buffers.get(muxed.stream_id):
+                return  # nothing waits and nothing will come: the end, a reset, or the connection's end
+            await self._stream.read(_DRAIN_BYTES)
+
+    async def _reset_now(self) -> None:
+        # Also after an orderly close: on a stream that is closed both ways this sends nothing and tidies up.
+        try:
+            await self._stream.reset()
+        except library.failures():
+            pass
+        finally:
+            self._on_close()
+
+
+def _why(error: Exception) -> str:
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"the stream or its connection was lost ({text[:200]})"

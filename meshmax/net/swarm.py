@@ -1,0 +1,383 @@
+"""Authenticated connections to peers over py-libp2p: TCP, Noise and Yamux, Ed25519 identities; satisfies ports.Swarm.
+
+What is decided here: which connection of a peer is used (the newest, since an older one may belong to a machine that
+lost power), when a peer counts as gone (its last connection ended, or `disconnect`), how many streams are open. Dialling
+is net.dialler's, accepting net.door's, one stream net.stream's, the library's traps net.library's. A frozen peer is not
+noticed here: nothing on a connection times out by itself; heartbeats and `disconnect` do that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from typing import Any, Literal
+
+import msgspec
+import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from meshmax.base.errors import Busy, ConfigError, ConnectError, PeerGone, RemoteProtocolError, VersionMismatch
+from meshmax.base.ids import PeerId, parse_peer_id, peer_id_of
+from meshmax.net import library, limits
+from meshmax.net.addresses import allow_any, concrete_addresses, multiaddr_of
+from meshmax.net.announce import Announcer
+from meshmax.net.dialler import Dialler
+from meshmax.net.door import Door, listen_near
+from meshmax.net.stream import LibraryStream
+from meshmax.net.tcp import TcpTransport
+from meshmax.net.wire import ByteStream, Listener, Transport, Wire
+from meshmax.ports import ConnectionView, Stream, SwarmEvent
+from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.log import get_logger
+from meshmax.telemetry.metrics import CONNECTIONS
+
+_log = get_logger("swarm")
+_MULTISTREAM = "/multistream/1.0.0"
+
+
+class _Link(msgspec.Struct, eq=False):
+    """One authenticated connection."""
+
+    view: ConnectionView
+    wire: Wire
+    connection: Any  # the library's SwarmConn
+
+
+class LibrarySwarm:
+    """See the module. Made by `open_swarm`."""
+
+    def __init__(
+        self,
+        peer_id: PeerId,
+        host: Any,
+        nursery: trio.Nursery,
+        transport: Transport,
+        allow: Callable[[str], bool],
+        listeners: Sequence[tuple[str, Listener]],
+    ) -> None:
+        self.peer_id = peer_id
+        self._host, self._network, self._nursery = host, host.get_network(), nursery
+        self._transport, self._listeners = transport, listeners
+        self._announcer = Announcer(nursery)
+        self._links: dict[PeerId, list[_Link]] = {}
+        self._opened: Counter[PeerId] = Counter()
+        self._served: Counter[PeerId] = Counter()
+        self._farewells = 0
+        self._dialler = Dialler(transport, allow, self._secure_outbound)
+        self.door = Door(nursery, allow, self._secure_inbound)
+        self._network.set_stream_handler(self._answer)
+        for _, listener in listeners:
+            self.door.open(listener)
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """See ports.Swarm; looked up anew each time, since interfaces come and go."""
+        return _advertised(self._listeners, self._transport, self.peer_id)
+
+    # --- connections -------------------------------------------------------------------------------------------------
+
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """See ports.Swarm."""
+        await trio.lowlevel.checkpoint()
+        if peer_id == self.peer_id:
+            raise ConnectError("that is our own PeerId")
+        await self._dialler.dial(peer_id, addresses, lambda: peer_id in self._links)
+
+    async def _secure_outbound(self, stream: ByteStream, peer_id: PeerId) -> None:
+        link = _Pending()
+        wire = Wire(stream, link.end)
+        try:
+            connection = await self._network.upgrade_outbound_raw_conn(
+                library.make_raw_connection(wire, True), library.make_peer_id(peer_id)
+            )
+            self._established(wire, connection, peer_id, "out", link)
+        except BaseException:
+            wire.cut()
+            raise
+
+    async def _secure_inbound(self, stream: ByteStream) -> None:
+        link = _Pending()
+        wire = Wire(stream, link.end)
+        try:
+            muxed = await self._network.upgrade_inbound_raw_conn(library.make_raw_connection(wire, False), None)
+            peer_id = parse_peer_id(str(muxed.peer_id))
+            found = [c for c in self._network.get_connections(muxed.peer_id) if c.muxed_conn is muxed]
+            if not found:
+                raise ConnectError("the connection was lost as soon as it was made")
+            if len(self._links.get(peer_id, ())) >= limits.MAX_CONNECTIONS_PER_PEER:
+                raise ConnectError("the peer has too many connections to us")
+            self._established(wire, found[0], peer_id, "in", link)
+        except library.failures() as error:
+            wire.cut()
+            raise ConnectError(f"the handshake failed: {_reason(error)}") from error
+        except BaseException:
+            wire.cut()
+            raise
+
+    def _established(
+        self, wire: Wire, connection: Any, peer_id: PeerId, direction: Literal["in", "out"], pending: _Pending
+    ) -> None:
+        if wire.cut_off or connection.is_closed:
+            raise PeerGone("the connection was lost as soon as it was made")
+        wire.authenticated()
+        view = ConnectionView(peer_id, multiaddr_of(*wire.remote), direction, time.time())
+        link = _Link(view, wire, connection)
+        self._links.setdefault(peer_id, []).append(link)
+        pending.on_end = partial(self._lost, link)
+        CONNECTIONS.set(len(self._links))
+        self._announcer.connected(peer_id)
+
+    def _lost(self, link: _Link) -> None:
+        peer_id = link.view.peer_id
+        links = self._links.get(peer_id, [])
+        if link not in links:
+            return
+        links.remove(link)
+        if not links:
+            del self._links[peer_id]
+            CONNECTIONS.set(len(self._links))
+            self._announcer.disconnected(peer_id)
+
+    async def disconnect(self, peer_id: PeerId) -> None:
+        """See ports.Swarm."""
+        # The library's own close would first wait to say good-bye behind the stalled writer that we want to be rid of.
+        for link in tuple(self._links.get(peer_id, ())):
+            link.wire.cut()
+        await trio.lowlevel.checkpoint()
+
+    def connections(self) -> Mapping[PeerId, ConnectionView]:
+        """See ports.Swarm."""
+        return {peer_id: links[-1].view for peer_id, links in self._links.items()}
+
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
+        """See ports.Swarm."""
+        return self._announcer.subscribe()
+
+    # --- streams we open ---------------------------------------------------------------------------------------------
+
+    async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
+        """See ports.Swarm. Raises Busy where MAX_STREAMS_PER_PEER are open already."""
+        await trio.lowlevel.checkpoint()
+        links = self._links.get(peer_id)
+        if not links:
+            raise PeerGone("not connected to the peer")
+        if self._opened[peer_id] >= limits.MAX_STREAMS_PER_PEER:
+            raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
+        self._opened[peer_id] += 1
+        opening = _Opening()
+        self._nursery.start_soon(self._open_raw, links[-1], opening)
+        with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
+            try:
+                await opening.done.wait()
+                if opening.stream is not None:
+                    await _negotiate(opening.stream, protocol)
+                    opening.taken = True
+                    return opening.stream
+            finally:
+                if not opening.taken:
+                    opening.abandoned = True
+                    if opening.stream is not None:
+                        await opening.stream.reset()
+        raise PeerGone(opening.why or f"the peer did not answer within {limits.NEW_STREAM_TIMEOUT_S:g} s")
+
+    async def _open_raw(self, link: _Link, opening: _Opening) -> None:
+        # In a task of its own: the library loses one of a connection's 256 slots each time this is cancelled.
+        peer_id = link.view.peer_id
+        try:
+            net_stream = await link.connection.new_stream()
+        except library.failures() as error:
+            opening.why = f"the connection was lost ({_reason(error)})"
+            self._closed(self._opened, peer_id)
+        else:
+            stream = LibraryStream(
+                peer_id, net_stream, self._say_farewell, partial(self._closed, self._opened, peer_id)
+            )
+            if opening.abandoned:
+                await stream.reset()
+            opening.stream = stream
+        opening.done.set()
+
+    # --- streams that peers open -------------------------------------------------------------------------------------
+
+    def serve(self, protocol: str, answer: Callable[[Stream], Awaitable[None]]) -> None:
+        """See ports.Swarm."""
+        self._host.set_stream_handler(protocol, partial(self._serve_one, protocol, answer))
+
+    async def _answer(self, net_stream: Any) -> None:
+        """Every inbound stream, before its protocol is known."""
+        peer_id = PeerId(str(net_stream.muxed_conn.peer_id))
+        stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed, self._served, peer_id))
+        crowded = self._served[peer_id] >= limits.MAX_STREAMS_PER_PEER or self._served.total() >= limits.MAX_STREAMS
+        self._served[peer_id] += 1
+        if crowded:
+            await stream.reset()
+            return
+        net_stream.meshmax_stream = stream
+        try:
+            if await isolate("stream", partial(self._negotiate_and_answer, net_stream), peer=peer_id):
+                await stream.aclose()
+        finally:
+            await stream.reset()
+
+    async def _negotiate_and_answer(self, net_stream: Any) -> None:
+        try:
+            await self._host._swarm_stream_handler(net_stream)
+        except library.failures() as error:
+            raise RemoteProtocolError(f"the stream failed: {_reason(error)}") from error
+
+    async def _serve_one(self, protocol: str, answer: Callable[[Stream], Awaitable[None]], net_stream: Any) -> None:
+        stream: LibraryStream = net_stream.meshmax_stream
+        if not await isolate("answer", partial(answer, stream), peer=stream.peer, protocol=protocol):
+            await stream.reset()
+
+    # --- ends --------------------------------------------------------------------------------------------------------
+
+    def _closed(self, counter: Counter[PeerId], peer_id: PeerId) -> None:
+        counter[peer_id] -= 1
+        if counter[peer_id] <= 0:
+            del counter[peer_id]
+
+    def _say_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:
+        self._nursery.start_soon(self._run_farewell, farewell)
+
+    async def _run_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:
+        self._farewells += 1
+        try:
+            await farewell()
+        finally:
+            self._farewells -= 1
+
+    async def close(self) -> None:
+        """Accept nothing more, let farewells out for at most SHUTDOWN_TIMEOUT_S, cut every connection."""
+        for _, listener in self._listeners:
+            listener.close()
+        for links in tuple(self._links.values()):
+            for link in tuple(links):
+                link.wire.cut()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+class _Pending:
+    """What to do when a wire ends: nothing while its handshake goes on (that fails by itself), then `on_end`."""
+
+    def __init__(self) -> None:
+        self.on_end: Callable[[], None] | None = None
+
+    def end(self) -> None:
+        if self.on_end is not None:
+            self.on_end()
+
+
+class _Opening:
+    """A stream on its way from the task that makes it to the one that wants it."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.stream: LibraryStream | None = None
+        self.abandoned = self.taken = False
+        self.why = ""
+
+
+async def _negotiate(stream: LibraryStream, protocol: str) -> None:
+    """Agree on ``protocol`` (multistream-select 1.0): both lines at once, then both answers, which saves a round trip."""
+    await stream.send_all(_delimited(_MULTISTREAM) + _delimited(protocol))
+    for expected in (_MULTISTREAM, protocol):
+        answer = await _read_line(stream)
+        if answer == "na":
+            await stream.reset()
+            raise VersionMismatch(f"the peer does not speak {protocol}")
+        if answer != expected:
+            await stream.reset()
+            raise RemoteProtocolError("the peer's answer is not multistream-select's")
+
+
+def _delimited(line: str) -> bytes:
+    data = line.encode() + b"\n"
+    if len(data) > 127:
+        raise ConfigError(f"a protocol id has at most 126 bytes: {line[:100]}")
+    return bytes([len(data)]) + data
+
+
+async def _read_line(stream: LibraryStream) -> str:
+    length = (await _read_exactly(stream, 1))[0]
+    if not 1 <= length <= 127:  # one byte of varint; ours are all that short
+        await stream.reset()
+        raise RemoteProtocolError("the peer's answer is not multistream-select's")
+    return (await _read_exactly(stream, length)).decode(errors="replace").rstrip("\n")
+
+
+async def _read_exactly(stream: LibraryStream, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = await stream.receive_some(count - len(data))
+        if not part:
+            await stream.reset()
+            raise PeerGone("the peer closed the stream before it was open")
+        data += part
+    return data
+
+
+def _reason(error: BaseException) -> str:
+    cause = error
+    while cause.__cause__ is not None and str(cause.__cause__):
+        cause = cause.__cause__
+    return f"{type(cause).__name__}: {cause}"[:200]
+
+
+def _advertised(listeners: Sequence[tuple[str, Listener]], transport: Transport, peer_id: PeerId) -> tuple[str, ...]:
+    interfaces = transport.interface_addresses()
+    found = {
+        multiaddr_of(ip, listener.local[1], peer_id): interfaces.index(ip) if ip in interfaces else 0
+        for host, listener in listeners
+        for ip in concrete_addresses(host, interfaces)
+    }
+    return tuple(sorted(found, key=lambda address: found[address]))
+
+
+@asynccontextmanager
+async def open_swarm(
+    private_bytes: bytes,
+    listen: Sequence[tuple[str, int]],
+    *,
+    allow: Callable[[str], bool] = allow_any,
+    transport: Transport | None = None,
+) -> AsyncIterator[LibrarySwarm]:
+    """A swarm with the Ed25519 identity ``private_bytes`` (32 bytes), listening on each (host, port) of ``listen``.
+
+    A port that is taken means the next free one (base.config.PORT_TRIES); port 0 any. A host of a family that this
+    machine lacks is left out as long as one other works. ``allow`` says of an IP address whether it may connect to us, or
+    be dialled. ``transport`` is TCP by default. Raises ConfigError when nothing can be listened on.
+    """
+    transport = transport or TcpTransport()
+    peer_id = peer_id_of(Ed25519PrivateKey.from_private_bytes(private_bytes).public_key().public_bytes_raw())
+    listeners = await _listen(transport, listen)
+    try:
+        host = library.make_host(private_bytes, partial(_advertised, listeners, transport, peer_id))
+        async with trio.open_nursery() as nursery, host.run(listen_addrs=[]):
+            swarm = LibrarySwarm(peer_id, host, nursery, transport, allow, listeners)
+            try:
+                yield swarm
+            finally:
+                await swarm.close()
+                nursery.cancel_scope.cancel()
+    finally:
+        for _, listener in listeners:
+            listener.close()
+
+
+async def _listen(transport: Transport, listen: Sequence[tuple[str, int]]) -> list[tuple[str, Listener]]:
+    listeners: list[tuple[str, Listener]] = []
+    failed: list[ConfigError] = []
+    for host, port in listen:
+        try:
+            listeners.append((host, await listen_near(transport, host, port)))
+        except ConfigError as error:
+            failed.append(error)
+    if failed and not listeners:
+        raise failed[0]
+    for error in failed:
+        _log.warning("not listening there", error=error.message)
+    return listeners

@@ -65,7 +65,7 @@ def _file(path: Path, in_home: bool) -> dict[str, Any]:
     try:
         with path.open("rb") as stream:
             text = stream.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if in_home:
             return {}
         raise ConfigError(f"{path}: there is no such file") from None

@@ -323,9 +323,9 @@ def _agreed(known: PartialFile, chunk_map: ChunkMap) -> Haves:
     """The chunks of ``known`` that ``chunk_map`` names with the same hash at the same place."""
     if known.chunk_map == chunk_map:
         return known.haves
-    haves = Haves.none(chunk_map.count)
+    bits = bytearray(Haves.none(chunk_map.count).bits)
     for index in range(min(chunk_map.count, known.chunk_map.count)):
         same_span = known.chunk_map.span(index) == chunk_map.span(index)
         if index in known.haves and same_span and known.chunk_map.chunk_hash(index) == chunk_map.chunk_hash(index):
-            haves = haves.with_chunk(index)
-    return haves
+            bits[index >> 3] |= 1 << (index & 7)
+    return Haves(chunk_map.count, bytes(bits))

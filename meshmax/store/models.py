@@ -180,7 +180,8 @@ class FileModelStore:
             except (msgspec.DecodeError, ValueError):
                 known = self._make_details(manifest)
                 if known.context_length:  # else its header could not be read: perhaps next time
-                    self._disk.write_whole(cached, msgspec.json.encode(known))
+                    with suppress(OSError):  # a cache: a full disk must not keep models from being listed
+                        self._disk.write_whole(cached, msgspec.json.encode(known))
             self._details[manifest.digest] = known
         return known
 

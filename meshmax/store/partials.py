@@ -120,18 +120,18 @@ class PartialFile:
             raise StoreError(f"blob {self.digest[:12]} is not whole: {len(self.haves.missing())} chunks are missing")
         async with self._syncing:
             true = await self._run_sync(self._try_move_in)
+            if true:
+                self._let_go()
         if not true:
             await self.discard()
             raise StoreCorrupt(f"the chunk map of blob {self.digest[:12]} is of other bytes; its publisher is wrong")
-        self._close_file()
-        self.on_gone(self)
 
     async def discard(self) -> None:
         """See ports.Partial."""
-        self._close_file()
-        self.on_gone(self)
         with trio.CancelScope(shield=True):  # a lying map must not be resumed from
-            await self._run_sync(self._remove_files)
+            async with self._syncing:
+                self._let_go()
+                await self._run_sync(self._remove_files)
 
     async def aclose(self) -> None:
         """See ports.Partial. A bitmap that cannot be saved is logged: its chunks will be fetched again."""
@@ -213,6 +213,11 @@ class PartialFile:
             self._disk.unlink(self._layout.bits(self.digest))
             self._disk.unlink(self._layout.partial(self.digest))
             self._maps.forget(self.digest)
+
+    def _let_go(self) -> None:
+        self._close_file()
+        self._synced = self.haves  # nothing is left to be synced
+        self.on_gone(self)
 
     def _close_file(self) -> None:
         self.is_open = False

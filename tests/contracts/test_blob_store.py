@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,7 @@ UNKNOWN = Sha256("0" * 64)
 class Subject:
     """A store under test, and the faults that its adapter can be given."""
 
-    def __init__(
-        self, blobs: BlobStore, fill: Callable[[bool], None], rot: Callable[[Sha256, int], Awaitable[None]]
-    ) -> None:
+    def __init__(self, blobs: BlobStore, fill: Callable[[bool], None], rot: Callable[[Sha256, int], None]) -> None:
         self.blobs = blobs
         self.fill = fill
         self.rot = rot
@@ -39,14 +37,11 @@ async def subject(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     if request.param == "memory":
         memory = MemoryBlobStore()
 
-        async def rot_memory(digest: Sha256, index: int) -> None:
-            memory.corrupt(digest, index)
-
-        yield Subject(memory, lambda full: setattr(memory, "full", full), rot_memory)
+        yield Subject(memory, lambda full: setattr(memory, "full", full), memory.corrupt)
         return
     disk = FullDisk()
 
-    async def rot_file(digest: Sha256, index: int) -> None:
+    def rot_file(digest: Sha256, index: int) -> None:
         flip(blob_file(tmp_path / "models", digest), index * MIB)
 
     async with open_store(tmp_path / "models", tmp_path / "state", in_place, disk) as store:
@@ -203,7 +198,7 @@ async def test_a_blob_that_cannot_fit_is_refused_at_once(subject: Subject) -> No
 
 async def test_a_rotten_chunk_is_never_served_and_offered_no_more(subject: Subject) -> None:
     await fetch(subject.blobs)
-    await subject.rot(MAP.sha256, 1)
+    subject.rot(MAP.sha256, 1)
     with pytest.raises(StoreCorrupt):
         await subject.blobs.read_chunk(MAP.sha256, 1)
     found = await subject.blobs.haves(MAP.sha256)
@@ -216,7 +211,7 @@ async def test_a_rotten_chunk_is_never_served_and_offered_no_more(subject: Subje
 
 async def test_a_blob_in_doubt_is_not_handed_to_an_engine_and_can_be_repaired(subject: Subject) -> None:
     await fetch(subject.blobs)
-    await subject.rot(MAP.sha256, 1)
+    subject.rot(MAP.sha256, 1)
     with pytest.raises(StoreCorrupt):
         await subject.blobs.read_chunk(MAP.sha256, 1)
     with pytest.raises(StoreCorrupt):
@@ -233,8 +228,8 @@ async def test_a_blob_in_doubt_is_not_handed_to_an_engine_and_can_be_repaired(su
 
 async def test_verifying_finds_what_nobody_asked_for(subject: Subject) -> None:
     await fetch(subject.blobs)
-    await subject.rot(MAP.sha256, 0)
-    await subject.rot(MAP.sha256, 3)
+    subject.rot(MAP.sha256, 0)
+    subject.rot(MAP.sha256, 3)
     assert (await subject.blobs.verify(MAP.sha256)).missing() == [0, 3]
     with pytest.raises(BlobNotFound):
         await subject.blobs.path(MAP.sha256)

@@ -65,7 +65,7 @@ async def run(folder: Path, disk: DyingDisk, deed: Deed) -> bool:
 
 async def check(folder: Path, before: bytes) -> set[str]:
     """Everything that the store offers after a crash is true; what is under the name."""
-    async with open_store(folder / "models", folder / "state", in_place) as store:
+    async with open_store(folder / "models", folder / "state", in_place, DyingDisk()) as store:
         names = set()
         for model in await store.models.models():
             for blob in model.manifest.blobs:
@@ -100,7 +100,7 @@ async def test_a_death_at_any_change_leaves_the_old_or_the_new(
         outcomes.add(frozenset(await check(folder, OLD)))
         if done:
             break
-        async with open_store(folder / "models", folder / "state", in_place) as store:
+        async with open_store(folder / "models", folder / "state", in_place, DyingDisk()) as store:
             if deed is fetch:
                 await resume(store)
             elif deed is replace:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import trio
 
 from meshmax.base.errors import ConfigError
 from meshmax.base.ids import PeerId
@@ -90,7 +90,5 @@ async def test_a_home_that_may_not_be_written_is_refused(tmp_path: Path) -> None
         "try: trio.run(main)\n"
         "except ConfigError as error: print(error.message)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "home")], capture_output=True, text=True, check=True
-    )
-    assert "cannot be used" in done.stdout
+    done = await trio.run_process([sys.executable, "-c", code, str(tmp_path / "home")], capture_stdout=True)
+    assert b"cannot be used" in done.stdout

@@ -6,6 +6,7 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import CHUNK_BYTES, Haves
@@ -68,11 +69,11 @@ class Swarm:
         """Until it is done, or nothing more can happen."""
         self._perform(self.fetch.start(0.0))
         for source in self.sources.values():
-            self._at(self.random.random() * 0.1, lambda s=source: self._join(s))
+            self._at(self.random.random() * 0.1, partial(self._join, source))
             if source.dies_s is not None:
-                self._at(source.dies_s, lambda s=source: self._die(s))
+                self._at(source.dies_s, partial(self._die, source))
             for when_s, index in source.gains:
-                self._at(when_s, lambda s=source, i=index: self._gain(s, i))
+                self._at(when_s, partial(self._gain, source, index))
         while self.done_at_s is None and self.now < END_S:
             deadline_s = self.fetch.deadline()
             if deadline_s is not None and (not self._events or deadline_s <= self._events[0][0]):

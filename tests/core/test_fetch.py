@@ -38,9 +38,9 @@ def test_without_a_source_it_is_stuck_until_one_comes_that_has_something() -> No
     (stuck,) = core.start(0.0)
     assert isinstance(stuck, Stuck)
     assert core.on_source(A, haves_of(3, {0}), 0.0) == []
-    assert core.stuck
+    assert core.snapshot().stuck
     assert asked(core.on_source(A, haves_of(3, {0, 1}), 1.0)) == [1]
-    assert not core.stuck
+    assert not core.snapshot().stuck
     actions = core.on_chunk_ok(A, 1, 10, 2.0)
     assert [type(a) for a in actions] == [Stuck]
 
@@ -139,7 +139,7 @@ def test_a_silent_source_loses_its_chunks_and_is_dropped_after_a_few_silences() 
     assert {type(a) for a in actions} == {Cancel}
     assert sorted(asked(core.on_source(B, Haves.all(2), 10.0), B)) == [0, 1]
     now = FIRST_PATIENCE_S
-    dropped = []
+    dropped: list[fetch.Action] = []
     core.on_chunk_ok(B, 0, 1, now)
     while not dropped:
         deadline_s = core.deadline()

@@ -356,7 +356,9 @@ async def open_swarm(
     listeners = await _listen(transport, listen)
     try:
         host = library.make_host(private_bytes, partial(_advertised, listeners, transport, peer_id))
-        async with trio.open_nursery() as nursery, host.run(listen_addrs=[]):
+        # The library's host outermost: stopping it awaits, and inside a cancelled nursery that would put Cancelled in the
+        # place of the error that ended the block, which nobody would then see.
+        async with host.run(listen_addrs=[]), trio.open_nursery() as nursery:
             swarm = LibrarySwarm(peer_id, host, nursery, transport, allow, listeners)
             try:
                 yield swarm
@@ -378,6 +380,6 @@ async def _listen(transport: Transport, listen: Sequence[tuple[str, int]]) -> li
             failed.append(error)
     if failed and not listeners:
         raise failed[0]
-    for error in failed:
-        _log.warning("not listening there", error=error.message)
+    for failure in failed:
+        _log.warning("not listening there", error=failure.message)
     return listeners

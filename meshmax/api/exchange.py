@@ -114,11 +114,12 @@ class PromptReply:
 async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vector], Finish]:
     deltas: list[Delta] = []
     vectors: list[Vector] = []
+    finish: Finish | None = None
     size = 0
-    async for event in events:
+    async for event in events:  # to its very end, so that whoever made it can close its books
         if isinstance(event, Finish):
-            return deltas, vectors, event
-        if isinstance(event, Vector):
+            finish = event
+        elif isinstance(event, Vector):
             vectors.append(event)
             size += len(event.values)
         else:
@@ -126,7 +127,9 @@ async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vect
             size += len(event.text) + len(event.thinking)
         if size > MAX_WHOLE_BYTES:
             raise EngineError("the answer is too long to be sent as one object: ask with stream true")
-    raise EngineError("the answer ended before it was finished")
+    if finish is None:
+        raise EngineError("the answer ended before it was finished")
+    return deltas, vectors, finish
 
 
 @asynccontextmanager

@@ -1,0 +1,98 @@
+"""The table of routes as a whole, and the guard around it."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from meshmax.api.app import CLOSED, make_app
+from meshmax.base.config import Config
+
+ORIGIN = {"origin": "http://localhost:3000"}
+
+
+def open_client(node: Any, **given: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(make_app(node, **given))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost:11434")
+
+
+async def test_what_nobody_knows_is_ollamas_404_and_a_wrong_verb_405(client: httpx.AsyncClient) -> None:
+    for path in ("/nope", "/api", "/api/", "/v1/nope", "/api/tags/"):
+        reply = await client.get(path)
+        assert (reply.status_code, reply.text) == (404, "404 page not found")
+    for verb, path in (("GET", "/api/chat"), ("PUT", "/"), ("HEAD", "/api/ps"), ("DELETE", "/api/tags")):
+        assert (await client.request(verb, path)).status_code == 405
+
+
+@pytest.mark.parametrize(("path", "verbs", "_what"), CLOSED)
+async def test_what_is_not_offered_says_so_in_the_shape_of_its_interface(
+    client: httpx.AsyncClient, path: str, verbs: tuple[str, ...], _what: str
+) -> None:
+    path = path.replace("{digest}", "sha256:x").replace("{name:path}", "hf.co/a/b:c").replace("{rest:path}", "x/y")
+    verb = "POST" if "POST" in verbs else verbs[0]
+    reply = await client.request(verb, path.replace("{id}", "x").replace("{key}", "x"), content=b"x" * 100)
+    assert reply.status_code == 501
+    error = reply.json()["error"]
+    if path.startswith("/v1/"):
+        error = error["message"]
+    assert error.endswith("is not offered by this version of meshmax.")
+    assert ("code" in reply.json()) is (path.startswith("/api/v1/") or path == "/docs")
+
+
+async def test_a_request_keeps_its_id_if_it_is_sane(client: httpx.AsyncClient, node: Any) -> None:
+    body = {"model": "echo", "prompt": "x"}
+    reply = await client.post("/api/generate", json=body, headers={"x-request-id": "my-id.1"})
+    assert reply.headers["x-request-id"] == "my-id.1"
+    assert node.router.asks[0].request_id == "my-id.1"
+    for odd in ("", "a b", "x" * 129, "\tx"):
+        reply = await client.post("/api/generate", json=body, headers={"x-request-id": odd})
+        assert len(reply.headers["x-request-id"]) == 32
+
+
+async def test_a_page_of_an_allowed_origin_may_call_and_is_told_so(client: httpx.AsyncClient) -> None:
+    reply = await client.options("/api/chat", headers=ORIGIN | {"access-control-request-method": "POST"})
+    assert reply.status_code == 204
+    assert reply.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert "x-stainless-arch" in reply.headers["access-control-allow-headers"]
+    reply = await client.get("/api/tags", headers=ORIGIN)
+    assert reply.headers["access-control-allow-origin"] == "http://localhost:3000"
+    assert reply.headers["vary"] == "Origin"
+    assert "access-control-allow-origin" not in (await client.get("/api/tags")).headers
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "evil.com"}, {"origin": "http://evil.com"}, {"origin": "null"}, {"host": "8.8.8.8:11434"}]
+)
+async def test_a_strange_host_or_origin_gets_403_and_nothing_more(
+    client: httpx.AsyncClient, headers: dict[str, str]
+) -> None:
+    reply = await client.get("/api/tags", headers=headers)
+    assert (reply.status_code, reply.content) == (403, b"")
+
+
+async def test_a_page_of_another_origin_needs_the_token_for_the_meshs_interface(node: Any) -> None:
+    node.token = "secret"
+    async with open_client(node) as client:
+        reply = await client.get("/api/v1/status", headers=ORIGIN)
+        assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
+        assert (await client.get("/api/v1/status", headers=ORIGIN | {"authorization": "Bearer secret"})).is_success
+        assert (await client.get("/api/v1/status", headers={"origin": "http://localhost:11434"})).is_success
+
+
+async def test_off_loopback_everything_but_health_needs_the_token(node: Any) -> None:
+    node.config = Config(token="secret")
+    async with open_client(node, loopback=False) as client:
+        reply = await client.get("/api/tags", headers={"host": "box.example.com"})
+        assert reply.status_code == 401
+        assert "MESHMAX_TOKEN" in reply.json()["error"]
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert (await client.get("/v1/models")).json()["error"]["type"] == "api_error"
+        assert (await client.get("/health")).is_success
+        assert (await client.get("/api/tags", headers={"authorization": "Bearer secret"})).is_success
+        assert (await client.get("/api/tags", headers={"authorization": "Bearer nope"})).status_code == 401
+
+
+async def test_a_configured_origin_may_call(node: Any) -> None:
+    node.config = Config(origins=("https://chat.example.org",))
+    async with open_client(node) as client:
+        assert (await client.get("/api/tags", headers={"origin": "https://chat.example.org"})).is_success

@@ -1,0 +1,297 @@
+"""Ollama's interface over HTTP: shapes, streams, sentences and codes."""
+
+import json
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, NoProviders, PeerGone
+from tests.api.fake_node import BLOB, DIGEST, OURS, THEIRS, details, entry
+
+CREATED = "2025-10-26T17:15:24.097767Z"
+
+
+def lines(reply: httpx.Response) -> list[dict[str, Any]]:
+    assert reply.headers["content-type"] == "application/x-ndjson"
+    assert reply.text.endswith("\n")
+    return [json.loads(line) for line in reply.text.splitlines()]
+
+
+async def test_somebody_listens(client: httpx.AsyncClient) -> None:
+    for verb in ("GET", "HEAD"):
+        reply = await client.request(verb, "/")
+        assert reply.status_code == 200
+    assert (await client.get("/")).text == "Ollama is running"
+    assert (await client.get("/api/version")).json() == {"version": "0.33.0"}
+
+
+async def test_a_stream_has_a_line_for_each_token_and_tells_who_served_it(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "one two"})
+    assert lines(reply)[:2] == [
+        {"model": "echo", "created_at": CREATED, "response": "one", "done": False},
+        {"model": "echo", "created_at": CREATED, "response": " two", "done": False},
+    ]
+    last = lines(reply)[2]
+    assert last["done"] is True
+    assert last["done_reason"] == "stop"
+    assert (last["prompt_eval_count"], last["eval_count"]) == (2, 2)
+    assert last["eval_duration"] == pytest.approx(200_000_000, rel=0.01)
+    assert reply.headers["x-meshmax-peer"] == OURS
+    assert reply.headers["x-meshmax-route"] == "only candidate??"
+
+
+async def test_without_stream_there_is_one_object(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "one two", "stream": False})
+    assert reply.headers["content-type"] == "application/json; charset=utf-8"
+    assert reply.json()["response"] == "one two"
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a b"}], "stream": False}
+    reply = await client.post("/api/chat", json=body)
+    assert reply.json()["message"] == {"role": "assistant", "content": "a b"}
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/chat"])
+async def test_an_empty_prompt_loads_and_keep_alive_0_unloads(client: httpx.AsyncClient, node: Any, path: str) -> None:
+    reply = await client.post(path, json={"model": "echo", "keep_alive": -1})
+    assert reply.json()["done_reason"] == "load"
+    shown = (await client.get("/api/ps")).json()["models"]
+    assert [model["name"] for model in shown] == ["echo:latest"]
+    assert shown[0]["expires_at"].startswith("23")
+    assert shown[0]["digest"] == DIGEST
+    reply = await client.post(path, json={"model": "echo", "keep_alive": 0})
+    assert reply.json()["done_reason"] == "unload"
+    assert (await client.get("/api/ps")).json() == {"models": []}
+    assert node.router.asks == []
+
+
+async def test_there_is_nothing_to_unload_of_a_model_that_only_peers_hold(client: httpx.AsyncClient, node: Any) -> None:
+    reply = await client.post("/api/generate", json={"model": "far", "keep_alive": "0s"})
+    assert reply.json()["done_reason"] == "unload"
+    assert node.router.asks == []
+
+
+async def test_a_model_that_only_peers_hold_is_listed_shown_and_answers(client: httpx.AsyncClient) -> None:
+    tags = (await client.get("/api/tags")).json()["models"]
+    assert [tag["name"] for tag in tags] == ["echo:latest", "far:latest"]
+    assert "remote_host" not in tags[0]
+    assert (tags[1]["remote_host"], tags[1]["remote_model"]) == ("attic", "far:latest")
+    shown = (await client.post("/api/show", json={"model": "far"})).json()
+    assert shown["remote_host"] == "attic"
+    reply = await client.post("/api/generate", json={"model": "far", "prompt": "x", "stream": False})
+    assert reply.json()["remote_host"] == "attic"
+    assert reply.headers["x-meshmax-peer"] == THEIRS
+    reply = await client.request("DELETE", "/api/delete", json={"model": "far"})
+    assert (reply.status_code, reply.json()) == (404, {"error": "model 'far' not found"})
+
+
+async def test_a_tag_has_ollamas_fields(client: httpx.AsyncClient) -> None:
+    tag = (await client.get("/api/tags")).json()["models"][0]
+    assert list(tag) == ["name", "model", "modified_at", "size", "digest", "details", "capabilities"]
+    assert tag["modified_at"] == CREATED
+    assert tag["digest"] == DIGEST
+    assert list(tag["details"])[:6] == [
+        "parent_model", "format", "family", "families", "parameter_size", "quantization_level",
+    ]  # fmt: skip
+
+
+async def test_show_tells_parameters_as_text_and_hides_long_arrays(client: httpx.AsyncClient) -> None:
+    shown = (await client.post("/api/show", json={"name": "echo"})).json()
+    assert shown["parameters"].splitlines() == [
+        "temperature                    0.5",
+        'stop                           "<end>"',
+        'stop                           "<|eot|>"',
+    ]
+    assert shown["model_info"] == {"general.architecture": "echo", "tokenizer.ggml.tokens": []}
+    assert shown["capabilities"] == ["completion"]
+    assert 'PARAMETER stop "<end>"' in shown["modelfile"]
+    assert "remote_host" not in shown
+
+
+async def test_vectors_come_in_the_order_of_their_texts(client: httpx.AsyncClient) -> None:
+    both = (await client.post("/api/embed", json={"model": "echo", "input": ["a", "b"]})).json()
+    one = (await client.post("/api/embed", json={"model": "echo", "input": "b"})).json()
+    assert set(both) - {"load_duration"} == {"model", "embeddings", "total_duration", "prompt_eval_count"}
+    assert both["embeddings"][1] == one["embeddings"][0]
+    assert sum(value**2 for value in one["embeddings"][0]) == pytest.approx(1)
+    assert (await client.post("/api/embed", json={"model": "echo", "input": ""})).json() == {
+        "model": "echo",
+        "embeddings": [],
+    }
+    older = (await client.post("/api/embeddings", json={"model": "echo", "prompt": "b"})).json()
+    assert older == {"embedding": one["embeddings"][0]}
+    assert (await client.post("/api/embeddings", json={"model": "echo", "prompt": ""})).json() == {"embedding": []}
+
+
+async def test_a_pull_streams_ollamas_lines(client: httpx.AsyncClient, node: Any) -> None:
+    layer = {"status": "pulling 6a6a6a6a6a6a", "digest": f"sha256:{BLOB}", "total": 900}
+    assert lines(await client.post("/api/pull", json={"model": "far"})) == [
+        {"status": "pulling manifest"},
+        layer,
+        layer | {"completed": 400},
+        layer | {"completed": 900},
+        {"status": "verifying sha256 digest"},
+        {"status": "writing manifest"},
+        {"status": "success"},
+    ]
+    assert node.pulls.left == 1
+    assert (await client.post("/api/pull", json={"name": "far", "stream": False})).json() == {"status": "success"}
+
+
+async def test_a_pull_that_nobody_can_serve_says_ollamas_sentence_and_more(client: httpx.AsyncClient) -> None:
+    sentence = "pull model manifest: file does not exist: no peer that can be reached has 'missing'"
+    assert lines(await client.post("/api/pull", json={"model": "missing"}))[-1] == {"error": sentence}
+    reply = await client.post("/api/pull", json={"model": "missing", "stream": False})
+    assert (reply.status_code, reply.json()) == (500, {"error": sentence})
+
+
+async def test_a_pull_that_fails_on_its_way_says_why(client: httpx.AsyncClient, node: Any) -> None:
+    node.pulls.script[-1] = msgspec.structs.replace(node.pulls.script[-1], state="failed", reason="the disk is full")
+    assert lines(await client.post("/api/pull", json={"model": "far"}))[-1] == {"error": "the disk is full"}
+    assert (await client.post("/api/pull", json={"model": "far", "stream": False})).status_code == 500
+
+
+async def test_copy_and_delete_act_on_names_here(client: httpx.AsyncClient, node: Any) -> None:
+    reply = await client.post("/api/copy", json={"source": "echo", "destination": "mine"})
+    assert (reply.status_code, reply.content) == (200, b"")
+    await client.post("/api/generate", json={"model": "echo"})
+    assert (await client.request("DELETE", "/api/delete", json={"model": "mine"})).content == b""
+    assert len(node.residency.loaded()) == 1  # another name still means it
+    assert (await client.request("DELETE", "/api/delete", json={"name": "echo"})).status_code == 200
+    assert node.residency.loaded() == ()
+    assert (await client.post("/api/generate", json={"model": "echo"})).status_code == 404
+
+
+async def test_whether_a_blob_is_here(client: httpx.AsyncClient) -> None:
+    for digest, status in ((f"sha256:{BLOB}", 200), ("sha256:" + "0" * 64, 404), ("sha256:xyz", 400), (BLOB, 400)):
+        assert (await client.head(f"/api/blobs/{digest}")).status_code == status
+
+
+async def test_unload_of_memory_follows_the_last_name(client: httpx.AsyncClient, node: Any) -> None:
+    node.catalog.known[0] = entry("echo:latest", DIGEST, details=details())
+    assert "capabilities" not in (await client.get("/api/tags")).json()["models"][0]
+
+
+BAD: list[tuple[str, str, Any, int, str]] = [
+    ("POST", "/api/generate", b"", 400, "missing request body"),
+    ("POST", "/api/generate", b"{", 400, "unexpected EOF"),
+    ("POST", "/api/generate", b"nonsense", 400, "invalid character 'e' at byte 4"),
+    ("POST", "/api/generate", {"prompt": "x"}, 404, "model '' not found"),
+    ("POST", "/api/generate", {"model": "nope", "prompt": "x"}, 404, "model 'nope' not found"),
+    ("POST", "/api/generate", {"model": "../etc", "prompt": "x"}, 404, "model '../etc' not found"),
+    ("POST", "/api/generate", {"model": "echo", "prompt": 5}, 400, "Expected `str | null`, got `int` - at `$.prompt`"),
+    ("POST", "/api/generate", {"model": "echo", "prompt": "x", "keep_alive": "soon"}, 400, "invalid duration"),
+    ("POST", "/api/generate", {"model": "echo", "prompt": "x", "keep_alive": True}, 400, "$.keep_alive"),
+    (
+        "POST",
+        "/api/generate",
+        {"model": "echo", "prompt": "x", "options": {"num_ctx": "a"}},
+        400,
+        'option "num_ctx" must',
+    ),
+    (
+        "POST",
+        "/api/generate",
+        {"model": "echo", "prompt": "x", "suffix": "y"},
+        400,
+        "registry.ollama.ai/library/echo:latest does not support insert",
+    ),
+    ("POST", "/api/generate", {"model": "echo", "prompt": "x", "think": True}, 400, '"echo" does not support thinking'),
+    (
+        "POST",
+        "/api/generate",
+        {"model": "echo", "prompt": "x", "images": ["AAAA"]},
+        400,
+        "registry.ollama.ai/library/echo:latest does not support vision",
+    ),
+    ("POST", "/api/chat", {"messages": []}, 400, "model is required"),
+    ("POST", "/api/chat", {"model": "nope"}, 404, "model 'nope' not found"),
+    (
+        "POST",
+        "/api/chat",
+        {"model": "echo", "messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]},
+        400,
+        "registry.ollama.ai/library/echo:latest does not support tools",
+    ),
+    ("POST", "/api/embed", {"model": "echo", "input": 5}, 400, "invalid input type"),
+    ("POST", "/api/embed", {"model": "nope", "input": "x"}, 404, "model 'nope' not found"),
+    ("POST", "/api/embed", {"model": "echo", "input": "x", "dimensions": -1}, 400, "dimensions must be between"),
+    ("POST", "/api/show", {}, 400, "model is required"),
+    ("POST", "/api/show", {"model": "nope"}, 404, "model 'nope' not found"),
+    ("POST", "/api/pull", {}, 400, "model is required"),
+    ("POST", "/api/pull", {"model": "a b"}, 400, 'name "a b" is invalid'),
+    ("POST", "/api/copy", {"source": "..", "destination": "x"}, 400, 'source ".." is invalid'),
+    ("POST", "/api/copy", {"source": "echo", "destination": "/"}, 400, 'destination "/" is invalid'),
+    ("POST", "/api/copy", {"source": "nope", "destination": "x"}, 404, 'model "nope" not found'),
+    ("POST", "/api/copy", {"source": "far", "destination": "x"}, 404, 'model "far" not found'),
+    ("DELETE", "/api/delete", {"model": "a" * 300}, 400, "is invalid"),
+    ("DELETE", "/api/delete", {"model": "nope"}, 404, "model 'nope' not found"),
+    ("DELETE", "/api/delete", b"", 400, "missing request body"),
+    ("POST", "/api/show", b'{"model":"' + b"x" * 2_000_000 + b'"}', 413, "larger than 1048576 bytes"),
+]
+
+
+@pytest.mark.parametrize(("verb", "path", "body", "status", "message"), BAD)
+async def test_bad_input_is_answered_with_ollamas_code_and_a_sentence(
+    client: httpx.AsyncClient, verb: str, path: str, body: Any, status: int, message: str
+) -> None:
+    given = {"content": body} if isinstance(body, bytes) else {"json": body}
+    reply = await client.request(verb, path, **given)
+    assert reply.status_code == status
+    assert list(reply.json()) == ["error"]
+    assert message in reply.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (Busy("full", 2.5), 503, "server busy, please try again.  maximum pending requests exceeded"),
+        (PeerGone(), 502, "The peer went away."),
+        (NoProviders("no peer can answer"), 404, "no peer can answer"),
+        (EngineCrashed("it fell over"), 500, "it fell over"),
+        (ContextTooLong("too long"), 400, "too long"),
+    ],
+)
+async def test_a_failure_before_the_first_token_has_its_own_status(
+    client: httpx.AsyncClient, node: Any, error: Any, status: int, message: str
+) -> None:
+    node.router.refuse = error
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "x"})
+    assert (reply.status_code, reply.json()) == (status, {"error": message})
+    assert reply.headers.get("retry-after") == ("3" if status == 503 else None)
+
+
+async def test_a_text_too_long_to_embed_is_told_in_ollamas_words(client: httpx.AsyncClient, node: Any) -> None:
+    node.router.refuse = ContextTooLong("engine's words")
+    reply = await client.post("/api/embed", json={"model": "echo", "input": "x", "truncate": False})
+    assert (reply.status_code, reply.json()) == (400, {"error": "the input length exceeds the context length"})
+
+
+async def test_a_failure_in_mid_stream_is_its_last_line(client: httpx.AsyncClient, node: Any) -> None:
+    node.router.break_after = (1, EngineCrashed("it fell over"))
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "a b c"})
+    assert reply.status_code == 200
+    assert [line.get("response", line.get("error")) for line in lines(reply)] == ["a", "it fell over"]
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "a b c", "stream": False})
+    assert (reply.status_code, reply.json()) == (500, {"error": "it fell over"})
+
+
+async def test_a_programming_error_is_told_as_one_and_the_node_lives_on(client: httpx.AsyncClient, node: Any) -> None:
+    node.router.refuse = ZeroDivisionError("secret detail")
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "x"})
+    assert reply.status_code == 500
+    assert "secret" not in reply.text
+    assert (await client.get("/")).status_code == 200
+
+
+async def test_a_draining_node_takes_no_prompts(client: httpx.AsyncClient, node: Any) -> None:
+    node.state = "draining"
+    assert (await client.post("/api/generate", json={"model": "echo", "prompt": "x"})).status_code == 503
+
+
+@pytest.mark.parametrize("path", ["/api/v1/generate", "/api/v1/chat"])
+async def test_the_meshs_own_prompt_routes_are_the_same(client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.post(
+        path, json={"model": "echo", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
+    )
+    assert lines(reply)[-1]["done"] is True

@@ -9,8 +9,9 @@ throw the work away. Blocking work goes through RunSync in steps, so that nothin
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import trio
 
@@ -28,6 +29,7 @@ from meshmax.wire.chunkmap import check_chunk
 
 MAX_MAPPING: Final = 256  # adopted blobs waiting for their map; more are told "nothing here" until there is room
 _log = get_logger("store")
+T = TypeVar("T")
 
 
 class FileBlobStore:
@@ -84,9 +86,10 @@ class FileBlobStore:
         partial = self._partials.get(digest)
         if partial is not None:
             return partial.chunk_map, partial.haves
-        there, chunk_map = await self.run_sync(lambda: self._look(digest))
+        what = f"blob {digest[:12]} was not looked up"
+        there, chunk_map = await self._run(what, lambda: self._look(digest))
         if there and chunk_map is None and await self._map_adopted(digest):
-            _, chunk_map = await self.run_sync(lambda: self._look(digest))
+            _, chunk_map = await self._run(what, lambda: self._look(digest))
         if chunk_map is None:
             return None
         return chunk_map, self._without_bad(digest, Haves.all(chunk_map.count))
@@ -106,16 +109,15 @@ class FileBlobStore:
 
     async def read_map(self, address: MapAddress) -> bytes | None:
         """See ports.BlobStore."""
-        with translated("a chunk map was not read"):
-            return await self.run_sync(lambda: self.maps.read(address))
+        return await self._run("a chunk map was not read", lambda: self.maps.read(address))
 
     async def open_partial(self, chunk_map: ChunkMap) -> PartialFile:
         """See ports.BlobStore. A partial of another map keeps the chunks on which both maps agree."""
         digest = chunk_map.sha256
-        known = self._partials.get(digest)
+        there, whole_map = await self._run(f"blob {digest[:12]} was not looked up", lambda: self._look(digest))
+        known = self._partials.get(digest)  # nothing is awaited between this and `open`, which claims it
         if known is not None and known.is_open:
             raise StoreError(f"blob {digest[:12]} is being fetched already")
-        there, whole_map = await self.run_sync(lambda: self._look(digest))
         if known is None and there and whole_map is not None:
             raise StoreError(f"blob {digest[:12]} is whole already")
         haves = _agreed(known, chunk_map) if known else Haves.none(chunk_map.count)
@@ -147,7 +149,8 @@ class FileBlobStore:
         or none: it is deleted and StoreCorrupt raised."""
         async with self._one_pass:
             partial = self._partials.get(digest)
-            chunk_map = partial.chunk_map if partial else await self.run_sync(lambda: self.maps.load(digest))
+            what = f"blob {digest[:12]} was not looked up"
+            chunk_map = partial.chunk_map if partial else await self._run(what, lambda: self.maps.load(digest))
             path = self.layout.partial(digest) if partial else self.layout.blob(digest)
             if not await self.run_sync(path.is_file):
                 raise BlobNotFound(f"blob {digest[:12]} is not in the store")
@@ -160,8 +163,7 @@ class FileBlobStore:
 
     async def remove(self, digest: Sha256) -> None:
         """Delete a whole blob with map and seal; a partial of it stays."""
-        with translated(f"blob {digest[:12]} was not removed"):
-            await self.run_sync(lambda: self._remove_files(digest))
+        await self._run(f"blob {digest[:12]} was not removed", lambda: self._remove_files(digest))
         self._bad.pop(digest, None)
         self._rotten.discard(digest)
 
@@ -172,7 +174,11 @@ class FileBlobStore:
         partial = self._partials.get(digest)
         if partial is not None and not partial.is_open:
             self._forget_partial(partial)
-            await self.run_sync(lambda: self._remove_partial_files(digest))
+            await self._run(f"a partial of blob {digest[:12]} stayed", lambda: self._remove_partial_files(digest))
+
+    async def _run(self, what: str, work: Callable[[], T]) -> T:
+        with translated(what):
+            return await self.run_sync(work)
 
     # --- in threads ---------------------------------------------------------------------------------------------------
 
@@ -257,15 +263,14 @@ class FileBlobStore:
             return
         self._bad.setdefault(digest, set()).add(index)
         _log.warning("blob is damaged on disk", blob=digest[:12], chunk=index)
-        with translated(f"blob {digest[:12]} was not put in doubt"):
-            await self.run_sync(lambda: self.maps.unseal(digest))
+        await self._run(f"blob {digest[:12]} was not put in doubt", lambda: self.maps.unseal(digest))
 
     async def _scrub(self, digest: Sha256, path: Path, chunk_map: ChunkMap | None, haves: Haves | None) -> Scrub:
-        seal = await self.run_sync(lambda: self.maps.try_seal(digest))
+        what = f"blob {digest[:12]} was not read"
+        seal = await self._run(what, lambda: self.maps.try_seal(digest))
         scrub = Scrub(path, chunk_map, haves, prove=haves is None and not (seal and seal.proved))
-        with translated(f"blob {digest[:12]} was not read"):
-            while not await self.run_sync(scrub.step):
-                pass
+        while not await self._run(what, scrub.step):
+            pass
         return scrub
 
     async def _judge(self, digest: Sha256, scrub: Scrub) -> Haves:
@@ -306,8 +311,8 @@ class FileBlobStore:
                     self._rotten.add(digest)
                     _log.warning("blob does not hold what its name says", blob=digest[:12])
                     return
-                with translated(f"the chunk map of blob {digest[:12]} was not saved"):
-                    await self.run_sync(lambda: scrub.seal(self.maps, digest))
+                what = f"the chunk map of blob {digest[:12]} was not saved"
+                await self._run(what, lambda: scrub.seal(self.maps, digest))
         except StoreError as error:
             _log.warning("no chunk map was made", blob=digest[:12], error=error.message)
         finally:

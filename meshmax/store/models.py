@@ -143,6 +143,8 @@ class FileModelStore:
                 found.append(self._stored(name, manifest, path))
             except (ManifestInvalid, BlobNotFound, ModelNotFound) as error:
                 self._warn_once(name, path, error.message)
+            except OSError as error:
+                self._warn_once(name, path, error.strerror or "it cannot be read")
         return tuple(sorted(found, key=lambda model: model.modified_at_s, reverse=True))
 
     def _warn_once(self, name: ModelName, path: Path, error: str) -> None:

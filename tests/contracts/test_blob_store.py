@@ -130,6 +130,22 @@ async def test_a_blob_is_fetched_by_one_at_a_time(subject: Subject) -> None:
         await subject.blobs.open_partial(MAP)
 
 
+async def test_of_many_who_open_a_partial_at_once_one_has_it(subject: Subject) -> None:
+    opened, refused = [], []
+
+    async def try_open() -> None:
+        try:
+            opened.append(await subject.blobs.open_partial(MAP))
+        except StoreError as error:
+            refused.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(try_open)
+    assert (len(opened), len(refused)) == (1, 4)
+    await opened[0].aclose()
+
+
 async def test_a_partial_goes_on_where_it_was_left(subject: Subject) -> None:
     await fetch(subject.blobs, range(2))
     partial = await subject.blobs.open_partial(MAP)

@@ -130,6 +130,8 @@ async def test_models_that_are_broken_are_left_out_and_the_others_listed(store: 
     (folder / "no.good name!" / "latest").write_bytes(good.raw)
     (folder / "folder" / "latest").mkdir(parents=True)
     (folder / "stray").write_bytes(b"x")
+    (folder / "loop").mkdir()
+    (folder / "loop" / "latest").symlink_to("latest")
     assert [model.name for model in await store.models.models()] == ["good:latest"]
 
 

@@ -135,9 +135,11 @@ async def test_a_fetch_that_is_killed_again_and_again_ends_whole(tmp_path: Path)
             await trio.sleep(dice.uniform(0.0, 1.2))
         finally:
             process.send_signal(signal.SIGKILL)
-            await process.wait()
-            if process.stdout is not None:
-                await process.stdout.aclose()
+            with trio.move_on_after(10) as scope:
+                scope.shield = True
+                await process.wait()
+                if process.stdout is not None:
+                    await process.stdout.aclose()
         async with open_store(tmp_path / "models", tmp_path / "state", in_thread) as store:
             found = await store.blobs.haves(chunk_map.sha256)
             assert found is not None
@@ -162,6 +164,28 @@ async def test_a_file_system_that_is_full_loses_nothing(tmp_path: Path) -> None:
     assert lines[0].startswith("refused: 50 MB are needed and 12 MB are free")
     # The space was reserved beforehand, so that only the small files around the blob can meet the full disk.
     assert lines[1] in ("whole all the same", "kept: 4")
+
+
+async def test_partials_lie_on_the_file_system_of_the_blobs(tmp_path: Path) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system at /dev/shm")
+    state = other / f"meshmax-test-{os.getpid()}"
+    data = BLOB[: 2 * MIB]
+    chunk_map = chunk_map_of_bytes(data)
+    try:
+        async with open_store(tmp_path / "models", state, in_thread) as store:
+            fetching = await store.blobs.open_partial(chunk_map)
+            await fetching.write(0, data[:MIB])
+        assert len(list((tmp_path / "models" / ".meshmax").glob("*/*.data"))) == 1
+        async with open_store(tmp_path / "models", state, in_thread) as store:
+            fetching = await store.blobs.open_partial(chunk_map)
+            assert fetching.haves.missing() == [1]
+            await fetching.write(1, data[MIB:])
+            await fetching.finish()
+            assert (await store.blobs.path(chunk_map.sha256)).read_bytes() == data
+    finally:
+        shutil.rmtree(state, ignore_errors=True)
 
 
 async def test_ingest_and_reading_are_fast_enough_to_be_of_no_account(smollm: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def test_a_peer_makes_its_identity_once_and_keeps_it(tmp_path: Path) -> None:
 
 
 def test_the_banner_says_where_the_peer_is(peer: PeerProcess) -> None:
-    text = until("the banner", lambda: "Ctrl-C ends it." in peer.tail() and peer.tail())
+    until("the banner", lambda: "Ctrl-C ends it." in peer.tail())
+    text = peer.tail()
     assert peer.peer_id in text
     assert f"API      {peer.api}" in text
     assert "anyone on this LAN may use it" in text

@@ -115,7 +115,7 @@ def _bounded_yamux() -> Any:
     import trio
     from libp2p.stream_muxer.yamux.yamux import Yamux
 
-    class BoundedYamux(Yamux):
+    class BoundedYamux(Yamux):  # type: ignore[misc]
         """Yamux that ends the connection of a peer that sends past its windows, which the library only logs."""
 
         async def _read_data_body(self, length: int) -> bytes:

@@ -135,4 +135,5 @@ class Wire:
     def _closed_error() -> Exception:
         from libp2p.io.exceptions import ConnectionClosedError
 
-        return ConnectionClosedError("the connection is closed", transport="tcp")
+        error: Exception = ConnectionClosedError("the connection is closed", transport="tcp")
+        return error

@@ -297,7 +297,8 @@ class FirstTokenTimeout(EngineError):
 
 
 def _tree(root: type[MeshmaxError]) -> dict[str, type[MeshmaxError]]:
-    found = {root.code: root}
+    # A class without a code of its own is a private refinement: to a peer it is its parent.
+    found = {root.code: root} if "code" in vars(root) else {}
     for child in root.__subclasses__():
         found.update(_tree(child))
     return found

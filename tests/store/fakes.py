@@ -27,11 +27,16 @@ class PowerCut(BaseException):
 
 
 class DyingDisk(Disk):
-    """Dies before its change number ``dies_at`` (counted from 0) and does nothing from then on. ``changes`` counts them."""
+    """Dies before its change number ``dies_at`` (counted from 0) and does nothing from then on. ``changes`` counts them.
 
-    def __init__(self, dies_at: int | None = None) -> None:
+    ``lossy``: the machine dies, not only the process, and everything that was written and not synced is lost.
+    """
+
+    def __init__(self, dies_at: int | None = None, lossy: bool = False) -> None:
         self.changes = 0
         self.dies_at = dies_at
+        self._lossy = lossy
+        self._unsynced: dict[int, list[tuple[bytes, int]]] = {}  # by inode
 
     def _change(self) -> None:
         if self.dies_at is not None and self.changes >= self.dies_at:
@@ -50,7 +55,10 @@ class DyingDisk(Disk):
         self._change()
         if self.changes == self.dies_at:  # the last one before the end is torn
             data = memoryview(data)[: len(data) // 2]
-        super().write_at(fd, data, offset)
+        if self._lossy:
+            self._unsynced.setdefault(os.fstat(fd).st_ino, []).append((bytes(data), offset))
+        else:
+            super().write_at(fd, data, offset)
 
     def replace(self, source: Path, destination: Path) -> None:
         self._change()
@@ -65,10 +73,11 @@ class DyingDisk(Disk):
         super().unlink(path)
 
     def sync(self, fd: int) -> None:
-        """The process dies, not the machine: what was written stays."""
+        for data, offset in self._unsynced.pop(os.fstat(fd).st_ino, []):
+            super().write_at(fd, data, offset)
 
     def sync_folder(self, folder: Path) -> None:
-        """As `sync`."""
+        """Names are taken to be on the disk in the order in which they were given."""
 
     def try_clone(self, source_fd: int, destination_fd: int) -> bool:
         return False

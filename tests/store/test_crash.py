@@ -85,18 +85,19 @@ async def check(folder: Path, before: bytes) -> set[str]:
     return names
 
 
+@pytest.mark.parametrize("lossy", [False, True], ids=["killed", "power cut"])
 @pytest.mark.parametrize(
     ("deed", "expected"), [(fetch, [["old"]]), (replace, [["old"], ["new"]]), (delete, [["old"], []])]
 )
 async def test_a_death_at_any_change_leaves_the_old_or_the_new(
-    tmp_path: Path, deed: Deed, expected: list[list[str]]
+    tmp_path: Path, deed: Deed, expected: list[list[str]], lossy: bool
 ) -> None:
     outcomes = set()
     for dies_at in range(200):
         folder = tmp_path / str(dies_at)
         folder.mkdir()
         await run(folder, DyingDisk(), lambda store, folder: add(store, folder, OLD))
-        done = await run(folder, DyingDisk(dies_at), deed)
+        done = await run(folder, DyingDisk(dies_at, lossy), deed)
         outcomes.add(frozenset(await check(folder, OLD)))
         if done:
             break

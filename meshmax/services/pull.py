@@ -22,6 +22,7 @@ from meshmax.base.names import parse_name, split_digest
 from meshmax.core.backoff import Random
 from meshmax.ports import Catalog, Presence, RunSync, Swarm
 from meshmax.services.pull_job import Job, Store, World
+from meshmax.services.pull_progress import Board
 from meshmax.telemetry.isolate import isolate
 
 MAX_PULLS: Final = 32  # at once; each may hold 64 MiB of chunks that wait for the disk
@@ -58,7 +59,8 @@ class PullService:
         except ModelNotFound:
             raise _nobody_has(name) from None
         if resolved.stored:
-            yield _already_here(resolved.stored)
+            with Board(_already_here(resolved.stored)).watch() as values:
+                yield values
             return
         job = self._jobs.get(resolved.digest)
         if job is None:
@@ -68,7 +70,8 @@ class PullService:
         job.names.setdefault(parsed.key, parsed)
         job.watchers += 1
         try:
-            yield job.board.watch()
+            with job.board.watch() as values:
+                yield values
         finally:
             job.watchers -= 1
             if not job.watchers and self._jobs.get(job.digest) is job:
@@ -139,11 +142,11 @@ def _nobody_has(name: str) -> NoProviders:
     return NoProviders(f"pull model manifest: file does not exist: no peer that can be reached has '{name[:200]}'")
 
 
-async def _already_here(stored: StoredModel) -> AsyncIterator[Transfer]:
+def _already_here(stored: StoredModel) -> Transfer:
     blobs = tuple(BlobProgress(blob.digest, blob.size, blob.size) for blob in stored.manifest.blobs)
     size = sum(blob.size for blob in blobs)
     digest = stored.manifest.digest
-    yield Transfer(
+    return Transfer(
         f"{digest[:12]}-0",
         stored.name,
         "in",

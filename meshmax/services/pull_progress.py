@@ -7,7 +7,8 @@ and a slow watcher gets the newest instead of all. Rates are over the last RATE_
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import trio
@@ -55,27 +56,25 @@ class Board:
         for watcher in self._watchers:
             watcher.tell(value)
 
-    async def watch(self) -> AsyncIterator[Transfer]:
+    @contextmanager
+    def watch(self) -> Iterator[AsyncIterator[Transfer]]:
         """The value as it is, then each change, until a final state was told."""
         watcher = _Watcher()
         watcher.tell(self.value)
         self._watchers.add(watcher)
         try:
-            while True:
-                value = await watcher.next()
-                yield value
-                if value.state in FINAL:
-                    return
+            yield watcher
         finally:
             self._watchers.discard(watcher)
 
 
 class _Watcher:
-    """What one reader has not read yet."""
+    """What one reader has not read yet. An iterator, not a generator: it may be left at any time without being closed."""
 
     def __init__(self) -> None:
         self._unread: deque[Transfer] = deque(maxlen=MAX_UNREAD)
         self._wake = trio.Event()
+        self._ended = False
 
     def tell(self, value: Transfer) -> None:
         last = self._unread[-1] if self._unread else None
@@ -84,9 +83,16 @@ class _Watcher:
         self._unread.append(value)
         self._wake.set()
 
-    async def next(self) -> Transfer:
+    def __aiter__(self) -> AsyncIterator[Transfer]:
+        return self
+
+    async def __anext__(self) -> Transfer:
         await trio.lowlevel.checkpoint()
+        if self._ended:
+            raise StopAsyncIteration
         while not self._unread:
             self._wake = trio.Event()
             await self._wake.wait()
-        return self._unread.popleft()
+        value = self._unread.popleft()
+        self._ended = value.state in FINAL
+        return value

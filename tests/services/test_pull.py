@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import trio
+import trio.testing
 
 from meshmax.base.errors import InvalidName, NoProviders
 from meshmax.base.model import CHUNK_BYTES
 from tests.services.pull_site import NAME, model_bytes, open_site, sha256_of
 
-pytestmark = pytest.mark.usefixtures("autojump_clock")
 
-
-async def test_a_model_is_pulled_from_one_source_and_told_in_ollamas_words() -> None:
+async def test_a_model_is_pulled_from_one_source_and_told_in_ollamas_words(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     async with open_site() as site:
         a, c = await site.peer(), await site.peer()
         data = model_bytes(6)
@@ -38,7 +38,7 @@ async def test_a_model_is_pulled_from_one_source_and_told_in_ollamas_words() -> 
         assert c.pulls.partials() == ()
 
 
-async def test_three_sources_share_the_work() -> None:
+async def test_three_sources_share_the_work(autojump_clock: trio.testing.MockClock) -> None:
     async with open_site() as site:
         sources = [await site.peer() for _ in range(3)]
         data = model_bytes(60)
@@ -52,7 +52,9 @@ async def test_three_sources_share_the_work() -> None:
         assert last.bytes_wasted <= 2 * CHUNK_BYTES
 
 
-async def test_a_model_that_nobody_has_is_refused_in_ollamas_words_before_anything_begins() -> None:
+async def test_a_model_that_nobody_has_is_refused_in_ollamas_words_before_anything_begins(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     async with open_site() as site:
         a, c = await site.peer(), await site.peer()
         with pytest.raises(NoProviders, match="pull model manifest: file does not exist"):
@@ -66,7 +68,7 @@ async def test_a_model_that_nobody_has_is_refused_in_ollamas_words_before_anythi
         assert c.pulls.transfers() == ()
 
 
-async def test_a_model_that_is_here_is_done_at_once() -> None:
+async def test_a_model_that_is_here_is_done_at_once(autojump_clock: trio.testing.MockClock) -> None:
     async with open_site() as site:
         a, c = await site.peer(), await site.peer()
         await a.hold(model_bytes(2))

@@ -12,6 +12,8 @@ import math
 import secrets
 import string
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -91,10 +93,10 @@ class Mdns:
                 await self._announce(zeroconf, interfaces)
                 nursery.cancel_scope.cancel()
         finally:
-            with trio.move_on_after(GOODBYE_S, shield=True):
+            with trio.CancelScope(deadline=trio.current_time() + GOODBYE_S, shield=True):
                 zeroconf.zeroconf.async_remove_listener(listener)
                 await call_asyncio(zeroconf.async_unregister_all_services)
-            with trio.move_on_after(GOODBYE_S, shield=True):
+            with trio.CancelScope(deadline=trio.current_time() + GOODBYE_S, shield=True):
                 await call_asyncio(zeroconf.async_close)
 
     async def _announce(self, zeroconf: Any, interfaces: list[str]) -> None:
@@ -104,12 +106,13 @@ class Mdns:
         while interfaces == self._chosen_interfaces():
             txt = encode_txt(self._addresses())
             if txt and txt != announced:
-                service = _make_service(label, txt)
-                registry = zeroconf.zeroconf
+                service, registry = _make_service(label, txt), zeroconf.zeroconf
                 if announced is None:
-                    await call_asyncio(lambda: registry.async_register_service(service, cooperating_responders=True))
+                    # "Cooperating responders" is its word for not probing first, which would take 1.7 s.
+                    announce = partial(registry.async_register_service, service, cooperating_responders=True)
                 else:
-                    await call_asyncio(lambda: registry.async_update_service(service))
+                    announce = partial(registry.async_update_service, service)
+                await call_asyncio(announce)
                 announced = txt
             await trio.sleep(CHECK_INTERVAL_S)
 
@@ -179,10 +182,9 @@ def _make_listener(sink: trio.MemorySendChannel[tuple[str, bytes | None]]) -> An
 
         @staticmethod
         def _pass_on(name: str, text: bytes | None) -> None:
-            try:
+            # A flood, or the end of the session: announcers repeat themselves.
+            with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
                 sink.send_nowait((name, text))
-            except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # a flood, or the end of the session; announcers repeat themselves
 
     return Listener()
 

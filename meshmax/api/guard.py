@@ -21,8 +21,10 @@ from meshmax.api.prompts import REQUEST_ID
 from meshmax.api.replies import Forbidden, InternalError, dialect_of, error_reply
 from meshmax.base.errors import MeshmaxError, Unauthorized
 from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.metrics import HTTP_REQUESTS
 
 MAX_REQUEST_ID: Final = 128  # characters of an id that a client chose
+NO_REPLY: Final = 499  # the client went away before there was one, as Ollama counts it
 DRAIN_S: Final = 5.0  # how long a refused body may go on arriving
 PREFLIGHT_AGE_S: Final = 43200  # Ollama's 12 hours
 _ID_CHARACTERS: Final = frozenset(string.ascii_letters + string.digits + string.punctuation)
@@ -67,8 +69,10 @@ class Guard:
             ended_well = await isolate(
                 "http request", lambda: self._enter(scope, headers, exchange), path=scope["path"][:200]
             )
-        if not ended_well and not exchange.begun:
-            await error_reply(InternalError(), dialect_of(scope["path"]))(scope, exchange.receive, exchange.send)
+        dialect = dialect_of(scope["path"])
+        if not ended_well and not exchange.status:
+            await error_reply(InternalError(), dialect)(scope, exchange.receive, exchange.send)
+        HTTP_REQUESTS.labels(interface=dialect, status=str(exchange.status or NO_REPLY)).inc()
 
     async def _enter(self, scope: Scope, headers: Headers, exchange: _Exchange) -> None:
         app = self._refusal(scope, headers) or self._app
@@ -116,7 +120,7 @@ class _Exchange:
         self._send = send
         self._extra = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in extra.items()]
         self._body_read = False
-        self.begun = False
+        self.status = 0  # of the reply, once it has begun
 
     async def receive(self) -> Message:
         """The next message from the client."""
@@ -128,7 +132,7 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """Send, and while the last of the reply leaves take in what the client still sends."""
         if message["type"] == "http.response.start":
-            self.begun = True
+            self.status = message["status"]
             message = {**message, "headers": [*message.get("headers", ()), *self._extra]}
         if self._body_read or message.get("more_body", False) or message["type"] != "http.response.body":
             await self._send(message)

@@ -185,6 +185,8 @@ class PullLines:
 
     def _new_phases(self, transfer: Transfer) -> Iterator[str]:
         seen = [transfer.phase] if transfer.phase and not transfer.phase.startswith("pulling") else []
+        if transfer.state in ("waiting", "paused") and transfer.reason:
+            seen.append(f"{transfer.state}: {transfer.reason}")
         # Whoever watched too slowly to see the last phases is still told that they took place.
         for phase in [*seen, *_LAST_PHASES] if transfer.state == "done" else seen:
             if phase != "success" and phase not in self._phases:

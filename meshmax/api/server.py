@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 import msgspec
+import psutil
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
@@ -72,9 +73,14 @@ async def serve_api(node: ApiNode, *, task_status: Started = trio.TASK_STATUS_IG
                 f"the API would listen on {bound.host}, beyond this machine, without a token: "
                 "set one (MESHMAX_TOKEN, or token in meshmax.yaml), or use --api 127.0.0.1:PORT"
             )
-        app = make_app(node, loopback=bound.loopback)
+        app = make_app(node, loopback=bound.loopback, local_addresses=_local_addresses())
         task_status.started(bound)
         await _serve(app, trio.SocketListener(listening))
+
+
+def _local_addresses() -> tuple[str, ...]:
+    found = psutil.net_if_addrs().values()
+    return tuple(each.address.partition("%")[0] for interface in found for each in interface)
 
 
 async def bind_api(config: Config) -> trio.socket.SocketType:

@@ -17,6 +17,9 @@ CHUNKS: Final = Counter(
     "meshmax_chunks_total", "Chunks moved, by direction and outcome", ["direction", "outcome"], registry=REGISTRY
 )
 BYTES: Final = Counter("meshmax_blob_bytes_total", "Bytes of blobs moved", ["direction"], registry=REGISTRY)
+HTTP_REQUESTS: Final = Counter(
+    "meshmax_http_requests_total", "HTTP requests, by interface and status", ["interface", "status"], registry=REGISTRY
+)
 REQUESTS: Final = Counter(
     "meshmax_requests_total", "Prompts, by where they were answered", ["where", "outcome"], registry=REGISTRY
 )

@@ -113,6 +113,7 @@ class FakePulls:
 
     def __init__(self) -> None:
         self.left = 0
+        self.watched = 0
         one = Transfer("t1", "far:latest", "in", "running", "pulling manifest", bytes_total=1000)
         self.script = [
             one,
@@ -134,6 +135,7 @@ class FakePulls:
     async def _play(self) -> AsyncGenerator[Transfer, None]:
         for transfer in self.script:
             await trio.sleep(0.1)
+            self.watched += 1
             yield transfer
 
     def transfers(self) -> tuple[Transfer, ...]:

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshmax.api.bodies import MAX_DEPTH, check_depth, decode_words
 from meshmax.api.ollama_words import ChatBody
+from meshmax.api.replies import PayloadTooLarge
 from meshmax.base.errors import InvalidRequest
 
 
@@ -41,6 +43,19 @@ def test_a_broken_body_is_refused_with_the_reason(body: bytes, message: str) -> 
         decode_words(body, ChatBody)
     assert message in str(caught.value)
     assert len(str(caught.value)) <= 300
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b"0"])
+def test_a_body_of_countless_tiny_values_is_refused_before_it_is_read(item: bytes) -> None:
+    body = b'{"format":[' + (item + b",") * 4_100_000 + item + b"]}"
+    with pytest.raises(PayloadTooLarge, match="too many values"):
+        decode_words(body, ChatBody)
+
+
+def test_a_long_text_is_no_such_body() -> None:
+    text = "if (a[0], b) { return [1, 2]; }\n" * 100_000
+    body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": text}]})
+    assert decode_words(body, ChatBody).messages is not None
 
 
 @given(st.binary(max_size=60))

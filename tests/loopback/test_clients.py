@@ -175,7 +175,7 @@ async def test_ollamas_asynchronous_client_streams_too(asker: PeerProcess) -> No
     client = ollama.AsyncClient(asker.api, trust_env=False)
     texts = [part.response async for part in await client.generate("parrot", "a b", stream=True)]
     assert texts == ["a", " b", ""]
-    await client.close()
+    await client.close()  # type: ignore[no-untyped-call]
 
 
 # --- openai ----------------------------------------------------------------------------------------------------------

@@ -111,6 +111,16 @@ async def test_a_client_that_hangs_up_stops_the_engine(read_first: bool) -> None
         assert api.node.engine.models[0].produced == produced
 
 
+async def test_a_client_that_hangs_up_leaves_the_pull() -> None:
+    async with running() as api:
+        stream = await api.send("POST /api/pull HTTP/1.1", b'{"model":"far"}')
+        await stream.receive_some(65536)
+        assert api.node.pulls.left == 0
+        await stream.aclose()
+        await until(lambda: api.node.pulls.left)
+        assert api.node.pulls.watched < len(api.node.pulls.script)
+
+
 async def test_a_client_that_does_not_read_holds_the_answer_up_and_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "SEND_TIMEOUT_S", 0.5)
     async with running(engine={"echo_tokens_per_s": 1e6}) as api:

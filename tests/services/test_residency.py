@@ -1,0 +1,238 @@
+"""The residency service over the echo engine, in virtual time."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.catalog import ModelFile
+from meshmax.base.config import EngineConfig
+from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, ModelNotFound
+from meshmax.base.ids import Sha256
+from meshmax.base.inference import Ask, ChatRequest, Delta, Event, Finish, InferRequest, Message, Options
+from meshmax.engine.echo import EchoEngine, EchoModel
+from meshmax.services.residency import ModelResidency, open_residency
+
+A, B, C, D = (Sha256(letter * 64) for letter in "abcd")
+MISSING = Sha256("0" * 64)
+CONFIG = EngineConfig(kind="echo", echo_tokens_per_s=10.0, parallel=2, keep_alive_s=60.0, load_timeout_s=30.0)
+
+
+async def model_file(digest: Sha256) -> ModelFile:
+    await trio.lowlevel.checkpoint()
+    if digest == MISSING:
+        raise ModelNotFound
+    return ModelFile(digest, f"model-{digest[0]}", "/nowhere", 100)
+
+
+def ask(digest: Sha256 = A, text: str = "one two three four", keep_alive_s: float | None = None, **options: Any) -> Ask:
+    request: InferRequest = ChatRequest((Message("user", text),) if text else (), options=Options(**options))
+    return Ask("r", digest, "m", request, keep_alive_s)
+
+
+async def answer(residency: ModelResidency, asked: Ask) -> list[Event]:
+    async with residency.open_answer(asked) as events:
+        return [event async for event in events]
+
+
+async def crash_at_first_event(residency: ModelResidency, engine: EchoEngine) -> None:
+    async with residency.open_answer(ask()) as events:
+        async for _event in events:
+            engine.models[0].crash()
+
+
+def finish(events: list[Event]) -> Finish:
+    assert isinstance(events[-1], Finish)
+    return events[-1]
+
+
+@asynccontextmanager
+async def residency_of(
+    engine: EchoEngine, config: EngineConfig = CONFIG, on_change: Callable[[], None] = lambda: None
+) -> AsyncIterator[ModelResidency]:
+    async with open_residency(
+        engine, model_file, config, lambda: 1000.0 + trio.current_time(), on_change=on_change
+    ) as residency:
+        yield residency
+
+
+async def test_the_first_request_waits_for_the_load_and_says_so_and_the_next_does_not(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    engine = EchoEngine(CONFIG, load_s=2.0)
+    async with residency_of(engine) as residency:
+        first, second = finish(await answer(residency, ask())), finish(await answer(residency, ask()))
+    assert (first.load_s, second.load_s) == pytest.approx((2.0, 0.0))
+    assert (first.total_s, second.total_s) == pytest.approx((2.4, 0.4))
+
+
+async def test_simultaneous_requests_share_one_load(autojump_clock: trio.abc.Clock) -> None:
+    engine = EchoEngine(CONFIG, load_s=2.0)
+    loads = []
+    async with residency_of(engine) as residency, trio.open_nursery() as nursery:
+        for _ in range(2):
+            nursery.start_soon(answer, residency, ask())
+        await trio.sleep(2.1)
+        loads.append(len(engine.models))
+        assert residency.load().running == 2
+    assert loads == [1]
+
+
+async def test_requests_beyond_the_slots_wait_and_beyond_the_queue_are_busy(autojump_clock: trio.abc.Clock) -> None:
+    config = EngineConfig(kind="echo", echo_tokens_per_s=10.0, parallel=1, max_queue=1)
+    async with residency_of(EchoEngine(config), config) as residency, trio.open_nursery() as nursery:
+        begun = trio.current_time()
+        nursery.start_soon(answer, residency, ask())
+        await trio.sleep(0.1)
+        nursery.start_soon(answer, residency, ask())
+        await trio.sleep(0.1)
+        load = residency.load()
+        assert (load.running, load.queued, load.capacity) == (1, 1, 1)
+        with pytest.raises(Busy, match="maximum pending requests exceeded"):
+            await answer(residency, ask())
+        nursery.cancel_scope.deadline = begun + 0.81
+    assert trio.current_time() == pytest.approx(begun + 0.8)
+
+
+async def test_leaving_an_answer_stops_the_engine_and_frees_its_slot(autojump_clock: trio.abc.Clock) -> None:
+    config = EngineConfig(kind="echo", echo_tokens_per_s=10.0, parallel=1)
+    engine = EchoEngine(config)
+    async with residency_of(engine, config) as residency:
+        with trio.move_on_after(0.55):
+            await answer(residency, ask(text="w " * 100))
+        await trio.sleep(5)
+        assert engine.models[0].produced == 5
+        assert residency.load().running == 0
+        await answer(residency, ask())
+
+
+async def test_an_idle_model_is_unloaded_after_its_keep_alive(autojump_clock: trio.abc.Clock) -> None:
+    engine = EchoEngine(CONFIG)
+    async with residency_of(engine) as residency:
+        await answer(residency, ask())
+        await trio.sleep(59)
+        assert [view.name for view in residency.loaded()] == ["model-a"]
+        expires = residency.loaded()[0].expires_at_s
+        assert expires == pytest.approx(1000 + trio.current_time() + 1)
+        await trio.sleep(1.1)
+        assert residency.loaded() == ()
+        assert engine.models == []
+
+
+async def test_keep_alive_of_a_request_counts(autojump_clock: trio.abc.Clock) -> None:
+    engine = EchoEngine(CONFIG)
+    async with residency_of(engine) as residency:
+        await answer(residency, ask(keep_alive_s=-1))
+        await trio.sleep(80_000)
+        assert residency.loaded()[0].expires_at_s is None
+        await answer(residency, ask(keep_alive_s=0))
+        await trio.testing.wait_all_tasks_blocked()
+        assert engine.models == []
+
+
+async def test_load_only_requests_load_and_unload(autojump_clock: trio.abc.Clock) -> None:
+    engine = EchoEngine(CONFIG, load_s=3.0)
+    async with residency_of(engine) as residency:
+        (event,) = await answer(residency, ask(text=""))
+        assert event == Finish("load", total_s=3.0, load_s=3.0)
+        assert len(engine.models) == 1
+        assert await answer(residency, ask(text="", keep_alive_s=0)) == [Finish("unload")]
+        await trio.testing.wait_all_tasks_blocked()
+        assert engine.models == []
+        assert await answer(residency, ask(B, text="", keep_alive_s=0)) == [Finish("unload")]
+
+
+async def test_a_fourth_model_takes_the_place_of_the_one_used_longest_ago(autojump_clock: trio.abc.Clock) -> None:
+    async with residency_of(EchoEngine(CONFIG)) as residency:
+        for digest in (A, B, C, A, D):
+            await answer(residency, ask(digest))
+        assert {view.digest for view in residency.loaded()} == {A, C, D}
+
+
+async def test_a_crash_fails_the_answers_under_way_and_the_next_request_loads_anew(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    engine = EchoEngine(CONFIG)
+    async with residency_of(engine) as residency:
+        with pytest.raises(EngineCrashed):
+            await crash_at_first_event(residency, engine)
+        assert residency.loaded() == ()
+        assert finish(await answer(residency, ask())).done_reason == "stop"
+
+
+async def test_a_crash_while_idle_is_seen_by_the_next_request(autojump_clock: trio.abc.Clock) -> None:
+    engine = EchoEngine(CONFIG)
+    async with residency_of(engine) as residency:
+        await answer(residency, ask())
+        engine.models[0].crash()
+        assert residency.loaded() == ()
+        assert finish(await answer(residency, ask())).output_tokens == 4
+
+
+async def test_a_model_that_is_not_there_is_an_error_for_who_asked_only(autojump_clock: trio.abc.Clock) -> None:
+    async with residency_of(EchoEngine(CONFIG)) as residency:
+        with pytest.raises(ModelNotFound):
+            await answer(residency, ask(MISSING))
+        assert residency.load().queued == 0
+        await answer(residency, ask())
+
+
+async def test_a_load_that_takes_too_long_is_given_up(autojump_clock: trio.abc.Clock) -> None:
+    async with residency_of(EchoEngine(CONFIG, load_s=31.0)) as residency:
+        with pytest.raises(EngineUnavailable, match="within 30 s"):
+            await answer(residency, ask())
+
+
+async def test_unload_waits_for_running_answers(autojump_clock: trio.abc.Clock) -> None:
+    engine = EchoEngine(CONFIG)
+    async with residency_of(engine) as residency:
+        async with residency.open_answer(ask()) as events:
+            await residency.unload(A)
+            said = [event async for event in events]
+        assert len(said) == 5
+        await trio.testing.wait_all_tasks_blocked()
+        assert engine.models == []
+        await residency.unload(A)
+
+
+async def test_the_request_that_loads_a_model_sets_its_context(autojump_clock: trio.abc.Clock) -> None:
+    async with residency_of(EchoEngine(CONFIG)) as residency:
+        await answer(residency, ask(num_ctx=128))
+        await answer(residency, ask(num_ctx=256))
+        assert residency.loaded()[0].context_length == 128
+
+
+async def test_speed_is_measured_and_kept_when_the_model_is_gone(autojump_clock: trio.abc.Clock) -> None:
+    changes = []
+    async with residency_of(EchoEngine(CONFIG, load_s=2.0), on_change=lambda: changes.append(1)) as residency:
+        await answer(residency, ask(text="w " * 20))
+        await answer(residency, ask(keep_alive_s=0))
+        await trio.testing.wait_all_tasks_blocked()
+        speed = residency.speed(A)
+        assert (speed.load_s, speed.decode_per_s) == pytest.approx((2.0, 10.0))
+        assert residency.speed(B).load_s == 0.0
+    assert changes
+
+
+async def test_closing_ends_every_model(autojump_clock: trio.abc.Clock) -> None:
+    engine = EchoEngine(CONFIG)
+    async with residency_of(engine) as residency:
+        await answer(residency, ask())
+        model: EchoModel = engine.models[0]
+    assert not model.alive
+    assert engine.models == []
+
+
+@pytest.mark.parametrize("moments", range(1, 9))
+async def test_cancelled_at_any_moment_a_request_leaves_no_trace(moments: int, autojump_clock: trio.abc.Clock) -> None:
+    async with residency_of(EchoEngine(CONFIG, load_s=0.3)) as residency:
+        with trio.move_on_after(moments * 0.1 - 0.05):
+            await answer(residency, ask())
+        await trio.testing.wait_all_tasks_blocked()
+        load = residency.load()
+        assert (load.running, load.queued) == (0, 0)
+        events = await answer(residency, ask())
+        assert "".join(event.text for event in events if isinstance(event, Delta)) == "one two three four"

@@ -80,6 +80,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         exception_handlers={HTTPException: _no_route},
     )
     app.router.redirect_slashes = False
+    app.state.end_answers = prompts.open_answers.end_all
     return app
 
 

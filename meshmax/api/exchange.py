@@ -7,8 +7,8 @@ most WRITE_AHEAD lines of memory; lines that are ready together leave in one wri
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -16,7 +16,7 @@ import trio
 from starlette.types import Receive, Scope, Send
 
 from meshmax.api.replies import Dialect, error_body, error_reply, json_reply, only_error
-from meshmax.base.errors import EngineError, MeshmaxError
+from meshmax.base.errors import Busy, EngineError, MeshmaxError
 from meshmax.base.inference import Delta, Event, Finish, Vector
 from meshmax.base.route import Route
 from meshmax.base.units import MIB
@@ -51,6 +51,36 @@ class Form(Protocol):
         ...
 
 
+class OpenAnswers:
+    """Answers under way, so that a node that ends can end them with a word rather than in the middle of one."""
+
+    def __init__(self) -> None:
+        self._scopes: set[trio.CancelScope] = set()
+        self._ended = False
+
+    @contextmanager
+    def held(self) -> Iterator[trio.CancelScope]:
+        """A scope that `end_all` cancels."""
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                if self._ended:
+                    scope.cancel()
+                yield scope
+            finally:
+                self._scopes.discard(scope)
+
+    def release(self, scope: trio.CancelScope) -> None:
+        """``scope`` is not for `end_all` any more: what is inside it has begun to reply."""
+        self._scopes.discard(scope)
+
+    def end_all(self) -> None:
+        """End every answer, and those that are still to come."""
+        self._ended = True
+        for scope in self._scopes:
+            scope.cancel()
+
+
 class PromptReply:
     """An ASGI reply that gets its answer itself, so that it can watch the client from the first moment."""
 
@@ -60,6 +90,7 @@ class PromptReply:
         form_for: Callable[[Route], Form],
         stream: bool,
         dialect: Dialect,
+        open_answers: OpenAnswers,
         reword: Callable[[MeshmaxError], MeshmaxError] = lambda error: error,
     ) -> None:
         """``reword`` turns an error into the sentence that clients of the interface know."""
@@ -68,6 +99,7 @@ class PromptReply:
         self._form_for = form_for
         self._stream = stream
         self._dialect = dialect
+        self._open_answers = open_answers
         self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,12 +111,16 @@ class PromptReply:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with self._open_answer() as answer:
-                form = self._form_for(answer.route)
-                if self._stream:
-                    await self._send_stream(answer, form, send)
-                else:
-                    await self._send_whole(answer, form, scope, receive, send)
+            with self._open_answers.held() as waiting:
+                async with self._open_answer() as answer:
+                    form = self._form_for(answer.route)
+                    if self._stream:
+                        self._open_answers.release(waiting)
+                        await self._send_stream(answer, form, send)
+                    else:
+                        await self._send_whole(answer, form, scope, receive, send)
+            if waiting.cancelled_caught and not self._begun:
+                raise _shutting_down()
         except (MeshmaxError, BaseExceptionGroup) as error:
             if (ours := only_error(error)) is None:
                 raise
@@ -97,8 +133,11 @@ class PromptReply:
         self._begun = True
         async with open_lines(send, form.stream_type, route_headers(answer.route)) as lines:
             try:
-                async for event in answer.events:
-                    await lines.send(form.line(event))
+                with self._open_answers.held() as answering:
+                    async for event in answer.events:
+                        await lines.send(form.line(event))
+                if answering.cancelled_caught:
+                    raise _shutting_down()
             except (MeshmaxError, BaseExceptionGroup) as error:
                 if (ours := only_error(error)) is None:
                     raise
@@ -109,6 +148,10 @@ class PromptReply:
         reply = json_reply(form.whole(deltas, vectors, finish), 200, route_headers(answer.route))
         self._begun = True
         await reply(scope, receive, send)
+
+
+def _shutting_down() -> Busy:
+    return Busy("this node is shutting down")
 
 
 async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vector], Finish]:
@@ -178,8 +221,11 @@ class StreamReply:
     Errors of our tree end the stream as its last line; a client that goes away cancels ``work``.
     """
 
-    def __init__(self, work: Callable[[Emit], Awaitable[None]], dialect: Dialect = "ollama") -> None:
+    def __init__(
+        self, work: Callable[[Emit], Awaitable[None]], open_answers: OpenAnswers, dialect: Dialect = "ollama"
+    ) -> None:
         self._work = work
+        self._open_answers = open_answers
         self._dialect = dialect
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
@@ -192,7 +238,10 @@ class StreamReply:
                     await lines.send(msgspec.json.encode(value) + b"\n")
 
                 try:
-                    await self._work(emit)
+                    with self._open_answers.held() as working:
+                        await self._work(emit)
+                    if working.cancelled_caught:
+                        raise _shutting_down()
                 except (MeshmaxError, BaseExceptionGroup) as error:
                     if (ours := only_error(error)) is None:
                         raise

@@ -227,7 +227,7 @@ class MeshFace:
         path = Path(body.path)
         if not path.is_absolute() or "\0" in body.path:
             raise InvalidRequest("path must be absolute, on the machine that this node runs on")
-        return StreamReply(lambda emit: self._add(body, path, emit), "mesh")
+        return StreamReply(lambda emit: self._add(body, path, emit), self._prompts.open_answers, "mesh")
 
     async def _add(self, body: AddBody, path: Path, emit: Emit) -> None:
         seen = (0, 0)

@@ -282,7 +282,7 @@ class OllamaFace:
             raise InvalidRequest("model is required")
         parse_name(body.given.partition("@")[0])
         if body.stream is not False:
-            return StreamReply(lambda emit: self._pull(body.given, emit))
+            return StreamReply(lambda emit: self._pull(body.given, emit), self._prompts.open_answers)
         last: dict[str, Any] = {}
 
         async def keep(line: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import trio
 from starlette.requests import Request
 
-from meshmax.api.exchange import Form, PromptReply
+from meshmax.api.exchange import Form, OpenAnswers, PromptReply
 from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_words import Remote
 from meshmax.api.replies import Dialect, model_not_found
@@ -63,6 +63,7 @@ class Prompts:
 
     def __init__(self, node: ApiNode) -> None:
         self.node = node
+        self.open_answers = OpenAnswers()
 
     def resolve(self, name: str) -> Resolved:
         """What ``name`` means. Raises NotFound with Ollama's sentence."""
@@ -104,7 +105,7 @@ class Prompts:
         ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s)
         stream = stream and not is_load_only(request)  # Ollama answers these with one object, whatever was asked
         reword = _too_long_input if isinstance(request, EmbedRequest) else _same
-        return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect, reword)
+        return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect, self.open_answers, reword)
 
     def _open(self, ask: Ask, resolved: Resolved) -> AbstractAsyncContextManager[Answer]:
         if not is_load_only(ask.request):

@@ -153,6 +153,7 @@ class _Server:
 
     def __init__(self, app: Any) -> None:
         self._app = ASGIWrapper(app)
+        self._end_answers = app.state.end_answers
         self._config = hypercorn_config()
         self._context = WorkerContext(None)
         self._open: set[trio.SocketStream] = set()
@@ -173,6 +174,9 @@ class _Server:
     async def _close_all_at_the_end(self, scope: trio.CancelScope) -> None:
         try:
             if self._open:
+                with trio.move_on_after(GRACE_S / 2):
+                    await self._none_open.wait()
+                self._end_answers()  # with an error that says so, in the time that is left
                 await self._none_open.wait()
             scope.cancel()
         finally:

@@ -155,6 +155,22 @@ async def test_the_end_takes_under_two_seconds_whatever_clients_do() -> None:
         await stream.aclose()
 
 
+@pytest.mark.parametrize("rate", [20.0, 0.1])  # in mid-stream, and before the first token
+async def test_an_answer_that_outlasts_the_node_ends_with_an_error_that_says_so(rate: float) -> None:
+    received: list[bytes] = []
+    async with trio.open_nursery() as reading:
+        async with running(engine={"echo_tokens_per_s": rate}) as api:
+            stream = await api.send("POST /api/generate HTTP/1.1", prompt(1000))
+
+            async def read() -> None:
+                received.append(await read_reply(stream))
+
+            reading.start_soon(read)
+            await trio.sleep(0.3)
+    await stream.aclose()
+    assert b"shutting down" in received[0] or b"503" in received[0][:20]
+
+
 async def test_an_idle_server_ends_at_once() -> None:
     async with running() as api:
         await api.ask("GET / HTTP/1.1")

@@ -303,7 +303,8 @@ class OllamaFace:
                     for line in lines.on_transfer(transfer, trio.current_time()):
                         await emit(line)
         except (NoProviders, ModelNotFound) as error:
-            raise InternalError(f"{NO_MANIFEST}: {error.message}") from None
+            said = error.message.removeprefix(f"{NO_MANIFEST}: ")
+            raise InternalError(f"{NO_MANIFEST}: {said}") from None
 
     async def copy(self, request: Request) -> Response:
         """POST /api/copy: local names only."""

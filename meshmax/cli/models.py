@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 
-from meshmax.base.errors import InvalidRequest, ModelNotFound, NotFound
+from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NoProviders, NotFound
 from meshmax.base.units import format_bytes
 from meshmax.cli.client import PeerClient, Target, open_client
 from meshmax.cli.output import (
@@ -26,6 +26,7 @@ from meshmax.cli.progress import show_progress
 
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 HERE: Final = Target()
+NO_MANIFEST: Final = "file does not exist"  # in Ollama's words: nobody has the model
 ID_CHARACTERS: Final = 12  # of a digest, in tables
 
 
@@ -189,8 +190,17 @@ def pull(model: str, /, *, insecure: bool = False, as_json: AsJson = False, targ
 
 def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = False) -> None:
     """Pull ``model`` and show how it goes. Raises NoProviders and what stopped it."""
-    with client.open_answer("POST", "/api/pull", {"model": model, "insecure": insecure, "stream": True}) as answer:
-        show_progress(answer.lines(), as_json)
+    body = {"model": model, "insecure": insecure, "stream": True}
+    try:
+        with client.open_answer("POST", "/api/pull", body) as answer:
+            show_progress(answer.lines(), as_json)
+    except MeshmaxError as error:
+        if NO_MANIFEST not in error.message:
+            raise
+        # Ollama's interface says it with a status that tells nothing.
+        raise NoProviders(
+            f"{error.message}. `meshmax list` shows the models there are, `meshmax add {model} FILE.gguf` adds one"
+        ) from None
 
 
 def add(

@@ -217,6 +217,16 @@ def test_a_pull_that_fails_on_the_way_ends_with_the_code_of_its_cause(
     assert capsys.readouterr().err == "Error: no peer has it\n"
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_pull_of_what_nobody_has_says_what_to_do(
+    fake_peer: FakePeer, stream: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = {"error": "pull model manifest: file does not exist: no peer that can be reached has 'x'"}
+    fake_peer.on("POST", "/api/pull", Lines([PULL[0], error]) if stream else error, 200 if stream else 500)
+    assert main(["pull", "x"]) == 3
+    assert "has 'x'. `meshmax list` shows the models there are, `meshmax add x FILE.gguf`" in capsys.readouterr().err
+
+
 def test_a_pull_that_just_ends_is_not_taken_for_success(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:

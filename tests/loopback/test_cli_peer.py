@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import stat
@@ -163,13 +164,14 @@ def test_after_a_kill_the_command_line_says_that_no_peer_is_running(peer: PeerPr
     assert "start one with `meshmax peer`" in done.stderr
 
 
-def test_help_answers_in_a_third_of_a_second() -> None:
-    """The least of several, since the machine may be busy; and nothing slow is imported for it."""
+def test_help_takes_less_than_a_third_of_a_second() -> None:
+    """Processor time, the least of several, since the machine may be busy."""
     took_s = []
-    for _ in range(7):
-        began_s = time.perf_counter()
+    for _ in range(5):
+        before = os.times()
         subprocess.run([sys.executable, "-m", "meshmax.cli.main", "--help"], stdout=subprocess.DEVNULL, check=True)
-        took_s.append(time.perf_counter() - began_s)
+        after = os.times()
+        took_s.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(took_s) < HELP_WITHIN_S
 
 

@@ -8,7 +8,7 @@ peer's fault, and the caller asks another peer. Not here: which peer to ask, whe
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, TypeVar
 
@@ -26,7 +26,7 @@ from meshmax.base.errors import (
     RemoteProtocolError,
 )
 from meshmax.base.ids import MapAddress, PeerId, Sha256
-from meshmax.base.model import ChunkMap, Layer, Manifest, ModelRecord, Signed, StoredModel
+from meshmax.base.model import ChunkMap, Layer, Manifest, ModelRecord, Signed
 from meshmax.base.names import parse_name
 from meshmax.ports import BlobStore, ModelStore, Stream, Swarm
 from meshmax.services.frames import FrameStream
@@ -43,12 +43,26 @@ REPLY_TIMEOUT_S: Final = 10.0  # for one message, either way; a map's parts are 
 R = TypeVar("R", wire.RecordReply, wire.ManifestReply, wire.MapPart, wire.DescribeReply)
 
 
-class ModelServer:
-    """Answers from ``models`` and ``blobs``."""
+class FetchedModel(msgspec.Struct, frozen=True):
+    """A model as its holder tells it, checked: ``record`` is what ``signed`` says."""
 
-    def __init__(self, models: ModelStore, blobs: BlobStore) -> None:
+    manifest: Manifest
+    record: ModelRecord
+    signed: Signed
+
+
+class ModelServer:
+    """Answers from ``models`` and ``blobs``; ``pulling`` knows the models of which we have only some yet."""
+
+    def __init__(
+        self,
+        models: ModelStore,
+        blobs: BlobStore,
+        pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None,
+    ) -> None:
         self._models = models
         self._blobs = blobs
+        self._pulling = pulling
         self._running = 0
 
     def register(self, swarm: Swarm) -> None:
@@ -76,9 +90,9 @@ class ModelServer:
     async def _answer(self, frames: FrameStream, request: wire.FromAsker) -> None:
         match request:
             case wire.GetModel():
-                stored = await self._find(request)
-                await _send(frames, wire.RecordReply(stored.record))
-                await _send(frames, wire.ManifestReply(stored.manifest.raw))
+                signed, raw = await self._find(request)
+                await _send(frames, wire.RecordReply(signed))
+                await _send(frames, wire.ManifestReply(raw))
             case wire.GetMap(address=address):
                 encoding = await self._blobs.read_map(MapAddress(address))
                 if not encoding:
@@ -89,24 +103,20 @@ class ModelServer:
             case wire.Describe(digest=digest):
                 await _send(frames, wire.describe_reply(await self._models.describe(Sha256(digest))))
 
-    async def _find(self, request: wire.GetModel) -> StoredModel:
+    async def _find(self, request: wire.GetModel) -> tuple[Signed | None, bytes]:
         key = parse_name(request.name).key if request.digest is None else ""
         found = [
             stored
             for stored in await self._models.models()
             if (stored.manifest.digest == request.digest if request.digest else parse_name(stored.name).key == key)
         ]
-        if not found:
+        if found:
+            stored = next((stored for stored in found if stored.record), found[0])
+            return stored.record, stored.manifest.raw
+        pulled = self._pulling(Sha256(request.digest)) if request.digest else None
+        if pulled is None:
             raise ModelNotFound(f"model '{(request.digest or request.name)[:100]}' is not here")
-        return next((stored for stored in found if stored.record), found[0])
-
-
-class FetchedModel(msgspec.Struct, frozen=True):
-    """A model as its holder tells it, checked: ``record`` is what ``signed`` says."""
-
-    manifest: Manifest
-    record: ModelRecord
-    signed: Signed
+        return pulled.signed, pulled.manifest.raw
 
 
 async def fetch_model(swarm: Swarm, peer: PeerId, digest: Sha256) -> FetchedModel:

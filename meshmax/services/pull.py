@@ -21,6 +21,7 @@ from meshmax.base.model import StoredModel
 from meshmax.base.names import parse_name, split_digest
 from meshmax.core.backoff import Random
 from meshmax.ports import Catalog, Presence, RunSync, Swarm
+from meshmax.services.model_exchange import FetchedModel
 from meshmax.services.pull_job import Job, Store, World
 from meshmax.services.pull_progress import Board
 from meshmax.telemetry.isolate import isolate
@@ -64,7 +65,7 @@ class PullService:
             return
         job = self._jobs.get(resolved.digest)
         if job is None:
-            if not self._world.sources(resolved.digest, whole=True):
+            if not self._world.sources(resolved.digest):
                 raise _nobody_has(name)
             job = self._start(Job(self._world, self._new_id(resolved.digest), resolved.digest, parsed))
         job.names.setdefault(parsed.key, parsed)
@@ -94,6 +95,11 @@ class PullService:
             for job in self._jobs.values()
             if job.board.value.bytes_total
         )
+
+    def pulling(self, digest: Sha256) -> FetchedModel | None:
+        """The manifest and record of a model that is being pulled, for those who pull it from us."""
+        job = self._jobs.get(digest)
+        return job.model if job else None
 
     def _start(self, job: Job) -> Job:
         if len(self._jobs) >= MAX_PULLS:

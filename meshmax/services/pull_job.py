@@ -24,6 +24,7 @@ from meshmax.base.names import ModelName
 from meshmax.core.backoff import Random
 from meshmax.ports import BlobStore, ModelStore, Presence, RunSync, Swarm
 from meshmax.services.model_exchange import FetchedModel, check_map, fetch_map, fetch_model
+from meshmax.services.pull_ask import first_answer
 from meshmax.services.pull_blob import BlobFetch
 from meshmax.services.pull_progress import Board, Rate
 from meshmax.telemetry.log import get_logger
@@ -63,16 +64,17 @@ class World(msgspec.Struct, frozen=True):
     on_stored: Callable[[StoredModel], Awaitable[None]]
     locks: dict[Sha256, trio.Lock]
 
-    def sources(self, digest: Sha256, whole: bool = False) -> Mapping[PeerId, tuple[str, ...]]:
-        """Other peers that have the model ``digest``, or (unless ``whole``) some of it, and their addresses."""
-        found = {}
+    def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
+        """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""
+        whole: dict[PeerId, tuple[str, ...]] = {}
+        some: dict[PeerId, tuple[str, ...]] = {}
         for view in self.presence.peers():
             if view.status is None or view.state in ("self", "offline"):
                 continue
             states = {model.state for model in view.status.models if model.digest == digest}
-            if states - {"partial"} or (states and not whole):
-                found[view.peer_id] = view.status.addresses
-        return found
+            if states:
+                (whole if states - {"partial"} else some)[view.peer_id] = view.status.addresses
+        return whole | some
 
     async def is_whole(self, digest: Sha256) -> bool:
         """Whether the blob is in the store, whole."""
@@ -99,6 +101,8 @@ class Job:
         self._current: tuple[Sha256, BlobFetch] | None = None
         self._past: dict[PeerId, TransferPeer] = {}  # what peers gave of earlier blobs
         self._past_wasted = 0
+        self._holder: PeerId | None = None  # who answered last
+        self.model: FetchedModel | None = None  # what is being fetched, once it is known
 
     @property
     def fraction(self) -> float:
@@ -129,9 +133,9 @@ class Job:
     async def _pull(self) -> None:
         condemned: dict[PeerId, IntegrityError] = {}
         while True:
-            model = await self._model(condemned)
-            self._layers = (*model.manifest.layers, model.manifest.config)
-            self._layers = tuple({layer.digest: layer for layer in self._layers}.values())
+            self.model = model = await self._model(condemned)
+            # Small ones first: whoever has some of the model then has them, should the first source vanish.
+            self._layers = tuple(sorted(model.manifest.blobs, key=lambda layer: layer.size))
             try:
                 await self._fetch_blobs(model)
                 break
@@ -154,16 +158,22 @@ class Job:
         return await self._ask_holders("its manifest", ask, rounds=1 if condemned else ROUNDS)
 
     async def _ask_holders(self, what: str, ask: Callable[[PeerId], Awaitable[T]], rounds: int = ROUNDS) -> T:
-        last: MeshmaxError | None = None
+        failures: list[MeshmaxError] = []
+
+        def failed(peer: PeerId, error: MeshmaxError) -> None:
+            _log.info("holder failed", peer=peer, what=what, code=error.code, error=error.message)
+            failures.append(error)
+
         for round_number in range(rounds):
             if round_number:
                 await trio.sleep(ROUND_PAUSE_S)
-            for peer in self._world.sources(self.digest, whole=True):
-                try:
-                    return await ask(peer)
-                except MeshmaxError as error:
-                    _log.info("holder failed", peer=peer, what=what, code=error.code, error=error.message)
-                    last = error
+            holders = self._world.sources(self.digest)
+            # Who answered last first; the others as presence orders them.
+            found = await first_answer(sorted(holders, key=lambda peer: peer != self._holder), ask, failed)
+            if found:
+                self._holder = found[0]
+                return found[1]
+        last = failures[-1] if failures else None
         if isinstance(last, IntegrityError):
             raise last
         why = f": {last.message}" if last else ""

@@ -149,7 +149,6 @@ class Site:
         swarm = await self._stack.enter_async_context(self.network.open_swarm(signer))
         peer = SitePeer(self, signer, swarm, store or Store())
         BlobServer(peer.store.blobs).register(swarm)
-        ModelServer(peer.store.models, peer.store.blobs).register(swarm)
         peer.pulls = await self._stack.enter_async_context(
             open_pulls(
                 swarm,
@@ -161,6 +160,7 @@ class Site:
                 on_stored=peer.on_stored,
             )
         )
+        ModelServer(peer.store.models, peer.store.blobs, peer.pulls.pulling).register(swarm)
         for other in self.peers:
             if not other.swarm.closed:
                 await swarm.dial(other.peer_id, other.swarm.addresses)

@@ -23,7 +23,7 @@ async def test_a_model_is_pulled_from_one_source_and_told_in_ollamas_words(
         assert last.bytes_done == last.bytes_total == stored.manifest.size
         assert c.store.blobs.content(sha256_of(data)) == data
         phases = list(dict.fromkeys(value.phase for value in values))
-        blobs = [*stored.manifest.layers, stored.manifest.config]
+        blobs = [stored.manifest.config, *stored.manifest.layers]  # small ones first
         assert phases == [
             "pulling manifest",
             *(f"pulling {blob.digest[:12]}" for blob in blobs),

@@ -38,6 +38,7 @@ from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
 from meshmax.net.addresses import is_lan_address
+from meshmax.net.mdns import Mdns
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swarm
@@ -344,8 +345,6 @@ def _rungs(config: Config, swarm: Swarm) -> tuple[Discovery, ...]:
     static = Static(config.join)
     if not config.lan:
         return (static,)
-    from meshmax.net.mdns import Mdns
-
     return (static, Mdns(swarm.peer_id, lambda: swarm.addresses, config.lan_interfaces))
 
 

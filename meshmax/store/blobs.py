@@ -22,7 +22,7 @@ from meshmax.ports import RunSync
 from meshmax.store.disk import Disk, translated
 from meshmax.store.layout import Layout
 from meshmax.store.maps import MapFiles
-from meshmax.store.partials import SYNC_INTERVAL_S, PartialFile, load_bits
+from meshmax.store.partials import SYNC_INTERVAL_S, PartialFile, load_bits, load_marked
 from meshmax.store.scrub import Scrub, bad_to_partial
 from meshmax.telemetry.log import get_logger
 from meshmax.wire.chunkmap import check_chunk
@@ -54,8 +54,9 @@ class FileBlobStore:
             if chunk_map is None or not self.layout.bits(digest).exists():
                 self.disk.unlink(path)
             else:
-                self._adopt_partial(chunk_map, load_bits(self.layout, digest, chunk_map))
-        for path in self.layout.partials.glob("*.bits"):
+                haves = load_bits(self.layout, digest, chunk_map)
+                self._adopt_partial(chunk_map, load_marked(self.layout, digest, chunk_map, haves))
+        for path in (*self.layout.partials.glob("*.bits"), *self.layout.partials.glob("*.marks")):
             if Sha256(path.stem) not in self._partials:
                 self.disk.unlink(path)
 
@@ -231,6 +232,7 @@ class FileBlobStore:
 
     def _remove_partial_files(self, digest: Sha256) -> None:
         self.disk.unlink(self.layout.bits(digest))
+        self.disk.unlink(self.layout.marks(digest))
         self.disk.unlink(self.layout.partial(digest))
 
     # --- in the store's task -------------------------------------------------------------------------------------------

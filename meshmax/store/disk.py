@@ -50,6 +50,10 @@ class Disk:
         """A new, empty file of mode 0644, open for reading and writing."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
 
+    def restart(self, path: Path) -> int:
+        """An empty file to append to, made anew."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
     def allocate(self, fd: int, size: int) -> None:
         """Reserve ``size`` bytes, so that later writes cannot meet a full disk; where that is not possible, only set the size."""
         free = os.fstatvfs(fd)

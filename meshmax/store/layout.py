@@ -52,6 +52,10 @@ class Layout:
         """Which chunks a partial has."""
         return self.partials / f"{digest}.bits"
 
+    def marks(self, digest: Sha256) -> Path:
+        """Which chunks were written since the bitmap was synced."""
+        return self.partials / f"{digest}.marks"
+
     def seal(self, digest: Sha256) -> Path:
         """Size and time stamp that a blob had when it was known to be whole."""
         return self.seals / digest

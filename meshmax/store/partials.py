@@ -1,14 +1,16 @@
 """Partials: blobs being fetched, as a preallocated file and a bitmap that never says more than the disk holds.
 
 Rules: a chunk is verified before it is written and marked after; the data is synced before a bitmap that vouches for it
-replaces the old one (in one rename), so neither kill -9 nor a power cut leaves a bitmap that lies, and a resumed partial
-is trusted without reading it again (each chunk is verified once more before it is served). A dirty partial is synced
-within SYNC_INTERVAL_S by its store, and when it is closed. A full disk keeps what is there.
+replaces the old one (in one rename), so neither kill -9 nor a power cut leaves a bitmap that lies. A dirty partial is synced
+within SYNC_INTERVAL_S by its store, and when it is closed. What was written since is also in a list of marks, which is
+never synced: it survives kill -9 but proves nothing, so the chunks that it names are verified when the partial is taken
+up again. Thus a kill costs the chunks in flight, and a power cut one second more. A full disk keeps what is there.
 """
 
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -16,7 +18,7 @@ from typing import Final
 import msgspec
 import trio
 
-from meshmax.base.errors import IntegrityError, ManifestInvalid, StoreCorrupt, StoreError
+from meshmax.base.errors import ChunkMismatch, IntegrityError, ManifestInvalid, StoreCorrupt, StoreError
 from meshmax.base.ids import MapAddress, Sha256
 from meshmax.base.model import MAX_BLOB_BYTES, ChunkMap, Haves
 from meshmax.base.units import MIB
@@ -30,6 +32,9 @@ from meshmax.wire.signed import canonical, decode_canonical
 
 SYNC_INTERVAL_S: Final = 1.0
 PROVED_AT_ONCE_BYTES: Final = 16 * MIB  # up to this size the sha256 is computed when a blob is finished: under 50 ms
+_MARK: Final = struct.Struct("<I")
+# A chunk is marked once a run; sixteen runs that were all killed within a second of their end are more than enough.
+_MAX_MARKS_BYTES: Final = MAX_BLOB_BYTES // MIB * _MARK.size * 16
 _MAX_BITS_BYTES: Final = MAX_BLOB_BYTES // MIB // 8 + 256
 _log = get_logger("store")
 
@@ -57,6 +62,29 @@ def load_bits(layout: Layout, digest: Sha256, chunk_map: ChunkMap) -> Haves:
     return Haves(chunk_map.count, kept.to_bytes(len(none.bits), "little"))
 
 
+def load_marked(layout: Layout, digest: Sha256, chunk_map: ChunkMap, haves: Haves) -> Haves:
+    """``haves`` and the chunks that the list of marks names, as far as they are really there."""
+    raw = try_read(layout.marks(digest), _MAX_MARKS_BYTES) or b""
+    marked = {index for (index,) in _MARK.iter_unpack(raw[: len(raw) // _MARK.size * _MARK.size])}
+    fd = os.open(layout.partial(digest), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for index in marked:
+            if index < chunk_map.count and index not in haves and _is_there(fd, chunk_map, index):
+                haves = haves.with_chunk(index)
+    finally:
+        os.close(fd)
+    return haves
+
+
+def _is_there(fd: int, chunk_map: ChunkMap, index: int) -> bool:
+    offset, length = chunk_map.span(index)
+    try:
+        check_chunk(chunk_map, index, os.pread(fd, length, offset))
+    except ChunkMismatch:
+        return False
+    return True
+
+
 def save_bits(layout: Layout, disk: Disk, digest: Sha256, address: MapAddress, haves: Haves) -> None:
     """Replace the bitmap file. The data that it vouches for is synced already."""
     disk.write_whole(layout.bits(digest), canonical(_Bits(address, haves.bits)))
@@ -75,6 +103,7 @@ class PartialFile:
         self.on_gone: Callable[[PartialFile], None] = lambda _partial: None
         self._layout, self._disk, self._maps, self._run_sync = layout, disk, maps, run_sync
         self._fd = -1
+        self._marks_fd = -1
         self._synced = haves
         self._syncing = trio.Lock()
 
@@ -163,8 +192,10 @@ class PartialFile:
             self._fd = self._disk.create(path) if new else os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 self._disk.allocate(self._fd, size)
+                self._disk.sync(self._fd)  # the bitmap below vouches for chunks that were only marked
                 address = self._maps.save(self.chunk_map)
                 save_bits(self._layout, self._disk, self.digest, address, self.haves)
+                self._marks_fd = self._disk.restart(self._layout.marks(self.digest))
             except BaseException:
                 if new:
                     with suppress(OSError):
@@ -176,6 +207,7 @@ class PartialFile:
         check_chunk(self.chunk_map, index, data)
         with translated(f"chunk {index} of blob {self.digest[:12]} was not written"):
             self._disk.write_at(self._fd, data, self.chunk_map.span(index)[0])
+            os.write(self._marks_fd, _MARK.pack(index))
 
     def _sync_file(self, haves: Haves) -> None:
         with translated(f"blob {self.digest[:12]} was not synced"):
@@ -196,6 +228,7 @@ class PartialFile:
             self._maps.seal(self.digest, partial, proved)
             self._disk.move_in(partial, self._layout.blob(self.digest))
             self._disk.unlink(self._layout.bits(self.digest))
+            self._disk.unlink(self._layout.marks(self.digest))
         return True
 
     def _proves_true(self) -> bool:
@@ -211,6 +244,7 @@ class PartialFile:
     def _remove_files(self) -> None:
         with translated(f"blob {self.digest[:12]} was not removed"):
             self._disk.unlink(self._layout.bits(self.digest))
+            self._disk.unlink(self._layout.marks(self.digest))
             self._disk.unlink(self._layout.partial(self.digest))
             self._maps.forget(self.digest)
 
@@ -221,6 +255,7 @@ class PartialFile:
 
     def _close_file(self) -> None:
         self.is_open = False
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._marks_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._marks_fd = -1

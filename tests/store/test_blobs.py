@@ -218,9 +218,21 @@ async def test_a_damaged_bitmap_vouches_for_nothing(tmp_path: Path, content: byt
         partial = await store.blobs.open_partial(MAP)
         await partial.write(0, DATA[:MIB])
     (tmp_path / "state" / "partials" / f"{MAP.sha256}.bits").write_bytes(content)
+    (tmp_path / "state" / "partials" / f"{MAP.sha256}.marks").write_bytes(content * 3)
     async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
         assert await store.blobs.haves(MAP.sha256) == (MAP, Haves.none(3))
         await fetch(store)
+
+
+async def test_marks_name_chunks_that_are_then_verified(tmp_path: Path) -> None:
+    async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
+        partial = await store.blobs.open_partial(MAP)
+        await partial.write(0, DATA[:MIB])
+    marks = tmp_path / "state" / "partials" / f"{MAP.sha256}.marks"
+    marks.write_bytes(b"".join(index.to_bytes(4, "little") for index in (0, 1, 2, 3, 2**32 - 1)) + b"xx")
+    (tmp_path / "state" / "partials" / f"{MAP.sha256}.bits").write_bytes(b"lost")
+    async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
+        assert await store.blobs.haves(MAP.sha256) == (MAP, Haves.none(3).with_chunk(0))
 
 
 async def test_a_damaged_map_file_counts_as_none(tmp_path: Path) -> None:

@@ -70,13 +70,14 @@ async def test_cancelling_at_any_await_leaves_the_store_in_order(tmp_path: Path,
                 await deed(store, folder)
             run_sync.scope = None
             assert not list((folder / "state" / "partials").glob(".meshmax-tmp-*"))
-            if not scope.cancelled_caught:
-                assert run_sync.calls <= at
-                return
+            if run_sync.calls <= at:
+                return  # it was done before its end came
             if deed is delete and not await store.models.models():
                 assert not list((folder / "models" / "blobs").iterdir())
                 continue
-            if deed is fetch_politely:
+            if not scope.cancelled_caught:
+                pass  # the rest was shielded
+            elif deed is fetch_politely:
                 await resume(store)
             else:
                 await deed(store, folder)

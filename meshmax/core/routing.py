@@ -42,6 +42,9 @@ PREFILL_PER_DECODE: Final[dict[Device, float]] = {
 }  # a batch of tokens per reading of the weights
 LOAD_BYTES_PER_S: Final = 500e6  # a SATA SSD
 START_S: Final[dict[Device, float]] = {"gpu": 2.0, "cpu": 1.0}  # the engine's process, before it reads the file
+MIN_RATE_PER_S: Final = 0.01  # tokens; slower is as bad, and estimates stay finite whatever a peer says
+MAX_LOAD_S: Final = 3600.0  # the same
+MAX_AHEAD: Final = 100_000  # requests; the same
 MAX_DECODE_PER_S: Final = 500.0  # small models are bound by other things than memory
 MIN_MODEL_BYTES: Final = 10_000_000  # smaller sizes are test files or lies; keeps the rates finite
 SHARE: Final[dict[Device, float]] = {
@@ -195,9 +198,9 @@ def estimate(contender: Contender, work: Work) -> float:
 
 def _rate(measured: float | None, advertised: float, usual: float) -> float:
     if measured:
-        return measured
+        return max(measured, MIN_RATE_PER_S)
     if advertised > 0 and math.isfinite(advertised):
-        return min(advertised, usual * ADVERTISED_AGAINST)
+        return max(min(advertised, usual * ADVERTISED_AGAINST), MIN_RATE_PER_S)
     return usual
 
 
@@ -206,10 +209,10 @@ def _load_s(contender: Contender, size: int) -> float:
     if model.state == "loaded":
         return 0.0
     if contender.figures.load_s is not None:
-        return contender.figures.load_s
+        return min(contender.figures.load_s, MAX_LOAD_S)
     usual_s = START_S[model.device] + size / LOAD_BYTES_PER_S
     if model.load_s > 0 and math.isfinite(model.load_s):
-        return max(model.load_s, usual_s / ADVERTISED_AGAINST)
+        return max(min(model.load_s, MAX_LOAD_S), usual_s / ADVERTISED_AGAINST)
     return usual_s
 
 
@@ -220,7 +223,7 @@ def _queue_s(load: Load, answer_s: float) -> float:
 
 
 def _ahead(load: Load) -> int:
-    return max(load.running, 0) + max(load.queued, 0)
+    return min(max(load.running, 0) + max(load.queued, 0), MAX_AHEAD)
 
 
 def _rtt_s(contender: Contender) -> float:
@@ -259,11 +262,14 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 100 else f"{min(value, 1e6):.0f} s"
 
 
+MAX_ENDED: Final = 1024  # peers whose status still counts a request of ours that has ended; the oldest is forgotten
+
+
 class Outstanding:
     """Our requests at each peer, against what its newest status can already tell of them.
 
     A status is seconds old: requests that we sent after it was issued are added to its load, and those that it counted
-    but that have ended since are taken off. Bounded by the requests under way.
+    but that have ended since are taken off. Bounded by the requests under way and MAX_ENDED.
     """
 
     __slots__ = ("_ended", "_sent")
@@ -284,10 +290,10 @@ class Outstanding:
         if not sent:
             self._sent.pop(peer, None)
         if sent_at < sequence:
-            at, count = self._ended.get(peer, (sequence, 0))
+            at, count = self._ended.pop(peer, (sequence, 0))
             self._ended[peer] = (sequence, count + 1 if at == sequence else 1)
-        if not sent and self._ended.get(peer, (sequence, 0))[0] != sequence:
-            del self._ended[peer]
+            if len(self._ended) > MAX_ENDED:
+                del self._ended[next(iter(self._ended))]
 
     def count(self, peer: PeerId) -> int:
         """Our requests at ``peer`` now."""

@@ -17,7 +17,7 @@ from typing import Final
 import structlog
 import trio
 
-from meshmax.base.errors import Busy, MeshmaxError, PeerGone, RemoteProtocolError
+from meshmax.base.errors import Busy, LocalProtocolError, MeshmaxError, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Event
 from meshmax.base.units import MIB
@@ -39,11 +39,11 @@ _log = get_logger("infer_server")
 
 
 class InferServer:
-    """Answers peers' requests. ``active`` counts requests under way per peer."""
+    """Answers peers' requests. ``active`` counts requests under way per peer, ``held_bytes`` what they hold."""
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
-        self._held_bytes = 0
+        self.held_bytes = 0
         self.active: Counter[PeerId] = Counter()
 
     def register(self, swarm: Swarm) -> None:
@@ -83,7 +83,7 @@ class InferServer:
                 await _send(frames, REPLY.encode(Accepted()))
                 await _Exchange(self._residency, frames, ask).run()
         finally:
-            self._held_bytes -= assembly.held_bytes
+            self.held_bytes -= assembly.held_bytes
 
     async def _receive_ask(self, frames: FrameStream, assembly: AskAssembly) -> Ask:
         while True:
@@ -92,13 +92,13 @@ class InferServer:
                 part = await frames.receive(ASK_PART)
             if part is None:
                 raise RemoteProtocolError(f"the peer did not send its request within {PART_DEADLINE_S:g} s")
-            if self._held_bytes + len(part.data) > MAX_HELD_BYTES:
+            if self.held_bytes + len(part.data) > MAX_HELD_BYTES:
                 raise Busy("this peer holds as many large requests as it has room for")
             before = assembly.held_bytes
             try:
                 ask = assembly.on_part(part)
             finally:
-                self._held_bytes += assembly.held_bytes - before
+                self.held_bytes += assembly.held_bytes - before
             if ask is not None:
                 return ask
 
@@ -145,15 +145,20 @@ class _Exchange:
 
     async def _send(self, ready: trio.MemoryReceiveChannel[Event | Failure], scope: trio.CancelScope) -> None:
         try:
-            while True:
-                batch = await _next_batch(ready)
-                if batch is None:
-                    break
-                for frame in _encode(batch):
-                    await _send(self._frames, frame)
+            await self._send_all(ready)
         except PeerGone as error:
             self._error = error
         scope.cancel()  # the answer is out: nothing that the watcher could see matters any more
+
+    async def _send_all(self, ready: trio.MemoryReceiveChannel[Event | Failure]) -> None:
+        while (batch := await _next_batch(ready)) is not None:
+            try:
+                sendable = _encode(batch)
+            except LocalProtocolError as error:  # an event that no frame can carry
+                await _send(self._frames, REPLY.encode(failure_of(error)))
+                return
+            for frame in sendable:
+                await _send(self._frames, frame)
 
 
 async def _next_batch(ready: trio.MemoryReceiveChannel[Event | Failure]) -> list[Event | Failure] | None:

@@ -198,21 +198,33 @@ def _require(condition: bool, otherwise: str) -> None:
 
 
 def events_frames(events: Sequence[Event]) -> list[bytes]:
-    """``events`` in as few frames as they fit in. A Finish whose context fits in none goes without it.
+    """``events`` (at least one) in as few frames as they fit in; a text that fits in none goes in pieces.
 
-    Raises LocalProtocolError for another event that fits in no frame.
+    A Finish whose context fits in no frame goes without it. Raises LocalProtocolError for another event that fits in none.
     """
     if len(events) <= MAX_EVENTS:
         try:
             return [REPLY.encode(Events(tuple(events)))]
         except LocalProtocolError:
             if len(events) == 1:
-                event = events[0]
-                if not isinstance(event, Finish) or not event.context:
+                events = _smaller(events[0])
+                if not events:
                     raise
-                return events_frames([msgspec.structs.replace(event, context=())])
+                if len(events) == 1:
+                    return events_frames(events)
     middle = len(events) // 2
     return events_frames(events[:middle]) + events_frames(events[middle:])
+
+
+def _smaller(event: Event) -> list[Event]:
+    """The same in pieces or cut, [] if that cannot be done."""
+    if isinstance(event, Finish) and event.context:
+        return [msgspec.structs.replace(event, context=())]
+    if isinstance(event, Delta) and len(event.text) > 1:
+        middle = len(event.text) // 2
+        rest = msgspec.structs.replace(event, text=event.text[middle:])
+        return [Delta(event.text[:middle], tokens=0), rest]
+    return []
 
 
 def check_reply(reply: Reply) -> None:

@@ -10,9 +10,9 @@ from meshmax.core.ewma import ALPHA, HALF_LIFE_S, Ewma
 
 
 def test_the_first_sample_is_the_mean() -> None:
+    assert Ewma().value is None
+    assert Ewma().age_s(5.0) == math.inf
     mean = Ewma()
-    assert mean.value is None
-    assert mean.age_s(5.0) == math.inf
     mean.add(4.0, 1.0)
     assert mean.value == 4.0
     assert mean.age_s(5.0) == 4.0

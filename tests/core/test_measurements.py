@@ -1,0 +1,113 @@
+"""What we remember of peers: speeds per device, failures that fade, and no more of it than is bounded."""
+
+import math
+
+import pytest
+
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.core import measurements
+from meshmax.core.measurements import FIRST_BACKOFF_S, MAX_BACKOFF_S, Figures, Measurements
+
+A, B = PeerId("a"), PeerId("b")
+MODEL, OTHER = Sha256("ab" * 32), Sha256("cd" * 32)
+
+
+def test_what_was_never_measured_is_unknown() -> None:
+    assert Measurements().figures(A, MODEL, "gpu", 5.0) == Figures()
+    assert Measurements().rtt_s(A) is None
+
+
+def test_a_long_prompt_measures_the_prefill_rate_less_the_round_trip() -> None:
+    measured = Measurements()
+    measured.on_rtt(A, 0.5, 0.0)
+    measured.on_first_token(A, MODEL, "gpu", waited_s=1.5, prompt_tokens=1000, now=1.0)
+    figures = measured.figures(A, MODEL, "gpu", 3.0)
+    assert figures.prefill_per_s == pytest.approx(1000)
+    assert figures.first_token_s is None
+    assert figures.age_s == 2.0
+
+
+def test_a_short_prompt_measures_the_fixed_cost_of_an_answer() -> None:
+    measured = Measurements()
+    measured.on_first_token(A, MODEL, "gpu", waited_s=0.25, prompt_tokens=3, now=1.0)
+    assert measured.figures(A, MODEL, "gpu", 1.0).first_token_s == 0.25
+    assert measured.figures(A, MODEL, "gpu", 1.0).prefill_per_s is None
+
+
+def test_rates_are_of_one_device() -> None:
+    measured = Measurements()
+    measured.on_finish(A, MODEL, "gpu", tokens=100, span_s=1.0, load_s=2.0, now=1.0)
+    assert measured.figures(A, MODEL, "gpu", 1.0).decode_per_s == 100
+    assert measured.figures(A, MODEL, "gpu", 1.0).load_s == 2.0
+    assert measured.figures(A, MODEL, "cpu", 1.0) == Figures()
+    assert measured.figures(A, OTHER, "gpu", 1.0) == Figures()
+
+
+@pytest.mark.parametrize(("tokens", "span_s", "load_s"), [(2, 1.0, 0.0), (0, 0.0, 0.01)])
+def test_too_little_measures_nothing(tokens: int, span_s: float, load_s: float) -> None:
+    measured = Measurements()
+    measured.on_finish(A, MODEL, "gpu", tokens=tokens, span_s=span_s, load_s=load_s, now=1.0)
+    assert measured.figures(A, MODEL, "gpu", 1.0) == Figures(age_s=math.inf)
+
+
+def test_an_answer_all_at_once_is_fast_but_finite() -> None:
+    measured = Measurements()
+    measured.on_finish(A, MODEL, "gpu", tokens=1 << 32, span_s=0.0, load_s=0.0, now=1.0)
+    assert measured.figures(A, MODEL, "gpu", 1.0).decode_per_s == measurements.MAX_RATE_PER_S
+
+
+def test_a_failure_keeps_a_peer_out_for_a_time_that_grows() -> None:
+    measured = Measurements()
+    now, pauses = 0.0, []
+    for _ in range(10):
+        measured.on_failure(A, MODEL, "engine_crashed", now)
+        setback = measured.setback(A, MODEL, now)
+        assert setback is not None
+        pauses.append(setback.until_s - now)
+        now = setback.until_s
+        assert measured.setback(A, MODEL, now) is None
+    assert pauses[:4] == [FIRST_BACKOFF_S, 2 * FIRST_BACKOFF_S, 4 * FIRST_BACKOFF_S, 8 * FIRST_BACKOFF_S]
+    assert pauses[-1] == MAX_BACKOFF_S
+
+
+def test_an_engine_that_failed_is_of_one_model_a_peer_that_is_gone_of_all() -> None:
+    measured = Measurements()
+    measured.on_failure(A, MODEL, "engine_crashed", 0.0)
+    assert measured.setback(A, OTHER, 0.5) is None
+    measured.on_failure(A, None, "peer_gone", 0.0, at_least_s=5.0)
+    setback = measured.setback(A, MODEL, 0.5)
+    assert setback is not None
+    assert (setback.code, setback.until_s) == ("peer_gone", 5.0)
+    assert measured.setback(A, OTHER, 0.5) == setback
+    assert measured.setback(B, MODEL, 0.5) is None
+
+
+def test_a_success_forgives() -> None:
+    measured = Measurements()
+    for _ in range(5):
+        measured.on_failure(A, MODEL, "engine_crashed", 0.0)
+    measured.on_failure(A, None, "peer_gone", 0.0)
+    measured.on_success(A, MODEL)
+    assert measured.setback(A, MODEL, 0.0) is None
+    measured.on_failure(A, MODEL, "engine_crashed", 0.0)
+    setback = measured.setback(A, MODEL, 0.0)
+    assert setback is not None
+    assert setback.failures == 1
+
+
+def test_the_tables_are_bounded_and_forget_what_was_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "MAX_SPEEDS", 3)
+    monkeypatch.setattr(measurements, "MAX_PEERS", 3)
+    measured = Measurements()
+    for number in range(10):
+        peer = PeerId(f"p{number}")
+        for one in (A, peer):
+            measured.on_rtt(one, 0.1, 0.0)
+            measured.on_finish(one, MODEL, "gpu", tokens=10, span_s=1.0, load_s=0.0, now=0.0)
+            measured.on_failure(one, OTHER, "busy", 0.0)
+    assert measured.rtt_s(A) == pytest.approx(0.1)
+    assert measured.rtt_s(PeerId("p0")) is None
+    assert measured.figures(A, MODEL, "gpu", 0.0).decode_per_s == pytest.approx(10)
+    assert measured.figures(PeerId("p0"), MODEL, "gpu", 0.0) == Figures()
+    assert measured.setback(PeerId("p0"), OTHER, 0.0) is None
+    assert measured.setback(A, OTHER, 0.0) is not None

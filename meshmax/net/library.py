@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshmax.net import limits
+from meshmax.net.wire import Wire
 
 # The import takes 2 to 3 s, so it happens when a swarm is opened, never when a module of ours is imported.
 
@@ -139,3 +140,9 @@ def make_raw_connection(wire: Any, initiator: bool) -> Any:
     from libp2p.network.connection.raw_connection import RawConnection
 
     return RawConnection(wire, initiator)
+
+
+def wire_of(muxed_connection: Any) -> Wire:
+    """The Wire under a connection of the library: Yamux over a Noise session over a raw connection over it."""
+    wire: Wire = muxed_connection.secured_conn.conn.read_writer.read_write_closer.stream
+    return wire

@@ -20,8 +20,10 @@ MAX_CONNECTION_BUFFER_BYTES: Final = (
     64 << 20
 )  # unread bytes of all streams of one connection: four of Yamux's largest windows
 WRITE_STEP_BYTES: Final = 65_000  # one write to a stream: with Yamux's header it fits one Noise message (65,519 bytes)
+WRITE_AHEAD_BYTES: Final = 256 * 1024  # queued to a connection before writers wait; keeps the socket busy, no more
+MAX_BACKLOG_BYTES: Final = 48 << 20  # queued in all, a step of every stream included; beyond it the connection is cut
+LAST_WORDS_S: Final = 0.2  # for what is queued when a connection is closed
 CLOSE_TIMEOUT_S: Final = 10.0  # how long a closed stream waits for the peer's end; beyond it the stream is reset
-SHUTDOWN_TIMEOUT_S: Final = 1.0  # how long the whole swarm waits for its streams' ends when it closes
 
 MAX_CONNECTIONS: Final = 512  # authenticated connections in all (about 1 MiB each)
 MAX_CONNECTIONS_PER_PEER: Final = 4  # two peers that dial each other twice at once have four

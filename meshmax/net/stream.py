@@ -2,8 +2,7 @@
 
 Rules: a write goes out in steps of WRITE_STEP_BYTES with a checkpoint between; a cancelled write costs this stream, never
 the connection (net.wire finishes what the cipher has numbered). A read waits cancellably for data and takes it in one go.
-`reset` and `aclose` return at once; what they send goes out in the swarm's nursery, because a stalled connection would
-hold them until it is cut. After `aclose` the peer has CLOSE_TIMEOUT_S to end its side; then the stream is reset.
+`reset` and `aclose` return at once; the rest goes on in the swarm's nursery. After `aclose` the peer has CLOSE_TIMEOUT_S to end its side; then the stream is reset.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ class LibraryStream:
         self._spawn = spawn
         self._on_close = on_close
         self._muxed = net_stream.muxed_stream
+        self._wire = library.wire_of(net_stream.muxed_conn)
         self._over = False
         self._eof_sent = False
 
@@ -89,6 +89,7 @@ class LibraryStream:
             for start in range(0, len(view), limits.WRITE_STEP_BYTES):
                 if self._over or self._eof_sent:
                     raise PeerGone("the stream was closed here")
+                await self._wire.wait_room()
                 await self._stream.write(bytes(view[start : start + limits.WRITE_STEP_BYTES]))
         except library.failures() as error:
             await self.reset()

@@ -65,7 +65,6 @@ class LibrarySwarm:
         self._links: dict[PeerId, list[_Link]] = {}
         self._opened: Counter[PeerId] = Counter()
         self._served: Counter[PeerId] = Counter()
-        self._farewells = 0
         self._dialler = Dialler(transport, allow, self._secure_outbound)
         self.door = Door(nursery, allow, self._secure_inbound)
         self._network.set_stream_handler(self._answer)
@@ -89,6 +88,7 @@ class LibrarySwarm:
     async def _secure_outbound(self, stream: ByteStream, peer_id: PeerId) -> None:
         link = _Pending()
         wire = Wire(stream, link.end)
+        self._nursery.start_soon(wire.pump)
         try:
             connection = await self._network.upgrade_outbound_raw_conn(
                 library.make_raw_connection(wire, True), library.make_peer_id(peer_id)
@@ -101,6 +101,7 @@ class LibrarySwarm:
     async def _secure_inbound(self, stream: ByteStream) -> None:
         link = _Pending()
         wire = Wire(stream, link.end)
+        self._nursery.start_soon(wire.pump)
         try:
             muxed = await self._network.upgrade_inbound_raw_conn(library.make_raw_connection(wire, False), None)
             peer_id = parse_peer_id(str(muxed.peer_id))
@@ -241,23 +242,18 @@ class LibrarySwarm:
             del counter[peer_id]
 
     def _say_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:
-        self._nursery.start_soon(self._run_farewell, farewell)
-
-    async def _run_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:
-        self._farewells += 1
-        try:
-            await farewell()
-        finally:
-            self._farewells -= 1
+        self._nursery.start_soon(farewell)
 
     async def close(self) -> None:
-        """Accept nothing more, let farewells out for at most SHUTDOWN_TIMEOUT_S, cut every connection."""
+        """Accept nothing more, let out what is queued for at most LAST_WORDS_S, cut every connection."""
         for _, listener in self._listeners:
             listener.close()
-        for links in tuple(self._links.values()):
-            for link in tuple(links):
-                link.wire.cut()
-        await trio.lowlevel.cancel_shielded_checkpoint()
+        wires = [link.wire for links in self._links.values() for link in links]
+        with trio.CancelScope(deadline=trio.current_time() + limits.LAST_WORDS_S, shield=True):
+            for wire in wires:
+                await wire.flush()
+        for wire in wires:
+            wire.cut()
 
 
 class _Pending:

@@ -41,7 +41,9 @@ class TcpListener:
         self.local = (str(host), int(port))
 
     async def accept(self) -> TcpBytes:
-        """See wire.Listener. Raises trio.ClosedResourceError once closed."""
+        """See wire.Listener."""
+        if self._socket.fileno() < 0:
+            raise trio.ClosedResourceError
         connected, _ = await self._socket.accept()
         try:
             return TcpBytes(trio.SocketStream(connected))

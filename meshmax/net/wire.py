@@ -1,9 +1,10 @@
 """One raw connection, and the transport that makes them.
 
-A Wire is what the library reads from and writes to. It decides two things: a write that has begun is finished, whatever
-is cancelled meanwhile (half a Noise message on the wire would cost the connection and every stream on it), and therefore
-a Wire can be cut from outside at any time, which wakes every reader and writer. Until the peer is authenticated it may
-send MAX_HANDSHAKE_BYTES. Transports make byte streams: TCP here, an in-memory one in meshmax.testing.
+A Wire is what the library reads from and writes to. It decides that a message which the cipher has numbered goes out whole
+and in order, whatever is cancelled meanwhile (half a Noise message would cost the connection and every stream on it), and
+that nobody waits for a slow peer while holding one of the library's locks: writing is queueing, and one task sends. It
+can be cut from outside at any time, which wakes every reader and writer. Until the peer is authenticated it may send
+MAX_HANDSHAKE_BYTES. Transports make byte streams: TCP here, an in-memory one in meshmax.testing.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Listener(Protocol):
     local: tuple[str, int]
 
     async def accept(self) -> ByteStream:
-        """The next connection. Raises OSError where accepting failed for now."""
+        """The next connection. Raises OSError where accepting failed for now, trio.ClosedResourceError once closed."""
         ...
 
     def close(self) -> None:
@@ -69,13 +70,15 @@ class Transport(Protocol):
 
 
 class Wire:
-    """A byte stream in the form that the library wants (libp2p.io.abc.ReadWriteCloser)."""
+    """A byte stream in the form that the library wants (libp2p.io.abc.ReadWriteCloser). Its owner runs `pump`."""
 
     def __init__(self, stream: ByteStream, on_end: Callable[[], None]) -> None:
         """``on_end`` is called once, when either side has ended the connection."""
         self._stream = stream
         self._on_end = on_end
-        self._lock = trio.Lock()
+        self._outgoing: list[bytes] = []
+        self._backlog_bytes = 0
+        self._queued, self._sent = trio.Event(), trio.Event()
         self._allowance_bytes: int | None = limits.MAX_HANDSHAKE_BYTES
         self.cut_off = False
         self.remote = stream.remote
@@ -84,16 +87,47 @@ class Wire:
         """From now on the peer may send without a limit of this layer."""
         self._allowance_bytes = None
 
-    async def write(self, data: bytes) -> None:
-        """Send all of ``data`` even if cancelled; only `cut` ends a stalled write."""
-        # Shielded from before the lock on: what is given here is already numbered by the cipher and must not be left out.
-        with trio.CancelScope(shield=True):
-            async with self._lock:
+    async def pump(self) -> None:
+        """Send what was written until the wire is cut."""
+        while not self.cut_off:
+            while self._outgoing:
+                data = b"".join(self._outgoing)
+                self._outgoing.clear()
                 try:
                     await self._stream.send_all(data)
-                except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
                     self.cut()
-                    raise self._closed_error() from error
+                    return
+                self._backlog_bytes -= len(data)
+                self._sent.set()
+                self._sent = trio.Event()
+            if not self.cut_off:
+                self._queued = trio.Event()
+                await self._queued.wait()
+
+    async def write(self, data: bytes) -> None:
+        """Queue ``data``, which the cipher has numbered already; nothing is waited for before, and little after.
+
+        Who sends much calls `wait_room` first. Raises the library's ConnectionClosedError.
+        """
+        if self._backlog_bytes + len(data) > limits.MAX_BACKLOG_BYTES:
+            self.cut()
+        if self.cut_off:
+            raise _closed_error()
+        self._outgoing.append(bytes(data))
+        self._backlog_bytes += len(data)
+        self._queued.set()
+        await trio.lowlevel.checkpoint()
+
+    async def wait_room(self) -> None:
+        """Wait until less than WRITE_AHEAD_BYTES are queued, or the wire is cut. Cancelling costs nothing."""
+        while self._backlog_bytes >= limits.WRITE_AHEAD_BYTES and not self.cut_off:
+            await self._sent.wait()
+
+    async def flush(self) -> None:
+        """Wait until everything queued was sent, or the wire is cut."""
+        while self._backlog_bytes and not self.cut_off:
+            await self._sent.wait()
 
     async def read(self, n: int | None = None) -> bytes:
         """1 to ``n`` bytes, b"" once the connection is over for whatever reason."""
@@ -116,7 +150,9 @@ class Wire:
         return data
 
     async def close(self) -> None:
-        """The library's word for `cut`."""
+        """The library's word for `cut`; what is queued has a moment to go out first (a farewell, a refusal)."""
+        with trio.move_on_after(limits.LAST_WORDS_S):
+            await self.flush()
         self.cut()
         await trio.lowlevel.checkpoint()
 
@@ -125,15 +161,17 @@ class Wire:
         if not self.cut_off:
             self.cut_off = True
             self._stream.close()
+            self._queued.set()
+            self._sent.set()
             self._on_end()
 
     def get_remote_address(self) -> tuple[str, int]:
         """(IP address, port) of the other end."""
         return self.remote
 
-    @staticmethod
-    def _closed_error() -> Exception:
-        from libp2p.io.exceptions import ConnectionClosedError
 
-        error: Exception = ConnectionClosedError("the connection is closed", transport="tcp")
-        return error
+def _closed_error() -> Exception:
+    from libp2p.io.exceptions import ConnectionClosedError
+
+    error: Exception = ConnectionClosedError("the connection is closed", transport="tcp")
+    return error

@@ -16,6 +16,7 @@ import trio
 from meshmax.net import limits
 
 BUFFER_BYTES = 1 << 20  # what one direction of a connection holds, as the kernel's socket buffers do
+_EPSILON_S = 1e-9  # floats: a clock that jumps to a deadline may land just before it
 CONNECT_TIMEOUT_S = 60.0  # until a connect to a host that does not answer fails
 
 
@@ -152,7 +153,7 @@ class MemoryBytes:
                 raise trio.ClosedResourceError
             passes = self._wires.passes(self.ip, self.remote[0])
             due_s = self._arriving[0][0] if self._arriving and passes else float("inf")
-            if due_s <= trio.current_time():
+            if due_s <= trio.current_time() + _EPSILON_S:
                 return self._take(max_bytes)
             if self._broken and not self._arriving:
                 return b""
@@ -206,7 +207,10 @@ class MemoryListener:
 
     async def accept(self) -> MemoryBytes:
         """See net.wire.Listener."""
-        return await self._source.receive()
+        try:
+            return await self._source.receive()
+        except trio.EndOfChannel:
+            raise trio.ClosedResourceError from None
 
     def close(self) -> None:
         """See net.wire.Listener."""

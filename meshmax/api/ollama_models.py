@@ -134,7 +134,9 @@ def modelfile(name: str, described: ModelDescription) -> str:
         "",
         f"FROM {name}",
     ]
-    for word, text in (("TEMPLATE", described.template), ("SYSTEM", described.system)):
+    # A Modelfile's templates are Go's; a Jinja one comes out of the GGUF itself and needs no line.
+    template = "" if "{%" in described.template else described.template
+    for word, text in (("TEMPLATE", template), ("SYSTEM", described.system)):
         if text:
             lines.append(f'{word} """{text}"""')
     lines += [f"PARAMETER {key} {value}" for key, value in _parameters(described)]

@@ -2,8 +2,8 @@
 
 import msgspec
 
-from meshmax.api.ollama_models import LINE_INTERVAL_S, PullLines, listed, ps_json
-from meshmax.base.catalog import LoadedView
+from meshmax.api.ollama_models import LINE_INTERVAL_S, PullLines, listed, modelfile, ps_json
+from meshmax.base.catalog import LoadedView, ModelDescription
 from meshmax.base.events import BlobProgress, Transfer
 from tests.api.fake_node import BLOB, DIGEST, NOW_S, REMOTE_DIGEST, THEIRS, details, entry
 
@@ -47,6 +47,16 @@ def test_a_failed_pull_ends_with_its_reason() -> None:
     assert PullLines().on_transfer(failed, 0.0) == [{"error": "the disk is full"}]
     cancelled = msgspec.structs.replace(RUNNING, state="cancelled", blobs=())
     assert PullLines().on_transfer(cancelled, 0.0) == [{"error": "the pull was cancelled"}]
+
+
+def test_a_modelfile_leaves_a_template_out_that_is_not_of_its_language() -> None:
+    described = ModelDescription(DIGEST, details(), template="{% for m in messages %}{% endfor %}", system="be brief")
+    text = modelfile("x:latest", described)
+    assert "TEMPLATE" not in text
+    assert text.endswith('FROM x:latest\nSYSTEM """be brief"""\n')
+    assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(
+        "x", msgspec.structs.replace(described, template="{{ .Prompt }}")
+    )
 
 
 def test_for_ever_is_three_centuries_as_ollama_writes_it() -> None:

@@ -60,7 +60,10 @@ def _params(words: dict[str, Any]) -> Any:
     params.ui = False
     params.n_parallel = words["parallel"]
     params.n_ctx = words["context_tokens"] * words["parallel"]  # every slot has its whole context
-    params.kv_unified = False
+    # One buffer for all: with one a slot, texts of unequal length that share a batch are split, and their pooled vectors
+    # are then of a part of the text only.
+    params.kv_unified = True
+    params.kv_unified_per_slot = words["context_tokens"]
     params.n_gpu_layers = words["gpu_layers"]
     params.cache_ram_mib = PROMPT_CACHE_MIB
     params.n_batch = params.n_ubatch = words["batch_tokens"]

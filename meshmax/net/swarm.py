@@ -63,6 +63,7 @@ class LibrarySwarm:
         self._transport, self._listeners = transport, listeners
         self._announcer = Announcer(nursery)
         self._links: dict[PeerId, list[_Link]] = {}
+        self._ended = False
         self._opened: Counter[PeerId] = Counter()
         self._served: Counter[PeerId] = Counter()
         self._dialler = Dialler(transport, allow, self._secure_outbound)
@@ -242,7 +243,8 @@ class LibrarySwarm:
             del counter[peer_id]
 
     def _say_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:
-        self._nursery.start_soon(farewell)
+        if not self._ended:  # the library's tasks outlive ours by a moment; cut connections need no farewell
+            self._nursery.start_soon(farewell)
 
     async def close(self) -> None:
         """Accept nothing more, let out what is queued for at most LAST_WORDS_S, cut every connection."""
@@ -254,6 +256,7 @@ class LibrarySwarm:
                 await wire.flush()
         for wire in wires:
             wire.cut()
+        self._ended = True
 
 
 class _Pending:
@@ -352,14 +355,17 @@ async def open_swarm(
     listeners = await _listen(transport, listen)
     try:
         host = library.make_host(private_bytes, partial(_advertised, listeners, transport, peer_id))
-        # The library's host outermost: stopping it awaits, and inside a cancelled nursery that would put Cancelled in the
-        # place of the error that ended the block, which nobody would then see.
-        async with host.run(listen_addrs=[]), trio.open_nursery() as nursery:
-            swarm = LibrarySwarm(peer_id, host, nursery, transport, allow, listeners)
+        async with trio.open_nursery() as nursery:
             try:
-                yield swarm
+                # The nursery is cancelled only after the host has stopped: its last tasks still say farewell there, and
+                # Cancelled raised by its stopping would take the place of the error that ended the block.
+                async with host.run(listen_addrs=[]):
+                    swarm = LibrarySwarm(peer_id, host, nursery, transport, allow, listeners)
+                    try:
+                        yield swarm
+                    finally:
+                        await swarm.close()
             finally:
-                await swarm.close()
                 nursery.cancel_scope.cancel()
     finally:
         for _, listener in listeners:

@@ -1,0 +1,101 @@
+"""A site of simulated nodes: real nodes, real libp2p, real files, over an in-memory cable in virtual time."""
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from meshmax.base.config import Config, EngineConfig
+from meshmax.base.events import Transfer
+from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest
+from meshmax.engine.echo import EchoEngine
+from meshmax.node import Node, World, open_node
+from meshmax.testing.gguf import build_gguf
+from meshmax.testing.sim_network import SimNetwork
+
+T = TypeVar("T")
+STARTED_AT_S = 1_700_000_000.0
+
+
+async def in_place(work: Callable[[], T], /) -> T:
+    """Threads would be invisible to the simulated clock."""
+    await trio.lowlevel.checkpoint()
+    return work()
+
+
+class Site:
+    """Nodes on one LAN."""
+
+    def __init__(self, folder: Path, stack: AsyncExitStack) -> None:
+        self.network = SimNetwork()
+        self._folder = folder
+        self._stack = stack
+        self.nodes: list[Node] = []
+
+    async def node(self, name: str, engine: EngineConfig = EngineConfig(kind="echo")) -> Node:  # noqa: B008  frozen
+        """Start a node called ``name``."""
+        config = Config(home=str(self._folder / name), name=name, engine=engine)
+        world = World(
+            open_swarm=lambda _config, private_bytes: self.network.open_swarm(private_bytes),
+            rungs=lambda _config, swarm: (self.network.discovery(swarm.peer_id),),
+            engine=lambda config, _logs: EchoEngine(config.engine),
+            run_sync=in_place,
+            unix_now=lambda: STARTED_AT_S + trio.current_time(),
+            random=random.Random(name),
+        )
+        node = await self._stack.enter_async_context(open_node(config, world))
+        self.nodes.append(node)
+        return node
+
+    async def add(self, node: Node, name: str, size: int = 4 << 20) -> None:
+        """Give ``node`` a model of ``size`` bytes."""
+        path = self._folder / f"{name}.gguf"
+        path.write_bytes(build_gguf(tensor_bytes=size))
+        await node.catalog.add(name, path, False, lambda _done, _total: None)
+
+
+@asynccontextmanager
+async def open_site(folder: Path) -> AsyncIterator[Site]:
+    """A site; everything ends with the block."""
+    async with AsyncExitStack() as stack:
+        yield Site(folder, stack)
+
+
+def online(node: Node) -> set[str]:
+    """Names of the peers that a node sees online."""
+    return {view.status.name for view in node.presence.peers() if view.state == "online" and view.status}
+
+
+async def pull(node: Node, name: str) -> Transfer:
+    """Pull a model; the last word of the transfer."""
+    async with node.pulls.open_pull(name) as progress:
+        return [transfer async for transfer in progress][-1]
+
+
+async def ask(node: Node, name: str, prompt: str) -> tuple[str, str]:
+    """(answer, name of the peer that gave it)."""
+    digest = node.catalog.resolve(name).digest
+    request = Ask("r", digest, name, GenerateRequest(prompt=prompt))
+    text = []
+    async with node.router.open_answer(request) as answer:
+        async for event in answer.events:
+            if isinstance(event, Delta):
+                text.append(event.text)
+            else:
+                assert isinstance(event, Finish)
+    view = node.presence.view(answer.route.peer_id)
+    assert view is not None
+    assert view.status is not None
+    return "".join(text), view.status.name
+
+
+async def until(condition: Callable[[], bool], deadline_s: float = 60.0) -> float:
+    """Virtual seconds until ``condition`` holds; TooSlowError after ``deadline_s``."""
+    began = trio.current_time()
+    with trio.fail_after(deadline_s):
+        while not condition():
+            await trio.sleep(0.05)
+    return trio.current_time() - began

@@ -28,7 +28,14 @@ import trio
 
 from meshmax.base.catalog import ModelFile
 from meshmax.base.config import EngineConfig
-from meshmax.base.errors import CapabilityMissing, ContextTooLong, EngineCrashed, EngineUnavailable, InvalidRequest
+from meshmax.base.errors import (
+    CapabilityMissing,
+    ContextTooLong,
+    EngineCrashed,
+    EngineError,
+    EngineUnavailable,
+    InvalidRequest,
+)
 from meshmax.base.inference import (
     ChatRequest,
     Delta,
@@ -267,7 +274,7 @@ class LlamaCppModel:
             raise await self._explained(error) from None
         if response.status != 200:
             raise words.error_of(response.status, content)
-        return msgspec.json.decode(content)
+        return _decoded(content)
 
     async def _explained(self, error: EngineCrashed) -> EngineCrashed:
         """What a broken connection to the process means: it has ended, or is as good as ended."""
@@ -279,6 +286,13 @@ class LlamaCppModel:
         return EngineCrashed(f"the engine's process ended (exit status {status}); its log is {log}")
 
 
+def _decoded(data: bytes) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        raise EngineError("the engine answered with something that is not JSON") from None
+
+
 async def _chunks(lines: AsyncIterator[bytes]) -> AsyncGenerator[dict[str, Any], None]:
     """The server-sent events of a streamed answer."""
     async for line in lines:
@@ -287,7 +301,7 @@ async def _chunks(lines: AsyncIterator[bytes]) -> AsyncGenerator[dict[str, Any],
             continue
         if kind == b"error":
             raise words.error_of(500, b'{"error":' + data + b"}")
-        chunk = msgspec.json.decode(data, type=dict[str, Any])
+        chunk = _decoded(data)
         if "error" in chunk:
             raise words.error_of(500, data)
         yield chunk

@@ -81,6 +81,7 @@ async def refusal(model: LoadedModel, request: InferRequest) -> None:
 
 
 async def test_its_facts_are_true(model: LoadedModel) -> None:
+    await trio.lowlevel.checkpoint()
     assert model.alive
     assert (model.facts.parallel, model.facts.context_length) == (2, 512)
     assert model.facts.size > 0

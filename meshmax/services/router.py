@@ -28,10 +28,10 @@ from meshmax.base.errors import (
     StoreError,
 )
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.inference import Ask, Delta, Event, Finish, is_load_only
+from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_load_only
 from meshmax.base.route import Attempt, Candidate, Route
 from meshmax.base.status import Device, ModelPresence, PeerView
-from meshmax.core.measurements import Measurements
+from meshmax.core.measurements import MIN_LOAD_S, Measurements
 from meshmax.core.routing import Contender, Decision, Outstanding, decide, expected_work, explain, holders
 from meshmax.ports import Catalog, Presence, Residency, Swarm
 from meshmax.services.infer_client import open_remote_answer
@@ -246,7 +246,7 @@ class _Trial:
         self._source: AsyncIterator[Event] | None = None
         self._sent_s = trio.current_time()
         self._outcome = "cancelled"
-        self.first_event_s = 0.0
+        self.first_event_s = 0.0  # 0 until it is there
 
     async def begin(self, stack: AsyncExitStack) -> Event:
         """The first event. ``stack`` then holds the answer, and ends it. Raises what the peer or the engine says."""
@@ -284,12 +284,14 @@ class _Trial:
             measured.on_success(self._peer, model.digest)
             return
         load_s = min(finish.load_s, self.first_event_s)
-        if model.state == "loaded" and self._free and load_s < 0.05:
+        # Vectors come as each text is read, so the prompt is read when the last one is there.
+        embeds = isinstance(self._ask.request, EmbedRequest)
+        if model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds):
             measured.on_first_token(
                 self._peer,
                 model.digest,
                 model.device,
-                waited_s=self.first_event_s,
+                waited_s=self.first_event_s + (span_s if embeds else 0.0),
                 prompt_tokens=finish.prompt_tokens - finish.cached_tokens,
                 now=now,
             )
@@ -322,7 +324,9 @@ class _Trial:
 
     def _end(self, sequence: int) -> None:
         self._router.outstanding.on_ended(self._peer, sequence, self._router.sequence(self._peer))
-        REQUESTS.labels(where=self._router.where(self._peer), outcome=self._outcome).inc()
+        late = self._outcome == "cancelled" and trio.current_time() - self._sent_s >= FIRST_EVENT_DEADLINE_S
+        outcome = "failed" if late and not self.first_event_s else self._outcome
+        REQUESTS.labels(where=self._router.where(self._peer), outcome=outcome).inc()
 
 
 class _MeasuredEvents:

@@ -6,12 +6,12 @@ import trio
 import trio.testing
 
 from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, ModelNotFound, NoProviders, PeerGone
-from meshmax.base.inference import Finish, GenerateRequest
+from meshmax.base.inference import EmbedRequest, Finish, GenerateRequest
 from meshmax.base.status import Load, PeerView
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.infer_client import OPEN_DEADLINE_S, SILENCE_S
-from meshmax.services.router import ROUTES_KEPT
+from meshmax.services.router import FIRST_EVENT_DEADLINE_S, ROUTES_KEPT
 from meshmax.wire.failure import Failure
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Reply
 from meshmax.wire.protocols import INFER
@@ -315,3 +315,22 @@ async def test_a_peers_load_counts(autojump_clock: Clock) -> None:
 
         site[1].change = full
         assert await answered_by(site) == "peer2"
+
+
+async def test_a_peer_that_only_says_it_is_still_at_it_is_left_in_the_end(autojump_clock: Clock) -> None:
+    async with open_site(3, load_timeout_s=1e6, load_s=2 * FIRST_EVENT_DEADLINE_S) as site:
+        first_three(site)
+        site[2].engine._load_s = 1.0
+        assert await answered_by(site) == "peer2"
+        assert [a.error for a in site[0].router.routes()[0].attempts] == ["first_token_timeout", ""]
+
+
+async def test_vectors_measure_how_fast_texts_are_read(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=10) as site:
+        lacks(site[0])
+        for _ in range(3):
+            async with site[0].router.open_answer(ask(EmbedRequest((WORDS, WORDS)))) as answer:
+                assert len([event async for event in answer.events]) == 3
+        figures = site[0].router.measurements.figures(site[1].peer_id, MODEL, "cpu", trio.current_time())
+        assert figures.prefill_per_s == pytest.approx(200 / 0.2, rel=0.1)
+        assert figures.decode_per_s is None

@@ -51,6 +51,8 @@ async def main():
         for index in partial.haves.missing():
             await partial.write(index, BLOB[index * MIB : (index + 1) * MIB])
             await trio.sleep(0.02)
+        if sys.argv[2] == "for ever":
+            await trio.sleep_forever()
         await partial.finish()
         print("whole", flush=True)
 trio.run(main)
@@ -127,8 +129,9 @@ async def test_a_fetch_that_is_killed_again_and_again_ends_whole(tmp_path: Path)
     chunk_map = chunk_map_of_bytes(BLOB)
     dice = random.Random(7)
     command = [sys.executable, "-c", FETCHER, str(tmp_path)]
+    kept = 0
     for _ in range(5):
-        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+        process = await trio.lowlevel.open_process([*command, "for ever"], stdout=subprocess.PIPE)
         try:
             assert process.stdout is not None
             assert (await process.stdout.receive_some()).startswith(b"b")
@@ -143,9 +146,10 @@ async def test_a_fetch_that_is_killed_again_and_again_ends_whole(tmp_path: Path)
         async with open_store(tmp_path / "models", tmp_path / "state", in_thread) as store:
             found = await store.blobs.haves(chunk_map.sha256)
             assert found is not None
+            assert found[1].total >= kept
             kept = found[1].total
             assert (await store.blobs.verify(chunk_map.sha256)).total == kept
-    done = await trio.run_process(command, capture_stdout=True)
+    done = await trio.run_process([*command, "to its end"], capture_stdout=True)
     assert done.stdout.endswith(b"whole\n")
     async with open_store(tmp_path / "models", tmp_path / "state", in_thread) as store:
         assert (await store.blobs.path(chunk_map.sha256)).read_bytes() == BLOB

@@ -195,7 +195,8 @@ def test_a_client_that_goes_away_stops_the_work_on_the_serving_peer(tmp_path: Pa
         until("b sees it", lambda: lists(b, "tiny"))
         prompt = {"model": "tiny", "prompt": " ".join(map(str, range(2000)))}
         with httpx.stream("POST", b.api + "/api/generate", json=prompt, timeout=60, trust_env=False) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # kept: a dropped iterator closes the stream
+            next(lines)
             until("a works", lambda: a.get("/api/v1/nodes")["nodes"][a.peer_id]["load"]["running"] == 1)
         until("a stopped", lambda: a.get("/api/v1/nodes")["nodes"][a.peer_id]["load"]["running"] == 0, deadline_s=5)
 

@@ -9,8 +9,10 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -108,6 +110,35 @@ def test_without_a_port_asked_for_each_peer_takes_the_next_free_one(tmp_path: Pa
         assert all(11434 <= int(peer.api.rpartition(":")[2]) < 11434 + 64 for peer in (one, two))
 
 
+def test_beside_a_running_ollama_the_banner_says_how_to_point_clients_at_the_peer(tmp_path: Path) -> None:
+    class Ollama(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b"Ollama is running" if self.path == "/" else b"404 page not found"
+            self.send_response(200 if self.path == "/" else 404)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", 11434), Ollama)
+    except OSError:
+        pytest.skip("something else on this machine holds port 11434")
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        with peers(tmp_path, "one", api="") as (peer,):
+            until("the banner", lambda: "Ctrl-C ends it." in peer.tail())
+            authority = peer.api.removeprefix("http://")
+            assert (
+                f"port 11434 is held by Ollama; to point clients at this peer: export OLLAMA_HOST={authority}"
+                in peer.tail()
+            )
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_a_home_that_cannot_be_made_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = subprocess.run(
@@ -142,7 +173,7 @@ def test_json_logs_are_json_lines(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds orphans in /proc")
 def test_a_killed_peer_leaves_no_process_behind_and_its_home_opens_again(tmp_path: Path) -> None:
-    with peers(tmp_path, "one", engine_kind="llamacpp", engine_context_tokens="512") as (peer,):
+    with peers(tmp_path, "one", lan="false", engine_kind="llamacpp", engine_context_tokens="512") as (peer,):
         peer.run("add", "smollm2", str(small_model()))
         body = {"model": "smollm2", "prompt": "Hello", "options": {"num_predict": 2}, "stream": False}
         httpx.post(peer.api + "/api/generate", json=body, timeout=120, trust_env=False).raise_for_status()
@@ -152,7 +183,7 @@ def test_a_killed_peer_leaves_no_process_behind_and_its_home_opens_again(tmp_pat
         gone, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, [process.cmdline() for process in alive]
         assert len(gone) == len(children)
-    with peers(tmp_path, "one") as (again,):
+    with peers(tmp_path, "one", lan="false") as (again,):
         assert [entry["name"] for entry in again.get("/api/tags")["models"]] == ["smollm2:latest"]
         assert again.run("list").stdout.count("smollm2:latest") == 1
 
@@ -193,7 +224,7 @@ def test_two_peers_and_the_daily_commands(tmp_path: Path) -> None:
         assert "\x1b" not in listed
         assert "beta" in listed
         assert "state         running" in alpha.run("status").stdout
-        assert alpha.run("list").stdout == "NAME    ID    SIZE    MODIFIED\n"
+        assert alpha.run("list").stdout.splitlines()[0].split() == ["NAME", "ID", "SIZE", "MODIFIED"]
         unknown = alpha.run("run", "nosuchmodel", "hi", check=False)
         assert unknown.returncode == 3
         assert "`meshmax add nosuchmodel FILE.gguf` adds one" in unknown.stderr

@@ -1,14 +1,14 @@
 """Serves chunks of our blobs, whole or partial: the server's end of ``/meshmax/blob/1.0.0``.
 
-One session a stream. A reader takes messages in and never waits for the disk; a sender reads chunks (the store verifies
-each before it is served), sends them in parts, and now and then tells what has come in since. Wants, sessions and time
+One session a stream. One task takes messages in and never waits for the disk, one reads chunks ahead (the store verifies
+each before it is served), one sends them in parts and now and then tells what has come in since. Wants, sessions and time
 are bounded; a peer that stops reading loses its session. A chunk that turns out bad on disk is answered with NotHave and
 the session goes on. Not here: what is a good chunk (store), to whom we serve (node).
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from typing import Final
 
 import trio
@@ -23,7 +23,7 @@ from meshmax.wire import blob as wire
 from meshmax.wire.failure import failure_of
 from meshmax.wire.protocols import BLOB
 
-MAX_SESSIONS: Final = 128  # in all; each may hold one chunk of 1 MiB
+MAX_SESSIONS: Final = 128  # in all; each may hold three chunks of 1 MiB (sent, read, being read)
 MAX_SESSIONS_PER_PEER: Final = 8  # a puller uses one a blob, one blob at a time a model
 OPEN_TIMEOUT_S: Final = 10.0  # for the first message
 IDLE_TIMEOUT_S: Final = 120.0  # without a want; a fetcher that waits for others comes back
@@ -79,64 +79,83 @@ class _Session:
         self._frames = frames
         self._digest = digest
         self._haves = haves
-        self._wants: deque[int] = deque()
-        self._cancelled: set[int] = set()  # wants not yet answered that are no longer wanted
-        self._current: int | None = None
-        self._wake = trio.Event()
-        self._ended = False
+        self._owed: set[int] = set()  # wants without a last word
+        self._cancelled: set[int] = set()  # those of them that are no longer wanted
         self._failure: MeshmaxError | None = None
 
     async def run(self) -> None:
         """Until the peer ends its side, asks for nothing for long, or goes away."""
+        wants, next_want = trio.open_memory_channel[int](wire.MAX_WANTS)
+        reads, next_read = trio.open_memory_channel[tuple[int, bytes | None]](1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_into, nursery.cancel_scope)
+            nursery.start_soon(self._hear, wants, nursery.cancel_scope)
+            nursery.start_soon(self._read_ahead, next_want, reads, nursery.cancel_scope)
             try:
                 await _send(self._frames, wire.have_of(self._haves))
-                await self._serve()
+                await self._serve(next_read)
             except MeshmaxError as error:
                 self._failure = self._failure or error
             nursery.cancel_scope.cancel()
         if self._failure:
             raise self._failure
 
-    async def _read_into(self, scope: trio.CancelScope) -> None:
+    async def _hear(self, wants: trio.MemorySendChannel[int], scope: trio.CancelScope) -> None:
         try:
-            while (message := await self._frames.try_receive(wire.FROM_FETCHER)) is not None:
-                self._take(message)
-            self._ended = True
-            self._wake.set()
+            with wants:  # its end is the end of what is asked
+                while (message := await self._frames.try_receive(wire.FROM_FETCHER)) is not None:
+                    self._take(message, wants)
         except MeshmaxError as error:
             self._failure = error
             scope.cancel()
 
-    def _take(self, message: wire.FromFetcher) -> None:
+    def _take(self, message: wire.FromFetcher, wants: trio.MemorySendChannel[int]) -> None:
         match message:
             case wire.Want(index=index):
-                if index in self._wants:
+                if index in self._owed:
                     raise RemoteProtocolError(f"the peer asked for chunk {index} twice at once")
-                if len(self._wants) >= wire.MAX_WANTS:
+                if len(self._owed) >= wire.MAX_WANTS:
                     raise RemoteProtocolError(f"the peer asked for more than {wire.MAX_WANTS} chunks ahead")
-                self._wants.append(index)
-                self._wake.set()
+                self._owed.add(index)
+                wants.send_nowait(index)
             case wire.Cancel(index=index):
-                if index in self._wants or index == self._current:
+                if index in self._owed:
                     self._cancelled.add(index)
             case _:
                 raise RemoteProtocolError("the peer opened a blob twice on one stream")
 
-    async def _serve(self) -> None:
+    async def _read_ahead(
+        self,
+        wants: trio.MemoryReceiveChannel[int],
+        reads: trio.MemorySendChannel[tuple[int, bytes | None]],
+        scope: trio.CancelScope,
+    ) -> None:
+        """Read the next chunk while one is being sent; None where there is none to send."""
+        try:
+            with reads:
+                async for index in wants:
+                    await reads.send((index, None if index in self._cancelled else await self._read(index)))
+        except MeshmaxError as error:
+            self._failure = error
+            scope.cancel()
+
+    async def _read(self, index: int) -> bytes | None:
+        try:
+            return await self._blobs.read_chunk(self._digest, index)
+        except (BlobNotFound, StoreCorrupt) as error:
+            CHUNKS.labels(direction="out", outcome=error.code).inc()
+            return None
+
+    async def _serve(self, reads: trio.MemoryReceiveChannel[tuple[int, bytes | None]]) -> None:
         idle_since_s = announced_s = trio.current_time()
-        while True:
-            if self._wants:
-                self._current = self._wants.popleft()
-                await self._answer(self._current)
+        while self._owed or trio.current_time() - idle_since_s < IDLE_TIMEOUT_S:
+            with trio.move_on_after(HAVE_INTERVAL_S) as pause:
+                try:
+                    index, chunk = await reads.receive()
+                except trio.EndOfChannel:
+                    return
+            if not pause.cancelled_caught:
+                await self._answer(index, chunk)
                 idle_since_s = trio.current_time()
-            elif self._ended or trio.current_time() - idle_since_s >= IDLE_TIMEOUT_S:
-                return
-            else:
-                with trio.move_on_after(HAVE_INTERVAL_S):
-                    await self._wake.wait()
-            self._wake = trio.Event()
             if not self._haves.whole and trio.current_time() - announced_s >= HAVE_INTERVAL_S:
                 announced_s = trio.current_time()
                 await self._announce()
@@ -148,31 +167,26 @@ class _Session:
             self._haves = haves
             await _send(self._frames, wire.have_of(haves))
 
-    async def _answer(self, index: int) -> None:
-        if index in self._cancelled:
-            await self._last_word(wire.Cancelled(index))
-            return
-        try:
-            chunk = await self._blobs.read_chunk(self._digest, index)
-        except (BlobNotFound, StoreCorrupt) as error:
-            CHUNKS.labels(direction="out", outcome=error.code).inc()
+    async def _answer(self, index: int, chunk: bytes | None) -> None:
+        if chunk is None and index not in self._cancelled:
             await self._last_word(wire.NotHave(index))
             return
-        for offset in range(0, len(chunk), wire.PART_BYTES):
+        data = chunk or b""
+        for offset in range(0, len(data), wire.PART_BYTES):
             if index in self._cancelled:
-                await self._last_word(wire.Cancelled(index))
-                return
-            part = wire.ChunkPart(index, offset, chunk[offset : offset + wire.PART_BYTES])
-            if offset + wire.PART_BYTES < len(chunk):
-                await _send(self._frames, part)
-            else:
-                await self._last_word(part)
+                break
+            part = wire.ChunkPart(index, offset, data[offset : offset + wire.PART_BYTES])
             BYTES.labels(direction="out").inc(len(part.data))
-        CHUNKS.labels(direction="out", outcome="ok").inc()
+            if offset + wire.PART_BYTES >= len(data):
+                CHUNKS.labels(direction="out", outcome="ok").inc()
+                await self._last_word(part)
+                return
+            await _send(self._frames, part)
+        await self._last_word(wire.Cancelled(index))
 
     async def _last_word(self, message: wire.ChunkPart | wire.NotHave | wire.Cancelled) -> None:
         # Settled before it is sent: the fetcher may ask for the chunk anew, and cancel that, while we still send.
-        self._current = None
+        self._owed.discard(message.index)
         self._cancelled.discard(message.index)
         await _send(self._frames, message)
 

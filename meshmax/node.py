@@ -147,6 +147,7 @@ class Node:
             0,
             self.name,
             __version__,
+            engine=self.engine.name,
             models=self._models(),
             gpus=self.gpus,
             load=self.residency.load(),

@@ -17,6 +17,7 @@ MAX_ADDRESSES: Final = 16  # a host with that many interfaces is still reached b
 MAX_MODELS: Final = 1024  # models a peer lists; 1024 of ~150 bytes stay well inside one frame
 MAX_GPUS: Final = 32
 MAX_PEER_NAME: Final = 64  # characters
+NO_ENGINE: Final = "none"
 
 ModelState = Literal["disk", "loaded", "partial"]
 Device = Literal["gpu", "cpu"]
@@ -74,7 +75,10 @@ class Speed(msgspec.Struct, frozen=True):
 
 
 class PeerStatus(msgspec.Struct, frozen=True):
-    """One peer's word about itself. ``sequence`` grows with each issue, over restarts too; ``mesh`` is '' in an open mesh."""
+    """One peer's word about itself. ``sequence`` grows with each issue, over restarts too; ``mesh`` is '' in an open mesh.
+
+    ``engine`` names what runs models there; a peer with NO_ENGINE stores and routes only.
+    """
 
     peer_id: PeerId
     sequence: int
@@ -82,6 +86,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     name: str
     version: str
     mesh: str = ""
+    engine: str = ""
     addresses: tuple[str, ...] = ()
     models: tuple[ModelPresence, ...] = ()
     gpus: tuple[Gpu, ...] = ()

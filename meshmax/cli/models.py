@@ -41,7 +41,7 @@ def list_models(prefix: str = "", /, *, as_json: AsJson = False, target: Target 
 
 
 def _list_row(model: dict[str, Any], now_s: float) -> tuple[str, ...]:
-    size = "-" if model.get("remote_host") else format_bytes(model["size"])
+    size = format_bytes(model["size"])
     changed = human_time(parse_time_s(model["modified_at"]), now_s)
     return (model["name"], model["digest"][:ID_CHARACTERS], size, changed)
 

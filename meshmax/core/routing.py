@@ -20,7 +20,7 @@ import msgspec
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import ChatRequest, EmbedRequest, InferRequest
 from meshmax.base.route import Candidate, Verdict
-from meshmax.base.status import MAX_PEER_NAME, Device, Load, ModelPresence, PeerView
+from meshmax.base.status import MAX_PEER_NAME, NO_ENGINE, Device, Load, ModelPresence, PeerView
 from meshmax.core.measurements import Figures, Setback
 
 TIER_MARGIN: Final = (
@@ -310,9 +310,11 @@ class Outstanding:
 
 
 def holders(views: Iterable[PeerView], digest: Sha256) -> list[tuple[PeerView, ModelPresence]]:
-    """Who says it has something of the model: each peer with its own word about it."""
+    """Who says it has something of the model, and an engine to run it: each peer with its own word about it."""
     found = []
     for view in views:
+        if view.status and view.status.engine == NO_ENGINE:
+            continue
         model = next((m for m in view.status.models if m.digest == digest), None) if view.status else None
         if model is not None:
             found.append((view, model))

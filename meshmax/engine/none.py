@@ -8,14 +8,14 @@ import trio
 
 from meshmax.base.catalog import ModelFile
 from meshmax.base.errors import EngineUnavailable
-from meshmax.base.status import Gpu
+from meshmax.base.status import NO_ENGINE, Gpu
 from meshmax.ports import LoadedModel
 
 
 class NoEngine:
     """Satisfies ports.Engine by refusing."""
 
-    name = "none"
+    name = NO_ENGINE
 
     async def devices(self) -> tuple[Gpu, ...]:
         """None."""

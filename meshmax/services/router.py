@@ -30,7 +30,7 @@ from meshmax.base.errors import (
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_load_only
 from meshmax.base.route import Attempt, Candidate, Route
-from meshmax.base.status import Device, ModelPresence, PeerView
+from meshmax.base.status import NO_ENGINE, Device, ModelPresence, PeerView
 from meshmax.core.measurements import MIN_LOAD_S, Measurements
 from meshmax.core.routing import Contender, Decision, Outstanding, decide, expected_work, explain, holders
 from meshmax.ports import Catalog, Presence, Residency, Swarm
@@ -124,7 +124,7 @@ class MeshRouter:
     ) -> tuple[PeerView, ModelPresence] | None:
         """Ourselves, as we are now: our own status is a moment old and may lack a model that has just come."""
         view = next((view for view in views if view.peer_id == self._peer_id), None)
-        if view is None or view.status is None:
+        if view is None or view.status is None or view.status.engine == NO_ENGINE:
             return None
         model = stated[1] if stated and stated[1].state != "partial" else None
         if model is None:

@@ -63,7 +63,7 @@ def read_status(signed: Signed) -> PeerStatus:
 
 
 def _within_bounds(status: PeerStatus) -> bool:
-    texts = [status.version, status.mesh, *status.addresses, *(gpu.name for gpu in status.gpus)]
+    texts = [status.version, status.mesh, status.engine, *status.addresses, *(gpu.name for gpu in status.gpus)]
     numbers = [
         status.memory_bytes,
         status.memory_total_bytes,

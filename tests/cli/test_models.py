@@ -29,7 +29,7 @@ def loaded(name: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_list_has_ollamas_columns_and_a_dash_for_what_only_others_hold(
+def test_list_has_ollamas_columns_for_what_is_here_and_what_only_others_hold(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remote = tag("llama3:8b", remote_host="http://a", remote_model="llama3:8b")
@@ -38,7 +38,7 @@ def test_list_has_ollamas_columns_and_a_dash_for_what_only_others_hold(
     assert capsys.readouterr().out == (
         "NAME              ID              SIZE     MODIFIED\n"
         "smollm2:latest    6a0746a1ec1a    98 MB    3 days ago\n"
-        "llama3:8b         6a0746a1ec1a    -        3 days ago\n"
+        "llama3:8b         6a0746a1ec1a    98 MB    3 days ago\n"
     )
 
 

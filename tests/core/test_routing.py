@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, InferRequest, Message, Options
-from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
+from meshmax.base.status import NO_ENGINE, Load, ModelPresence, PeerStatus, PeerView
 from meshmax.core.measurements import Figures, Setback
 from meshmax.core.routing import (
     IMAGE_TOKENS,
@@ -393,3 +393,10 @@ def test_holders_are_those_that_say_something_of_the_model() -> None:
     views = [peer("a").view, peer("b", silent=True).view, peer("c", state="partial").view]
     assert [view.peer_id for view, _ in holders(views, MODEL)] == ["a", "c"]
     assert holders(views, Sha256("cd" * 32)) == []
+
+
+def test_a_peer_without_an_engine_holds_a_model_for_nobodys_prompt() -> None:
+    view = peer("a").view
+    assert view.status
+    stores_only = msgspec.structs.replace(view, status=msgspec.structs.replace(view.status, engine=NO_ENGINE))
+    assert holders([stores_only], MODEL) == []

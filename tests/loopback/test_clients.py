@@ -87,8 +87,10 @@ def test_ollama_lists_and_shows_a_model_here_and_one_that_only_a_peer_holds(
 def test_ollama_streams_an_answer_that_a_peer_makes(asker: PeerProcess) -> None:
     with ollama_of(asker) as client:
         parts = list(client.generate("parrot", "one two three", stream=True))
-        assert [part.response for part in parts] == ["one", " two", " three", ""]
-        assert [part.done for part in parts] == [False, False, False, True]
+        assert "".join(part.response or "" for part in parts) == "one two three"  # a busy machine joins tokens
+        assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+        assert len(parts) > 1
+        assert parts[-1].response == ""
         assert parts[-1].eval_count == 3
         assert parts[-1].total_duration
         whole = client.generate("parrot", "one two", options={"num_predict": 1})
@@ -109,7 +111,8 @@ def test_ollama_chats_streamed_and_not(holder: PeerProcess, asker: PeerProcess) 
         with ollama_of(peer) as client:
             assert client.chat("parrot", messages).message.content == "hello there"
             parts = [part.message.content for part in client.chat("parrot", messages, stream=True)]
-            assert parts == ["hello", " there", ""]
+            assert "".join(part or "" for part in parts) == "hello there"
+            assert parts[-1] == ""
 
 
 def test_ollama_embeds(asker: PeerProcess) -> None:
@@ -174,7 +177,7 @@ def test_ollama_is_told_errors_in_its_own_words(asker: PeerProcess) -> None:
 async def test_ollamas_asynchronous_client_streams_too(asker: PeerProcess) -> None:
     client = ollama.AsyncClient(asker.api, trust_env=False)
     texts = [part.response async for part in await client.generate("parrot", "a b", stream=True)]
-    assert texts == ["a", " b", ""]
+    assert "".join(text or "" for text in texts) == "a b"
     await client.close()  # type: ignore[no-untyped-call]
 
 
@@ -202,7 +205,8 @@ def test_openai_chats_streamed_and_not(holder: PeerProcess, asker: PeerProcess) 
             )
             chunks = list(stream)
             texts = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
-            assert texts == ["hello", " there", None]
+            assert "".join(text or "" for text in texts) == "hello there"
+            assert texts[-1] is None
             assert chunks[-1].usage is not None
             assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
 
@@ -211,7 +215,7 @@ def test_openai_completes_and_embeds(asker: PeerProcess) -> None:
     with openai_of(asker) as client:
         assert client.completions.create(model="parrot", prompt="a b c", max_tokens=2).choices[0].text == "a b"
         texts = [part.choices[0].text for part in client.completions.create(model="parrot", prompt="a b", stream=True)]
-        assert texts == ["a", " b", ""]
+        assert "".join(texts) == "a b"
         packed = client.embeddings.create(model="parrot", input=["a", "b"])  # the client asks for base64 by itself
         plain = client.embeddings.create(model="parrot", input=["a", "b"], encoding_format="float")
         assert packed.data[1].embedding == pytest.approx(plain.data[1].embedding)

@@ -20,6 +20,18 @@ def open_asyncio() -> AbstractAsyncContextManager[Any]:
     return loop
 
 
+async def make_in_asyncio(make: Callable[[], T]) -> T:
+    """The result of ``make()``, called where an asyncio loop is running, as constructors of such libraries expect."""
+
+    async def made() -> T:
+        import asyncio
+
+        await asyncio.sleep(0)
+        return make()
+
+    return await call_asyncio(made)
+
+
 async def call_asyncio(work: Callable[[], Awaitable[T]]) -> T:
     """The result of ``work()``, which awaits asyncio things; cancelling cancels it."""
     import trio_asyncio

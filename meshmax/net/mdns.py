@@ -20,7 +20,7 @@ import trio
 
 from meshmax.base.ids import PeerId
 from meshmax.net.addresses import interface_addresses
-from meshmax.net.asyncio_bridge import call_asyncio, open_asyncio
+from meshmax.net.asyncio_bridge import call_asyncio, make_in_asyncio, open_asyncio
 from meshmax.net.mdns_records import PEER_NAME_LENGTH, SERVICE, decode_txt, encode_txt
 from meshmax.ports import Sighting
 from meshmax.telemetry.log import get_logger
@@ -68,19 +68,18 @@ class Mdns:
                     pause_s = min(2 * pause_s, RETRY_S[1])
 
     def _chosen_interfaces(self) -> list[str]:
-        if self._interfaces:
-            return list(self._interfaces)
-        return [ip for ip in interface_addresses() if ":" not in ip]
+        up = [ip for ip in interface_addresses() if ":" not in ip]
+        return [ip for ip in up if ip in self._interfaces] if self._interfaces else up
 
     async def _session(self, interfaces: list[str], found: trio.MemorySendChannel[Sighting]) -> None:
         """Announce and listen on ``interfaces`` until they change. Raises OSError, in a group or alone."""
         from zeroconf import IPVersion
         from zeroconf.asyncio import AsyncZeroconf
 
-        async def start() -> Any:
-            return AsyncZeroconf(interfaces=interfaces, ip_version=IPVersion.V4Only)
+        if not interfaces:
+            raise OSError(f"no IPv4 interface is up{' of ' + ', '.join(self._interfaces) if self._interfaces else ''}")
 
-        zeroconf = await call_asyncio(start)
+        zeroconf = await make_in_asyncio(partial(AsyncZeroconf, interfaces=interfaces, ip_version=IPVersion.V4Only))
         sink, records = trio.open_memory_channel[tuple[str, bytes | None]](MAX_RECORDS)
         listener = _make_listener(sink)
         try:

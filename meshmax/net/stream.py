@@ -2,7 +2,8 @@
 
 Rules: a write goes out in steps of WRITE_STEP_BYTES with a checkpoint between; a cancelled write costs this stream, never
 the connection (net.wire finishes what the cipher has numbered). A read waits cancellably for data and takes it in one go.
-`reset` and `aclose` return at once; the rest goes on in the swarm's nursery. After `aclose` the peer has CLOSE_TIMEOUT_S to end its side; then the stream is reset.
+`reset` and `aclose` return at once; the rest goes on in the swarm's nursery. After `aclose` the peer has CLOSE_TIMEOUT_S to
+end its side; then the stream is reset.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class LibraryStream:
             with trio.CancelScope(shield=True):
                 return await self._read(max_bytes)
         except library.failures() as error:
-            await self.reset()
+            self.give_up()
             raise PeerGone(_why(error)) from error
 
     async def _wait_readable(self) -> None:
@@ -92,10 +93,10 @@ class LibraryStream:
                 await self._wire.wait_room()
                 await self._stream.write(bytes(view[start : start + limits.WRITE_STEP_BYTES]))
         except library.failures() as error:
-            await self.reset()
+            self.give_up()
             raise PeerGone(_why(error)) from error
         except trio.Cancelled:
-            self._end(self._reset_now)
+            self.give_up()
             raise
 
     async def send_eof(self) -> None:
@@ -109,16 +110,20 @@ class LibraryStream:
         try:
             await self._muxed.close()
         except library.failures() as error:
-            await self.reset()
+            self.give_up()
             raise PeerGone(_why(error)) from error
         except trio.Cancelled:
-            self._end(self._reset_now)
+            self.give_up()
             raise
 
     async def reset(self) -> None:
         """See ports.Stream."""
-        self._end(self._reset_now)
+        self.give_up()
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def give_up(self) -> None:
+        """`reset` without an await, for where something else is on its way already."""
+        self._end(self._reset_now)
 
     async def aclose(self) -> None:
         """See ports.Stream. What the peer still sends is thrown away."""

@@ -182,7 +182,7 @@ class LibrarySwarm:
                 if not opening.taken:
                     opening.abandoned = True
                     if opening.stream is not None:
-                        await opening.stream.reset()
+                        opening.stream.give_up()
         raise PeerGone(opening.why or f"the peer did not answer within {limits.NEW_STREAM_TIMEOUT_S:g} s")
 
     async def _open_raw(self, link: _Link, opening: _Opening) -> None:
@@ -222,7 +222,7 @@ class LibrarySwarm:
             if await isolate("stream", partial(self._negotiate_and_answer, net_stream), peer=peer_id):
                 await stream.aclose()
         finally:
-            await stream.reset()
+            stream.give_up()
 
     async def _negotiate_and_answer(self, net_stream: Any) -> None:
         try:
@@ -364,7 +364,8 @@ async def open_swarm(
                     try:
                         yield swarm
                     finally:
-                        await swarm.close()
+                        with trio.CancelScope(deadline=trio.current_time() + 2 * limits.LAST_WORDS_S, shield=True):
+                            await swarm.close()
             finally:
                 nursery.cancel_scope.cancel()
     finally:

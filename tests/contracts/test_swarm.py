@@ -121,7 +121,9 @@ async def read_all(stream: Stream) -> bytes:
 
 
 async def settled(swarm: Swarm, *, connected: Sequence[PeerId]) -> None:
-    while set(swarm.connections()) != set(connected):
+    while True:
+        if set(swarm.connections()) == set(connected):
+            return
         await trio.sleep(0.01)
 
 

@@ -1,0 +1,92 @@
+"""mDNS over real multicast on the loopback interface."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import trio
+
+from meshmax.base.ids import PeerId
+from meshmax.net.asyncio_bridge import call_asyncio, make_in_asyncio, open_asyncio
+from meshmax.net.mdns import Mdns
+from meshmax.net.mdns_records import SERVICE, encode_txt
+from meshmax.ports import Sighting
+from meshmax.testing.memory_swarm import SeededSigner
+
+pytestmark = pytest.mark.loopback
+
+
+def fresh_peer() -> PeerId:
+    # Other tests may be announcing on this machine at the same time: every test has peers of its own.
+    import secrets
+
+    return SeededSigner(secrets.randbits(200)).peer_id
+
+
+@asynccontextmanager
+async def announcer(peer_id: PeerId) -> AsyncIterator[trio.MemoryReceiveChannel[Sighting]]:
+    sink, source = trio.open_memory_channel[Sighting](100)
+    mdns = Mdns(peer_id, lambda: (f"/ip4/127.0.0.1/tcp/4001/p2p/{peer_id}",), ["127.0.0.1"])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mdns.run, sink)
+        yield source
+        nursery.cancel_scope.cancel()
+
+
+async def wait_for(source: trio.MemoryReceiveChannel[Sighting], peer_id: PeerId, within_s: float) -> Sighting:
+    with trio.fail_after(within_s):
+        while (sighting := await source.receive()).peer_id != peer_id:
+            pass
+        return sighting
+
+
+async def test_two_peers_on_one_machine_see_each_other_within_two_seconds() -> None:
+    one, two = fresh_peer(), fresh_peer()
+    async with announcer(one) as by_one, announcer(two) as by_two:
+        sighting = await wait_for(by_one, two, 2.0)
+        assert sighting.addresses == (f"/ip4/127.0.0.1/tcp/4001/p2p/{two}",)
+        assert sighting.source == "mdns"
+        await wait_for(by_two, one, 2.0)
+
+
+async def test_a_newcomer_sees_an_announcer_that_was_there_before() -> None:
+    one, two = fresh_peer(), fresh_peer()
+    async with announcer(one):
+        await trio.sleep(1.5)
+        async with announcer(two) as by_two:
+            await wait_for(by_two, one, 1.5)
+
+
+async def test_an_announcer_with_ptr_and_txt_only_is_seen() -> None:
+    from zeroconf import DNSOutgoing, DNSPointer, DNSText, IPVersion
+    from zeroconf.asyncio import AsyncZeroconf
+
+    one, other = fresh_peer(), fresh_peer()
+    name = "a" * 36 + "." + SERVICE
+    txt = encode_txt([f"/ip4/127.0.0.1/tcp/4002/p2p/{other}", f"/ip4/127.0.0.1/tcp/4003/p2p/{other}"])
+
+    async with announcer(one) as by_one, open_asyncio():
+        zeroconf = await make_in_asyncio(partial(AsyncZeroconf, interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only))
+        try:
+            await call_asyncio(partial(zeroconf.zeroconf.async_wait_for_start))
+            outgoing = DNSOutgoing(0x8400)
+            outgoing.add_answer_at_time(DNSPointer(SERVICE, 12, 1, 120, name), 0)
+            outgoing.add_answer_at_time(DNSText(name, 16, 1 | 0x8000, 120, txt), 0)
+            await trio.sleep(0.5)
+            zeroconf.zeroconf.async_send(outgoing)
+            sighting = await wait_for(by_one, other, 2.0)
+            assert len(sighting.addresses) == 2
+        finally:
+            with trio.CancelScope(deadline=trio.current_time() + 1.0, shield=True):
+                await call_asyncio(zeroconf.async_close)
+
+
+async def test_no_usable_interface_is_tried_again_and_nothing_fails() -> None:
+    one = fresh_peer()
+    sink, _source = trio.open_memory_channel[Sighting](1)
+    mdns = Mdns(one, lambda: (), ["192.0.2.77"])
+    with trio.move_on_after(1.5) as scope:
+        await mdns.run(sink)
+    assert scope.cancelled_caught
+    assert mdns.problem

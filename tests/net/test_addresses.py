@@ -1,0 +1,117 @@
+import pytest
+
+from meshmax.base.errors import InvalidRequest
+from meshmax.net.addresses import (
+    Endpoint,
+    concrete_addresses,
+    interface_addresses,
+    is_lan_address,
+    multiaddr_of,
+    parse_endpoint,
+)
+from meshmax.testing.memory_swarm import SeededSigner
+
+PEER = SeededSigner(1).peer_id
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("/ip4/192.168.1.2/tcp/11435", Endpoint("192.168.1.2", 11435)),
+        (f"/ip4/192.168.1.2/tcp/1/p2p/{PEER}", Endpoint("192.168.1.2", 1, PEER)),
+        ("/ip6/::1/tcp/65535", Endpoint("::1", 65535)),
+        ("/ip6zone/eth0/ip6/fe80::1/tcp/9", Endpoint("fe80::1%eth0", 9)),
+        ("/dns4/box.local/tcp/80", Endpoint("box.local", 80, None, name=True)),
+    ],
+)
+def test_an_address_is_read(text: str, endpoint: Endpoint) -> None:
+    assert parse_endpoint(text) == endpoint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "/",
+        "192.168.1.2:80",
+        "/ip4/1.2.3/tcp/1",
+        "/ip4/1.2.3.4/tcp/0",
+        "/ip4/1.2.3.4/tcp/65536",
+        "/ip4/1.2.3.4/tcp/٣",
+        "/ip4/1.2.3.4/udp/1",
+        "/ip4/1.2.3.4/tcp/1/ws",
+        "/ip4/1.2.3.4/tcp/1/p2p/QmNotEd25519",
+        "/ip4/1.2.3.4/tcp/1/p2p",
+        "/ip6/1.2.3.4/tcp/1",
+        "/dns4/-bad-/tcp/1",
+        "/dns4/a b/tcp/1",
+        "/dns4/" + "a" * 300 + "/tcp/1",
+        f"/ip4/1.2.3.4/tcp/1/p2p-circuit/p2p/{PEER}",
+        "/ip4/1.2.3.4/tcp/1" * 50,
+    ],
+)
+def test_what_is_no_address_is_refused_with_a_hint(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_endpoint(text)
+
+
+@pytest.mark.parametrize("ip", ["192.168.7.1", "::1", "fe80::2%eth1"])
+def test_an_address_is_written_as_it_is_read(ip: str) -> None:
+    assert parse_endpoint(multiaddr_of(ip, 5, PEER)) == Endpoint(ip, 5, PEER)
+
+
+@pytest.mark.parametrize(
+    "ip",
+    [
+        "127.0.0.1",
+        "127.9.9.9",
+        "10.1.2.3",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.0.9",
+        "169.254.1.1",
+        "::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fd00::1",
+        "::ffff:192.168.1.1",
+    ],
+)
+def test_a_local_address_is_lan(ip: str) -> None:
+    assert is_lan_address(ip)
+
+
+@pytest.mark.parametrize(
+    "ip",
+    [
+        "8.8.8.8",
+        "172.32.0.1",
+        "192.0.2.1",
+        "198.18.0.1",
+        "100.64.0.1",
+        "0.0.0.0",
+        "255.255.255.255",
+        "2001:db8::1",
+        "2606:4700::1",
+        "::ffff:8.8.8.8",
+        "::",
+        "box.local",
+        "",
+    ],
+)
+def test_any_other_address_is_not_lan(ip: str) -> None:
+    assert not is_lan_address(ip)
+
+
+def test_interfaces_are_listed_with_loopback_last() -> None:
+    found = interface_addresses()
+    assert "127.0.0.1" in found
+    loopback = [ip.startswith("127.") or ip == "::1" for ip in found]
+    assert loopback == sorted(loopback)
+
+
+def test_a_wildcard_means_the_interfaces_of_its_family() -> None:
+    interfaces = ["192.168.1.5", "fd00::5", "fe80::5%eth0", "127.0.0.1", "::1"]
+    assert concrete_addresses("0.0.0.0", interfaces) == ["192.168.1.5", "127.0.0.1"]
+    assert concrete_addresses("::", interfaces) == ["fd00::5", "::1"]
+    assert concrete_addresses("10.0.0.1", interfaces) == ["10.0.0.1"]

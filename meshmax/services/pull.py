@@ -27,6 +27,7 @@ from meshmax.services.pull_progress import Board
 from meshmax.telemetry.isolate import isolate
 
 MAX_PULLS: Final = 32  # at once; each may hold 64 MiB of chunks that wait for the disk
+MAX_WATCHERS: Final = 64  # of one pull; each is somebody's open request
 MAX_ENDED: Final = 100  # ended transfers that are remembered
 
 
@@ -68,6 +69,8 @@ class PullService:
             if not self._world.sources(resolved.digest):
                 raise _nobody_has(name)
             job = self._start(Job(self._world, self._new_id(resolved.digest), resolved.digest, parsed))
+        if job.watchers >= MAX_WATCHERS:
+            raise Busy(f"{MAX_WATCHERS} requests wait for this model already")
         job.names.setdefault(parsed.key, parsed)
         job.watchers += 1
         try:

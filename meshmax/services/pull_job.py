@@ -10,7 +10,8 @@ publisher's record is tried if a holder has one. Not here: who may watch (servic
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -75,6 +76,15 @@ class World(msgspec.Struct, frozen=True):
             if states:
                 (whole if states - {"partial"} else some)[view.peer_id] = view.status.addresses
         return whole | some
+
+    @asynccontextmanager
+    async def held(self, digest: Sha256) -> AsyncIterator[None]:
+        """Alone with a blob: no other pull fetches or completes it meanwhile."""
+        lock = self.locks.setdefault(digest, trio.Lock())
+        async with lock:
+            yield
+        if not lock.statistics().tasks_waiting and self.locks.get(digest) is lock and not lock.locked():
+            del self.locks[digest]
 
     async def is_whole(self, digest: Sha256) -> bool:
         """Whether the blob is in the store, whole."""
@@ -182,7 +192,7 @@ class Job:
     async def _fetch_blobs(self, model: FetchedModel) -> None:
         fetched: list[Layer] = []
         for layer in self._layers:
-            async with self._lock(layer.digest):
+            async with self._world.held(layer.digest):
                 if await self._world.is_whole(layer.digest):
                     self._done[layer.digest] = layer.size
                     self._post(_pulling(layer))
@@ -191,7 +201,7 @@ class Job:
                 fetched.append(layer)
         self._post("verifying sha256 digest")
         for layer in fetched:
-            async with self._lock(layer.digest):
+            async with self._world.held(layer.digest):
                 if not await self._world.is_whole(layer.digest):
                     await self._complete(layer, model)
 
@@ -239,9 +249,6 @@ class Job:
         finally:
             with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
                 await partial.aclose()
-
-    def _lock(self, digest: Sha256) -> trio.Lock:
-        return self._world.locks.setdefault(digest, trio.Lock())
 
     # --- how it is seen ----------------------------------------------------------------------------------------------
 

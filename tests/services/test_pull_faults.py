@@ -10,9 +10,13 @@ from meshmax.base.events import Transfer
 from meshmax.base.ids import Sha256
 from meshmax.base.model import CHUNK_BYTES
 from meshmax.base.names import parse_name
+from meshmax.ports import Stream
+from meshmax.services.frames import FrameStream
 from meshmax.services.pull_blob import SOURCE_WAIT_S
 from meshmax.testing.memory_store import MemoryBlobStore
+from meshmax.wire import blob
 from meshmax.wire.chunkmap import chunk_map_of_bytes
+from meshmax.wire.protocols import BLOB
 from tests.services.pull_site import NAME, SitePeer, Store, model_bytes, open_site, sha256_of
 
 
@@ -324,10 +328,10 @@ async def test_chunks_that_are_not_the_blob_condemn_their_publisher_and_another_
         data = model_bytes(5)
         stored = await a.hold(data)
         digest = sha256_of(data)
-        blob = a.store.blobs.blobs[digest]
-        blob.data[7] ^= 1
-        whole = chunk_map_of_bytes(bytes(blob.data))
-        blob.chunk_map = msgspec.structs.replace(whole, sha256=digest)  # a map of other bytes, and signed
+        rotten = a.store.blobs.blobs[digest]
+        rotten.data[7] ^= 1
+        whole = chunk_map_of_bytes(bytes(rotten.data))
+        rotten.chunk_map = msgspec.structs.replace(whole, sha256=digest)  # a map of other bytes, and signed
         await a.store.models.put(parse_name(NAME), stored.manifest.raw, a.record_of(stored))
         last = (await c.pull())[-1]
         assert (last.state, last.error_code) == ("failed", "integrity")
@@ -339,3 +343,52 @@ async def test_chunks_that_are_not_the_blob_condemn_their_publisher_and_another_
         last = (await c.pull())[-1]
         assert last.state == "done"
         assert c.store.blobs.content(digest) == data
+
+
+async def test_a_peer_of_another_version_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        a, b, c = await site.peer(), await site.peer(), await site.peer()
+        await hold_alike(model_bytes(10), a, b)
+        a.swarm._answers.clear()
+        last = (await c.pull())[-1]
+        assert last.state == "done"
+        assert set(last.peers) == {b.peer_id}
+
+
+async def test_a_peer_that_talks_garbage_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        a, b, c = await site.peer(), await site.peer(), await site.peer()
+        await hold_alike(model_bytes(10), a, b)
+
+        async def garbage(stream: Stream) -> None:
+            await stream.send_all(b"\xff" * 5000)
+            await trio.sleep_forever()
+
+        for protocol in tuple(a.swarm._answers):
+            a.swarm.serve(protocol, garbage)
+        last = (await c.pull())[-1]
+        assert last.state == "done"
+        assert set(last.peers) == {b.peer_id}
+
+
+async def test_a_peer_that_sends_what_was_not_asked_for_is_passed_over(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        a, b, c = await site.peer(), await site.peer(), await site.peer()
+        data = model_bytes(10)
+        await hold_alike(data, a, b)
+
+        async def eager(stream: Stream) -> None:
+            frames = FrameStream(stream)
+            opened = await frames.receive(blob.FROM_FETCHER)
+            assert isinstance(opened, blob.Open)
+            known = await a.store.blobs.haves(Sha256(opened.digest))
+            assert known is not None
+            await frames.send(blob.FROM_SERVER, blob.have_of(known[1]))
+            for index in range(1000):
+                await frames.send(blob.FROM_SERVER, blob.ChunkPart(index, 0, bytes(blob.PART_BYTES)))
+
+        a.swarm.serve(BLOB, eager)
+        last = (await c.pull())[-1]
+        assert last.state == "done"
+        assert a.peer_id not in last.peers or last.peers[a.peer_id].bytes == 0
+        assert len(c.swarm.connections()) == 2

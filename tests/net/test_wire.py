@@ -1,0 +1,96 @@
+from typing import Any
+
+import pytest
+import trio
+
+from meshmax.net import library, limits
+from meshmax.net.wire import Wire
+from meshmax.testing.memory_transport import MemoryWires
+
+
+async def pair(wires: MemoryWires) -> tuple[Any, Any, str]:
+    one, two = wires.attach(), wires.attach()
+    listener = await two.listen("", 7)
+    near = await one.connect(two.ip, 7)
+    return near, await listener.accept(), two.ip
+
+
+async def test_a_cancelled_write_still_goes_out_whole_and_in_order(autojump_clock: Any) -> None:
+    near, far, _ = await pair(MemoryWires())
+    async with trio.open_nursery() as nursery:
+        wire = Wire(near, lambda: None)
+        nursery.start_soon(wire.pump)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await wire.write(b"numbered ")
+        await wire.write(b"next")
+        await trio.sleep(1)
+        assert await far.receive_some(100) + await far.receive_some(100) == b"numbered next"
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_stalled_wire_holds_nobody_and_can_be_cut(autojump_clock: Any) -> None:
+    library.load()
+    wires = MemoryWires()
+    near, _far, ip = await pair(wires)
+    wires.freeze(ip)
+    ended = []
+    async with trio.open_nursery() as nursery:
+        wire = Wire(near, lambda: ended.append(True))
+        nursery.start_soon(wire.pump)
+        with trio.fail_after(1):
+            for _ in range(100):
+                await wire.write(bytes(65_000))
+        with trio.move_on_after(5) as scope:
+            await wire.wait_room()
+        assert scope.cancelled_caught
+        wire.cut()
+        with trio.fail_after(1):
+            await wire.wait_room()
+            assert await wire.read(10) == b""
+        wire.cut()
+    assert ended == [True]
+    with pytest.raises(library.failures()):
+        await wire.write(b"x")
+
+
+async def test_a_backlog_beyond_its_bound_costs_the_connection(autojump_clock: Any) -> None:
+    library.load()
+    wires = MemoryWires()
+    near, _far, ip = await pair(wires)
+    wires.freeze(ip)
+    async with trio.open_nursery() as nursery:
+        wire = Wire(near, lambda: None)
+        nursery.start_soon(wire.pump)
+
+        async def write_on() -> None:
+            for _ in range(limits.MAX_BACKLOG_BYTES // 65_000 + 40):  # the cable itself holds some
+                await wire.write(bytes(65_000))
+
+        with pytest.raises(library.failures()):
+            await write_on()
+        assert wire.cut_off
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_stranger_may_send_little_before_it_is_authenticated(autojump_clock: Any) -> None:
+    near, far, _ = await pair(MemoryWires())
+    wire = Wire(near, lambda: None)
+    await far.send_all(bytes(2 * limits.MAX_HANDSHAKE_BYTES))
+    received = 0
+    while data := await wire.read(65536):
+        received += len(data)
+    assert received == limits.MAX_HANDSHAKE_BYTES
+    assert wire.cut_off
+
+
+async def test_an_authenticated_peer_may_send_any_amount(autojump_clock: Any) -> None:
+    near, far, _ = await pair(MemoryWires())
+    wire = Wire(near, lambda: None)
+    wire.authenticated()
+    await far.send_all(bytes(3 * limits.MAX_HANDSHAKE_BYTES))
+    far.close()
+    received = 0
+    while data := await wire.read(65536):
+        received += len(data)
+    assert received == 3 * limits.MAX_HANDSHAKE_BYTES

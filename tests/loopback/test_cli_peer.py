@@ -188,6 +188,25 @@ def test_a_killed_peer_leaves_no_process_behind_and_its_home_opens_again(tmp_pat
         assert again.run("list").stdout.count("smollm2:latest") == 1
 
 
+def test_a_peer_that_is_answering_ends_within_two_seconds_and_so_does_its_engine(tmp_path: Path) -> None:
+    with peers(tmp_path, "one", lan="false", engine_kind="llamacpp", engine_context_tokens="1024") as (peer,):
+        peer.run("add", "smollm2", str(small_model()))
+        # Without a template, counting goes on and on.
+        body = {"model": "smollm2", "prompt": "1, 2, 3, 4, 5, 6, 7,", "raw": True, "options": {"temperature": 0}}
+        with httpx.stream("POST", peer.api + "/api/generate", json=body, timeout=120, trust_env=False) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            engine = psutil.Process(peer.process.pid).children(recursive=True)
+            assert engine
+            began_s = time.monotonic()
+            peer.process.terminate()
+            assert "shutting down" in list(lines)[-1]
+        assert peer.process.wait(10) == 0, peer.tail()
+        assert time.monotonic() - began_s < END_WITHIN_S + SLACK_S
+        assert psutil.wait_procs(engine, timeout=1)[1] == []
+        assert "Traceback" not in peer.log.read_text()
+
+
 def test_after_a_kill_the_command_line_says_that_no_peer_is_running(peer: PeerProcess) -> None:
     peer.kill()
     done = peer.run("list", check=False)

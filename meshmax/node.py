@@ -45,7 +45,7 @@ from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swa
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.infer_server import InferServer
-from meshmax.services.model_exchange import ModelServer
+from meshmax.services.model_exchange import FetchedModel, ModelServer
 from meshmax.services.model_exchange import describe as ask_description
 from meshmax.services.presence import PresenceService, open_presence
 from meshmax.services.pull import PartialModel, open_pulls
@@ -101,6 +101,7 @@ class Node:
         self.pulls: Pulls
         self.router: Router
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
+        self.pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None  # likewise
         self._meter = Meter(home.path)
 
     def now(self) -> float:
@@ -266,8 +267,12 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         node.changed,
     )
     await enter(open_catalog(node.catalog))
+
+    def pulling(digest: Sha256) -> FetchedModel | None:
+        return node.pulling(digest)  # looked up late: pulls are opened after this
+
     # Protocols are served before anybody can know our address, so that no early peer is refused.
-    ModelServer(store.models, store.blobs).register(node.swarm)
+    ModelServer(store.models, store.blobs, pulling).register(node.swarm)
     BlobServer(store.blobs).register(node.swarm)
     InferServer(node.residency).register(node.swarm)
     rungs = world.rungs(config, node.swarm)
@@ -289,7 +294,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             on_stored=stored,
         )
     )
-    node.partials = pulls.partials
+    node.partials, node.pulling = pulls.partials, pulls.pulling
     node.router = await enter(open_router(node.swarm, node.residency, node.catalog, node.presence, node.peer_id))
     await enter(_open_background(node, first_seen))
 

@@ -31,7 +31,7 @@ ID_CHARACTERS: Final = 12  # of a digest, in tables
 
 
 def list_models(prefix: str = "", /, *, as_json: AsJson = False, target: Target = HERE) -> None:
-    """List the models that this peer can use: its own, and those that only other peers hold (SIZE `-`)."""
+    """List the models that this peer can use: its own, and those that only other peers hold."""
     with open_client(target) as client:
         found = [m for m in client.get("/api/tags")["models"] if m["name"].lower().startswith(prefix.lower())]
     if as_json:

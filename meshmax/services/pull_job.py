@@ -241,6 +241,7 @@ class Job:
         try:
             if digest.hexdigest() != layer.digest:
                 await partial.discard()
+                self._done.pop(layer.digest, None)
                 publisher = model.record.publisher
                 raise _Condemned(
                     f"digest mismatch: the chunks that {publisher} signed as blob {layer.digest[:12]} are not that blob"

@@ -59,9 +59,15 @@ class Site:
 
 @asynccontextmanager
 async def open_site(folder: Path) -> AsyncIterator[Site]:
-    """A site; everything ends with the block."""
-    async with AsyncExitStack() as stack:
-        yield Site(folder, stack)
+    """A site; everything ends with the block, whose own exception comes out as it is, out of all nurseries' groups."""
+    try:
+        async with AsyncExitStack() as stack:
+            yield Site(folder, stack)
+    except BaseExceptionGroup as group:
+        leaf: BaseException = group
+        while isinstance(leaf, BaseExceptionGroup):
+            leaf = leaf.exceptions[0]
+        raise leaf from None
 
 
 def online(node: Node) -> set[str]:

@@ -24,9 +24,9 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How models run. ``threads`` 0: the physical cores but one. ``parallel``: answers at once a model. ``context_tokens`` 0: auto.
+    """How models run. ``threads`` 0: the physical cores but one. ``parallel``: answers at once a model.
 
-    ``gpu_layers`` -1: all that fit. ``load_timeout_s``: a model that has not loaded by then is given up.
+    ``context_tokens`` 0: auto. ``gpu_layers`` -1: all that fit. ``load_timeout_s``: a model not loaded by then is given up.
     """
 
     kind: Literal["llamacpp", "echo", "none"] = "llamacpp"

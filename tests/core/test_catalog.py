@@ -77,7 +77,7 @@ def test_when_only_another_digest_is_left_the_error_says_how_to_choose_it() -> N
 
 
 def test_an_unknown_name_is_not_found_in_the_words_of_ollama() -> None:
-    with pytest.raises(ModelNotFound, match="^model 'llama4' not found$"):
+    with pytest.raises(ModelNotFound, match=r"^model 'llama4' not found$"):
         resolve("llama4", listed(peer(KITCHEN, has(OLD))), (), FirstSeen())
     with pytest.raises(InvalidName):
         resolve("../x", (), (), FirstSeen())

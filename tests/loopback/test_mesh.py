@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_five_peers_find_each_other_by_mdns_and_a_model_of_one_is_everybodys(tmp
         meet(a, *others)
         add_model(a, tmp_path, "tiny", 1 << 16)
         for peer in others:
-            until("the model is listed", lambda peer=peer: lists(peer, "tiny"))
+            until("the model is listed", partial(lists, peer, "tiny"))
             reply = httpx.post(
                 peer.api + "/api/generate",
                 json={"model": "tiny", "prompt": "one two", "stream": False},

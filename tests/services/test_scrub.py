@@ -24,12 +24,15 @@ class Blobs:
 
 
 async def test_every_blob_is_checked_once_a_round_and_damage_is_told(autojump_clock: trio.testing.MockClock) -> None:
-    blobs, told = Blobs(), []
+    blobs = Blobs()
+    told: list[float] = []
 
     async def refresh() -> None:
         told.append(trio.current_time())
 
-    with trio.move_on_after(3700):
-        await run_scrub(blobs, lambda: (MODEL,), refresh, 2400.0)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run_scrub, blobs, lambda: (MODEL,), refresh, 2400.0)
+        await trio.sleep(3700)
+        nursery.cancel_scope.cancel()
     assert blobs.checked == [GOOD, BAD]
     assert len(told) == 1

@@ -28,6 +28,7 @@ async def test_every_blob_is_checked_once_a_round_and_damage_is_told(autojump_cl
     told: list[float] = []
 
     async def refresh() -> None:
+        await trio.lowlevel.checkpoint()
         told.append(trio.current_time())
 
     async with trio.open_nursery() as nursery:

@@ -9,15 +9,17 @@ from meshmax.telemetry.metrics import REGISTRY
 
 
 async def gone() -> None:
+    await trio.lowlevel.checkpoint()
     raise PeerGone("it left")
 
 
 async def broken() -> None:
+    await trio.lowlevel.checkpoint()
     raise ZeroDivisionError
 
 
 async def grouped() -> None:
-    async with trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:  # noqa: ASYNC112  the group that it makes is what is tested
         nursery.start_soon(gone)
 
 

@@ -59,9 +59,8 @@ from meshmax.store.identity import load_identity
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.meter import Meter
 
-DISK_THREADS: Final = (
-    4  # more would only queue at one disk; a limiter of its own, so that a stuck disk blocks nothing else
-)
+# More would only queue at one disk. The limiter is its own, so that a stuck disk blocks nothing else.
+DISK_THREADS: Final = 4
 
 T = TypeVar("T")
 State = Literal["starting", "running", "draining"]

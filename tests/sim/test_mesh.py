@@ -51,7 +51,7 @@ async def test_a_frozen_peer_is_gone_for_all_within_ten_seconds_and_comes_back(
         await until(lambda: all(len(online(node)) == 3 for node in nodes), deadline_s=120)
 
 
-async def test_a_model_is_pulled_from_two_holders_at_once_and_from_a_peer_that_is_still_pulling(
+async def test_two_peers_pull_one_model_from_the_same_holder_at_once(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with open_site(tmp_path) as site:

@@ -2,7 +2,8 @@
 
 Rules. Of one peer's statuses the one with the highest sequence wins, whoever brought it. A sighting (an address that
 somebody named) makes a peer worth dialling; of two peers that see each other at once the one with the smaller PeerId dials
-first and the other waits a moment, so that they seldom cross. Failed dials back off; a new address starts afresh. A peer
+first and the other waits a moment, so that they seldom cross. Failed dials back off, and so do connections on which no
+heartbeat ever came back (another libp2p program on the LAN does not speak our protocols); a new address starts afresh. A peer
 is online while it is connected, and is shown as offline for a minute after it left. Statuses of peers that are not
 connected serve for their addresses only. When the table is full, the peer that was longest without a sign goes; never a
 connected one. Not here: heartbeats and streams (services.presence), what peers are good for (core.routing).
@@ -83,7 +84,7 @@ class PeerTable:
     def on_connected(self, peer_id: PeerId, address: str, now: float) -> None:
         """A first connection to the peer stands, whoever dialled."""
         if entry := self._entry(peer_id, now, connected=True):
-            entry.connected, entry.dialing, entry.dial_at, entry.failures = True, False, None, 0
+            entry.connected, entry.dialing, entry.dial_at = True, False, None
             entry.address, entry.left_at, entry.last_sign_at = address, None, now
             entry.knows.clear()
 
@@ -92,9 +93,9 @@ class PeerTable:
         entry = self._entries.get(peer_id)
         if entry and entry.connected:
             entry.connected, entry.left_at, entry.rtt_s = False, now, None
-            entry.failures = 1
+            entry.failures += 1
             if entry.addresses:
-                entry.dial_at = now + backoff_s(1, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+                entry.dial_at = now + backoff_s(entry.failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
 
     def on_dial_failed(self, peer_id: PeerId, now: float) -> None:
         """No address answered as that peer."""
@@ -107,7 +108,7 @@ class PeerTable:
         """A heartbeat came back after ``rtt_s``."""
         if entry := self._entries.get(peer_id):
             entry.rtt_s = rtt_s if entry.rtt_s is None else entry.rtt_s + RTT_WEIGHT * (rtt_s - entry.rtt_s)
-            entry.last_sign_at = now
+            entry.last_sign_at, entry.failures = now, 0
 
     def on_status(self, status: PeerStatus, signed: Signed, bearer: PeerId, now: float) -> bool:
         """A verified status, brought by ``bearer``; True if it was news."""
@@ -146,15 +147,18 @@ class PeerTable:
         news: list[Signed] = []
         if not carrier:
             return news
-        for entry in self._entries.values():
+        # Those it heard of longest ago first, so that a talkative few cannot crowd the others out.
+        for entry in sorted(self._entries.values(), key=lambda entry: carrier.knows.get(entry.peer_id, -1)):
             if not (entry.status and entry.signed and entry.connected) or entry.peer_id == neighbour:
                 continue
-            most_bytes -= len(entry.signed.payload)
-            if len(news) >= most or most_bytes < 0:
+            size = len(entry.signed.payload)
+            if carrier.knows.get(entry.peer_id, -1) >= entry.status.sequence or size > most_bytes:
+                continue
+            if len(news) >= most:
                 break
-            if carrier.knows.get(entry.peer_id, -1) < entry.status.sequence:
-                carrier.knows[entry.peer_id] = entry.status.sequence
-                news.append(entry.signed)
+            carrier.knows[entry.peer_id] = entry.status.sequence
+            news.append(entry.signed)
+            most_bytes -= size
         return news
 
     # --- what is ------------------------------------------------------------------------------------------------------

@@ -78,6 +78,29 @@ def test_a_lost_peer_is_shown_as_left_for_a_minute_and_dialled_again() -> None:
     assert peers.shown(5.1 + SHOWN_AFTER_LEAVING_S) == []
 
 
+def test_a_peer_that_connects_but_never_answers_a_heartbeat_is_dialled_ever_more_seldom() -> None:
+    peers = table(LOW)
+    peers.on_sighting(HIGH, [ADDRESS], now=0.0)
+    now, waits = 0.0, []
+    for _ in range(10):
+        assert peers.tick(now)
+        peers.on_connected(HIGH, ADDRESS, now)
+        peers.on_disconnected(HIGH, now)
+        due = peers.deadline()
+        assert due is not None
+        waits.append(due - now)
+        now = due
+    assert waits[0] <= 1.0
+    assert waits[-1] >= MAX_BACKOFF_S / 2
+    peers.tick(now)
+    peers.on_connected(HIGH, ADDRESS, now)
+    peers.on_round_trip(HIGH, 0.01, now)
+    peers.on_disconnected(HIGH, now)
+    due = peers.deadline()
+    assert due is not None
+    assert due - now <= 1.0  # it is one of us after all
+
+
 @given(st.permutations(range(6)))
 def test_the_newest_status_wins_in_whatever_order_they_come(order: list[int]) -> None:
     peers = table(LOW)
@@ -98,6 +121,30 @@ def test_a_neighbour_is_told_each_status_once_and_never_its_own() -> None:
     peers.on_status(*status(b, 2), bearer=b, now=1.0)
     assert len(peers.news_for(a, 10, 1000)) == 1
     assert peers.news_for(b, 10, 5) == []  # too large for what is left of the message
+
+
+def test_what_a_neighbour_knows_already_takes_no_room_from_what_is_new() -> None:
+    peers = table(LOW)
+    known, fresh, neighbour = IDS[1], IDS[2], IDS[3]
+    for peer in (known, fresh, neighbour):
+        peers.on_connected(peer, ADDRESS, now=0.0)
+    peers.on_status(*status(known, 1), bearer=neighbour, now=0.0)
+    peers.on_status(*status(fresh, 1), bearer=fresh, now=0.0)
+    assert [signed.signer for signed in peers.news_for(neighbour, 1, 10)] == [fresh]
+
+
+def test_talkative_peers_do_not_crowd_a_quiet_one_out() -> None:
+    peers = table(LOW)
+    talkative, quiet, neighbour = IDS[1:4], IDS[5], IDS[7]
+    for peer in (*talkative, quiet, neighbour):
+        peers.on_connected(peer, ADDRESS, now=0.0)
+    told = set()
+    peers.on_status(*status(quiet, 1), bearer=quiet, now=0.0)
+    for sequence in range(1, 4):
+        for peer in talkative:
+            peers.on_status(*status(peer, sequence), bearer=peer, now=0.0)
+        told |= {signed.signer for signed in peers.news_for(neighbour, 2, 1000)}
+    assert quiet in told
 
 
 def test_what_a_neighbour_brought_is_not_sent_back_to_it() -> None:

@@ -15,8 +15,8 @@ import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
-from meshmax.api.replies import Dialect, error_body, error_reply, json_reply, only_error
-from meshmax.base.errors import Busy, EngineError, MeshmaxError
+from meshmax.api.replies import Dialect, ShuttingDown, error_body, error_reply, json_reply, only_error
+from meshmax.base.errors import EngineError, MeshmaxError
 from meshmax.base.inference import Delta, Event, Finish, Vector
 from meshmax.base.route import Route
 from meshmax.base.units import MIB
@@ -120,7 +120,7 @@ class PromptReply:
                     else:
                         await self._send_whole(answer, form, scope, receive, send)
             if waiting.cancelled_caught and not self._begun:
-                raise _shutting_down()
+                raise ShuttingDown
         except (MeshmaxError, BaseExceptionGroup) as error:
             if (ours := only_error(error)) is None:
                 raise
@@ -137,7 +137,7 @@ class PromptReply:
                     async for event in answer.events:
                         await lines.send(form.line(event))
                 if answering.cancelled_caught:
-                    raise _shutting_down()
+                    raise ShuttingDown
             except (MeshmaxError, BaseExceptionGroup) as error:
                 if (ours := only_error(error)) is None:
                     raise
@@ -148,10 +148,6 @@ class PromptReply:
         reply = json_reply(form.whole(deltas, vectors, finish), 200, route_headers(answer.route))
         self._begun = True
         await reply(scope, receive, send)
-
-
-def _shutting_down() -> Busy:
-    return Busy("this node is shutting down")
 
 
 async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vector], Finish]:
@@ -215,35 +211,64 @@ def route_headers(route: Route) -> dict[str, str]:
     return {"x-meshmax-peer": route.peer_id, "x-meshmax-route": line}
 
 
-class StreamReply:
-    """An ASGI reply whose lines are made by ``work``, which gets the channel to send them to; for pulls and the like.
+class WorkReply:
+    """An ASGI reply of what ``work`` tells while it goes on, for pulls and the like: every line, or the last as one object.
 
-    Errors of our tree end the stream as its last line; a client that goes away cancels ``work``.
+    ``work`` gets the function that tells a line. An error of our tree ends the stream as its last line, and is the whole
+    reply where nothing is streamed; a client that goes away cancels ``work``.
     """
 
     def __init__(
-        self, work: Callable[[Emit], Awaitable[None]], open_answers: OpenAnswers, dialect: Dialect = "ollama"
+        self,
+        work: Callable[[Emit], Awaitable[None]],
+        open_answers: OpenAnswers,
+        dialect: Dialect = "ollama",
+        *,
+        stream: bool = True,
     ) -> None:
         self._work = work
         self._open_answers = open_answers
         self._dialect = dialect
+        self._stream = stream
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the work; returns when it has ended or the client is gone."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
-            async with open_lines(send, "application/x-ndjson", {}) as lines:
-
-                async def emit(value: Any) -> None:
-                    await lines.send(msgspec.json.encode(value) + b"\n")
-
-                try:
-                    with self._open_answers.held() as working:
-                        await self._work(emit)
-                    if working.cancelled_caught:
-                        raise _shutting_down()
-                except (MeshmaxError, BaseExceptionGroup) as error:
-                    if (ours := only_error(error)) is None:
-                        raise
-                    await emit(error_body(ours, self._dialect))
+            if self._stream:
+                await self._send_lines(send)
+            else:
+                await self._send_last(scope, receive, send)
             nursery.cancel_scope.cancel()
+
+    async def _send_lines(self, send: Send) -> None:
+        async with open_lines(send, "application/x-ndjson", {}) as lines:
+
+            async def emit(value: Any) -> None:
+                await lines.send(msgspec.json.encode(value) + b"\n")
+
+            if error := await self._run(emit):
+                await emit(error_body(error, self._dialect))
+
+    async def _send_last(self, scope: Scope, receive: Receive, send: Send) -> None:
+        last: Any = {}
+
+        async def keep(value: Any) -> None:
+            nonlocal last
+            await trio.lowlevel.checkpoint()
+            last = value
+
+        error = await self._run(keep)
+        reply = error_reply(error, self._dialect) if error else json_reply(last)
+        await reply(scope, receive, send)
+
+    async def _run(self, emit: Emit) -> MeshmaxError | None:
+        """Do the work; the error of our tree that ended it, if any."""
+        try:
+            with self._open_answers.held() as working:
+                await self._work(emit)
+        except (MeshmaxError, BaseExceptionGroup) as error:
+            if (ours := only_error(error)) is None:
+                raise
+            return ours
+        return ShuttingDown() if working.cancelled_caught else None

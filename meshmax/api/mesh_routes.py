@@ -19,7 +19,7 @@ from starlette.routing import Route as HttpRoute
 from meshmax import __version__
 from meshmax.api import mesh_words
 from meshmax.api.bodies import read_words, require_json
-from meshmax.api.exchange import Emit, StreamReply
+from meshmax.api.exchange import Emit, WorkReply
 from meshmax.api.ollama_routes import delete_model
 from meshmax.api.ollama_words import Name
 from meshmax.api.prompts import Prompts
@@ -219,7 +219,7 @@ class MeshFace:
                 return json_reply(mesh_words.request_json(taken))
         raise NotFound(f"no request '{wanted[:100]}' is remembered here: the last 200 are")
 
-    async def add(self, request: Request) -> StreamReply:
+    async def add(self, request: Request) -> WorkReply:
         """POST /api/v1/models/add: take a file of this machine in, with progress lines as a pull has them."""
         require_json(request)
         body = await read_words(request, AddBody)
@@ -227,7 +227,7 @@ class MeshFace:
         path = Path(body.path)
         if not path.is_absolute() or "\0" in body.path:
             raise InvalidRequest("path must be absolute, on the machine that this node runs on")
-        return StreamReply(lambda emit: self._add(body, path, emit), self._prompts.open_answers, "mesh")
+        return WorkReply(lambda emit: self._add(body, path, emit), self._prompts.open_answers, "mesh")
 
     async def _add(self, body: AddBody, path: Path, emit: Emit) -> None:
         seen = (0, 0)

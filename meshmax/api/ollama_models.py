@@ -160,7 +160,10 @@ def _go_value(value: Any) -> str:
 
 
 class PullLines:
-    """Turns a transfer's snapshots into the lines of Ollama's pull stream: phases once, layers when they moved."""
+    """Turns a transfer's snapshots into the lines of Ollama's pull stream: phases once, layers when they moved.
+
+    Why a transfer failed is not among them: whoever watches it raises that.
+    """
 
     def __init__(self) -> None:
         self._phases: set[str] = {"pulling manifest"}
@@ -181,8 +184,6 @@ class PullLines:
         lines = [*self._layers(transfer), *({"status": phase} for phase in phases)]
         if transfer.state == "done":
             lines.append({"status": "success"})
-        elif ended:
-            lines.append({"error": transfer.reason or f"the pull was {transfer.state}"})
         return lines
 
     def _new_phases(self, transfer: Transfer) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 import trio
@@ -15,12 +15,11 @@ from starlette.routing import Route as HttpRoute
 
 from meshmax.api import ollama_models, ollama_words
 from meshmax.api.bodies import PROMPT_BODY_BYTES, read_words
-from meshmax.api.exchange import Emit, PromptReply, StreamReply
+from meshmax.api.exchange import Emit, PromptReply, WorkReply
 from meshmax.api.ollama_words import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Name, ReplyWriter, join
 from meshmax.api.prompts import Prompts
-from meshmax.api.replies import InternalError, json_reply, model_not_found
+from meshmax.api.replies import InternalError, error_body, json_reply, model_not_found
 from meshmax.api.table import route
-from meshmax.base.catalog import Resolved
 from meshmax.base.errors import (
     BlobNotFound,
     InvalidName,
@@ -29,15 +28,23 @@ from meshmax.base.errors import (
     ModelNotFound,
     NoProviders,
     NotFound,
+    error_for,
 )
 from meshmax.base.ids import parse_sha256
-from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, Vector
-from meshmax.base.names import parse_name
+from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Vector
+from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
 
 OLLAMA_VERSION: Final = "0.33.0"  # the interface that is spoken here; clients compare it with the oldest they know
 NDJSON: Final = "application/x-ndjson"
-NO_MANIFEST: Final = "pull model manifest: file does not exist"
+
+Asked = TypeVar("Asked", GenerateBody, ChatBody)
+
+
+class ManifestMissing(NoProviders):
+    """pull model manifest: file does not exist"""
+
+    http_status = 500  # Ollama's
 
 
 class NameBody(msgspec.Struct):
@@ -91,7 +98,7 @@ class OllamaForm:
 
     def failure(self, error: MeshmaxError) -> bytes:
         """The line that ends a broken stream."""
-        return msgspec.json.encode({"error": error.message}) + b"\n"
+        return msgspec.json.encode(error_body(error, "ollama")) + b"\n"
 
     def whole(self, deltas: list[Delta], _vectors: list[Vector], finish: Finish) -> Any:
         """The texts joined."""
@@ -204,33 +211,30 @@ class OllamaFace:
     async def generate(self, request: Request) -> PromptReply:
         """POST /api/generate."""
         body = await read_words(request, GenerateBody, PROMPT_BODY_BYTES)
-        resolved = self._prompts.resolve(body.model)
-        prompt, ignored = ollama_words.generate_request(body)
-        return self._prompts.reply(
-            request,
-            resolved,
-            body.model,
-            prompt,
-            self._form(resolved, body.model, chat=False),
-            stream=body.stream is not False,
-            dialect="ollama",
-            keep_alive_s=ollama_words.keep_alive_s(body.keep_alive),
-            ignored=ignored,
-        )
+        return self._answer(request, body, ollama_words.generate_request, chat=False)
 
     async def chat(self, request: Request) -> PromptReply:
         """POST /api/chat."""
         body = await read_words(request, ChatBody, PROMPT_BODY_BYTES)
         if not body.model:
             raise InvalidRequest("model is required")
+        return self._answer(request, body, ollama_words.chat_request, chat=True)
+
+    def _answer(
+        self, http: Request, body: Asked, read: Callable[[Asked], tuple[InferRequest, list[str]]], *, chat: bool
+    ) -> PromptReply:
         resolved = self._prompts.resolve(body.model)
-        prompt, ignored = ollama_words.chat_request(body)
+        prompt, ignored = read(body)
+
+        def form(served: Route) -> OllamaForm:
+            return OllamaForm(ReplyWriter(body.model, chat, self._prompts.remote(resolved, served)), self._node.now)
+
         return self._prompts.reply(
-            request,
+            http,
             resolved,
             body.model,
             prompt,
-            self._form(resolved, body.model, chat=True),
+            form,
             stream=body.stream is not False,
             dialect="ollama",
             keep_alive_s=ollama_words.keep_alive_s(body.keep_alive),
@@ -269,42 +273,32 @@ class OllamaFace:
             ignored=ignored,
         )
 
-    def _form(self, resolved: Resolved, typed: str, *, chat: bool) -> Callable[[Route], OllamaForm]:
-        def form(served: Route) -> OllamaForm:
-            return OllamaForm(ReplyWriter(typed, chat, self._prompts.remote(resolved, served)), self._node.now)
-
-        return form
-
-    async def pull(self, request: Request) -> StreamReply | Response:
+    async def pull(self, request: Request) -> WorkReply:
         """POST /api/pull: over the mesh, with Ollama's progress lines."""
         body = await read_words(request, PullBody)
         if not body.given:
             raise InvalidRequest("model is required")
-        parse_name(body.given.partition("@")[0])
-        if body.stream is not False:
-            return StreamReply(lambda emit: self._pull(body.given, emit), self._prompts.open_answers)
-        last: dict[str, Any] = {}
-
-        async def keep(line: dict[str, Any]) -> None:
-            await trio.lowlevel.checkpoint()
-            last.clear()
-            last.update(line)
-
-        await self._pull(body.given, keep)
-        return json_reply(last, 500 if "error" in last else 200)
+        parse_name(split_digest(body.given)[0])
+        stream = body.stream is not False
+        return WorkReply(lambda emit: self._pull(body.given, emit), self._prompts.open_answers, stream=stream)
 
     async def _pull(self, name: str, emit: Emit) -> None:
         lines = ollama_models.PullLines()
         for line in lines.first():
             await emit(line)
+        failure: MeshmaxError | None = None
         try:
             async with self._node.pulls.open_pull(name) as transfers:
                 async for transfer in transfers:
                     for line in lines.on_transfer(transfer, trio.current_time()):
                         await emit(line)
+                    if transfer.state in ("failed", "cancelled"):
+                        failure = error_for(transfer.error_code, transfer.reason or f"the pull was {transfer.state}")
         except (NoProviders, ModelNotFound) as error:
-            said = error.message.removeprefix(f"{NO_MANIFEST}: ")
-            raise InternalError(f"{NO_MANIFEST}: {said}") from None
+            sentence = ManifestMissing.sentence()
+            raise ManifestMissing(f"{sentence}: {error.message.removeprefix(f'{sentence}: ')}") from None
+        if failure:
+            raise failure
 
     async def copy(self, request: Request) -> Response:
         """POST /api/copy: local names only."""

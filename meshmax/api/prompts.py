@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from meshmax.api.exchange import Form, OpenAnswers, PromptReply
 from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_words import Remote
-from meshmax.api.replies import Dialect, model_not_found
+from meshmax.api.replies import Dialect, ShuttingDown, model_not_found
 from meshmax.base.catalog import Resolved
 from meshmax.base.errors import (
     Busy,
@@ -41,6 +42,7 @@ from meshmax.base.inference import (
 )
 from meshmax.base.names import parse_name
 from meshmax.base.route import Route
+from meshmax.core.residency import QUEUE_FULL
 from meshmax.ports import Answer
 from meshmax.telemetry.log import get_logger
 
@@ -96,15 +98,15 @@ class Prompts:
         keep_alive_s: float | None = None,
         ignored: list[str] | None = None,
     ) -> PromptReply:
-        """The reply to ``request``. Raises Busy while draining, CapabilityMissing."""
+        """The reply to ``request``. Raises ShuttingDown, CapabilityMissing."""
         if self.node.state == "draining":
-            raise Busy("this node is shutting down")
+            raise ShuttingDown
         if ignored:
             _log.info("options without effect here were ignored", options=ignored[:20])
         request = with_capabilities(request, resolved, typed)
         ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s)
         stream = stream and not is_load_only(request)  # Ollama answers these with one object, whatever was asked
-        reword = _too_long_input if isinstance(request, EmbedRequest) else _same
+        reword = partial(_ollamas_words, embeds=isinstance(request, EmbedRequest))
         return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect, self.open_answers, reword)
 
     def _open(self, ask: Ask, resolved: Resolved) -> AbstractAsyncContextManager[Answer]:
@@ -127,13 +129,11 @@ class Prompts:
         return Route(ask.request_id, ask.digest, self.node.signer.peer_id, line)
 
 
-def _too_long_input(error: MeshmaxError) -> MeshmaxError:
-    """Ollama's sentence for a text that is too long to embed."""
-    return ContextTooLong(INPUT_TOO_LONG) if isinstance(error, ContextTooLong) else error
-
-
-def _same(error: MeshmaxError) -> MeshmaxError:
-    return error
+def _ollamas_words(error: MeshmaxError, embeds: bool) -> MeshmaxError:
+    """``error`` with the sentence that Ollama's clients know, where it has one."""
+    if isinstance(error, Busy) and not isinstance(error, ShuttingDown):
+        return Busy(QUEUE_FULL, error.retry_after_s)
+    return ContextTooLong(INPUT_TOO_LONG) if embeds and isinstance(error, ContextTooLong) else error
 
 
 async def _one(event: Event) -> AsyncIterator[Event]:

@@ -16,7 +16,6 @@ from starlette.responses import Response
 from meshmax.base.errors import Busy, MeshmaxError, NotFound, NotOffered, Unauthorized
 
 JSON_TYPE: Final = "application/json; charset=utf-8"
-SERVER_BUSY: Final = "server busy, please try again.  maximum pending requests exceeded"
 
 Dialect = Literal["ollama", "openai", "mesh"]
 
@@ -51,6 +50,10 @@ class RequestTimeout(MeshmaxError):
     http_status = 408
 
 
+class ShuttingDown(Busy):
+    """This node is shutting down."""
+
+
 class InternalError(MeshmaxError):
     """Something went wrong inside this node; its log tells more."""
 
@@ -70,13 +73,10 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def error_body(error: MeshmaxError, dialect: Dialect) -> dict[str, Any]:
-    """``error`` as the interface writes it."""
-    if dialect == "mesh":
+    """``error`` as the interface writes it. ``code`` is more than Ollama says: programs can tell causes apart by it."""
+    if dialect != "openai":
         return {"error": error.message, "code": error.code}
-    message = SERVER_BUSY if isinstance(error, Busy) else error.message
-    if dialect == "ollama":
-        return {"error": message}
-    return {"error": {"message": message, "type": _openai_type(error.http_status), "param": None, "code": None}}
+    return {"error": {"message": error.message, "type": _openai_type(error.http_status), "param": None, "code": None}}
 
 
 def error_reply(error: MeshmaxError, dialect: Dialect) -> Response:

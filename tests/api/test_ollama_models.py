@@ -42,13 +42,6 @@ def test_a_phase_is_told_once_and_a_wait_with_its_reason() -> None:
     assert lines.on_transfer(verifying, 1.0) == [{"status": "verifying sha256 digest"}]
 
 
-def test_a_failed_pull_ends_with_its_reason() -> None:
-    failed = msgspec.structs.replace(RUNNING, state="failed", reason="the disk is full", blobs=())
-    assert PullLines().on_transfer(failed, 0.0) == [{"error": "the disk is full"}]
-    cancelled = msgspec.structs.replace(RUNNING, state="cancelled", blobs=())
-    assert PullLines().on_transfer(cancelled, 0.0) == [{"error": "the pull was cancelled"}]
-
-
 def test_a_modelfile_leaves_a_template_out_that_is_not_of_its_language() -> None:
     described = ModelDescription(DIGEST, details(), template="{% for m in messages %}{% endfor %}", system="be brief")
     text = modelfile("x:latest", described)

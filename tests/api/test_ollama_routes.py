@@ -6,7 +6,9 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import trio
 
+from meshmax.api.app import make_app
 from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, NoProviders, PeerGone
 from tests.api.fake_node import BLOB, DIGEST, OURS, THEIRS, details, entry
 
@@ -82,7 +84,7 @@ async def test_a_model_that_only_peers_hold_is_listed_shown_and_answers(client: 
     assert reply.json()["remote_host"] == "attic"
     assert reply.headers["x-meshmax-peer"] == THEIRS
     reply = await client.request("DELETE", "/api/delete", json={"model": "far"})
-    assert (reply.status_code, reply.json()) == (404, {"error": "model 'far' not found"})
+    assert (reply.status_code, reply.json()) == (404, {"error": "model 'far' not found", "code": "not_found"})
 
 
 async def test_a_tag_has_ollamas_fields(client: httpx.AsyncClient) -> None:
@@ -140,15 +142,51 @@ async def test_a_pull_streams_ollamas_lines(client: httpx.AsyncClient, node: Any
 
 async def test_a_pull_that_nobody_can_serve_says_ollamas_sentence_and_more(client: httpx.AsyncClient) -> None:
     sentence = "pull model manifest: file does not exist: no peer that can be reached has 'missing'"
-    assert lines(await client.post("/api/pull", json={"model": "missing"}))[-1] == {"error": sentence}
+    told = {"error": sentence, "code": "no_providers"}
+    assert lines(await client.post("/api/pull", json={"model": "missing"}))[-1] == told
     reply = await client.post("/api/pull", json={"model": "missing", "stream": False})
-    assert (reply.status_code, reply.json()) == (500, {"error": sentence})
+    assert (reply.status_code, reply.json()) == (500, told)
 
 
-async def test_a_pull_that_fails_on_its_way_says_why(client: httpx.AsyncClient, node: Any) -> None:
-    node.pulls.script[-1] = msgspec.structs.replace(node.pulls.script[-1], state="failed", reason="the disk is full")
-    assert lines(await client.post("/api/pull", json={"model": "far"}))[-1] == {"error": "the disk is full"}
-    assert (await client.post("/api/pull", json={"model": "far", "stream": False})).status_code == 500
+@pytest.mark.parametrize(("code", "status"), [("store_full", 507), ("no_providers", 404), ("", 500)])
+async def test_a_pull_that_fails_on_its_way_says_why_and_with_which_code(
+    client: httpx.AsyncClient, node: Any, code: str, status: int
+) -> None:
+    last = node.pulls.script[-1]
+    node.pulls.script[-1] = msgspec.structs.replace(last, state="failed", reason="so it is", error_code=code)
+    told = {"error": "so it is", "code": code or "error"}
+    assert lines(await client.post("/api/pull", json={"model": "far"}))[-1] == told
+    reply = await client.post("/api/pull", json={"model": "far", "stream": False})
+    assert (reply.status_code, reply.json()) == (status, told)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_pull_that_was_cancelled_is_no_success(client: httpx.AsyncClient, node: Any, stream: bool) -> None:
+    node.pulls.script[-1] = msgspec.structs.replace(node.pulls.script[-1], state="cancelled")
+    reply = await client.post("/api/pull", json={"model": "far", "stream": stream})
+    assert json.loads(reply.text.splitlines()[-1])["error"] == "the pull was cancelled"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_leaves_the_pull(node: Any, stream: bool) -> None:
+    node.pulls.script = node.pulls.script[:1] * 1000
+    body = msgspec.json.encode({"model": "far", "stream": stream})
+    messages = iter([{"type": "http.request", "body": body}])
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(messages, None)) is not None:
+            return message
+        await trio.sleep(1)
+        return {"type": "http.disconnect"}
+
+    async def send(_: Any) -> None:
+        await trio.lowlevel.checkpoint()
+
+    headers = [(b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/api/pull", "query_string": b"", "headers": headers}
+    await make_app(node)(scope, receive, send)
+    assert node.pulls.left == 1
+    assert node.pulls.watched < 20
 
 
 async def test_copy_and_delete_act_on_names_here(client: httpx.AsyncClient, node: Any) -> None:
@@ -238,42 +276,44 @@ async def test_bad_input_is_answered_with_ollamas_code_and_a_sentence(
     given = {"content": body} if isinstance(body, bytes) else {"json": body}
     reply = await client.request(verb, path, **given)
     assert reply.status_code == status
-    assert list(reply.json()) == ["error"]
+    assert list(reply.json()) == ["error", "code"]
     assert message in reply.json()["error"]
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "message"),
+    ("error", "status", "message", "code"),
     [
-        (Busy("full", 2.5), 503, "server busy, please try again.  maximum pending requests exceeded"),
-        (PeerGone(), 502, "The peer went away."),
-        (NoProviders("no peer can answer"), 404, "no peer can answer"),
-        (EngineCrashed("it fell over"), 500, "it fell over"),
-        (ContextTooLong("too long"), 400, "too long"),
+        (Busy("full", 2.5), 503, "server busy, please try again.  maximum pending requests exceeded", "busy"),
+        (PeerGone(), 502, "The peer went away.", "peer_gone"),
+        (NoProviders("no peer can answer"), 404, "no peer can answer", "no_providers"),
+        (EngineCrashed("it fell over"), 500, "it fell over", "engine_crashed"),
+        (ContextTooLong("too long"), 400, "too long", "context_too_long"),
     ],
 )
 async def test_a_failure_before_the_first_token_has_its_own_status(
-    client: httpx.AsyncClient, node: Any, error: Any, status: int, message: str
+    client: httpx.AsyncClient, node: Any, error: Any, status: int, message: str, code: str
 ) -> None:
     node.router.refuse = error
     reply = await client.post("/api/generate", json={"model": "echo", "prompt": "x"})
-    assert (reply.status_code, reply.json()) == (status, {"error": message})
+    assert (reply.status_code, reply.json()) == (status, {"error": message, "code": code})
     assert reply.headers.get("retry-after") == ("3" if status == 503 else None)
 
 
 async def test_a_text_too_long_to_embed_is_told_in_ollamas_words(client: httpx.AsyncClient, node: Any) -> None:
     node.router.refuse = ContextTooLong("engine's words")
     reply = await client.post("/api/embed", json={"model": "echo", "input": "x", "truncate": False})
-    assert (reply.status_code, reply.json()) == (400, {"error": "the input length exceeds the context length"})
+    sentence = "the input length exceeds the context length"
+    assert (reply.status_code, reply.json()) == (400, {"error": sentence, "code": "context_too_long"})
 
 
 async def test_a_failure_in_mid_stream_is_its_last_line(client: httpx.AsyncClient, node: Any) -> None:
     node.router.break_after = (1, EngineCrashed("it fell over"))
     reply = await client.post("/api/generate", json={"model": "echo", "prompt": "a b c"})
     assert reply.status_code == 200
-    assert [line.get("response", line.get("error")) for line in lines(reply)] == ["a", "it fell over"]
+    assert lines(reply)[0]["response"] == "a"
+    assert lines(reply)[1:] == [{"error": "it fell over", "code": "engine_crashed"}]
     reply = await client.post("/api/generate", json={"model": "echo", "prompt": "a b c", "stream": False})
-    assert (reply.status_code, reply.json()) == (500, {"error": "it fell over"})
+    assert (reply.status_code, reply.json()) == (500, {"error": "it fell over", "code": "engine_crashed"})
 
 
 async def test_a_programming_error_is_told_as_one_and_the_node_lives_on(client: httpx.AsyncClient, node: Any) -> None:
@@ -286,7 +326,9 @@ async def test_a_programming_error_is_told_as_one_and_the_node_lives_on(client: 
 
 async def test_a_draining_node_takes_no_prompts(client: httpx.AsyncClient, node: Any) -> None:
     node.state = "draining"
-    assert (await client.post("/api/generate", json={"model": "echo", "prompt": "x"})).status_code == 503
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "x"})
+    assert (reply.status_code, reply.json()["error"]) == (503, "This node is shutting down.")
+    assert reply.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("path", ["/api/v1/generate", "/api/v1/chat"])

@@ -123,6 +123,15 @@ class PeerTable:
             self.on_sighting(status.peer_id, status.addresses, now)
         return True
 
+    def is_known(self, signed: Signed, bearer: PeerId) -> bool:
+        """Whether this very status, brought by ``bearer``, is the one that we have: it needs no second check."""
+        entry = self._entries.get(signed.signer)
+        if entry is None or entry.status is None or entry.signed != signed:
+            return False
+        if carrier := self._entries.get(bearer):
+            carrier.knows[signed.signer] = max(entry.status.sequence, carrier.knows.get(signed.signer, -1))
+        return True
+
     # --- what to do --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Dial]:

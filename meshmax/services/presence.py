@@ -9,6 +9,7 @@ Not here: what a status says (the ``describe`` that is passed in), whom to dial 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, NoReturn
@@ -37,6 +38,8 @@ DIALS_AT_ONCE: Final = 16
 SIGHTINGS_WAITING: Final = 256  # rungs repeat themselves, so what does not fit is not lost
 STATUS_PAUSE_S: Final = 0.25  # load changes with every prompt; neighbours need it soon, not each time
 STATUS_REFRESH_S: Final = 15.0
+MAX_STATUS_STREAMS: Final = 4  # answered at once for one peer: one a connection, and those that are ending
+BEAT_PACE_S: Final = 0.1  # after each answer: checking 64 signatures takes about 20 ms, and nobody honest beats faster
 RUNG_MAX_BACKOFF_S: Final = 30.0
 # What the other side may be silent for before we give its status stream up; it beats every heartbeat_s.
 SILENCE_FACTOR: Final = 15.0
@@ -66,6 +69,7 @@ class PresenceService:
         self._sequence = 0
         self._own: tuple[PeerStatus, Signed] = self._issue()
         self._beats: dict[PeerId, trio.CancelScope] = {}
+        self._answering: Counter[PeerId] = Counter()
         self._changed = trio.Event()  # something that our own status tells has changed
         self._reissued = trio.Event()  # our own status was issued anew: tell everybody now
         self._dial_soon = trio.Event()
@@ -123,6 +127,8 @@ class PresenceService:
         check_statuses(tuple(statuses))
         news = False
         for signed in statuses:
+            if self._table.is_known(signed, bearer):
+                continue  # most are: every neighbour brings the same ones
             try:
                 status = read_status(signed)
             except ManifestInvalid as error:
@@ -141,16 +147,28 @@ class PresenceService:
 
     async def answer(self, stream: Stream) -> None:
         """Serve the status protocol to one peer until it ends the stream or falls silent."""
-        frames = FrameStream(stream)
+        peer = stream.peer
+        if self._answering[peer] >= MAX_STATUS_STREAMS:
+            raise RemoteProtocolError(f"the peer keeps more than {MAX_STATUS_STREAMS} status streams open")
+        self._answering[peer] += 1
+        try:
+            await self._answer_beats(FrameStream(stream))
+        finally:
+            self._answering[peer] -= 1
+            if not self._answering[peer]:
+                del self._answering[peer]
+
+    async def _answer_beats(self, frames: FrameStream) -> None:
         while True:
             beat = None
             with trio.move_on_after(self._config.heartbeat_s * SILENCE_FACTOR):
                 beat = await frames.try_receive(BEAT)
             if beat is None:  # it ended the stream, or beats no more; our own beats decide whether it lives
                 return
-            self._take(beat.statuses, stream.peer)
-            news = self._table.news_for(stream.peer, MAX_STATUSES, MAX_STATUS_BYTES)
+            self._take(beat.statuses, frames.peer)
+            news = self._table.news_for(frames.peer, MAX_STATUSES, MAX_STATUS_BYTES)
             await frames.send(ECHO, Echo(beat.nonce, tuple(news)))
+            await trio.sleep(BEAT_PACE_S)
 
     async def _beat(self, peer_id: PeerId) -> None:
         """Beat until the peer's connection is gone; disconnect it when it does not answer."""
@@ -177,7 +195,8 @@ class PresenceService:
         while True:
             status, signed = self._own
             own = [signed] if status.sequence > told else []
-            news = self._table.news_for(peer_id, MAX_STATUSES - 1, MAX_STATUS_BYTES - len(signed.payload))
+            room = MAX_STATUS_BYTES - sum(len(word.payload) for word in own)
+            news = self._table.news_for(peer_id, MAX_STATUSES - 1, room)
             reissued = self._reissued
             started = trio.current_time()
             with trio.fail_after(self._config.heartbeat_timeout_s):

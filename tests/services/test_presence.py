@@ -11,11 +11,15 @@ import trio.testing
 
 from meshmax.base.config import Config
 from meshmax.base.errors import PeerGone
+from meshmax.base.ids import PeerId
+from meshmax.base.model import Signed
 from meshmax.base.status import Load, PeerStatus
-from meshmax.ports import Sighting
-from meshmax.services.presence import PresenceService, open_presence
+from meshmax.ports import Sighting, Stream
+from meshmax.services.frames import FrameStream
+from meshmax.services.presence import BEAT_PACE_S, MAX_STATUS_STREAMS, PresenceService, open_presence
 from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
 from meshmax.wire.protocols import STATUS
+from meshmax.wire.status import BEAT, ECHO, Beat, read_status
 
 
 class Told:
@@ -165,3 +169,61 @@ async def test_garbage_on_the_status_protocol_costs_the_stream_and_nothing_else(
                 pass
         await trio.sleep(5)
         assert online(a) == {"peer1"}
+
+
+async def beats_answered(swarm: MemorySwarm, peer: PeerId, within_s: float) -> int:
+    """How many heartbeats on one stream are answered in that time, sent as fast as they are."""
+    frames, answered = FrameStream(await swarm.open_stream(peer, STATUS)), 0
+    ends_at = trio.current_time() + within_s
+    while trio.current_time() < ends_at:
+        await frames.send(BEAT, Beat(answered))
+        await frames.receive(ECHO)
+        answered += 1
+    return answered
+
+
+async def read_out(stream: Stream) -> None:
+    with trio.fail_after(2):
+        while await stream.receive_some(100):
+            pass
+
+
+async def test_a_peer_that_beats_without_pause_is_answered_at_a_measured_pace(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site() as site:
+        await site.peer()
+        await site.peer()
+        await trio.sleep(5)
+        answered = await beats_answered(site.swarms[1], site.swarms[0].peer_id, 10.0)
+        assert 5 <= answered <= 10.0 / BEAT_PACE_S
+
+
+async def test_status_streams_of_one_peer_are_bounded(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        a, _ = await site.peer(), await site.peer()
+        await trio.sleep(5)
+        streams = [await site.swarms[1].open_stream(site.swarms[0].peer_id, STATUS) for _ in range(MAX_STATUS_STREAMS)]
+        with pytest.raises(PeerGone):
+            await read_out(streams[-1])
+        await trio.sleep(10)
+        assert online(a) == {"peer1"}
+
+
+async def test_a_status_that_is_known_already_is_not_checked_again(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[PeerId, bytes]] = []
+
+    def counted(signed: Signed) -> PeerStatus:
+        read.append((signed.signer, signed.payload))
+        return read_status(signed)
+
+    monkeypatch.setattr("meshmax.services.presence.read_status", counted)
+    async with open_site() as site:
+        for _ in range(5):
+            await site.peer()
+        await trio.sleep(60)
+        assert all(len(online(presence)) == 4 for presence in site.presences)
+    # Each of the five is checked once by each of the four others, plus what crossed on the way.
+    assert len(read) < 1.5 * 4 * len(set(read))

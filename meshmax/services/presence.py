@@ -31,7 +31,17 @@ from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import CONNECTIONS
 from meshmax.wire.protocols import STATUS
 from meshmax.wire.signed import STATUS_DOMAIN, sign
-from meshmax.wire.status import BEAT, ECHO, MAX_STATUS_BYTES, MAX_STATUSES, Beat, Echo, check_statuses, read_status
+from meshmax.wire.status import (
+    BEAT,
+    ECHO,
+    MAX_STATUS_BYTES,
+    MAX_STATUSES,
+    Beat,
+    Echo,
+    check_statuses,
+    fitted,
+    read_status,
+)
 
 DIAL_DEADLINE_S: Final = 5.0  # a LAN answers in milliseconds; a peer that needs longer is tried again later
 DIALS_AT_ONCE: Final = 16
@@ -110,6 +120,7 @@ class PresenceService:
             issued_at_s=int(self._unix_now()),
             addresses=self._swarm.addresses,
         )
+        status = fitted(status)
         return status, sign(STATUS_DOMAIN, status, self._signer.peer_id, self._signer.sign)
 
     async def run_status(self) -> NoReturn:

@@ -16,13 +16,17 @@ from meshmax.base.errors import ManifestInvalid, RemoteProtocolError
 from meshmax.base.ids import HEX64
 from meshmax.base.model import Signed
 from meshmax.base.names import MAX_NAME
-from meshmax.base.status import MAX_ADDRESSES, MAX_GPUS, MAX_MODELS, MAX_PEER_NAME, PeerStatus
+from meshmax.base.status import MAX_ADDRESSES, MAX_GPUS, MAX_MODELS, MAX_PEER_NAME, ModelPresence, PeerStatus
 from meshmax.wire.frames import Codec
-from meshmax.wire.signed import STATUS_DOMAIN, verify
+from meshmax.wire.signed import MAX_PAYLOAD_BYTES, STATUS_DOMAIN, canonical, verify
 
 MAX_STATUSES: Final = 64  # in one message; more follow in the next beat
 MAX_STATUS_BYTES: Final = 768 << 10  # of all payloads in one message, so that it fits a frame
 MAX_NAMES: Final = 64  # names of one model
+MAX_ALL_NAMES: Final = 4096  # names of all models; each is looked at whenever a name is resolved
+MAX_CAPABILITIES: Final = 16  # of one model; engines know five
+MAX_NUMBER: Final = (1 << 62) - 1  # counts, bytes and seconds; leaves sums room in 64 bits
+MAX_RATE: Final = 1e9
 MAX_TEXT: Final = 200  # characters of any other text: a GPU's name, a family, an address
 
 
@@ -62,6 +66,56 @@ def read_status(signed: Signed) -> PeerStatus:
     return status
 
 
+def fitted(status: PeerStatus) -> PeerStatus:
+    """Our own ``status`` as peers take it: what breaks a bound is cut or left out.
+
+    Facts of models come out of files that somebody else made; an odd one must not cost us every neighbour.
+    """
+    models, room = [], MAX_ALL_NAMES - min(len(status.models), MAX_MODELS)
+    for model in status.models[:MAX_MODELS]:
+        names = tuple(name for name in model.names if len(name) <= MAX_NAME)[: min(MAX_NAMES, room + 1)]
+        room -= max(len(names) - 1, 0)
+        models.append(_fitted_model(model, names))
+    gpus = tuple(msgspec.structs.replace(gpu, name=_text(gpu.name)) for gpu in status.gpus[:MAX_GPUS])
+    status = msgspec.structs.replace(
+        status, name=_text(status.name)[:MAX_PEER_NAME], addresses=status.addresses[:MAX_ADDRESSES], gpus=gpus
+    )
+    status = msgspec.structs.replace(status, models=tuple(models))
+    while status.models and len(canonical(status)) > MAX_PAYLOAD_BYTES:
+        status = msgspec.structs.replace(status, models=status.models[: len(status.models) * 7 // 8])
+    return status
+
+
+def _fitted_model(model: ModelPresence, names: tuple[str, ...]) -> ModelPresence:
+    return msgspec.structs.replace(
+        model,
+        names=names,
+        size=_number(model.size),
+        family=_text(model.family),
+        parameter_size=_text(model.parameter_size),
+        quantization_level=_text(model.quantization_level),
+        context_length=_number(model.context_length),
+        embedding_length=_number(model.embedding_length),
+        capabilities=tuple(map(_text, model.capabilities[:MAX_CAPABILITIES])),
+        modified_at_s=_number(model.modified_at_s),
+        prefill_per_s=_rate(model.prefill_per_s),
+        decode_per_s=_rate(model.decode_per_s),
+        load_s=_rate(model.load_s),
+    )
+
+
+def _text(text: str) -> str:
+    return "".join(letter for letter in text[:MAX_TEXT] if letter.isprintable())
+
+
+def _number(number: int) -> int:
+    return min(max(number, 0), MAX_NUMBER)
+
+
+def _rate(rate: float) -> float:
+    return rate if 0.0 <= rate < MAX_RATE else 0.0  # also what is not a number
+
+
 def _within_bounds(status: PeerStatus) -> bool:
     texts = [status.version, status.mesh, status.engine, *status.addresses, *(gpu.name for gpu in status.gpus)]
     numbers = [
@@ -77,20 +131,21 @@ def _within_bounds(status: PeerStatus) -> bool:
         if (
             not HEX64.fullmatch(model.digest)
             or len(model.names) > MAX_NAMES
-            or len(model.capabilities) > 16
+            or len(model.capabilities) > MAX_CAPABILITIES
             or any(len(n) > MAX_NAME for n in model.names)
         ):
             return False
-        if not all(0.0 <= rate < 1e9 for rate in (model.prefill_per_s, model.decode_per_s, model.load_s)):
+        if not all(0.0 <= rate < MAX_RATE for rate in (model.prefill_per_s, model.decode_per_s, model.load_s)):
             return False
     return (
         len(status.addresses) <= MAX_ADDRESSES
         and len(status.models) <= MAX_MODELS
+        and sum(len(model.names) for model in status.models) <= MAX_ALL_NAMES
         and len(status.gpus) <= MAX_GPUS
         and len(status.name) <= MAX_PEER_NAME
         and status.name.isprintable()
         and all(len(text) <= MAX_TEXT and text.isprintable() for text in texts)
-        and all(0 <= number < 1 << 62 for number in numbers)
-        and 0 <= status.sequence < 1 << 62
+        and all(0 <= number <= MAX_NUMBER for number in numbers)
+        and 0 <= status.sequence <= MAX_NUMBER
         and status.load.capacity >= 1
     )

@@ -8,7 +8,7 @@ from meshmax.base.errors import ManifestInvalid, RemoteProtocolError
 from meshmax.base.ids import Sha256, peer_id_of
 from meshmax.base.status import MAX_ADDRESSES, MAX_MODELS, Gpu, Load, ModelPresence, PeerStatus
 from meshmax.wire.signed import STATUS_DOMAIN, sign
-from meshmax.wire.status import BEAT, MAX_STATUSES, Beat, check_statuses, read_status
+from meshmax.wire.status import BEAT, MAX_ALL_NAMES, MAX_STATUSES, Beat, check_statuses, fitted, read_status
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PEER = peer_id_of(KEY.public_key().public_bytes_raw())
@@ -33,6 +33,32 @@ def test_a_full_status_fits_a_message() -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"name": "\x1b[2J" + "x" * 100},
+        {"addresses": ("/ip4/10.0.0.1/tcp/1",) * 99},
+        {"gpus": (Gpu("\n" * 300),) * 99},
+        {"models": (MODEL,) * (MAX_MODELS + 1)},
+        {"models": (msgspec.structs.replace(MODEL, names=("h/n/" + "x" * 290,) * 64),) * MAX_MODELS},
+        {"models": (msgspec.structs.replace(MODEL, names=("x" * 10_000,)),)},
+        {"models": (msgspec.structs.replace(MODEL, family="\0" * 9, parameter_size="x" * 999),)},
+        {"models": (msgspec.structs.replace(MODEL, context_length=1 << 64, embedding_length=-1),)},
+        {"models": (msgspec.structs.replace(MODEL, capabilities=("\n",) * 99),)},
+        {"models": (msgspec.structs.replace(MODEL, load_s=float("nan"), decode_per_s=float("inf")),)},
+    ],
+    ids=lambda change: str(change)[:60],
+)
+def test_whatever_we_have_to_tell_is_made_to_fit_what_peers_take(change: dict[str, object]) -> None:
+    signed = sign(STATUS_DOMAIN, fitted(msgspec.structs.replace(STATUS, **change)), PEER, KEY.sign)
+    assert read_status(signed).models  # something of it is left
+    BEAT.encode(Beat(1, (signed,)))
+
+
+def test_what_fits_is_told_as_it_is() -> None:
+    assert fitted(STATUS) == STATUS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         {"name": "x" * 65},
         {"name": "\x1b[2J"},
         {"addresses": ("a",) * (MAX_ADDRESSES + 1)},
@@ -45,6 +71,7 @@ def test_a_full_status_fits_a_message() -> None:
         {"models": (msgspec.structs.replace(MODEL, decode_per_s=float("nan")),)},
         {"models": (msgspec.structs.replace(MODEL, names=("x",) * 65),)},
         {"gpus": (Gpu("\n"),)},
+        {"models": (msgspec.structs.replace(MODEL, names=("x",) * 64),) * (MAX_ALL_NAMES // 64 + 1)},
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from meshmax.base.units import NS_PER_S
-from meshmax.cli.output import go_duration, printable, printable_answer
+from meshmax.cli.output import columns, go_duration, printable, printable_answer
 
 _MARGIN: Final = 5  # columns kept free at the right
 _ERASE_WORD: Final = "\x1b[{columns}D\x1b[K"  # back over a word that no longer fits, then clear to the end of the line
@@ -22,9 +22,9 @@ class WordWrap:
 
     __slots__ = ("_column", "_width", "_word")
 
-    def __init__(self, columns: int) -> None:
-        """``columns`` of the terminal."""
-        self._width = max(columns - _MARGIN, 1)
+    def __init__(self, width: int) -> None:
+        """``width`` of the terminal in columns."""
+        self._width = max(width - _MARGIN, 1)
         self._column = 0
         self._word = ""
 
@@ -36,20 +36,21 @@ class WordWrap:
                 self._column, self._word = 0, ""
                 out.append(character)
                 continue
-            if self._column + 1 > self._width:
+            wide = columns(character)
+            if self._column + wide > self._width:
                 out.append(self._break_before(character))
             out.append(character)
-            self._column += 1
+            self._column += wide
             self._word = "" if character == " " else self._word + character
         return "".join(out)
 
     def _break_before(self, character: str) -> str:
-        word = self._word
-        if character == " " or not word or len(word) >= self._width:  # nothing to move, or it fits nowhere
+        word, wide = self._word, columns(self._word)
+        if character == " " or not word or wide >= self._width:  # nothing to move, or it fits nowhere
             self._column, self._word = 0, ""
             return "\n"
-        self._column = len(word)
-        return _ERASE_WORD.format(columns=len(word)) + "\n" + word
+        self._column = wide
+        return _ERASE_WORD.format(columns=wide) + "\n" + word
 
 
 class AnswerWriter:

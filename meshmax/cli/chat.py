@@ -118,6 +118,9 @@ def converse(client: PeerClient, conversation: Conversation, read: Callable[[str
         except KeyboardInterrupt:
             emit("\nUse Ctrl + d or /bye to exit.")
             continue
+        except UnicodeDecodeError:
+            emit("That was not UTF-8 text.")
+            continue
         except EOFError:
             emit()
             return
@@ -130,7 +133,7 @@ def converse(client: PeerClient, conversation: Conversation, read: Callable[[str
                 answer(client, conversation, text)
         except MeshmaxError as error:
             conversation.take_back()
-            sys.stderr.write(f"Error: {error}\n")
+            sys.stderr.write(f"Error: {printable_answer(str(error))}\n")
 
 
 def read_message(read: Callable[[str], str]) -> str:

@@ -113,8 +113,9 @@ class PeerClient:
         import httpx
 
         timeout = httpx.USE_CLIENT_DEFAULT if timed else httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        content, headers = (None, None) if body is None else (_encode(body), {"content-type": "application/json"})
         try:
-            with self._http.stream(method, path, json=body, timeout=timeout) as response:
+            with self._http.stream(method, path, content=content, headers=headers, timeout=timeout) as response:
                 answer = StreamedAnswer(response)
                 if response.is_error:
                     raise error_of_answer(response.status_code, answer.read())
@@ -157,6 +158,13 @@ class StreamedAnswer:
             yield _checked(rest)
 
 
+def _encode(body: Any) -> bytes:
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError:  # bytes of the command line or of standard input that are no text
+        raise InvalidRequest("what was given is not UTF-8 text") from None
+
+
 def _decode(text: bytes) -> Any:
     try:
         return msgspec.json.decode(text)
@@ -194,7 +202,8 @@ def open_client(target: Target) -> PeerClient:
     """A client of the peer that ``target`` and the environment name. Raises NoPeerRunning, ConfigError."""
     given = target.api or ("" if target.home else os.environ.get("MESHMAX_API", ""))
     home = home_folder(target.home)
-    return PeerClient(api_url(given) if given else running_api(home), _token(home))
+    url = api_url(given) if given else running_api(home)
+    return PeerClient(url, os.environ.get("MESHMAX_TOKEN") or (_token_of(home) if not given or _here(url) else ""))
 
 
 def home_folder(given: Path | None) -> Path:
@@ -230,9 +239,14 @@ def running_api(home: Path) -> str:
     return api_url(run.api)
 
 
-def _token(home: Path) -> str:
-    if token := os.environ.get("MESHMAX_TOKEN"):
-        return token
+def _here(url: str) -> bool:
+    """Whether ``url`` is on this machine, so that the token of our own peer may be shown to it."""
+    from urllib.parse import urlsplit
+
+    return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+
+
+def _token_of(home: Path) -> str:
     if not (home / "meshmax.yaml").exists():
         return ""
     from meshmax.cli.settings import load_config

@@ -87,7 +87,9 @@ def _usage_text(error: CycloptsError) -> str:
 
 
 def _fail(text: str, code: int) -> int:
-    sys.stderr.write(f"Error: {text}\n")
+    from meshmax.cli.output import printable_answer
+
+    sys.stderr.write(f"Error: {printable_answer(text)}\n")  # other peers' words may be in it
     return code
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -18,6 +19,8 @@ _GAP: Final = "    "  # between columns, as Ollama
 _FOREVER_YEARS: Final = 20  # an expiry further away than this means "never"
 _DAY_H: Final = 24
 _ANSWER_CONTROLS: Final = "\n\t"  # control characters that an answer may hold
+_UNSAFE: Final = ("Cc", "Cs")  # categories: controls, among them ESC and CSI, and halves of characters
+_NARROWEST: Final = ("Mn", "Me", "Cf")  # categories that take no column
 
 
 def emit(text: str = "") -> None:
@@ -38,16 +41,31 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def printable_answer(text: str) -> str:
-    """A model's text as it may go to a terminal: newlines and tabs stay, escape sequences cannot form."""
-    return printable(text, _ANSWER_CONTROLS)
+    """A model's text, or an error's, as it may go to a terminal: escape sequences cannot form, all else stays.
+
+    Only control characters go: blanks that are not ASCII's and joiners belong to the text (emoji, Persian, Japanese).
+    """
+    if text.isprintable():
+        return text
+    return "".join(c for c in text if c in _ANSWER_CONTROLS or unicodedata.category(c) not in _UNSAFE)
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal ``text`` takes: East Asian letters and emoji two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.category(c) in _NARROWEST else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text
+    )
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Left-aligned columns, four spaces apart, without borders or trailing blanks."""
     lines = [list(header), *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    widths = [max(columns(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
-        _GAP.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        _GAP.join(cell + " " * (width - columns(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
     )
 
 

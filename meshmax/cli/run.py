@@ -72,7 +72,10 @@ def _question(prompt: tuple[str, ...]) -> str | None:
     """Piped text and the prompt, joined; None when a person shall type. Raises InvalidRequest."""
     parts = list(prompt)
     if not sys.stdin.isatty():
-        piped = sys.stdin.read(MAX_PROMPT_BYTES + 1)
+        try:
+            piped = sys.stdin.read(MAX_PROMPT_BYTES + 1)
+        except UnicodeDecodeError:
+            raise InvalidRequest("standard input is not UTF-8 text") from None
         if len(piped) > MAX_PROMPT_BYTES:
             raise InvalidRequest(f"standard input is longer than {MAX_PROMPT_BYTES >> 20} MiB, which no model takes")
         if piped:

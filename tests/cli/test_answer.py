@@ -94,3 +94,8 @@ def test_timings_read_as_ollamas_and_then_tell_who_answered() -> None:
 
 def test_timings_leave_out_what_is_not_known() -> None:
     assert timings({}, {}) == ""
+
+
+def test_wide_letters_are_wrapped_where_the_terminal_ends() -> None:
+    wrap = WordWrap(10 + 5)
+    assert wrap.feed("\u65e5\u672c \u65e5\u672c\u8a9e") == "\u65e5\u672c \u65e5\u672c\x1b[4D\x1b[K\n\u65e5\u672c\u8a9e"

@@ -143,3 +143,23 @@ def test_a_conversation_is_bounded() -> None:
     for turn in range(MAX_TURNS + 10):
         talk.ask(str(turn))
     assert len(talk.messages) == MAX_TURNS
+
+
+def test_bytes_that_are_no_text_do_not_end_the_conversation(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    typed = iter([b"\xff", b"hi", b"/bye"])
+
+    def read(_prompt: str) -> str:
+        return next(typed).decode()
+
+    with PeerClient(peer.url) as client:
+        converse(client, Conversation("m", {}), read)
+    assert [body["messages"] for body in peer.bodies("/api/chat")][1:] == [[{"role": "user", "content": "hi"}]]
+    assert "That was not UTF-8 text." in capsys.readouterr().out
+
+
+def test_another_peers_error_writes_no_escape_sequences(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    with PeerClient(peer.url) as client:
+        conversation = Conversation("m", {})
+        peer.on("POST", "/api/show", {"error": "no\x1b[2J", "code": "refused"}, 403)
+        converse(client, conversation, typing("/show info"))
+    assert capsys.readouterr().err == "Error: no[2J\n"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import httpx
 import pytest
 
@@ -70,3 +72,21 @@ def test_the_token_is_sent_with_every_request() -> None:
     with PeerClient("http://peer", token="secret", transport=httpx.MockTransport(answer)) as client:
         client.get("/")
     assert seen == ["Bearer secret"]
+
+
+@pytest.mark.parametrize(
+    ("api", "sent"), [("", "secret"), ("127.0.0.1:5", "secret"), ("[::1]:5", "secret"), ("192.0.2.1:5", "")]
+)
+def test_the_token_of_our_own_peer_is_shown_to_no_other_machine(
+    api: str, sent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MESHMAX_API", "MESHMAX_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "meshmax.yaml").write_text("token: secret\n")
+    monkeypatch.setattr(module, "running_api", lambda _: "http://192.0.2.7:11434")
+    seen: list[str] = []
+    monkeypatch.setattr(module, "PeerClient", lambda _url, token: seen.append(token))
+    module.open_client(module.Target(api or None, tmp_path))
+    monkeypatch.setenv("MESHMAX_TOKEN", "chosen")
+    module.open_client(module.Target(api or None, tmp_path))
+    assert seen == [sent, "chosen"]

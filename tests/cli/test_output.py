@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshmax.base.units import NS_PER_S
 from meshmax.cli.output import (
+    columns,
     go_duration,
     human_count,
     human_duration,
@@ -104,8 +107,27 @@ def test_a_table_without_rows_is_its_header() -> None:
 @given(st.text())
 def test_no_text_of_another_peer_brings_control_characters_to_the_terminal(text: str) -> None:
     assert printable(text).isprintable()
-    assert printable_answer(text).replace("\n", "").replace("\t", "").isprintable()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", printable_answer(text))
 
 
 def test_a_name_with_an_escape_sequence_loses_it_in_a_table() -> None:
     assert "\x1b" not in table(("NAME",), [("evil\x1b[2J",)])
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u00a0b", "\u3042\u3000\u3044", "\u0645\u06cc\u200c\u062e", "\U0001f468\u200d\U0001f469", "1\u202f000"]
+)
+def test_an_answer_keeps_the_blanks_and_joiners_of_every_script(text: str) -> None:
+    assert printable_answer(text) == text
+
+
+def test_no_escape_sequence_forms_in_an_answer() -> None:
+    assert printable_answer("\x1b[2Ja\x9b1mb\x07\r\ud800\n\tc") == "[2Ja1mb\n\tc"
+
+
+def test_a_table_stands_straight_whatever_letters_are_in_it() -> None:
+    assert columns("\u65e5\u672c e\u0301") == 6
+    assert table(("N", "X"), [("\u65e5\u672c", "1"), ("abcd", "2")]).splitlines()[1:] == [
+        "\u65e5\u672c    1",
+        "abcd    2",
+    ]

@@ -115,3 +115,26 @@ def test_a_model_that_only_embeds_prints_a_vector(peer: FakePeer, capsys: pytest
     assert main(["run", "m", "hi", "--dimensions", "2"]) == 0
     assert capsys.readouterr().out == "[0.5, 0.25]\n"
     assert peer.bodies("/api/embed") == [{"model": "m", "input": "hi", "dimensions": 2}]
+
+
+def test_piped_bytes_that_are_no_text_are_an_error_of_one_line(
+    peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
+    assert main(["run", "m"]) == 2
+    assert capsys.readouterr().err == "Error: standard input is not UTF-8 text\n"
+
+
+def test_an_argument_that_is_no_text_is_an_error_of_one_line(
+    peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "m", "\udcff"]) == 2
+    assert capsys.readouterr().err == "Error: what was given is not UTF-8 text\n"
+
+
+def test_an_error_in_another_peers_words_writes_no_escape_sequences(
+    peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer.on("POST", "/api/generate", {"error": "no\x1b]0;title\x07\x9b2J", "code": "refused"}, 403)
+    assert main(["run", "m", "hi"]) == 5
+    assert capsys.readouterr().err == "Error: no]0;title2J\n"

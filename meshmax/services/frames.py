@@ -36,7 +36,7 @@ class FrameStream:
             if self._buffer:
                 raise RemoteProtocolError("the peer ended the stream inside a frame")
             return None
-        length = body_length(bytes(self._buffer[:HEADER_BYTES]))
+        length = body_length(bytes(self._buffer[:HEADER_BYTES]), codec.max_bytes)
         if not await self._fill(HEADER_BYTES + length):
             raise RemoteProtocolError("the peer ended the stream inside a frame")
         body = bytes(self._buffer[HEADER_BYTES : HEADER_BYTES + length])

@@ -8,6 +8,7 @@ peer's fault, and the caller asks another peer. Not here: which peer to ask, whe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, TypeVar
@@ -38,6 +39,9 @@ from meshmax.wire.protocols import MODEL
 from meshmax.wire.signed import MODEL_RECORD_DOMAIN, verify
 
 MAX_REQUESTS: Final = 32  # answered at once, in all; a map of 64 MiB may be in memory for each
+MAX_REQUESTS_PER_PEER: Final = (
+    8  # of those; a pull asks one peer for one thing at a time, and one peer must not take all
+)
 REPLY_TIMEOUT_S: Final = 10.0  # for one message, either way; a map's parts are half a MiB each
 
 R = TypeVar("R", wire.RecordReply, wire.ManifestReply, wire.MapPart, wire.DescribeReply)
@@ -63,7 +67,7 @@ class ModelServer:
         self._models = models
         self._blobs = blobs
         self._pulling = pulling
-        self._running = 0
+        self._running: Counter[PeerId] = Counter()
 
     def register(self, swarm: Swarm) -> None:
         """Serve on ``swarm`` from now on."""
@@ -74,10 +78,11 @@ class ModelServer:
         frames = FrameStream(stream)
         with _in_time("the peer opened a stream and asked for nothing"):
             request = await frames.receive(wire.FROM_ASKER)
-        if self._running >= MAX_REQUESTS:
+        peer = stream.peer
+        if self._running[peer] >= MAX_REQUESTS_PER_PEER or self._running.total() >= MAX_REQUESTS:
             await _send(frames, failure_of(Busy("this peer answers as many as it can")))
             return
-        self._running += 1
+        self._running[peer] += 1
         try:
             await self._answer(frames, request)
         except (PeerGone, RemoteProtocolError):
@@ -85,7 +90,9 @@ class ModelServer:
         except MeshmaxError as error:
             await _send(frames, failure_of(error))
         finally:
-            self._running -= 1
+            self._running[peer] -= 1
+            if not self._running[peer]:
+                del self._running[peer]
 
     async def _answer(self, frames: FrameStream, request: wire.FromAsker) -> None:
         match request:

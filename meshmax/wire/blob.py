@@ -23,6 +23,7 @@ from meshmax.wire.frames import Codec
 PART_BYTES: Final = 256 * KIB  # of one ChunkPart: what a stream's window holds, so that a Cancel takes effect soon
 MAX_WANTS: Final = 16  # unanswered wants a stream; twice the largest window, since cancelled ones count until answered
 MAX_CHUNKS: Final = MAX_BLOB_BYTES // CHUNK_BYTES
+MAX_REQUEST_BYTES: Final = KIB  # of a fetcher's message: a digest or an index, and room for what later versions add
 MAX_BUSY_S: Final = 3600.0
 
 Index = Annotated[int, msgspec.Meta(ge=0, lt=MAX_CHUNKS)]
@@ -83,7 +84,7 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
 FromFetcher: TypeAlias = Open | Want | Cancel
 FromServer: TypeAlias = Have | ChunkPart | Busy | NotHave | Cancelled | Failure
 
-FROM_FETCHER: Final[Codec[FromFetcher]] = Codec(FromFetcher)
+FROM_FETCHER: Final[Codec[FromFetcher]] = Codec(FromFetcher, MAX_REQUEST_BYTES)
 FROM_SERVER: Final[Codec[FromServer]] = Codec(FromServer)
 
 

@@ -1,6 +1,7 @@
 """Frames: a 4-byte big-endian length, then that many bytes of MessagePack (msgspec).
 
-Rules: a frame's body has 1 to 1 MiB bytes; the length is checked before anything is allocated. Every message type is a
+Rules: a frame's body has 1 to 1 MiB bytes, fewer where a protocol's messages are small (`Codec`); the length is checked
+before anything is allocated. Every message type is a
 msgspec Struct; unions are told apart by their tag. Unknown fields are ignored (a newer peer may say more), unknown tags
 and wrong types are errors. Not here: reading from a stream (services.frames).
 """
@@ -25,16 +26,20 @@ M = TypeVar("M")
 
 
 class Codec(Generic[M]):
-    """Encodes and decodes the messages of one type (a Struct or a union of tagged Structs)."""
+    """Encodes and decodes the messages of one type (a Struct or a union of tagged Structs).
 
-    def __init__(self, message_type: Any) -> None:
+    ``max_bytes``: of a body. Small for small messages, so that who announces more is not waited for.
+    """
+
+    def __init__(self, message_type: Any, max_bytes: int = MAX_FRAME_BYTES) -> None:
+        self.max_bytes = max_bytes
         self._decoder = msgspec.msgpack.Decoder(message_type)
 
     def encode(self, message: M) -> bytes:
         """The whole frame, header included. Raises LocalProtocolError if it is over the limit."""
         body = _encoder.encode(message)
-        if len(body) > MAX_FRAME_BYTES:
-            raise LocalProtocolError(f"a message of {len(body)} bytes is over the limit of {MAX_FRAME_BYTES}")
+        if len(body) > self.max_bytes:
+            raise LocalProtocolError(f"a message of {len(body)} bytes is over the limit of {self.max_bytes}")
         return _LENGTH.pack(len(body)) + body
 
     def decode(self, body: bytes | bytearray | memoryview) -> M:
@@ -46,9 +51,9 @@ class Codec(Generic[M]):
         return message
 
 
-def body_length(header: bytes) -> int:
-    """The length that a 4-byte header announces. Raises RemoteProtocolError outside 1 to MAX_FRAME_BYTES."""
+def body_length(header: bytes, max_bytes: int = MAX_FRAME_BYTES) -> int:
+    """The length that a 4-byte header announces. Raises RemoteProtocolError outside 1 to ``max_bytes``."""
     (length,) = _LENGTH.unpack(header)
-    if not 1 <= length <= MAX_FRAME_BYTES:
-        raise RemoteProtocolError(f"the peer announced a frame of {length} bytes; allowed are 1 to {MAX_FRAME_BYTES}")
+    if not 1 <= length <= max_bytes:
+        raise RemoteProtocolError(f"the peer announced a frame of {length} bytes; allowed are 1 to {max_bytes}")
     return int(length)

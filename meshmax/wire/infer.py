@@ -47,7 +47,7 @@ MAX_TOOLS: Final = 1024
 
 
 class AskPart(msgspec.Struct, frozen=True, tag="ask"):
-    """A piece of an encoded Ask, in order; none is empty. ``last``: the Ask is whole."""
+    """A piece of an encoded Ask, in order: PART_BYTES of it, the last one fewer but not none. ``last``: the Ask is whole."""
 
     data: bytes
     last: bool
@@ -69,7 +69,7 @@ class KeepAlive(msgspec.Struct, frozen=True, tag="keep_alive"):
 
 Reply = Accepted | Events | KeepAlive | Failure
 
-ASK_PART: Final[Codec[AskPart]] = Codec(AskPart)
+ASK_PART: Final[Codec[AskPart]] = Codec(AskPart, PART_BYTES + KIB)
 REPLY: Final[Codec[Reply]] = Codec(Reply)
 
 _ask_decoder: Final = msgspec.msgpack.Decoder(Ask)
@@ -108,8 +108,10 @@ class AskAssembly:
 
     def on_part(self, part: AskPart) -> Ask | None:
         """Take a part in; the Ask once it is whole. Raises RemoteProtocolError for one that is too large or not valid."""
-        if not part.data or len(part.data) > PART_BYTES or len(self._data) + len(part.data) > MAX_ASK_BYTES:
-            raise RemoteProtocolError("the peer sent a request that is too large, or an empty piece of one")
+        # Whole pieces only: a request that comes byte by byte would hold its place for as long as the sender likes.
+        fits = 0 < len(part.data) <= PART_BYTES and (part.last or len(part.data) == PART_BYTES)
+        if not fits or len(self._data) + len(part.data) > MAX_ASK_BYTES:
+            raise RemoteProtocolError("the peer sent a request that is too large, or in pieces of a wrong size")
         self._data += part.data
         return decode_ask(self._data) if part.last else None
 

@@ -21,6 +21,7 @@ from meshmax.wire.failure import Failure
 from meshmax.wire.frames import MAX_FRAME_BYTES, Codec
 
 MAP_PART_BYTES: Final = 512 * KIB  # half a frame
+MAX_REQUEST_BYTES: Final = 2 * KIB  # a name of MAX_NAME characters, a digest, and room for what later versions add
 MAX_DESCRIPTION_BYTES: Final = MAX_FRAME_BYTES - KIB  # of JSON; its maker cuts long texts
 _MAP_FIELDS_BYTES: Final = 256  # a map's encoding but for its hashes: five names, two numbers, two digests
 _HASH_BYTES: Final = 32
@@ -75,7 +76,7 @@ class DescribeReply(msgspec.Struct, frozen=True, tag="description"):
 FromAsker: TypeAlias = GetModel | GetMap | Describe
 FromHolder: TypeAlias = RecordReply | ManifestReply | MapPart | DescribeReply | Failure
 
-FROM_ASKER: Final[Codec[FromAsker]] = Codec(FromAsker)
+FROM_ASKER: Final[Codec[FromAsker]] = Codec(FromAsker, MAX_REQUEST_BYTES)
 FROM_HOLDER: Final[Codec[FromHolder]] = Codec(FromHolder)
 
 _description: Final = msgspec.json.Decoder(ModelDescription)

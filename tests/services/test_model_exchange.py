@@ -24,9 +24,10 @@ from meshmax.base.ids import MapAddress, PeerId, Sha256
 from meshmax.base.model import ModelRecord, Signed
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
-from meshmax.services.model_exchange import check_record, describe, fetch_map, fetch_model
+from meshmax.services.model_exchange import MAX_REQUESTS, check_record, describe, fetch_map, fetch_model
 from meshmax.wire import model as wire
 from meshmax.wire.failure import Failure
+from meshmax.wire.frames import MAX_FRAME_BYTES
 from meshmax.wire.protocols import MODEL
 from meshmax.wire.signed import MODEL_RECORD_DOMAIN, STATUS_DOMAIN, sign, verify
 from tests.services.pull_site import SitePeer, model_bytes, open_site
@@ -233,6 +234,34 @@ async def test_a_peer_that_is_frozen_is_given_up_in_time(autojump_clock: Clock) 
         a.swarm.serve(MODEL, never)
         await _asks(c, a.peer_id, stored.manifest.digest)
         assert trio.current_time() < 30
+
+
+async def test_one_peer_cannot_keep_the_others_from_asking(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slowly(_address: MapAddress) -> bytes:
+        await trio.sleep(60)
+        return b""
+
+    async with open_site() as site:
+        a, greedy, other = [await site.peer() for _ in range(3)]
+        stored = await a.hold(model_bytes(1))
+        monkeypatch.setattr(a.store.blobs, "read_map", slowly)
+        for _ in range(MAX_REQUESTS):
+            frames = FrameStream(await greedy.swarm.open_stream(a.peer_id, MODEL))
+            await frames.send(wire.FROM_ASKER, wire.GetMap(OTHER))
+        await trio.sleep(1)
+        assert (await fetch_model(other.swarm, a.peer_id, stored.manifest.digest)).manifest == stored.manifest
+
+
+@pytest.mark.parametrize("length", [wire.MAX_REQUEST_BYTES + 1, MAX_FRAME_BYTES])
+async def test_a_request_that_announces_more_than_any_has_is_refused_unread(length: int, autojump_clock: Clock) -> None:
+    async with open_pair() as (a, c):
+        stream = await c.swarm.open_stream(a.peer_id, MODEL)
+        await stream.send_all(length.to_bytes(4, "big"))
+        with pytest.raises(PeerGone):
+            await stream.receive_some(10)
+        assert trio.current_time() < 1
 
 
 async def test_requests_at_once_are_bounded(autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

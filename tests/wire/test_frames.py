@@ -45,6 +45,14 @@ def test_a_message_over_the_limit_is_not_sent() -> None:
         CODEC.encode(Ping(1, bytes(MAX_FRAME_BYTES)))
 
 
+def test_a_codec_of_small_messages_takes_and_sends_no_large_ones() -> None:
+    small: Codec[Ping] = Codec(Ping, 100)
+    with pytest.raises(LocalProtocolError):
+        small.encode(Ping(1, bytes(100)))
+    with pytest.raises(RemoteProtocolError, match="allowed are 1 to 100"):
+        body_length((101).to_bytes(4, "big"), small.max_bytes)
+
+
 @given(st.binary(max_size=200))
 def test_garbage_is_a_protocol_error(body: bytes) -> None:
     with contextlib.suppress(RemoteProtocolError):

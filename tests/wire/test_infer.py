@@ -169,6 +169,7 @@ def test_an_error_does_not_quote_the_prompt() -> None:
     [
         [AskPart(b"", False)],
         [AskPart(b"", True)],
+        [AskPart(b"x" * (PART_BYTES - 1), False)],
         [AskPart(b"x" * (PART_BYTES + 1), False)],
         [AskPart(b"x" * PART_BYTES, False)] * (MAX_ASK_BYTES // PART_BYTES + 1),
         [AskPart(b"x", True)],

@@ -2,8 +2,8 @@
 
 Rules (ollama-api 1.1, design: faces): on a loopback bind the Host must name this machine or a private network, since a web
 page could point a name of its own at 127.0.0.1 (DNS rebinding); off loopback every call needs the token. An Origin must
-be one of Ollama's defaults, of the configuration, or the page must come from this very address. Calls to /api/v1 from a
-page of another origin need the token even so. Not here: the replies (guard).
+be one of Ollama's defaults, of the configuration, or the page must come from this very address. Calls to the mesh's
+own interface from a page of another origin need the token even so. Not here: the replies (guard).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _HOST_SUFFIXES: Final = (".localhost", ".local", ".internal")
 _LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "0.0.0.0")  # noqa: S104 - names in an Origin, not an address to bind
 _SCHEMES: Final = ("app://", "file://", "tauri://", "vscode-webview://", "vscode-file://")
 _OPEN_PATHS: Final = frozenset({"/health"})  # answered without a token
+_MESH_PATHS: Final = frozenset({"/status", "/metrics", "/ready"})  # the mesh's own, outside /api/v1
 MAX_ORIGIN: Final = 512  # characters
 
 
@@ -53,7 +54,7 @@ def judge(call: Call, policy: Policy) -> Verdict:
     trusted = token_matches(call.authorization, policy.token)
     if not policy.loopback and not trusted and call.path not in _OPEN_PATHS:
         return "token"
-    if foreign and not trusted and call.path.startswith("/api/v1/"):
+    if foreign and not trusted and (call.path.startswith("/api/v1/") or call.path in _MESH_PATHS):
         return "cross-origin"
     return "ok"
 

@@ -13,7 +13,7 @@ import msgspec
 import trio
 from starlette.requests import Request
 
-from meshmax.api.replies import PayloadTooLarge, RequestTimeout, UnsupportedMediaType
+from meshmax.api.replies import PayloadTooLarge, RequestTimeout, UnsupportedMediaType, dialect_of
 from meshmax.base.errors import InvalidRequest, PeerGone
 from meshmax.base.units import MIB
 
@@ -54,7 +54,12 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def read_words(request: Request, words: type[T], limit: int = PLAIN_BODY_BYTES) -> T:
-    """The body as ``words``. Raises InvalidRequest and what `read_body` raises."""
+    """The body as ``words``; the mesh's own interface takes it declared as JSON only.
+
+    Raises InvalidRequest, UnsupportedMediaType, and what `read_body` raises.
+    """
+    if dialect_of(request.scope["path"]) == "mesh":
+        require_json(request)
     return decode_words(await read_body(request, limit), words)
 
 

@@ -16,7 +16,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from meshmax.api.access import Call, Policy, judge
+from meshmax.api.access import Call, Policy, Verdict, judge
 from meshmax.api.prompts import REQUEST_ID
 from meshmax.api.replies import Forbidden, InternalError, dialect_of, error_reply
 from meshmax.base.errors import MeshmaxError, Unauthorized
@@ -58,41 +58,46 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer it here."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        path, origin = scope["path"], headers.get("origin")
+        verdict = judge(Call(path, headers.get("host", ""), origin, headers.get("authorization", "")), self._policy)
+        if scope["type"] == "websocket":
+            await (self._app if verdict == "ok" else _hang_up)(scope, receive, send)
+            return
         scope[REQUEST_ID] = request_id = self._request_id(headers.get("x-request-id", ""))
-        extra = {"x-request-id": request_id, **_cors(headers.get("origin"))}
-        exchange = _Exchange(receive, send, extra)
+        cors = {} if verdict in ("host", "origin") else _cors(origin)
+        exchange = _Exchange(receive, send, {"x-request-id": request_id, **cors})
+        app = _refusal(verdict, scope["method"], path) or self._app
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             ended_well = await isolate(
-                "http request", lambda: self._enter(scope, headers, exchange), path=scope["path"][:200]
+                "http request", lambda: app(scope, exchange.receive, exchange.send), path=path[:200]
             )
-        dialect = dialect_of(scope["path"])
+        dialect = dialect_of(path)
         if not ended_well and not exchange.status:
             await error_reply(InternalError(), dialect)(scope, exchange.receive, exchange.send)
         HTTP_REQUESTS.labels(interface=dialect, status=str(exchange.status or NO_REPLY)).inc()
 
-    async def _enter(self, scope: Scope, headers: Headers, exchange: _Exchange) -> None:
-        app = self._refusal(scope, headers) or self._app
-        await app(scope, exchange.receive, exchange.send)
-
-    def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
-        path = scope["path"]
-        preflight = scope["method"] == "OPTIONS"
-        call = Call(path, headers.get("host", ""), headers.get("origin"), headers.get("authorization", ""))
-        verdict = judge(call, self._policy)
-        if verdict in ("host", "origin"):
-            return Response(status_code=403)
-        if preflight:  # a browser asks without credentials; the call itself is checked in full
-            return Response(status_code=204, headers=_PREFLIGHT)
-        refused: dict[str, MeshmaxError] = {"token": Unauthorized(), "cross-origin": Forbidden()}
-        return error_reply(refused[verdict], dialect_of(path)) if verdict in refused else None
-
     def _request_id(self, given: str) -> str:
         sane = 0 < len(given) <= MAX_REQUEST_ID and _ID_CHARACTERS.issuperset(given)
         return given if sane else str(self._new_id())
+
+
+async def _hang_up(_scope: Scope, receive: Receive, send: Send) -> None:
+    """What a WebSocket gets that may not be: the server answers its handshake with 403."""
+    await receive()
+    await send({"type": "websocket.close", "code": 1008})
+
+
+def _refusal(verdict: Verdict, method: str, path: str) -> ASGIApp | None:
+    if verdict in ("host", "origin"):
+        return Response(status_code=403)
+    if method == "OPTIONS":  # a browser asks without credentials; the call itself is checked in full
+        return Response(status_code=204, headers=_PREFLIGHT)
+    refused: dict[str, MeshmaxError] = {"token": Unauthorized(), "cross-origin": Forbidden()}
+    return error_reply(refused[verdict], dialect_of(path)) if verdict in refused else None
 
 
 _PREFLIGHT: Final = {

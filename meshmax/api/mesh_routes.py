@@ -18,7 +18,7 @@ from starlette.routing import Route as HttpRoute
 
 from meshmax import __version__
 from meshmax.api import mesh_words
-from meshmax.api.bodies import read_words, require_json
+from meshmax.api.bodies import read_words
 from meshmax.api.exchange import Emit, WorkReply
 from meshmax.api.ollama_routes import delete_model
 from meshmax.api.ollama_words import Name
@@ -221,7 +221,6 @@ class MeshFace:
 
     async def add(self, request: Request) -> WorkReply:
         """POST /api/v1/models/add: take a file of this machine in, with progress lines as a pull has them."""
-        require_json(request)
         body = await read_words(request, AddBody)
         parse_name(body.name)
         path = Path(body.path)

@@ -206,6 +206,8 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
     _gone = False
 
     async def _read_data(self) -> None:
+        # HTTP/2 would get around the bounds above: a hundred requests a connection, and windows that never open.
+        self.protocol.protocol._check_protocol = _stay_with_http1
         await super()._read_data()
         self._gone = True
         await self.idle_task.stop()
@@ -214,6 +216,10 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
         await super().protocol_send(event)
         if self._gone:
             await self.idle_task.stop()
+
+
+async def _stay_with_http1(_request: Any) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 class _PatientStream:

@@ -45,4 +45,4 @@ async def answer(endpoint: Endpoint, request: Request) -> ASGIApp:
     except (MeshmaxError, BaseExceptionGroup) as error:
         if (ours := only_error(error)) is None:
             raise
-        return error_reply(ours, dialect_of(request.url.path))
+        return error_reply(ours, dialect_of(request.scope["path"]))

@@ -4,8 +4,11 @@ from typing import Any
 
 import httpx
 import pytest
+import trio
 
+from meshmax.api.access import Policy
 from meshmax.api.app import CLOSED, make_app
+from meshmax.api.guard import Guard
 from meshmax.base.config import Config
 
 ORIGIN = {"origin": "http://localhost:3000"}
@@ -67,8 +70,60 @@ async def test_a_page_of_an_allowed_origin_may_call_and_is_told_so(client: httpx
 async def test_a_strange_host_or_origin_gets_403_and_nothing_more(
     client: httpx.AsyncClient, headers: dict[str, str]
 ) -> None:
-    reply = await client.get("/api/tags", headers=headers)
-    assert (reply.status_code, reply.content) == (403, b"")
+    for verb in ("GET", "OPTIONS"):
+        reply = await client.request(verb, "/api/tags", headers=headers)
+        assert (reply.status_code, reply.content) == (403, b"")
+        assert "access-control-allow-origin" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "let_in"),
+    [
+        ({"host": "evil.com"}, False),
+        ({"host": "localhost", "origin": "http://evil.com"}, False),
+        ({"host": "localhost", "origin": "http://localhost:3000"}, False),
+        ({"host": "localhost", "origin": "http://localhost"}, True),
+    ],
+)
+async def test_a_websocket_is_judged_as_a_request_is(node: Any, headers: dict[str, str], let_in: bool) -> None:
+    reached: list[str] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        reached.append(scope["path"])
+
+    async def receive() -> dict[str, str]:
+        await trio.lowlevel.checkpoint()
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    guard = Guard(app, Policy(loopback=True, hostname="box"), lambda: "id")
+    await guard({"type": "websocket", "path": "/api/v1/ws", "headers": raw}, receive, send)
+    assert reached == (["/api/v1/ws"] if let_in else [])
+    assert sent == ([] if let_in else [{"type": "websocket.close", "code": 1008}])
+
+
+async def test_a_host_header_that_is_no_address_hides_no_error(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/api/show", json={}, headers={"host": "[::1"})
+    assert (reply.status_code, reply.json()["error"]) == (400, "model is required")
+
+
+@pytest.mark.parametrize("path", ["generate", "chat", "embeddings"])
+async def test_the_meshs_interface_takes_json_that_is_declared_so_and_ollamas_takes_any(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    body = b'{"model": "echo"}'
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        reply = await client.post(f"/api/v1/{path}", content=body, headers={"content-type": kind})
+        assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_media_type")
+        assert (await client.post(f"/api/{path}", content=body, headers={"content-type": kind})).is_success
+    kind = "application/json; charset=utf-8"
+    assert (await client.post(f"/api/v1/{path}", content=body, headers={"content-type": kind})).is_success
 
 
 async def test_a_page_of_another_origin_needs_the_token_for_the_meshs_interface(node: Any) -> None:

@@ -228,6 +228,17 @@ async def test_garbage_and_endless_headers_are_refused_and_the_server_lives_on()
         assert b"200" in await api.ask("GET / HTTP/1.1")
 
 
+async def test_whoever_offers_http2_is_answered_in_http1() -> None:
+    async with running() as api:
+        async with await api.send("GET / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c") as stream:
+            assert (await read_reply(stream)).startswith(b"HTTP/1.1 200")
+        async with await api.connect() as stream:
+            await stream.send_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            with trio.fail_after(5):
+                assert (await read_reply(stream)).startswith(b"HTTP/1.1 4")
+        assert b"200" in await api.ask("GET / HTTP/1.1")
+
+
 async def test_connections_above_the_limit_are_closed_and_those_below_are_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -6,12 +6,14 @@ Repeating costs nothing and brings a peer back that was away for longer than the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, Literal
 
 import trio
 
 from meshmax.base.errors import ConfigError, InvalidRequest
-from meshmax.base.ids import PeerId, parse_peer_id
+from meshmax.base.ids import PeerId
+from meshmax.net.addresses import parse_endpoint
 from meshmax.ports import Sighting
 
 REPEAT_S: Final = 60.0
@@ -19,16 +21,15 @@ REPEAT_S: Final = 60.0
 
 def parse_join(text: str) -> tuple[PeerId, str]:
     """(PeerId, multiaddr) of a ``--join`` address. Raises ConfigError that says where to find a right one."""
-    address, marker, peer = text.rpartition("/p2p/")
-    try:
-        if not marker or not address.startswith(("/ip4/", "/ip6/", "/dns", "/memory/")):
-            raise InvalidRequest
-        return parse_peer_id(peer), text
-    except InvalidRequest:
+    peer_id = None
+    with suppress(InvalidRequest):
+        peer_id = parse_endpoint(text).peer_id
+    if peer_id is None:
         raise ConfigError(
             f"'{text[:120]}' is not a peer's address: copy one from `meshmax status` over there, "
             "like /ip4/192.168.1.5/tcp/11435/p2p/12D3KooW..."
-        ) from None
+        )
+    return peer_id, text
 
 
 class Static:

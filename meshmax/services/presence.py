@@ -268,7 +268,10 @@ class PresenceService:
                     if connection:
                         self._table.on_connected(dial.peer_id, connection.address, trio.current_time())
                         return
-        _log.debug("dial failed", peer=dial.peer_id, why=why)
+        entry = self._table.entry(dial.peer_id)
+        # Once for people, who may have given the address; what follows is only the same again.
+        log = _log.info if entry and not entry.failures else _log.debug
+        log("dial failed", peer=dial.peer_id, why=why)
         self._table.on_dial_failed(dial.peer_id, trio.current_time())
         self._dial_soon.set()
 

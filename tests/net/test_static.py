@@ -17,7 +17,17 @@ def test_a_join_address_names_where_and_who() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10.0.0.1:11435", "/ip4/10.0.0.1/tcp/1", "/ip4/10.0.0.1/tcp/1/p2p/nobody", f"x/p2p/{PEER}"]
+    "text",
+    [
+        "",
+        "10.0.0.1:11435",
+        "/ip4/10.0.0.1/tcp/1",
+        "/ip4/10.0.0.1/tcp/1/p2p/nobody",
+        f"x/p2p/{PEER}",
+        f"/ip4/10.0.0/tcp/1/p2p/{PEER}",
+        f"/ip4/10.0.0.1/tcp/70000/p2p/{PEER}",
+        f"/ip4/10.0.0.1/udp/1/quic-v1/p2p/{PEER}",
+    ],
 )
 def test_what_names_no_peer_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(ConfigError, match="copy one from `meshmax status`"):

@@ -59,7 +59,7 @@ class Mdns:
                 try:
                     await self._session(self._chosen_interfaces(), found)
                 except* (OSError, RuntimeError) as errors:  # RuntimeError: zeroconf has no interface at all
-                    self.problem = str(errors.exceptions[0])[:200]
+                    self.problem = str(errors.exceptions[0])[:200] or type(errors.exceptions[0]).__name__
                 if self.problem:
                     if trio.current_time() - started_s > RETRY_S[1]:
                         pause_s = RETRY_S[0]

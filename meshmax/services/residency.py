@@ -75,6 +75,7 @@ class ModelResidency:
         self._held: dict[Sha256, _Held] = {}
         self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
         self._asks = 0
+        self._closed = False
         self._changed = trio.Event()
 
     @asynccontextmanager
@@ -83,6 +84,8 @@ class ModelResidency:
 
         Raises ModelNotFound, Busy, EngineError.
         """
+        if self._closed:
+            raise EngineUnavailable("this peer is shutting down")
         begun = trio.current_time()
         keep_alive_s = self._config.keep_alive_s if ask.keep_alive_s is None else ask.keep_alive_s
         load_only = is_load_only(ask.request)
@@ -122,6 +125,10 @@ class ModelResidency:
             del self._waiters[number]
             self._notice_crash(ask.digest)
             self._do(self._core.on_end(number, trio.current_time()))
+
+    def close(self) -> None:
+        """Take no ask any more: peers' streams outlive the nursery that models run in by a moment."""
+        self._closed = True
 
     def loaded(self) -> tuple[LoadedView, ...]:
         """Models in memory, longest remaining first."""
@@ -279,5 +286,8 @@ async def open_residency(
     async with trio.open_nursery() as nursery:
         residency = ModelResidency(engine, model_file, config, nursery, on_change, wall)
         nursery.start_soon(residency.run_expiry)
-        yield residency
-        nursery.cancel_scope.cancel()
+        try:
+            yield residency
+        finally:
+            residency.close()
+            nursery.cancel_scope.cancel()

@@ -40,6 +40,14 @@ class Meter:
             self._cpu_percent,
             memory.total - memory.available,
             memory.total,
-            psutil.disk_usage(str(self._folder)).free,
+            self._disk_free_bytes(),
             self._process.memory_info().rss,
         )
+
+    def _disk_free_bytes(self) -> int:
+        try:
+            return psutil.disk_usage(str(self._folder)).free
+        except (
+            OSError
+        ):  # unmounted or removed under us: the store says so where it matters, a figure need not end the node
+            return 0

@@ -236,3 +236,10 @@ async def test_cancelled_at_any_moment_a_request_leaves_no_trace(moments: int, a
         assert (load.running, load.queued) == (0, 0)
         events = await answer(residency, ask())
         assert "".join(event.text for event in events if isinstance(event, Delta)) == "one two three four"
+
+
+async def test_who_asks_a_peer_that_is_shutting_down_is_told_so(autojump_clock: trio.abc.Clock) -> None:
+    async with residency_of(EchoEngine(CONFIG)) as residency:
+        pass
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        await answer(residency, ask())

@@ -13,3 +13,8 @@ def test_a_reading_is_plausible_and_cpu_is_not_read_more_often_than_it_can_be_me
     assert 0 < first.memory_bytes < first.memory_total_bytes
     assert first.disk_free_bytes > 0
     assert first.process_bytes > 0
+
+
+def test_a_folder_that_has_vanished_ends_nothing(tmp_path: Path) -> None:
+    meter = Meter(tmp_path / "unmounted")
+    assert meter.read(0.0).disk_free_bytes == 0

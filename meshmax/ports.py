@@ -168,7 +168,34 @@ class Discovery(Protocol):
 # --- store -----------------------------------------------------------------------------------------------------------
 
 
-class Partial(Protocol):
+class ChunkWriter(Protocol):
+    """Writes chunks from threads of the caller's own, as blob lanes do, into a partial that its owner keeps open meanwhile."""
+
+    def write_blocking(self, index: int, data: bytes | memoryview) -> None:
+        """Verify ``data``, which may be reused afterwards, and put it in its place. Blocks; any thread, several at once.
+
+        It is not marked as there until the owner calls `written`. Raises ChunkMismatch, StoreFull, StoreError.
+        """
+        ...
+
+    def written(self, index: int) -> None:
+        """`write_blocking` has put chunk ``index`` in its place. Called by the owner, in trio's thread."""
+        ...
+
+
+class ChunkReader(Protocol):
+    """Reads chunks in threads of the caller's own, as blob lanes do."""
+
+    def read_chunk_into(self, digest: Sha256, index: int, buffer: memoryview) -> int:
+        """Read a verified chunk into ``buffer`` (room for 1 MiB): its length. Blocks; any thread, several at once.
+
+        An adopted blob has no chunks here until somebody has asked for its `haves`. Raises BlobNotFound, StoreCorrupt (and
+        offers that chunk no more), StoreError. What ``buffer`` holds after an error is not to be used.
+        """
+        ...
+
+
+class Partial(ChunkWriter, Protocol):
     """A blob being fetched. Owned by one task at a time; chunks written survive kill -9 once `write` has returned and the
     bitmap was synced (at least once a second and at close)."""
 
@@ -199,7 +226,7 @@ class Partial(Protocol):
         ...
 
 
-class BlobStore(Protocol):
+class BlobStore(ChunkReader, Protocol):
     """Blobs, whole or partial, with their chunk maps. Every chunk read is verified first."""
 
     async def haves(self, digest: Sha256) -> tuple[ChunkMap, Haves] | None:

@@ -17,9 +17,9 @@ import trio
 
 from meshmax.base.errors import BlobNotFound, ChunkMismatch, StoreCorrupt, StoreError
 from meshmax.base.ids import MapAddress, Sha256
-from meshmax.base.model import ChunkMap, Haves
+from meshmax.base.model import CHUNK_BYTES, ChunkMap, Haves
 from meshmax.ports import RunSync
-from meshmax.store.disk import Disk, translated
+from meshmax.store.disk import Disk, read_at, translated
 from meshmax.store.layout import Layout
 from meshmax.store.maps import MapFiles
 from meshmax.store.partials import SYNC_INTERVAL_S, PartialFile, load_bits, load_marked
@@ -39,6 +39,7 @@ class FileBlobStore:
         self.layout, self.disk, self.run_sync = layout, disk, run_sync
         self.maps = MapFiles(layout, disk)
         self._nursery: trio.Nursery | None = None  # until `start`
+        self._token: trio.lowlevel.TrioToken | None = None  # likewise
         self._partials: dict[Sha256, PartialFile] = {}
         self._bad: dict[Sha256, set[int]] = {}
         self._rotten: set[Sha256] = set()  # adopted blobs whose bytes are not what their name says
@@ -63,6 +64,7 @@ class FileBlobStore:
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to sync dirty partials and to make maps of adopted blobs, in tasks of ``nursery``."""
         self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
         nursery.start_soon(self._run_sync_dirty)
 
     async def _run_sync_dirty(self) -> None:
@@ -97,16 +99,30 @@ class FileBlobStore:
 
     async def read_chunk(self, digest: Sha256, index: int) -> bytes:
         """See ports.BlobStore."""
+        if digest not in self._partials and self.maps.address(digest) is None:
+            await self.haves(digest)  # an adopted blob's map may have to be made
+        buffer = bytearray(CHUNK_BYTES)
+        length = await self.run_sync(lambda: self.read_chunk_into(digest, index, memoryview(buffer)))
+        return bytes(memoryview(buffer)[:length])
+
+    def read_chunk_into(self, digest: Sha256, index: int, buffer: memoryview) -> int:
+        """See ports.ChunkReader."""
         partial = self._partials.get(digest)
         if index in self._bad.get(digest, ()) or (partial is not None and index not in partial.haves):
             raise _chunk_not_here(digest, index)
-        if partial is None and self.maps.address(digest) is None:
-            await self.haves(digest)  # an adopted blob's map may have to be made
-        data = await self.run_sync(lambda: self._read(digest, index))
-        if data is None:
-            await self._doubt(digest, index)
-            raise StoreCorrupt(f"chunk {index} of blob {digest[:12]} is damaged on disk; it is not offered any more")
-        return data
+        chunk_map = partial.chunk_map if partial else self.maps.load(digest)
+        if chunk_map is None or not 0 <= index < chunk_map.count:
+            raise _chunk_not_here(digest, index)
+        offset, length = chunk_map.span(index)
+        data = buffer[: self._read_span(digest, offset, buffer[:length])]
+        try:
+            check_chunk(chunk_map, index, data)
+        except ChunkMismatch:
+            self._doubt(digest, index)
+            raise StoreCorrupt(
+                f"chunk {index} of blob {digest[:12]} is damaged on disk; it is not offered any more"
+            ) from None
+        return length
 
     async def read_map(self, address: MapAddress) -> bytes | None:
         """See ports.BlobStore."""
@@ -130,6 +146,8 @@ class FileBlobStore:
             if not self.layout.partial(digest).exists():
                 self._forget_partial(known)
             raise
+        if self._nursery is not None:
+            self._nursery.start_soon(known.reserve_ahead)
         return known
 
     async def path(self, digest: Sha256) -> Path:
@@ -194,21 +212,8 @@ class FileBlobStore:
             return False, None
         return True, chunk_map
 
-    def _read(self, digest: Sha256, index: int) -> bytes | None:
-        """The chunk, or None if it does not match its hash."""
-        partial = self._partials.get(digest)
-        chunk_map = partial.chunk_map if partial else self.maps.load(digest)
-        if chunk_map is None or not 0 <= index < chunk_map.count:
-            raise _chunk_not_here(digest, index)
-        offset, length = chunk_map.span(index)
-        data = self._read_span(digest, offset, length)
-        try:
-            check_chunk(chunk_map, index, data)
-        except ChunkMismatch:
-            return None
-        return data
-
-    def _read_span(self, digest: Sha256, offset: int, length: int) -> bytes:
+    def _read_span(self, digest: Sha256, offset: int, buffer: memoryview) -> int:
+        """Fill ``buffer``; how much of it, where the file is too short."""
         # Partial first if there is one; it may become whole while we look.
         paths = [self.layout.blob(digest)]
         if digest in self._partials:
@@ -219,11 +224,24 @@ class FileBlobStore:
                     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:
                     continue
+                # Opened for each chunk, which costs 10 us: an open file would outlive its removal, and hide its replacement.
                 try:
-                    return os.pread(fd, length, offset)
+                    return read_at(fd, buffer, offset)
                 finally:
                     os.close(fd)
         raise BlobNotFound(f"blob {digest[:12]} is not in the store")
+
+    def _doubt(self, digest: Sha256, index: int) -> None:
+        """A chunk is not what its map says."""
+        partial = self._partials.get(digest)
+        if partial is not None:
+            if self._token is not None:  # its bitmap belongs to the store's task
+                self._token.run_sync_soon(partial.drop_chunk, index)
+            return
+        self._bad.setdefault(digest, set()).add(index)
+        _log.warning("blob is damaged on disk", blob=digest[:12], chunk=index)
+        with translated(f"blob {digest[:12]} was not put in doubt"):
+            self.maps.unseal(digest)
 
     def _remove_files(self, digest: Sha256) -> None:
         if digest not in self._partials:
@@ -257,15 +275,6 @@ class FileBlobStore:
         for index in self._bad.get(digest, ()):
             bits[index >> 3] &= ~(1 << (index & 7)) & 0xFF
         return Haves(haves.count, bytes(bits))
-
-    async def _doubt(self, digest: Sha256, index: int) -> None:
-        partial = self._partials.get(digest)
-        if partial is not None:
-            partial.drop_chunk(index)
-            return
-        self._bad.setdefault(digest, set()).add(index)
-        _log.warning("blob is damaged on disk", blob=digest[:12], chunk=index)
-        await self._run(f"blob {digest[:12]} was not put in doubt", lambda: self.maps.unseal(digest))
 
     async def _scrub(self, digest: Sha256, path: Path, chunk_map: ChunkMap | None, haves: Haves | None) -> Scrub:
         what = f"blob {digest[:12]} was not read"

@@ -7,13 +7,15 @@ become StoreFull or StoreError in `translated`, which callers put around their w
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from meshmax.base.errors import StoreError, StoreFull
 from meshmax.base.units import format_bytes
@@ -30,6 +32,22 @@ _CANNOT_CLONE: Final = (
     errno.EPERM,
     errno.EBADF,
 )
+
+
+def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
+    # Not os.posix_fallocate: where the file system cannot reserve, the C library plays it by writing a zero into each
+    # block, which takes as long as writing the file, and may undo what another thread writes there.
+    if sys.platform != "linux":
+        return None
+    try:
+        found = ctypes.CDLL(None, use_errno=True).fallocate64
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return cast("Callable[[int, int, int, int], int]", found)
+
+
+_fallocate: Final = _find_fallocate()
 
 
 @contextmanager
@@ -54,20 +72,26 @@ class Disk:
         """An empty file to append to, made anew."""
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
-    def allocate(self, fd: int, size: int) -> None:
-        """Reserve ``size`` bytes, so that later writes cannot meet a full disk; where that is not possible, only set the size."""
+    def allocate(self, fd: int, size: int, at_once: int | None = None) -> None:
+        """Give the file its size and reserve its space, so that later writes cannot meet a full disk.
+
+        Whether there is room for all of it is asked at once; with ``at_once``, only so many bytes are reserved now, and
+        `reserve` is for the rest. Where space cannot be reserved, only the size is set.
+        """
         free = os.fstatvfs(fd)
         missing = size - os.fstat(fd).st_blocks * 512
         if missing > free.f_bavail * free.f_frsize:
             have = format_bytes(free.f_bavail * free.f_frsize)
             raise StoreFull(f"{format_bytes(missing)} are needed and {have} are free: make room, then pull again")
-        if size and hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(fd, 0, size)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                    raise
         os.ftruncate(fd, size)
+        self.reserve(fd, 0, size if at_once is None else min(size, at_once))
+
+    def reserve(self, fd: int, offset: int, length: int) -> None:
+        """Reserve space inside the file's size; others may be writing there. Nothing where the file system cannot."""
+        if length and _fallocate is not None and _fallocate(fd, 0, offset, length):
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EINTR):
+                raise OSError(number, os.strerror(number))
 
     def write_at(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         """Write all of ``data`` at ``offset``."""
@@ -163,3 +187,14 @@ def try_read(path: Path, limit: int) -> bytes | None:
 def same_device(one: Path, other: Path) -> bool:
     """Whether a file can be renamed from one folder to the other."""
     return one.stat().st_dev == other.stat().st_dev
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill ``buffer`` from ``offset`` on; how much of it, where the file is too short."""
+    got = 0
+    while got < len(buffer):
+        count = os.preadv(fd, [buffer[got:]], offset + got)
+        if count == 0:
+            break
+        got += count
+    return got

@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from meshmax.base.ids import Sha256
 from meshmax.base.model import CHUNK_BYTES, ChunkMap, Haves
-from meshmax.store.disk import Disk
+from meshmax.store.disk import Disk, read_at
 from meshmax.store.layout import Layout
 from meshmax.store.maps import MapFiles
 from meshmax.store.partials import save_bits
@@ -121,10 +121,4 @@ def bad_to_partial(layout: Layout, disk: Disk, maps: MapFiles, chunk_map: ChunkM
 
 def _read_chunk(fd: int, buffer: bytearray, index: int) -> memoryview:
     view = memoryview(buffer)
-    got = 0
-    while got < CHUNK_BYTES:
-        count = os.preadv(fd, [view[got:]], index * CHUNK_BYTES + got)
-        if count == 0:
-            break
-        got += count
-    return view[:got]
+    return view[: read_at(fd, view, index * CHUNK_BYTES)]

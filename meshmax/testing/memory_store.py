@@ -23,6 +23,7 @@ from meshmax.base.errors import (
 )
 from meshmax.base.ids import MapAddress, Sha256
 from meshmax.base.model import (
+    CHUNK_BYTES,
     CONFIG_MEDIA_TYPE,
     MODEL_MEDIA_TYPE,
     ChunkMap,
@@ -82,11 +83,20 @@ class MemoryPartial:
 
     async def write(self, index: int, data: bytes) -> None:
         """See ports.Partial."""
+        self.write_blocking(index, data)
+        self.written(index)
+
+    def write_blocking(self, index: int, data: bytes | memoryview) -> None:
+        """See ports.ChunkWriter."""
         self._require_open()
         check_chunk(self.chunk_map, index, data)
         self._store.require_room()
         offset, length = self.chunk_map.span(index)
         self._blob.data[offset : offset + length] = data
+
+    def written(self, index: int) -> None:
+        """See ports.ChunkWriter."""
+        self._require_open()
         self._blob.haves = self._blob.haves.with_chunk(index)
 
     async def finish(self) -> None:
@@ -169,6 +179,12 @@ class MemoryBlobStore:
 
     async def read_chunk(self, digest: Sha256, index: int) -> bytes:
         """See ports.BlobStore."""
+        buffer = bytearray(CHUNK_BYTES)
+        length = self.read_chunk_into(digest, index, memoryview(buffer))
+        return bytes(memoryview(buffer)[:length])
+
+    def read_chunk_into(self, digest: Sha256, index: int, buffer: memoryview) -> int:
+        """See ports.ChunkReader."""
         blob = self.blobs.get(digest)
         if blob is None or index not in blob.haves:
             raise BlobNotFound(f"chunk {index} of blob {digest[:12]} is not in the store")
@@ -179,7 +195,8 @@ class MemoryBlobStore:
             blob.haves = _without(blob.haves, index)
             raise StoreCorrupt(f"blob {digest[:12]} is damaged on disk: {error.message}") from None
         self.reads.append((digest, index))
-        return data
+        buffer[: len(data)] = data
+        return len(data)
 
     async def read_map(self, address: MapAddress) -> bytes | None:
         """See ports.BlobStore."""

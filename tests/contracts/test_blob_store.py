@@ -268,6 +268,65 @@ async def test_an_empty_blob_is_whole_at_once(subject: Subject) -> None:
     assert await subject.blobs.path(empty.sha256)
 
 
+def in_thread_read(blobs: BlobStore, index: int, digest: Sha256 = MAP.sha256) -> bytes:
+    buffer = bytearray(b"!" * MIB)
+    length = blobs.read_chunk_into(digest, index, memoryview(buffer))
+    return bytes(buffer[:length])
+
+
+async def test_threads_read_whole_and_partial_blobs_into_a_buffer_of_theirs(subject: Subject) -> None:
+    await fetch(subject.blobs, range(1, 3))
+    assert await trio.to_thread.run_sync(in_thread_read, subject.blobs, 2) == chunk(2)
+    with pytest.raises(BlobNotFound):
+        await trio.to_thread.run_sync(in_thread_read, subject.blobs, 0)
+    await fetch_missing(subject.blobs, [0, 3])
+    assert await trio.to_thread.run_sync(in_thread_read, subject.blobs, 3) == chunk(3)
+    for index in (-1, 4):
+        with pytest.raises(BlobNotFound):
+            await trio.to_thread.run_sync(in_thread_read, subject.blobs, index)
+    with pytest.raises(BlobNotFound):
+        await trio.to_thread.run_sync(in_thread_read, subject.blobs, 0, UNKNOWN)
+
+
+async def test_a_rotten_chunk_that_a_thread_read_is_offered_no_more(subject: Subject) -> None:
+    await fetch(subject.blobs)
+    subject.rot(MAP.sha256, 1)
+    with pytest.raises(StoreCorrupt):
+        await trio.to_thread.run_sync(in_thread_read, subject.blobs, 1)
+    found = await subject.blobs.haves(MAP.sha256)
+    assert found is not None
+    assert found[1].missing() == [1]
+    with pytest.raises(StoreCorrupt):
+        await subject.blobs.path(MAP.sha256)
+
+
+async def test_what_threads_wrote_is_there_once_the_owner_says_so(subject: Subject) -> None:
+    partial = await subject.blobs.open_partial(MAP)
+    async with trio.open_nursery() as nursery:
+        for index in range(4):
+            nursery.start_soon(trio.to_thread.run_sync, partial.write_blocking, index, memoryview(chunk(index)))
+    assert partial.haves == Haves.none(4)
+    for index in range(4):
+        partial.written(index)
+    await partial.finish()
+    assert [await subject.blobs.read_chunk(MAP.sha256, index) for index in range(4)] == [chunk(i) for i in range(4)]
+
+
+async def test_a_bad_chunk_and_a_full_disk_stop_a_thread_too(subject: Subject) -> None:
+    partial = await subject.blobs.open_partial(MAP)
+    with pytest.raises(ChunkMismatch):
+        await trio.to_thread.run_sync(partial.write_blocking, 0, chunk(1))
+    subject.fill(True)
+    with pytest.raises(StoreFull):
+        await trio.to_thread.run_sync(partial.write_blocking, 0, chunk(0))
+    subject.fill(False)
+    await partial.aclose()
+    with pytest.raises(StoreError):
+        await trio.to_thread.run_sync(partial.write_blocking, 0, chunk(0))
+    with pytest.raises(StoreError):
+        partial.written(0)
+
+
 async def test_a_cancelled_reader_harms_nobody(subject: Subject) -> None:
     await fetch(subject.blobs)
     with trio.CancelScope() as scope:

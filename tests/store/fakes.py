@@ -47,9 +47,9 @@ class DyingDisk(Disk):
         self._change()
         return super().create(path)
 
-    def allocate(self, fd: int, size: int) -> None:
+    def allocate(self, fd: int, size: int, at_once: int | None = None) -> None:
         self._change()
-        super().allocate(fd, size)
+        super().allocate(fd, size, at_once)
 
     def write_at(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         self._change()
@@ -93,9 +93,13 @@ class FullDisk(Disk):
         if self.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def allocate(self, fd: int, size: int) -> None:
+    def allocate(self, fd: int, size: int, at_once: int | None = None) -> None:
         self._require_room()
-        super().allocate(fd, size)
+        super().allocate(fd, size, at_once)
+
+    def reserve(self, fd: int, offset: int, length: int) -> None:
+        self._require_room()
+        super().reserve(fd, offset, length)
 
     def write_at(self, fd: int, data: bytes | memoryview, offset: int) -> None:
         self._require_room()

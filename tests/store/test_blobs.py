@@ -9,13 +9,14 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from meshmax.base.errors import BlobNotFound, ConfigError, StoreCorrupt, StoreError, StoreFull
 from meshmax.base.ids import Sha256
 from meshmax.base.model import ChunkMap, Haves
 from meshmax.base.units import MIB
 from meshmax.store import Store, open_store
-from meshmax.store.partials import PROVED_AT_ONCE_BYTES
+from meshmax.store.partials import PROVED_AT_ONCE_BYTES, RESERVED_AT_ONCE_BYTES
 from meshmax.wire.chunkmap import chunk_map_of_bytes
 from tests.store.fakes import FullDisk, blob_file, flip, in_place
 
@@ -287,3 +288,37 @@ async def test_a_failing_read_is_an_error_of_the_tree(store: Store, tmp_path: Pa
     file.mkdir()
     with pytest.raises(StoreError):
         await store.blobs.read_chunk(MAP.sha256, 0)
+
+
+LARGE = chunk_map_of_bytes(bytes(RESERVED_AT_ONCE_BYTES + 3 * MIB))
+
+
+async def test_the_space_of_a_large_blob_is_reserved_while_chunks_come(store: Store, tmp_path: Path) -> None:
+    partial = await store.blobs.open_partial(LARGE)
+    await partial.write(0, bytes(MIB))
+    await trio.testing.wait_all_tasks_blocked()
+    (file,) = (tmp_path / "state" / "partials").glob("*.data")
+    assert file.stat().st_blocks * 512 >= LARGE.size
+    assert file.stat().st_size == LARGE.size
+    await partial.aclose()
+
+
+async def test_a_large_blob_for_which_there_is_no_room_in_all_is_refused_at_once(store: Store) -> None:
+    huge = ChunkMap(LARGE.sha256, 1 << 41, LARGE.blake3, bytes(32 << 21))
+    with pytest.raises(StoreFull, match="are free"):
+        await store.blobs.open_partial(huge)
+
+
+async def test_space_that_somebody_else_took_meanwhile_is_told_by_the_next_write(tmp_path: Path) -> None:
+    disk = FullDisk()
+    async with open_store(tmp_path / "models", tmp_path / "state", in_place, disk) as store:
+        partial = await store.blobs.open_partial(LARGE)
+        disk.full = True
+        await trio.testing.wait_all_tasks_blocked()
+        disk.full = False
+        with pytest.raises(StoreFull):
+            await partial.write(1, bytes(MIB))
+        await partial.aclose()
+        partial = await store.blobs.open_partial(LARGE)
+        await partial.write(1, bytes(MIB))
+        await partial.aclose()

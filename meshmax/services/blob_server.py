@@ -18,6 +18,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Haves
 from meshmax.ports import BlobStore, Stream, Swarm
 from meshmax.services.frames import FrameStream
+from meshmax.services.outflow import Outflow
 from meshmax.telemetry.metrics import BYTES, CHUNKS
 from meshmax.wire import blob as wire
 from meshmax.wire.failure import failure_of
@@ -35,8 +36,9 @@ BUSY_RETRY_S: Final = 5.0
 class BlobServer:
     """Serves ``blobs`` to whoever opens a stream."""
 
-    def __init__(self, blobs: BlobStore) -> None:
+    def __init__(self, blobs: BlobStore, outflow: Outflow | None = None) -> None:
         self._blobs = blobs
+        self._outflow = outflow or Outflow()
         self._sessions: Counter[PeerId] = Counter()
 
     def register(self, swarm: Swarm) -> None:
@@ -67,14 +69,15 @@ class BlobServer:
         if known is None:
             await _send(frames, failure_of(BlobNotFound(f"blob {digest[:12]} is not here")))
             return
-        session = _Session(self._blobs, frames, digest, known[1])
+        session = _Session(self._blobs, frames, digest, known[1], self._outflow)
         await session.run()
 
 
 class _Session:
     """One fetcher at one blob."""
 
-    def __init__(self, blobs: BlobStore, frames: FrameStream, digest: Sha256, haves: Haves) -> None:
+    def __init__(self, blobs: BlobStore, frames: FrameStream, digest: Sha256, haves: Haves, outflow: Outflow) -> None:
+        self._outflow = outflow
         self._blobs = blobs
         self._frames = frames
         self._digest = digest
@@ -177,6 +180,7 @@ class _Session:
                 break
             part = wire.ChunkPart(index, offset, data[offset : offset + wire.PART_BYTES])
             BYTES.labels(direction="out").inc(len(part.data))
+            self._outflow.note(self._frames.stream.peer, self._digest, len(part.data))
             if offset + wire.PART_BYTES >= len(data):
                 CHUNKS.labels(direction="out", outcome="ok").inc()
                 await self._last_word(part)

@@ -39,14 +39,23 @@ class BlobFetch:
     """One blob, into ``partial``. ``changed`` is called after each chunk."""
 
     def __init__(
-        self, swarm: Swarm, partial: Partial, sources: Sources, random: Random, changed: Callable[[], None]
+        self,
+        swarm: Swarm,
+        partial: Partial,
+        sources: Sources,
+        random: Random,
+        changed: Callable[[], None],
+        patience_s: Callable[[], float] = lambda: SOURCE_WAIT_S,
     ) -> None:
+        """``patience_s``: how long nobody may have what is missing; asked anew each time, infinity is an answer."""
         self.map = partial.chunk_map
         self._swarm = swarm
         self._partial = partial
         self._sources = sources
         self._random = random
         self._changed = changed
+        self._patience_s = patience_s
+        self._stuck_since_s: float | None = None
         self._core = core.Fetch(partial.haves, random)
         self._sessions: dict[PeerId, Session] = {}
         self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
@@ -58,6 +67,11 @@ class BlobFetch:
     def done_bytes(self) -> int:
         """Bytes that are verified and in place."""
         return self._done_bytes
+
+    @property
+    def stuck_since_s(self) -> float | None:
+        """Since when no source has had any of what is missing (trio's time); None while one has."""
+        return self._stuck_since_s
 
     def view(self) -> core.FetchView:
         """Who gave what."""
@@ -92,10 +106,12 @@ class BlobFetch:
                 seek_at_s = now + SEEK_INTERVAL_S
             if not self._core.stuck:
                 hopeful_s = now
+            self._stuck_since_s = hopeful_s if self._core.stuck else None
             if self._done_bytes > progress_bytes:
                 progress_bytes, began_s = self._done_bytes, now
-            if now - hopeful_s >= SOURCE_WAIT_S or now - began_s >= STALL_WAIT_S:
-                raise NoProviders(self._despair())
+            patience_s = self._patience_s()
+            if now - hopeful_s >= patience_s or now - began_s >= max(STALL_WAIT_S, patience_s):
+                raise NoProviders(self.despair())
             await self._step(receive, min(seek_at_s, self._core.deadline() or seek_at_s))
 
     async def _step(self, receive: trio.MemoryReceiveChannel[SourceEvent], until_s: float) -> None:
@@ -180,7 +196,8 @@ class BlobFetch:
         if error:
             _log.info("source lost", peer=peer, blob=self.map.sha256[:12], code=error.code, error=error.message)
 
-    def _despair(self) -> str:
+    def despair(self) -> str:
+        """What is missing, in a sentence, for when it is not to be had."""
         view = self._core.snapshot()
         return (
             f"no peer that can be reached has the missing {view.missing} of {view.count} chunks of blob "

@@ -163,9 +163,10 @@ async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vect
             size += len(event.values)
         else:
             deltas.append(event)
-            size += len(event.text) + len(event.thinking)
+            size += len(msgspec.json.encode(event))  # with its logprobs, which are most of it where there are any
         if size > MAX_WHOLE_BYTES:
-            raise EngineError("the answer is too long to be sent as one object: ask with stream true")
+            less = "for fewer texts at once" if vectors else "with stream true"
+            raise EngineError(f"the answer is too long to be sent as one object: ask {less}")
     if finish is None:
         raise EngineError("the answer ended before it was finished")
     return deltas, vectors, finish

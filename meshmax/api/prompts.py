@@ -105,7 +105,8 @@ class Prompts:
             _log.info("options without effect here were ignored", options=ignored[:20])
         request = with_capabilities(request, resolved, typed)
         ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s)
-        stream = stream and not is_load_only(request)  # Ollama answers these with one object, whatever was asked
+        if dialect == "ollama":  # answers a request that only loads with one object, whatever was asked
+            stream = stream and not is_load_only(request)
         reword = partial(_ollamas_words, embeds=isinstance(request, EmbedRequest))
         return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect, self.open_answers, reword)
 

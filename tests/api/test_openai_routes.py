@@ -64,6 +64,11 @@ async def test_a_completion_answers_streamed_and_not(client: httpx.AsyncClient) 
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["a", " b", ""]
 
 
+async def test_an_empty_prompt_is_streamed_too(client: httpx.AsyncClient) -> None:
+    chunk, done = events(await client.post("/v1/completions", json={"model": "echo", "prompt": "", "stream": True}))
+    assert (chunk["choices"], done) == ([{"text": "", "index": 0, "finish_reason": "stop"}], "[DONE]")
+
+
 async def test_vectors_come_as_numbers_or_packed(client: httpx.AsyncClient) -> None:
     plain = (await client.post("/v1/embeddings", json={"model": "echo", "input": ["a", "b"]})).json()
     assert [row["index"] for row in plain["data"]] == [0, 1]

@@ -1,0 +1,118 @@
+"""The real swarm against peers that keep to no limit, on a simulated cable in simulated time."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.errors import MeshmaxError, PeerGone
+from meshmax.net import limits
+from meshmax.net.swarm import LibrarySwarm
+from meshmax.ports import Stream
+from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.testing.sim_network import SimNetwork
+
+ECHO = "/meshmax/echo/1.0.0"
+Clock = trio.testing.MockClock
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.receive_some(1000):
+        await stream.send_all(data)
+
+
+@asynccontextmanager
+async def open_swarms(count: int) -> AsyncIterator[list[LibrarySwarm]]:
+    """Swarms of which the first serves ECHO and the others are connected to it."""
+    network = SimNetwork()
+    async with trio.open_nursery() as nursery:
+        swarms: list[LibrarySwarm] = []
+        ready, done = trio.Event(), trio.Event()
+
+        async def one(seed: int) -> None:
+            async with network.open_swarm(SeededSigner(seed).private_bytes) as swarm:
+                swarms.append(swarm)
+                if len(swarms) == count:
+                    ready.set()
+                await done.wait()
+
+        for seed in range(1, count + 1):
+            nursery.start_soon(one, seed)
+        await ready.wait()
+        swarms[0].serve(ECHO, echo)
+        for swarm in swarms[1:]:
+            await swarm.dial(swarms[0].peer_id, swarms[0].addresses)
+        try:
+            yield swarms
+        finally:
+            done.set()
+
+
+async def says_back(stream: Stream) -> bytes:
+    await stream.send_all(b"hello")
+    return await stream.receive_some(100)
+
+
+async def open_and_use(swarm: LibrarySwarm, peer: LibrarySwarm) -> bytes:
+    return await says_back(await swarm.open_stream(peer.peer_id, ECHO))
+
+
+async def test_streams_that_one_peer_opens_are_bounded_by_the_one_that_serves_them(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_STREAMS_PER_PEER", 5)
+    async with open_swarms(3) as (server, greedy, other):
+        streams = [await greedy.open_stream(server.peer_id, ECHO) for _ in range(5)]
+        greedy._opened.clear()  # as one does who does not count
+        with pytest.raises(MeshmaxError):
+            await open_and_use(greedy, server)
+        assert [await says_back(stream) for stream in streams] == [b"hello"] * 5
+        assert await open_and_use(other, server) == b"hello"
+        for stream in streams:
+            await stream.aclose()
+        await trio.sleep(1)
+        assert await open_and_use(greedy, server) == b"hello"
+
+
+async def test_streams_of_all_peers_together_are_bounded(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_STREAMS", 6)
+    async with open_swarms(3) as (server, one, two):
+        streams = [await swarm.open_stream(server.peer_id, ECHO) for swarm in (one, two) for _ in range(3)]
+        with pytest.raises(MeshmaxError):
+            await open_and_use(two, server)
+        assert [await says_back(stream) for stream in streams] == [b"hello"] * 6
+        await streams[0].reset()
+        await trio.sleep(1)
+        assert await open_and_use(two, server) == b"hello"
+
+
+async def test_a_stream_that_never_names_its_protocol_does_not_stay(autojump_clock: Clock) -> None:
+    async with open_swarms(2) as (server, mute):
+        (link,) = mute._links[server.peer_id]
+        for _ in range(20):
+            await link.connection.new_stream()
+        await trio.sleep(1)
+        assert server._served[mute.peer_id] == 20
+        await trio.sleep(60)
+        assert not server._served
+        assert await open_and_use(mute, server) == b"hello"
+
+
+async def test_a_peer_that_reads_nothing_costs_its_streams_and_no_more(autojump_clock: Clock) -> None:
+    async def pour(stream: Stream) -> None:
+        while True:
+            await stream.send_all(bytes(65536))
+
+    async with open_swarms(2) as (server, lazy):
+        server.serve("/meshmax/pour/1.0.0", pour)
+        for _ in range(10):
+            await lazy.open_stream(server.peer_id, "/meshmax/pour/1.0.0")
+        await trio.sleep(60)
+        assert not server._served
+        with pytest.raises(PeerGone):
+            await lazy.open_stream(SeededSigner(99).peer_id, ECHO)
+        assert await open_and_use(lazy, server) == b"hello"

@@ -349,10 +349,11 @@ class Catalog(Protocol):
         """Every model, local and remote, newest first."""
         ...
 
-    def resolve(self, name: str) -> Resolved:
+    def resolve(self, name: str, *, parts: bool = False) -> Resolved:
         """What ``name`` (or NAME@DIGEST) means: ours first, then the newest record or the digest first seen in the mesh.
 
-        Raises InvalidName, ModelNotFound.
+        ``parts``: a model that nobody has whole, but somebody in parts, will do (for a pull). Raises InvalidName,
+        ModelNotFound.
         """
         ...
 

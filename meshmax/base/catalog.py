@@ -15,7 +15,8 @@ from meshmax.base.status import Device
 class CatalogEntry(msgspec.Struct, frozen=True):
     """One name that this node can use. ``local``: whole in our store. ``fraction``: share of its bytes here, 0 to 1.
 
-    ``holders`` are peers (ourselves too) that have it whole. Two digests under one name make two entries.
+    ``holders`` are peers (ourselves too) that have it whole; ``partial_holders`` have some of it: sources for a pull, and
+    never for a prompt. Two digests under one name make two entries.
     """
 
     name: str  # shortest form
@@ -26,6 +27,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     local: bool
     holders: tuple[PeerId, ...] = ()
     fraction: float = 0.0
+    partial_holders: tuple[PeerId, ...] = ()
 
 
 class Resolved(msgspec.Struct, frozen=True):

@@ -2,7 +2,8 @@
 
 Rules (a name means, in this order): what is present here; then, of the digests that online peers offer under that name,
 the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a name over). Two
-digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make nobody a holder.
+digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make nobody a holder:
+they are listed apart, and a model that is nowhere whole is an entry only for who wants to pull it.
 Not here: fetching, files, who answers a prompt.
 """
 
@@ -54,9 +55,17 @@ class FirstSeen:
 
 
 def merge(
-    own: PeerId, local: Iterable[StoredModel], views: Iterable[PeerView], fractions: Mapping[Sha256, float]
+    own: PeerId,
+    local: Iterable[StoredModel],
+    views: Iterable[PeerView],
+    fractions: Mapping[Sha256, float],
+    *,
+    parts: bool = False,
 ) -> tuple[CatalogEntry, ...]:
-    """Every (name, digest) that can be used, newest first. ``fractions``: share of each digest's bytes here, 0 to 1."""
+    """Every (name, digest) that can be used, newest first. ``fractions``: share of each digest's bytes here, 0 to 1.
+
+    ``parts``: also those of which online peers have parts only.
+    """
     entries: dict[tuple[str, Sha256], CatalogEntry] = {}
     for stored in local:
         digest = stored.manifest.digest
@@ -67,9 +76,9 @@ def merge(
         if view.status is None or view.state not in ("online", "draining"):
             continue
         for model in view.status.models:
-            if model.state != "partial":
-                _merge_remote(entries, view.peer_id, model, fractions)
-    return tuple(sorted(entries.values(), key=lambda entry: (-entry.modified_at_s, entry.name, entry.digest)))
+            _merge_remote(entries, view.peer_id, model, fractions)
+    listed = (entry for entry in entries.values() if parts or entry.holders)
+    return tuple(sorted(listed, key=lambda entry: (-entry.modified_at_s, entry.name, entry.digest)))
 
 
 def _merge_remote(
@@ -83,10 +92,10 @@ def _merge_remote(
             name = parse_name(text)
         except InvalidName:
             continue  # a peer's mistake; its other names may be good
-        known = entries.get((name.key, model.digest))
-        if known:
-            entry = msgspec.structs.replace(known, holders=(*known.holders, peer))
-        else:
+        entry = entries.get((name.key, model.digest))
+        whole = model.state != "partial"
+        if entry is None or (whole and not entry.holders):
+            parted = entry.partial_holders if entry else ()
             entry = CatalogEntry(
                 str(name),
                 model.digest,
@@ -94,9 +103,13 @@ def _merge_remote(
                 float(model.modified_at_s),
                 details_of(model),
                 False,
-                (peer,),
-                fractions.get(model.digest, 0.0),
+                fraction=fractions.get(model.digest, 0.0),
+                partial_holders=parted,
             )
+        if whole:
+            entry = msgspec.structs.replace(entry, holders=(*entry.holders, peer))
+        else:
+            entry = msgspec.structs.replace(entry, partial_holders=(*entry.partial_holders, peer))
         entries[name.key, model.digest] = entry
 
 

@@ -59,11 +59,16 @@ class CatalogService:
 
     def entries(self) -> tuple[CatalogEntry, ...]:
         """Every model, local and remote, newest first."""
-        return merge(self._signer.peer_id, self._local, self._peers()[1:], self._fractions())
+        return self._merged(parts=False)
 
-    def resolve(self, name: str) -> Resolved:
-        """What ``name`` (or NAME@DIGEST) means here and now. Raises InvalidName, ModelNotFound."""
-        return resolve(name, self.entries(), self._local, self._first_seen)
+    def resolve(self, name: str, *, parts: bool = False) -> Resolved:
+        """What ``name`` (or NAME@DIGEST) means here and now; ``parts``: see ports. Raises InvalidName, ModelNotFound."""
+        try:
+            return resolve(name, self.entries(), self._local, self._first_seen)
+        except ModelNotFound:
+            if not parts:
+                raise
+        return resolve(name, self._merged(parts=True), self._local, self._first_seen)
 
     async def describe(self, name: str) -> ModelDescription:
         """From our store, or asked of a holder. Raises InvalidName, ModelNotFound, NoProviders."""
@@ -127,6 +132,9 @@ class CatalogService:
                 await isolate("record", partial(self._put, parse_name(stored.name), stored.manifest))
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _merged(self, *, parts: bool) -> tuple[CatalogEntry, ...]:
+        return merge(self._signer.peer_id, self._local, self._peers()[1:], self._fractions(), parts=parts)
 
     def _stored(self, name: str) -> StoredModel:
         key = parse_name(name).key

@@ -68,7 +68,7 @@ class FakeCatalog:
     def entries(self) -> tuple[CatalogEntry, ...]:
         return tuple(self.known)
 
-    def resolve(self, name: str) -> Resolved:
+    def resolve(self, name: str, *, parts: bool = False) -> Resolved:
         bare, digest = split_digest(name)
         wanted = parse_name(bare)
         for known in self.known:

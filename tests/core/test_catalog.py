@@ -96,3 +96,27 @@ def test_what_was_first_seen_is_bounded_and_can_be_forgotten() -> None:
 def test_newest_models_come_first() -> None:
     local = (here(NEW, "z:latest"),)
     assert [entry.name for entry in listed(peer(KITCHEN, has(OLD)), local=local)] == ["z:latest", "llama3:latest"]
+
+
+def test_a_model_that_is_nowhere_whole_is_an_entry_only_for_who_wants_to_pull_it() -> None:
+    views = (peer(KITCHEN, has(OLD, state="partial")), peer(ATTIC, has(OLD, state="partial")))
+    assert merge(OWN, (), views, {}) == ()
+    (entry,) = merge(OWN, (), views, {OLD: 0.5}, parts=True)
+    assert entry.holders == ()
+    assert entry.partial_holders == (KITCHEN, ATTIC)
+    assert entry.fraction == 0.5
+    assert resolve("llama3", (entry,), (), FirstSeen()).digest == OLD
+
+
+@pytest.mark.parametrize("parts_first", [True, False])
+def test_who_has_parts_is_listed_apart_from_who_has_it_whole(parts_first: bool) -> None:
+    views = [peer(KITCHEN, has(OLD, state="partial")), peer(ATTIC, has(OLD))]
+    (entry,) = listed(*(views if parts_first else views[::-1]))
+    assert entry.holders == (ATTIC,)
+    assert entry.partial_holders == (KITCHEN,)
+    assert entry.modified_at_s == 5.0
+
+
+def test_ours_lists_who_is_still_fetching_it() -> None:
+    (entry,) = listed(peer(KITCHEN, has(OLD, state="partial")), local=(here(OLD),))
+    assert (entry.holders, entry.partial_holders) == ((OWN,), (KITCHEN,))

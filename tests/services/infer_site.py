@@ -93,7 +93,7 @@ class Node:
             for digest in {model for node in self.site.nodes for model in node.has}
         )
 
-    def resolve(self, name: str) -> Resolved:
+    def resolve(self, name: str, *, parts: bool = False) -> Resolved:
         raise NotImplementedError
 
     async def describe(self, name: str) -> ModelDescription:

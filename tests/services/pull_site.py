@@ -113,7 +113,7 @@ class SitePeer:
     def entries(self) -> tuple[CatalogEntry, ...]:
         return ()
 
-    def resolve(self, name: str) -> Resolved:
+    def resolve(self, name: str, *, parts: bool = False) -> Resolved:
         digest = self.site.names.get(parse_name(split_digest(name)[0]).key)
         if digest is None:
             raise ModelNotFound

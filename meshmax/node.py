@@ -61,6 +61,9 @@ from meshmax.telemetry.meter import Meter
 
 # More would only queue at one disk. The limiter is its own, so that a stuck disk blocks nothing else.
 DISK_THREADS: Final = 4
+PARTIALS_CHECK_S: Final = (
+    0.5  # between looks at what is being pulled: others should hear of a new source while it is one
+)
 
 T = TypeVar("T")
 State = Literal["starting", "running", "draining"]
@@ -300,7 +303,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
 
 @asynccontextmanager
 async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[None]:
-    """What goes on by itself: GPU facts, scrubbing, keeping what names meant."""
+    """What goes on by itself: GPU facts, scrubbing, keeping what names meant, telling what is being pulled."""
     noted = trio.Event()
 
     def on_news() -> None:
@@ -315,10 +318,19 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
             save = partial(save_first_seen, node.home.path, first_seen.items())
             await isolate("names", partial(node.world.run_sync, save))
 
+    async def tell_partials() -> None:
+        told: set[Sha256] = set()
+        while True:
+            if (now := {part.digest for part in node.partials()}) != told:
+                told = now
+                node.changed()
+            await trio.sleep(PARTIALS_CHECK_S)
+
     node.presence.watch(on_news)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(isolate, "gpus", node.find_gpus)
         nursery.start_soon(keep_names)
+        nursery.start_soon(tell_partials)
         nursery.start_soon(
             run_scrub, node.store.blobs, node.catalog.local, node.catalog.refresh, node.config.scrub_interval_s
         )

@@ -72,6 +72,26 @@ async def test_two_peers_pull_one_model_from_the_same_holder_at_once(
         assert c.catalog.resolve("m").stored
 
 
+async def test_a_peer_that_is_still_pulling_serves_onward_what_it_has(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a, b, c = [await site.node(name) for name in NAMES[:3]]
+        await until(lambda: all(len(online(node)) == 2 for node in (a, b, c)))
+        await site.add(a, "m", 48 << 20)
+        await until(lambda: len(b.catalog.entries()) == len(c.catalog.entries()) == 1)
+        served_while_incomplete = 0
+        site.network.wires.latency_s = 0.1  # a LAN would be through before anybody heard of b's first chunk
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pull, b, "m")
+            async with c.pulls.open_pull("m") as progress:
+                async for transfer in progress:
+                    if b.catalog.resolve("m").stored is None and b.peer_id in transfer.peers:
+                        served_while_incomplete = max(served_while_incomplete, transfer.peers[b.peer_id].bytes)
+        assert transfer.state == "done"
+        assert served_while_incomplete >= 1 << 20
+
+
 async def test_a_prompt_goes_to_the_next_peer_when_the_best_one_is_cut_off_before_it_spoke(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

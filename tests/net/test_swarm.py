@@ -1,7 +1,7 @@
 """The real swarm against peers that keep to no limit, on a simulated cable in simulated time."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -12,7 +12,7 @@ from meshmax.net import limits
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import Stream
 from meshmax.testing.memory_swarm import SeededSigner
-from meshmax.testing.sim_network import SimNetwork
+from meshmax.testing.sim_network import CONTROL_PORT, SimNetwork
 
 ECHO = "/meshmax/echo/1.0.0"
 Clock = trio.testing.MockClock
@@ -116,3 +116,33 @@ async def test_a_peer_that_reads_nothing_costs_its_streams_and_no_more(autojump_
         with pytest.raises(PeerGone):
             await lazy.open_stream(SeededSigner(99).peer_id, ECHO)
         assert await open_and_use(lazy, server) == b"hello"
+
+
+@pytest.mark.parametrize("machines", [1, 1000], ids=["from one machine", "from a thousand"])
+async def test_ten_thousand_half_open_dials_stay_within_bounds_and_honest_peers_get_in(
+    machines: int, autojump_clock: Clock
+) -> None:
+    network = SimNetwork()
+    async with (
+        network.open_swarm(SeededSigner(1).private_bytes) as server,
+        network.open_swarm(SeededSigner(2).private_bytes) as honest,
+    ):
+        ip = server.addresses[0].split("/")[2]
+        tasks_before, most_half_open, most_tasks, dialled = trio.lowlevel.current_statistics().tasks_living, 0, 0, 0
+        for number in range(10_000):
+            source = f"10.{1 + number % machines // 250}.0.{number % machines % 250}"
+            with suppress(OSError):  # the backlog is full
+                await network.wires.connect(source, ip, CONTROL_PORT)
+            if number % 500 == 250:
+                most_half_open = max(most_half_open, server.door.half_open)
+                most_tasks = max(most_tasks, trio.lowlevel.current_statistics().tasks_living - tasks_before)
+                with suppress(MeshmaxError), trio.move_on_after(5):
+                    await honest.dial(server.peer_id, server.addresses)
+                    dialled += 1
+                    await honest.disconnect(server.peer_id)
+        assert limits.MAX_HALF_OPEN_PER_IP // 2 < most_half_open <= limits.MAX_HALF_OPEN
+        assert most_tasks < 12 * limits.MAX_HALF_OPEN
+        assert dialled >= 5  # of 20; the backlog is full for the rest
+        await trio.sleep(2 * limits.HANDSHAKE_TIMEOUT_S)
+        assert not server.door.half_open
+        assert trio.lowlevel.current_statistics().tasks_living - tasks_before < 20

@@ -34,6 +34,7 @@ from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
 from meshmax.core.backoff import Random
 from meshmax.core.catalog import FirstSeen
+from meshmax.core.limits import Override, Plan
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
@@ -52,10 +53,12 @@ from meshmax.services.pull import PartialModel, open_pulls
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.router import open_router
 from meshmax.services.scrub import run_scrub
+from meshmax.services.throttle import Limits, open_throttle
 from meshmax.store import Store, open_store
 from meshmax.store.first_seen import load_first_seen, save_first_seen
 from meshmax.store.home import Home, open_home
 from meshmax.store.identity import load_identity
+from meshmax.store.limits_file import load_override, save_override
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.meter import Meter
 
@@ -100,6 +103,7 @@ class Node:
         self.catalog: CatalogService
         self.presence: PresenceService
         self.residency: ModelResidency
+        self.limits: Limits
         self.pulls: Pulls
         self.router: Router
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
@@ -245,6 +249,11 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
         node.store = await enter(open_store(models, home.path / "state", world.run_sync))
         node.swarm = await enter(world.open_swarm(config, identity.private_bytes))
         node.engine = world.engine(config, home.path / "logs")
+
+        async def save_limits(override: Override) -> None:
+            await world.run_sync(partial(save_override, home.path, override))
+
+        node.limits = await enter(open_throttle(Plan(config.limits), load_override(home.path), save_limits))
         await _open_services(node, stack)
         node.state = "running"
         node.changed()

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from meshmax.api.access import Policy
 from meshmax.api.guard import Guard
+from meshmax.api.limit_routes import LimitFace
 from meshmax.api.mesh_routes import MeshFace
 from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_routes import OllamaFace
@@ -64,6 +65,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *OllamaFace(prompts).routes(),
         *OpenAiFace(prompts).routes(),
         *mesh.routes(),
+        *LimitFace(node).routes(),
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),
     ]

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 from meshmax.base.config import Config
 from meshmax.ports import BlobStore, Catalog, Presence, Pulls, Residency, Router, Signer, Swarm
+from meshmax.services.throttle import Limits
 
 NodeState = Literal["starting", "running", "draining"]
 
@@ -39,6 +40,9 @@ class _Services(Protocol):
 
     @property
     def swarm(self) -> Swarm: ...
+
+    @property
+    def limits(self) -> Limits: ...
 
 
 class _Facts(Protocol):

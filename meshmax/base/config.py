@@ -40,6 +40,30 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     echo_tokens_per_s: Positive = 1000.0
 
 
+class LimitWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits for some hours of some days (local time): ``days`` like mon-fri or sat,sun, ``hours`` like 08:00-18:00.
+
+    Rates as in LimitsConfig; None is as outside of the window.
+    """
+
+    days: str = "mon-sun"
+    hours: str = "00:00-24:00"
+    up: str | None = None
+    down: str | None = None
+    peer_up: str | None = None
+    peer_down: str | None = None
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How fast blobs may move: rates like 10MB/s, '' for no limit; out (``up``) and in (``down``), in all and for each peer."""
+
+    up: str = ""
+    down: str = ""
+    peer_up: str = ""
+    peer_down: str = ""
+    schedule: tuple[LimitWindow, ...] = ()
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One node's configuration. ``home`` and ``models`` are folders; ``models`` '' is ``<home>/models``.
 
@@ -61,6 +85,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     json_logs: bool = False
     engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
     heartbeat_s: Positive = 2.0
     heartbeat_timeout_s: Positive = 6.0
     max_peers: Count = 256

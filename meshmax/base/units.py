@@ -17,6 +17,13 @@ NS_PER_S: Final = 1_000_000_000
 
 _DURATION_UNITS_S: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
+MIN_RATE_BYTES_PER_S: Final = 10_000  # a slower transfer is silence to the other side
+_BYTE_UNITS: Final = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40,
+}  # fmt: skip
+_BYTES: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([kmgt]?i?b|)", re.IGNORECASE)
+_MAX_BYTES_TEXT: Final = 32  # characters
 _MAX_DURATION_TEXT: Final = 64  # characters; a Go duration needs far fewer, and longer input is no duration
 
 
@@ -29,6 +36,28 @@ def format_bytes(size_bytes: int) -> str:
                 return f"{int(value)} {unit}"
             return f"{value:.1f} {unit}"
     return f"{size_bytes} B"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in ``text``: a whole number, or one with KB, MB, GB, TB (decimal) or KiB, MiB, GiB, TiB. Raises InvalidRequest."""
+    match = _BYTES.fullmatch(text.strip()) if len(text) <= _MAX_BYTES_TEXT else None
+    if match is None:
+        raise InvalidRequest(f"'{text[:_MAX_BYTES_TEXT]}' is no size: write it like 500MB, 4GB or 2GiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+
+
+def parse_rate(text: str) -> int:
+    """Bytes a second in ``text`` (``10MB/s``, ``800KB``); 0 for ``off``, ``0`` and ''. Raises InvalidRequest."""
+    body = text.strip().lower().removesuffix("/s")
+    if body in ("", "off", "unlimited", "0"):
+        return 0
+    try:
+        rate = parse_bytes(body)
+    except InvalidRequest:
+        rate = 0
+    if rate < MIN_RATE_BYTES_PER_S:
+        raise InvalidRequest(f"'{text[:_MAX_BYTES_TEXT]}' is no rate: write it like 10MB/s (10KB/s at least), or off")
+    return rate
 
 
 def parse_duration_s(text: str) -> float:

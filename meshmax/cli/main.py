@@ -35,6 +35,7 @@ _COMMANDS: Final = (
     ("stop", "meshmax.cli.models:stop", "Unload a model from memory."),
     ("peers", "meshmax.cli.mesh:peers", "List the peers of the mesh."),
     ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
+    ("limit", "meshmax.cli.limit:limit", "Show or set how fast models may move."),
     ("docs", "meshmax.cli.docs:docs", "Read the documentation."),
 )
 

@@ -17,6 +17,7 @@ import msgspec
 from meshmax.base.config import Config, parse_host_port
 from meshmax.base.errors import ConfigError
 from meshmax.base.status import MAX_PEER_NAME
+from meshmax.core.limits import Plan
 
 ENV_PREFIX: Final = "MESHMAX_"
 FILE_NAME: Final = "meshmax.yaml"
@@ -164,6 +165,7 @@ def _check_meaning(config: Config) -> None:
                 f"'{text[:_SHOWN_CHARACTERS]}' is not an address to join: write /ip4/ADDRESS/tcp/PORT/p2p/PEER-ID"
                 " (`meshmax status` on the other machine shows it)"
             )
+    Plan(config.limits)
     if len(config.name) > MAX_PEER_NAME or not config.name.isprintable():
         raise ConfigError(f"a peer's name has at most {MAX_PEER_NAME} printable characters")
 

@@ -12,7 +12,7 @@ import msgspec
 import trio
 
 from meshmax.api.node_view import NodeState
-from meshmax.base.catalog import CatalogEntry, ModelDescription, ModelFile, Resolved
+from meshmax.base.catalog import CatalogEntry, ModelDescription, ModelFile, Resolved, TensorShape
 from meshmax.base.config import Config, EngineConfig
 from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders
 from meshmax.base.events import BlobProgress, Transfer
@@ -22,9 +22,11 @@ from meshmax.base.model import Haves, Layer, Manifest, ModelDetails, StoredModel
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
 from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
+from meshmax.core.limits import Override, Plan
 from meshmax.engine.echo import EchoEngine
 from meshmax.ports import Answer, ConnectionView, Progress
 from meshmax.services.residency import ModelResidency, open_residency
+from meshmax.services.throttle import Limits, RateThrottle
 
 OURS = peer_id_of(b"\x01" * 32)
 THEIRS = peer_id_of(b"\x02" * 32)
@@ -81,10 +83,11 @@ class FakeCatalog:
         manifest = Manifest(known.digest, b"{}", Layer("config", Sha256("0c" * 32), 100), layers)
         return StoredModel(known.name, manifest, known.details, known.modified_at_s)
 
-    async def describe(self, name: str) -> ModelDescription:
+    async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
         await trio.lowlevel.checkpoint()
         self.resolve(name)
-        return self.description
+        tensors = (TensorShape("blk.0", "F32", (4, 2)),) if verbose else ()
+        return msgspec.structs.replace(self.description, tensors=tensors)
 
     async def copy(self, source: str, destination: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -233,6 +236,13 @@ class FakeNode:
         self.presence = FakePresence()
         self.swarm = FakeSwarm()
         self.store = SimpleNamespace(blobs=FakeBlobs())
+        self.saved: list[Override] = []
+        throttle = RateThrottle(Plan(config.limits), Override(), trio.current_time, lambda: (0, 0))
+        self.limits = Limits(throttle, self._save_limits)
+
+    async def _save_limits(self, override: Override) -> None:
+        await trio.lowlevel.checkpoint()
+        self.saved.append(override)
 
     def now(self) -> float:
         return NOW_S

@@ -1,0 +1,131 @@
+"""Keeps the limits on moving blobs: satisfies ports.Throttle, and follows schedule and command while it runs.
+
+Rules: `reserve` is called from lane threads and from tasks, for every piece of a chunk, so it takes one lock and no more, and
+none while nothing is limited. A peer's own bucket and that of all are reserved together, the longer wait counts. What a
+command sets is kept over restarts by ``save``. Not here: what the limits are at an hour (core.limits), waiting (callers).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final, Literal
+
+import trio
+
+from meshmax.base.ids import PeerId
+from meshmax.core.bucket import Bucket
+from meshmax.core.limits import Override, Plan, Rates
+from meshmax.telemetry.log import get_logger
+
+REFRESH_S: Final = 5.0  # how late a window of the schedule may begin or end
+MAX_BUCKETS: Final = 1024  # peers with a limit of their own; the one used longest ago is forgotten, with what it owes
+
+Direction = Literal["in", "out"]
+LocalTime = Callable[[], tuple[int, int]]  # weekday (0 Monday), minutes after midnight
+_log = get_logger("limits")
+
+
+class RateThrottle:
+    """Made by `open_throttle`."""
+
+    def __init__(self, plan: Plan, override: Override, clock: Callable[[], float], local_time: LocalTime) -> None:
+        self._plan, self._clock, self._local_time = plan, clock, local_time
+        self.override = override
+        self.rates = Rates()
+        self._lock = threading.Lock()
+        self._all: dict[Direction, Bucket] = {"out": Bucket(), "in": Bucket()}
+        self._peers: OrderedDict[tuple[PeerId, Direction], Bucket] = OrderedDict()
+        self.refresh()
+
+    def limited(self, direction: Direction) -> bool:
+        """Whether any limit holds; while none does, pieces need not be small."""
+        rates = self.rates
+        return bool(rates.up or rates.peer_up) if direction == "out" else bool(rates.down or rates.peer_down)
+
+    def reserve(self, peer: PeerId, direction: Direction, size: int) -> float:
+        """See ports.Throttle."""
+        if not self.limited(direction):
+            return 0.0
+        with self._lock:
+            now = self._clock()
+            wait_s = self._all[direction].reserve(size, now)
+            return max(wait_s, self._bucket(peer, direction).reserve(size, now))
+
+    def refresh(self) -> None:
+        """Let the limits of this hour hold."""
+        rates = self._plan.at(*self._local_time(), self.override)
+        if rates == self.rates:
+            return
+        _log.info("limits", up=rates.up, down=rates.down, peer_up=rates.peer_up, peer_down=rates.peer_down)
+        with self._lock:
+            self.rates = rates
+            now = self._clock()
+            self._all["out"].set_rate(rates.up, now)
+            self._all["in"].set_rate(rates.down, now)
+            for (_, direction), bucket in self._peers.items():
+                bucket.set_rate(rates.peer_up if direction == "out" else rates.peer_down, now)
+
+    def _bucket(self, peer: PeerId, direction: Direction) -> Bucket:
+        bucket = self._peers.get((peer, direction))
+        if bucket is None:
+            while len(self._peers) >= MAX_BUCKETS:
+                self._peers.popitem(last=False)
+            rate = self.rates.peer_up if direction == "out" else self.rates.peer_down
+            bucket = self._peers[peer, direction] = Bucket(rate)
+        self._peers.move_to_end((peer, direction))
+        return bucket
+
+
+class Limits:
+    """The throttle, and what a command may do with it."""
+
+    def __init__(self, throttle: RateThrottle, save: Callable[[Override], Awaitable[None]]) -> None:
+        self.throttle = throttle
+        self._save = save
+
+    @property
+    def rates(self) -> Rates:
+        """The limits that hold now."""
+        return self.throttle.rates
+
+    @property
+    def override(self) -> Override:
+        """What was set by command."""
+        return self.throttle.override
+
+    async def set(self, override: Override) -> None:
+        """Let ``override`` hold from now on, over restarts too. Raises StoreFull, StoreError; it holds all the same."""
+        self.throttle.override = override
+        self.throttle.refresh()
+        await self._save(override)
+
+
+@asynccontextmanager
+async def open_throttle(
+    plan: Plan,
+    override: Override,
+    save: Callable[[Override], Awaitable[None]],
+    clock: Callable[[], float] = time.monotonic,
+    local_time: LocalTime | None = None,
+) -> AsyncIterator[Limits]:
+    """Limits that follow their schedule until the block is left. ``clock`` is read in any thread."""
+    throttle = RateThrottle(plan, override, clock, local_time or _local_time)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_run_refresh, throttle)
+        yield Limits(throttle, save)
+        nursery.cancel_scope.cancel()
+
+
+async def _run_refresh(throttle: RateThrottle) -> None:
+    while True:
+        await trio.sleep(REFRESH_S)
+        throttle.refresh()
+
+
+def _local_time() -> tuple[int, int]:
+    now = time.localtime()
+    return now.tm_wday, now.tm_hour * 60 + now.tm_min

@@ -1,15 +1,16 @@
 """What a model is, asked of a peer and told to one: both ends of ``/meshmax/model/1.0.0``.
 
 The server answers from the stores. The askers check everything that can be checked: the manifest's sha256 is the digest
-asked for; the record is signed by its publisher, names this manifest and has a chunk map for each blob; a map's bytes
-have the address asked for and are of the blob that they are to describe. What fails a check is an error that names the
+asked for; the record, if there is one, is signed by its publisher, names this manifest and has a chunk map for each blob;
+a map's bytes have the address asked for and are of the blob that they are to describe (of a map that nobody signed, only
+the blob's own sha256 can tell whether it is true). What fails a check is an error that names the
 peer's fault, and the caller asks another peer. Not here: which peer to ask, whether a publisher is trusted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final, TypeVar
 
@@ -23,6 +24,7 @@ from meshmax.base.errors import (
     ManifestInvalid,
     MeshmaxError,
     ModelNotFound,
+    NotOffered,
     PeerGone,
     RemoteProtocolError,
 )
@@ -32,7 +34,7 @@ from meshmax.base.names import parse_name
 from meshmax.ports import BlobStore, ModelStore, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.wire import model as wire
-from meshmax.wire.chunkmap import decode_map, map_address
+from meshmax.wire.chunkmap import decode_map, encode_map, map_address
 from meshmax.wire.failure import Failure, error_of, failure_of
 from meshmax.wire.manifest import parse_manifest
 from meshmax.wire.protocols import MODEL
@@ -44,26 +46,32 @@ MAX_REQUESTS_PER_PEER: Final = (
 )
 REPLY_TIMEOUT_S: Final = 10.0  # for one message, either way; a map's parts are half a MiB each
 
-R = TypeVar("R", wire.RecordReply, wire.ManifestReply, wire.MapPart, wire.DescribeReply)
+R = TypeVar("R", wire.RecordReply, wire.ManifestReply, wire.MapPart, wire.DescribeReply, wire.DownloadReply)
+Accept = Callable[[PeerId, str, Sha256], Awaitable[str]]  # who asks us to pull what, by which name: the transfer's id
 
 
 class FetchedModel(msgspec.Struct, frozen=True):
-    """A model as its holder tells it, checked: ``record`` is what ``signed`` says."""
+    """A model as its holder tells it, checked: ``record`` is what ``signed`` says; both None where nobody signed one."""
 
     manifest: Manifest
-    record: ModelRecord
-    signed: Signed
+    record: ModelRecord | None
+    signed: Signed | None
 
 
 class ModelServer:
-    """Answers from ``models`` and ``blobs``; ``pulling`` knows the models of which we have only some yet."""
+    """Answers from ``models`` and ``blobs``; ``pulling`` knows the models of which we have only some yet.
+
+    ``accept`` decides whether we pull what a peer asks us to; it raises Refused or Busy, or gives the transfer's id.
+    """
 
     def __init__(
         self,
         models: ModelStore,
         blobs: BlobStore,
         pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None,
+        accept: Accept | None = None,
     ) -> None:
+        self._accept = accept
         self._models = models
         self._blobs = blobs
         self._pulling = pulling
@@ -102,13 +110,21 @@ class ModelServer:
                 await _send(frames, wire.ManifestReply(raw))
             case wire.GetMap(address=address):
                 encoding = await self._blobs.read_map(MapAddress(address))
-                if not encoding:
-                    raise BlobNotFound(f"chunk map {address[:12]} is not here")
-                for offset in range(0, len(encoding), wire.MAP_PART_BYTES):
-                    end = offset + wire.MAP_PART_BYTES
-                    await _send(frames, wire.MapPart(encoding[offset:end], last=end >= len(encoding)))
+                await _send_map(frames, encoding, f"chunk map {address[:12]} is not here")
+            case wire.GetBlobMap(digest=digest):
+                await _send_map(frames, await self._map_of(Sha256(digest)), f"blob {digest[:12]} is not here")
+            case wire.Download(digest=digest, name=name):
+                if self._accept is None:
+                    raise NotOffered("this peer pulls nothing for others")
+                await _send(frames, wire.DownloadReply(await self._accept(frames.stream.peer, name, Sha256(digest))))
             case wire.Describe(digest=digest):
                 await _send(frames, wire.describe_reply(await self._models.describe(Sha256(digest))))
+
+    async def _map_of(self, digest: Sha256) -> bytes | None:
+        """The map of a blob that is whole, whose sha256 was computed: of one in the making we would pass on a lie."""
+        await self._blobs.path(digest)
+        known = await self._blobs.haves(digest)
+        return encode_map(known[0]) if known else None
 
     async def _find(self, request: wire.GetModel) -> tuple[Signed | None, bytes]:
         key = parse_name(request.name).key if request.digest is None else ""
@@ -137,7 +153,7 @@ async def fetch_model(swarm: Swarm, peer: PeerId, digest: Sha256) -> FetchedMode
     if manifest.digest != digest:
         raise ManifestInvalid("the peer sent another manifest than the one asked for")
     if record.record is None:
-        raise ManifestInvalid("the peer has no signed record of the model")
+        return FetchedModel(manifest, None, None)
     return FetchedModel(manifest, check_record(record.record, manifest), record.record)
 
 
@@ -155,21 +171,41 @@ def check_record(signed: Signed, manifest: Manifest) -> ModelRecord:
 
 async def fetch_map(swarm: Swarm, peer: PeerId, address: MapAddress, layer: Layer) -> ChunkMap:
     """The chunk map at ``address``, which must be of the blob ``layer``, asked of ``peer``. Errors as `fetch_model`."""
+    encoding = await _fetch_map(swarm, peer, wire.GetMap(address), layer)
+    if map_address(encoding) != address:
+        raise ManifestInvalid("the peer sent another chunk map than the one asked for")
+    return _checked_map(encoding, layer)
+
+
+async def fetch_blob_map(swarm: Swarm, peer: PeerId, layer: Layer) -> ChunkMap:
+    """The chunk map by which ``peer`` serves the blob ``layer``: nobody vouches for it. Errors as `fetch_model`."""
+    return _checked_map(await _fetch_map(swarm, peer, wire.GetBlobMap(layer.digest), layer), layer)
+
+
+async def _fetch_map(swarm: Swarm, peer: PeerId, request: wire.GetMap | wire.GetBlobMap, layer: Layer) -> bytes:
     most = wire.max_map_bytes(layer.size)
     encoding = bytearray()
     last = False
-    async with _ask(swarm, peer, wire.GetMap(address)) as frames:
+    async with _ask(swarm, peer, request) as frames:
         while not last:
             part = await _receive(frames, wire.MapPart)
             encoding += part.data
             last = part.last
             if len(encoding) > most:
                 raise RemoteProtocolError("the peer sent a chunk map that is too long for its blob")
-    if map_address(bytes(encoding)) != address:
-        raise ManifestInvalid("the peer sent another chunk map than the one asked for")
-    chunk_map = decode_map(bytes(encoding))
+    return bytes(encoding)
+
+
+def _checked_map(encoding: bytes, layer: Layer) -> ChunkMap:
+    chunk_map = decode_map(encoding)
     check_map(chunk_map, layer)
     return chunk_map
+
+
+async def ask_download(swarm: Swarm, peer: PeerId, name: str, digest: Sha256) -> str:
+    """Ask ``peer`` to pull the model ``digest`` under ``name``: its id of the transfer. Raises Refused, Busy, and as above."""
+    async with _ask(swarm, peer, wire.Download(digest, name)) as frames:
+        return (await _receive(frames, wire.DownloadReply)).transfer_id
 
 
 def check_map(chunk_map: ChunkMap, layer: Layer) -> None:
@@ -210,6 +246,14 @@ async def _receive(frames: FrameStream, reply: type[R]) -> R:
     if not isinstance(message, reply):
         raise RemoteProtocolError("the peer sent an answer to something else")
     return message
+
+
+async def _send_map(frames: FrameStream, encoding: bytes | None, otherwise: str) -> None:
+    if not encoding:
+        raise BlobNotFound(otherwise)
+    for offset in range(0, len(encoding), wire.MAP_PART_BYTES):
+        end = offset + wire.MAP_PART_BYTES
+        await _send(frames, wire.MapPart(encoding[offset:end], last=end >= len(encoding)))
 
 
 async def _send(frames: FrameStream, message: wire.FromHolder) -> None:

@@ -1,9 +1,9 @@
 """Messages of ``/meshmax/model/1.0.0``: what a model is (record, manifest), its chunk maps, and how it describes itself.
 
 The asker sends one request a stream and ends its side; the server answers and ends its own. GetModel: a RecordReply, then
-a ManifestReply (two frames, since each may take half a frame). GetMap: MapParts in order until ``last``. Describe: a
-DescribeReply, whose content is JSON, so that nothing but JSON's types comes out of it. Anything may be answered with a
-Failure. Decided here: bounds and shapes. Not here: whether what was sent is what was asked (services.model_exchange).
+a ManifestReply (two frames, since each may take half a frame). GetMap and GetBlobMap: MapParts in order until ``last``.
+Describe: a DescribeReply, whose content is JSON, so that nothing but JSON's types comes out of it. Download: a
+DownloadReply. Anything may be answered with a Failure. Decided here: bounds and shapes. Not here: whether what was sent is what was asked (services.model_exchange).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from meshmax.wire.frames import MAX_FRAME_BYTES, Codec
 MAP_PART_BYTES: Final = 512 * KIB  # half a frame
 MAX_REQUEST_BYTES: Final = 2 * KIB  # a name of MAX_NAME characters, a digest, and room for what later versions add
 MAX_DESCRIPTION_BYTES: Final = MAX_FRAME_BYTES - KIB  # of JSON; its maker cuts long texts
+MAX_TRANSFER_ID: Final = 64  # characters
 _MAP_FIELDS_BYTES: Final = 256  # a map's encoding but for its hashes: five names, two numbers, two digests
 _HASH_BYTES: Final = 32
 
@@ -40,6 +41,19 @@ class GetMap(msgspec.Struct, frozen=True, tag="get_map"):
     """The chunk map at ``address``."""
 
     address: Hex64
+
+
+class GetBlobMap(msgspec.Struct, frozen=True, tag="get_blob_map"):
+    """The chunk map by which the server serves the whole blob ``digest``: for who knows no more of it than its sha256."""
+
+    digest: Hex64
+
+
+class Download(msgspec.Struct, frozen=True, tag="download"):
+    """Please pull the model whose manifest has this ``digest``, and call it ``name``. The server decides."""
+
+    digest: Hex64
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 
 
 class Describe(msgspec.Struct, frozen=True, tag="describe"):
@@ -73,8 +87,14 @@ class DescribeReply(msgspec.Struct, frozen=True, tag="description"):
     description: Annotated[bytes, msgspec.Meta(max_length=MAX_DESCRIPTION_BYTES)]
 
 
-FromAsker: TypeAlias = GetModel | GetMap | Describe
-FromHolder: TypeAlias = RecordReply | ManifestReply | MapPart | DescribeReply | Failure
+class DownloadReply(msgspec.Struct, frozen=True, tag="downloading"):
+    """The server pulls it; ``transfer_id`` is what it calls the transfer."""
+
+    transfer_id: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_TRANSFER_ID)]
+
+
+FromAsker: TypeAlias = GetModel | GetMap | GetBlobMap | Describe | Download
+FromHolder: TypeAlias = RecordReply | ManifestReply | MapPart | DescribeReply | DownloadReply | Failure
 
 FROM_ASKER: Final[Codec[FromAsker]] = Codec(FromAsker, MAX_REQUEST_BYTES)
 FROM_HOLDER: Final[Codec[FromHolder]] = Codec(FromHolder)

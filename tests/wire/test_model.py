@@ -24,7 +24,9 @@ ASKER: list[model.FromAsker] = [
     model.GetModel(DIGEST),
     model.GetModel(name="small:latest"),
     model.GetMap(DIGEST),
+    model.GetBlobMap(DIGEST),
     model.Describe(DIGEST),
+    model.Download(DIGEST, "small:latest"),
 ]
 HOLDER: list[model.FromHolder] = [
     model.RecordReply(SIGNED),
@@ -32,6 +34,7 @@ HOLDER: list[model.FromHolder] = [
     model.ManifestReply(b'{"schemaVersion":2}'),
     model.MapPart(b"xyz", last=True),
     model.DescribeReply(b'{"digest":"x"}'),
+    model.DownloadReply("ab-1"),
     Failure("model_not_found", "not here"),
 ]
 ALL = [(model.FROM_ASKER, m) for m in ASKER] + [(model.FROM_HOLDER, m) for m in HOLDER]

@@ -151,8 +151,7 @@ def cp(source: str, destination: str, /, *, as_json: AsJson = False, target: Tar
 def rm(model: str, /, *more: str, as_json: AsJson = False, target: Target = HERE) -> None:
     """Delete models from this peer; other peers keep theirs."""
     with open_client(target) as client:
-        for name in (model, *more):
-            _unload(client, name)
+        for name in (model, *more):  # the peer frees the memory, too, when no other name means the same
             client.call("DELETE", "/api/delete", {"model": name})
             if not as_json:
                 emit(f"deleted '{name}'")
@@ -161,25 +160,14 @@ def rm(model: str, /, *more: str, as_json: AsJson = False, target: Target = HERE
 
 
 def stop(model: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
-    """Unload a model from this peer's memory."""
+    """Unload a model from this peer's memory; one that only other peers hold stays loaded there."""
     with open_client(target) as client:
-        if not _unload(client, model):
-            raise ModelNotFound(f'couldn\'t find model "{model}" to stop')
+        try:
+            client.call("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
+        except NotFound:
+            raise ModelNotFound(f'couldn\'t find model "{model}" to stop') from None
     if as_json:
         emit_json({"stopped": model})
-
-
-def _unload(client: PeerClient, model: str) -> bool:
-    """Whether there was such a model. Only what is loaded here is stopped: never one on another peer."""
-    wanted = model if ":" in model.rpartition("/")[2] else f"{model}:latest"
-    if any(wanted.lower() in (m["name"].lower(), m["model"].lower()) for m in client.get("/api/ps")["models"]):
-        client.call("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
-        return True
-    try:
-        client.call("POST", "/api/show", {"model": model})
-    except NotFound:
-        return False
-    return True
 
 
 def pull(model: str, /, *, insecure: bool = False, as_json: AsJson = False, target: Target = HERE) -> None:
@@ -213,8 +201,12 @@ def add(
     target: Target = HERE,
 ) -> None:
     """Take a GGUF file in under a name, so that every peer of the mesh can use it."""
-    path = file.expanduser().absolute()
-    if not path.is_file():
+    try:
+        path = file.expanduser().absolute()
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, a ~user that is nobody
+        raise InvalidRequest(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
         raise InvalidRequest(f"{file}: there is no such file: give the path of a GGUF file")
     body = {"name": name, "path": str(path), "link": link}
     with open_client(target) as client, client.open_answer("POST", "/api/v1/models/add", body) as answer:

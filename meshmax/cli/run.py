@@ -113,13 +113,13 @@ def _print_json(client: PeerClient, model: str, prompt: str, settings: dict[str,
     with client.open_answer(
         "POST", "/api/generate", {"model": model, "prompt": prompt, "stream": False, **settings}
     ) as answer:
-        *_, value = answer.lines()
+        value = next(answer.lines(), {})
         peer, route = (answer.headers.get(f"x-meshmax-{word}") for word in ("peer", "route"))
     emit_json({**value, "meshmax": {"peer": peer, "route": route}})
 
 
 def _print_embedding(client: PeerClient, model: str, text: str | None, settings: dict[str, Any]) -> None:
-    if text is None:
+    if not text:
         raise InvalidRequest(f"'{model}' makes embeddings and does not converse: give it a text after its name")
     given = {key: value for key, value in settings.items() if value is not None}
     answer = client.call("POST", "/api/embed", {"model": model, "input": text, **given})

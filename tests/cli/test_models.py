@@ -132,40 +132,37 @@ def test_cp_says_what_it_did(fake_peer: FakePeer, capsys: pytest.CaptureFixture[
     assert fake_peer.bodies("/api/copy") == [{"source": "a", "destination": "b"}]
 
 
-def test_rm_stops_what_is_loaded_here_then_deletes_each(
+def test_rm_deletes_each_and_leaves_the_memory_to_the_peer(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_peer.on("GET", "/api/ps", {"models": [loaded("a:latest")]})
-    fake_peer.on("POST", "/api/show", SHOWN)
-    fake_peer.on("POST", "/api/generate", {"done": True})
     fake_peer.on("DELETE", "/api/delete")
     assert main(["rm", "a", "b:1"]) == 0
     assert capsys.readouterr().out == "deleted 'a'\ndeleted 'b:1'\n"
-    assert fake_peer.bodies("/api/generate") == [{"model": "a", "keep_alive": 0, "stream": False}]
-    assert fake_peer.bodies("/api/delete") == [{"model": "a"}, {"model": "b:1"}]
+    assert [(path, body) for _, path, body in fake_peer.asked] == [
+        ("/api/delete", {"model": "a"}),
+        ("/api/delete", {"model": "b:1"}),
+    ]
 
 
 def test_rm_of_an_unknown_model_ends_with_3(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
-    fake_peer.on("GET", "/api/ps", {"models": []})
     fake_peer.on("DELETE", "/api/delete", {"error": "model 'x' not found"}, 404)
     assert main(["rm", "x"]) == 3
     assert capsys.readouterr().err == "Error: model 'x' not found\n"
 
 
+def test_stop_asks_by_the_name_that_was_given_whatever_other_names_the_model_has(fake_peer: FakePeer) -> None:
+    fake_peer.on("POST", "/api/generate", {"done": True, "done_reason": "unload"})
+    assert main(["stop", "registry.ollama.ai/library/copy"]) == 0
+    given = {"model": "registry.ollama.ai/library/copy", "keep_alive": 0, "stream": False}
+    assert fake_peer.bodies("/api/generate") == [given]
+
+
 def test_stop_of_an_unknown_model_says_so_as_ollama_does(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_peer.on("GET", "/api/ps", {"models": []})
-    fake_peer.on("POST", "/api/show", {"error": "model 'x' not found"}, 404)
+    fake_peer.on("POST", "/api/generate", {"error": "model 'x' not found"}, 404)
     assert main(["stop", "x"]) == 3
     assert capsys.readouterr().err == 'Error: couldn\'t find model "x" to stop\n'
-
-
-def test_stop_never_touches_a_model_that_is_loaded_only_on_another_peer(fake_peer: FakePeer) -> None:
-    fake_peer.on("GET", "/api/ps", {"models": []})
-    fake_peer.on("POST", "/api/show", SHOWN)
-    assert main(["stop", "x"]) == 0
-    assert fake_peer.bodies("/api/generate") == []
 
 
 PULL = Lines(
@@ -252,4 +249,13 @@ def test_add_of_a_file_that_is_not_there_is_refused_before_the_peer_is_asked(
 ) -> None:
     assert main(["add", "m", "/nowhere/m.gguf"]) == 2
     assert "there is no such file" in capsys.readouterr().err
+    assert fake_peer.asked == []
+
+
+@pytest.mark.parametrize(("path", "said"), [("x" * 300, "File name too long"), ("~nobody-of-this-name/m", "home")])
+def test_add_of_what_cannot_be_a_path_is_an_error_of_one_line(
+    path: str, said: str, fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["add", "m", path]) == 2
+    assert said in capsys.readouterr().err
     assert fake_peer.asked == []

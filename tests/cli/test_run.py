@@ -138,3 +138,9 @@ def test_an_error_in_another_peers_words_writes_no_escape_sequences(
     peer.on("POST", "/api/generate", {"error": "no\x1b]0;title\x07\x9b2J", "code": "refused"}, 403)
     assert main(["run", "m", "hi"]) == 5
     assert capsys.readouterr().err == "Error: no]0;title2J\n"
+
+
+def test_a_model_that_only_embeds_wants_a_text(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    peer.on("POST", "/api/show", {"capabilities": ["embedding"]})
+    assert main(["run", "m", ""]) == 2
+    assert "give it a text after its name" in capsys.readouterr().err

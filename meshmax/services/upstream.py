@@ -243,10 +243,14 @@ class _Download:
                 flushed_s = now
             if broken:
                 raise broken
-            if waiting.cancelled_caught and part.stalls_at_s <= trio.current_time():
-                self._plan.on_stalled(part, trio.current_time())
+            if waiting.cancelled_caught:  # the rest is asked for anew, on another connection
+                now = trio.current_time()
+                if part.stalls_at_s <= now:
+                    self._plan.on_stalled(part, now)
+                else:
+                    self._plan.on_ended(part)
                 return
-            if not data and not waiting.cancelled_caught:
+            if not data:
                 raise PeerGone(f"{self._found.upstream.host} sent less than it said")
         self._plan.on_ended(part)
 

@@ -1,9 +1,10 @@
 """Neighbours by multicast DNS, after the libp2p mDNS specification; satisfies ports.Discovery.
 
 Rules: we announce concrete addresses under a random name, without probing (a random name needs none), and ask at growing
-intervals. Announcers that send PTR and TXT without SRV count. A session ends when the interfaces change or the network
-fails, and a new one begins, after a backoff where it failed. Sightings that say nothing new are told again only after
-REPEAT_S. Not here: the records (mdns_records), whether an address may be dialled (dialler).
+intervals, over IPv4 and, where an interface has an address that others can use, IPv6. Announcers that send PTR and TXT
+without SRV count. A session ends when the interfaces change or the network fails, and a new one begins, after a backoff
+where it failed. Sightings that say nothing new are told again only after REPEAT_S. Not here: the records (mdns_records),
+whether an address may be dialled (dialler).
 """
 
 from __future__ import annotations
@@ -44,8 +45,16 @@ class Mdns:
 
     name = "mdns"
 
-    def __init__(self, peer_id: PeerId, addresses: Callable[[], tuple[str, ...]], interfaces: Sequence[str]) -> None:
-        """``interfaces``: IPv4 addresses of the interfaces to use; empty is every one that is up."""
+    def __init__(
+        self,
+        peer_id: PeerId,
+        addresses: Callable[[], tuple[str, ...]],
+        interfaces: Sequence[str],
+        up: Callable[[], list[str]] = interface_addresses,
+    ) -> None:
+        """``interfaces``: addresses of the interfaces to use; empty is every one that is up. ``up``: those of this machine."""
+        self._up = up
+        self._ipv6 = True
         self._peer_id, self._addresses, self._interfaces = peer_id, addresses, tuple(interfaces)
         self._seen: dict[PeerId, tuple[tuple[str, ...], float]] = {}
         self.problem = ""  # why it does not work at the moment, for people
@@ -59,6 +68,7 @@ class Mdns:
                 try:
                     await self._session(self._chosen_interfaces(), found)
                 except* (OSError, RuntimeError) as errors:  # RuntimeError: zeroconf has no interface at all
+                    self._ipv6 = not self._ipv6  # IPv4 must not be lost where only IPv6 does not work
                     self.problem = str(errors.exceptions[0])[:200] or type(errors.exceptions[0]).__name__
                 if self.problem:
                     if trio.current_time() - started_s > RETRY_S[1]:
@@ -68,18 +78,20 @@ class Mdns:
                     pause_s = min(2 * pause_s, RETRY_S[1])
 
     def _chosen_interfaces(self) -> list[str]:
-        up = [ip for ip in interface_addresses() if ":" not in ip]
-        return [ip for ip in up if ip in self._interfaces] if self._interfaces else up
+        up = self._up()
+        if self._interfaces:
+            return [ip for ip in up if ip in self._interfaces]
+        # IPv6 where there is an address worth telling: every virtual interface of a container has a link-local one.
+        return [ip for ip in up if ":" not in ip or (self._ipv6 and "%" not in ip and ip != "::1")]
 
     async def _session(self, interfaces: list[str], found: trio.MemorySendChannel[Sighting]) -> None:
         """Announce and listen on ``interfaces`` until they change. Raises OSError, in a group or alone."""
-        from zeroconf import IPVersion
         from zeroconf.asyncio import AsyncZeroconf
 
         if not interfaces:
-            raise OSError(f"no IPv4 interface is up{' of ' + ', '.join(self._interfaces) if self._interfaces else ''}")
+            raise OSError(f"no interface is up{' of ' + ', '.join(self._interfaces) if self._interfaces else ''}")
 
-        zeroconf = await make_in_asyncio(partial(AsyncZeroconf, interfaces=interfaces, ip_version=IPVersion.V4Only))
+        zeroconf = await make_in_asyncio(partial(AsyncZeroconf, interfaces=interfaces))
         sink, records = trio.open_memory_channel[tuple[str, bytes | None]](MAX_RECORDS)
         listener = _make_listener(sink)
         try:

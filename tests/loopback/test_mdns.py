@@ -1,7 +1,7 @@
 """mDNS over real multicast on the loopback interface."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import pytest
@@ -90,3 +90,54 @@ async def test_no_usable_interface_is_tried_again_and_nothing_fails() -> None:
         await mdns.run(sink)
     assert scope.cancelled_caught
     assert mdns.problem
+
+
+async def test_interfaces_that_come_and_go_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshmax.net.mdns.CHECK_INTERVAL_S", 0.1)
+    monkeypatch.setattr("meshmax.net.mdns.RETRY_S", (0.1, 0.2))
+    monkeypatch.setattr("meshmax.net.mdns.REPEAT_S", 0.0)
+    one, two = fresh_peer(), fresh_peer()
+    sink, sightings = trio.open_memory_channel[Sighting](100)
+    up: list[str] = []
+    mdns = Mdns(one, lambda: (f"/ip4/127.0.0.1/tcp/4001/p2p/{one}",), [], up=lambda: list(up))
+    async with announcer(two) as by_two, trio.open_nursery() as nursery:
+        nursery.start_soon(mdns.run, sink)
+        await trio.sleep(0.5)
+        assert "no interface is up" in mdns.problem
+        for _ in range(2):
+            up.append("127.0.0.1")
+            await wait_for(sightings, two, 3.0)
+            await wait_for(by_two, one, 3.0)
+            up.clear()
+            with trio.fail_after(5.0):
+                while "no interface is up" not in mdns.problem:
+                    await trio.sleep(0.05)
+            with suppress(trio.WouldBlock):
+                while True:
+                    sightings.receive_nowait()
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("up", "chosen"),
+    [
+        (["10.0.0.1", "fd00::1", "fe80::1%eth0", "127.0.0.1", "::1"], ["10.0.0.1", "fd00::1", "127.0.0.1"]),
+        (["fe80::1%veth1", "fe80::2%veth2", "127.0.0.1"], ["127.0.0.1"]),
+        (["fd00::1"], ["fd00::1"]),
+    ],
+)
+def test_ipv6_is_used_where_an_interface_has_an_address_worth_telling(up: list[str], chosen: list[str]) -> None:
+    assert Mdns(fresh_peer(), tuple, [], up=lambda: up)._chosen_interfaces() == chosen
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # zeroconf forgets a socket as it fails
+async def test_where_only_ipv6_fails_ipv4_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meshmax.net.mdns.RETRY_S", (0.1, 0.2))
+    one, two = fresh_peer(), fresh_peer()
+    sink, sightings = trio.open_memory_channel[Sighting](100)
+    # An address that no interface has.
+    mdns = Mdns(one, lambda: (f"/ip4/127.0.0.1/tcp/4001/p2p/{one}",), [], up=lambda: ["127.0.0.1", "2001:db8::1"])
+    async with announcer(two), trio.open_nursery() as nursery:
+        nursery.start_soon(mdns.run, sink)
+        await wait_for(sightings, two, 3.0)
+        nursery.cancel_scope.cancel()

@@ -132,7 +132,7 @@ async def test_a_flood_of_half_open_dials_stays_within_bounds_and_honest_peers_g
         assert most_tasks < 12 * limits.MAX_HALF_OPEN
         assert honest >= 1
         with trio.fail_after(limits.HANDSHAKE_TIMEOUT_S + 2):
-            while a.door.half_open:
+            while a.door.half_open:  # noqa: ASYNC110  it looks from outside
                 await trio.sleep(0.05)
         await b.dial(a.peer_id, a.addresses)
         assert open_files() - files_before < 50

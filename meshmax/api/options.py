@@ -44,7 +44,7 @@ _FLOATS: Final = frozenset(
 )
 _BOOLEANS: Final = frozenset({"use_mmap"})
 # Known to Ollama, checked, and without effect here: the engine decides these by itself.
-_WITHOUT_EFFECT: Final = frozenset({"main_gpu", "draft_num_predict", "use_mmap"})
+_WITHOUT_EFFECT: Final = frozenset({"main_gpu", "draft_num_predict", "use_mmap", "num_batch"})
 
 
 def parse_options(given: dict[str, Any]) -> tuple[Options, list[str]]:

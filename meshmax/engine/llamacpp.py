@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import secrets
+import string
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -54,10 +55,13 @@ from meshmax.engine.loopback_http import LoopbackHttp
 from meshmax.ports import LoadedFacts
 
 DEFAULT_CONTEXT_TOKENS: Final = 4096  # as Ollama's on a small machine
+MAX_CONTEXT_TOKENS: Final = 1 << 22  # where the model does not say what it was trained for; as options take it
+MAX_GPU_LAYERS: Final = 10_000  # as options take it: more than any model has, so all of them
 MIN_CONTEXT_TOKENS: Final = 64  # less holds no template
 BATCH_TOKENS: Final = 512  # Ollama's num_batch; the compute buffer grows with it
 MAX_EMBED_TOKENS: Final = 8192  # one batch of an embedding model holds a whole text, and its buffer a whole batch
 EMBED_TEXTS: Final = 16  # texts a call to the engine: vectors come soon, and leaving costs at most these
+_CALL_ID_LETTERS: Final = string.ascii_lowercase + string.digits
 CRASH_SEEN_S: Final = 2.0  # after a broken connection, how long the process may take to be seen dead
 
 
@@ -107,16 +111,16 @@ def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
     # something else stalls them all (measured: from 100 tokens a second to one).
     cores = config.threads or max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) - 1)
     context = own.num_ctx or config.context_tokens or DEFAULT_CONTEXT_TOKENS
-    trained = model.details.context_length
-    context = max(MIN_CONTEXT_TOKENS, min(context, trained) if trained else context)
+    context = max(MIN_CONTEXT_TOKENS, min(context, model.details.context_length or MAX_CONTEXT_TOKENS))
+    layers = config.gpu_layers if own.num_gpu is None else max(-1, min(own.num_gpu, MAX_GPU_LAYERS))
     embeds = "embedding" in model.details.capabilities
     return {
         "model": model.path,
         "name": model.name,
         "context_tokens": context,
         "parallel": config.parallel,
-        "threads": min(own.num_thread, cores) if own.num_thread else cores,
-        "gpu_layers": own.num_gpu if own.num_gpu is not None else config.gpu_layers,
+        "threads": max(1, min(own.num_thread, cores)) if own.num_thread else cores,
+        "gpu_layers": layers,
         "batch_tokens": min(context, MAX_EMBED_TOKENS) if embeds else min(BATCH_TOKENS, context),
         "own_pooling": embeds,
     }
@@ -223,7 +227,7 @@ class LlamaCppModel:
             if delta is not None:
                 yield delta
         if calls := reader.tool_calls():
-            yield Delta(tool_calls=calls)
+            yield Delta(tool_calls=tuple(msgspec.structs.replace(call, id=new_call_id()) for call in calls))
         finish = reader.finish()
         if isinstance(request, GenerateRequest) and not request.raw and not request.suffix:
             finish = msgspec.structs.replace(finish, context=await self._context(request, reader.text))
@@ -284,6 +288,11 @@ class LlamaCppModel:
             return error
         status, log = self._process.status, self._process.log.name
         return EngineCrashed(f"the engine's process ended (exit status {status}); its log is {log}")
+
+
+def new_call_id() -> str:
+    """An id for a tool call, of Ollama's form; templates differ in whether the model's own has one at all."""
+    return "call_" + "".join(secrets.choice(_CALL_ID_LETTERS) for _ in range(8))
 
 
 def _decoded(data: bytes) -> Any:

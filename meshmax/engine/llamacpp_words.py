@@ -16,6 +16,7 @@ import msgspec
 from meshmax.base.errors import (
     CapabilityMissing,
     ContextTooLong,
+    EngineCrashed,
     EngineError,
     EngineUnavailable,
     InvalidRequest,
@@ -49,6 +50,7 @@ SAMPLING_DEFAULTS: Final = Options(
 )
 MAX_TOOL_CALLS: Final = 128  # of one answer; a model that calls more is in a loop
 _MS: Final = 1e-3
+_CUT_OFF: Final = "the engine's answer ended before it was finished"
 
 
 def sampling(asked: Options, model: Options) -> dict[str, Any]:
@@ -110,8 +112,16 @@ def chat_body(request: GenerateRequest | ChatRequest, system: str, model: Option
 
 def completion_body(request: GenerateRequest, tokens: list[int], model: Options) -> dict[str, Any]:
     """The body for /completion, of a prompt that is in tokens already."""
+    return _bare_body(request, model) | {"prompt": tokens}
+
+
+def infill_body(request: GenerateRequest, model: Options) -> dict[str, Any]:
+    """The body for /infill: what stands between prompt and suffix."""
+    return _bare_body(request, model) | {"input_prefix": request.prompt, "input_suffix": request.suffix}
+
+
+def _bare_body(request: GenerateRequest, model: Options) -> dict[str, Any]:
     body = sampling(request.options, model)
-    body["prompt"] = tokens
     if request.format == "json":
         body["json_schema"] = {"type": "object"}
     elif isinstance(request.format, dict):
@@ -121,19 +131,13 @@ def completion_body(request: GenerateRequest, tokens: list[int], model: Options)
     return body
 
 
-def infill_body(request: GenerateRequest, model: Options) -> dict[str, Any]:
-    """The body for /infill: what stands between prompt and suffix."""
-    body = sampling(request.options, model)
-    return body | {"input_prefix": request.prompt, "input_suffix": request.suffix}
-
-
 class ChatReader:
     """Reads the chunks of /v1/chat/completions. Tool calls come whole, at the end; ``text`` is what was said so far."""
 
     def __init__(self, top_logprobs: int) -> None:
         self._top = top_logprobs
         self._calls: dict[int, list[str]] = {}
-        self._reason = "stop"
+        self._reason = ""
         self._last: Mapping[str, Any] = {}
         self.text = ""
 
@@ -160,7 +164,9 @@ class ChatReader:
         return tuple(ToolCall(name, _arguments(text), id_) for id_, name, text in self._calls.values())
 
     def finish(self) -> Finish:
-        """The end of the answer, with llama.cpp's own counts and times."""
+        """The end of the answer, with llama.cpp's own counts and times. Raises EngineCrashed if there was none."""
+        if not self._reason:
+            raise EngineCrashed(_CUT_OFF)
         usage = self._last.get("usage") or {}
         reason: DoneReason = "length" if self._reason == "length" else "stop"
         return _finish(reason, self._last.get("timings") or {}, usage.get("prompt_tokens"))
@@ -199,7 +205,9 @@ class CompletionReader:
         return ()
 
     def finish(self) -> Finish:
-        """The end of the answer, with llama.cpp's own counts and times."""
+        """The end of the answer, with llama.cpp's own counts and times. Raises EngineCrashed if there was none."""
+        if not self._last:
+            raise EngineCrashed(_CUT_OFF)
         reason: DoneReason = "length" if self._last.get("stop_type") == "limit" else "stop"
         return _finish(reason, self._last.get("timings") or {}, self._last.get("tokens_evaluated"))
 

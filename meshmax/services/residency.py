@@ -2,8 +2,8 @@
 
 A model's task holds the engine's block open, so that closing the residency ends every engine process. Answers run in the
 task of whoever asked; leaving an answer frees its slot and stops the engine's work. A model whose process has ended is
-seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx counts when it is the one that
-loads the model; a model that is loaded already answers with the context that it has. Not here: what may run where.
+seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx, num_gpu and num_thread count when
+it is the one that loads the model; a model that is loaded already answers as it was loaded. Not here: what may run where.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class ModelResidency:
     async def _hold_model(self, digest: Sha256, held: _Held, request: InferRequest) -> None:
         begun = trio.current_time()
         file = await self._model_file(digest)
-        held.file = msgspec.structs.replace(file, parameters=_with_context(file, request))
+        held.file = msgspec.structs.replace(file, parameters=_load_options(file, request))
         # The deadline ends with the load: the block below stays open for as long as the model is in memory.
         with trio.CancelScope(deadline=begun + self._config.load_timeout_s) as loading:
             async with self._engine.open_model(held.file) as model:
@@ -260,8 +260,10 @@ class ModelResidency:
             self._speeds.popitem(last=False)
 
 
-def _with_context(file: ModelFile, request: InferRequest) -> Options:
-    return merge_options(Options(num_ctx=request.options.num_ctx), file.parameters)
+def _load_options(file: ModelFile, request: InferRequest) -> Options:
+    asked = request.options
+    loading = Options(num_ctx=asked.num_ctx, num_gpu=asked.num_gpu, num_thread=asked.num_thread or None)
+    return merge_options(loading, file.parameters)
 
 
 async def _one(event: Event) -> AsyncGenerator[Event, None]:

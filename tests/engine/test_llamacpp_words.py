@@ -1,18 +1,24 @@
 """The wording between us and llama.cpp, on chunks as its server sends them."""
 
+import re
 from typing import Any
 
 import pytest
 
+from meshmax.base.catalog import ModelFile
+from meshmax.base.config import EngineConfig
 from meshmax.base.errors import (
     CapabilityMissing,
     ContextTooLong,
+    EngineCrashed,
     EngineError,
     EngineUnavailable,
     InvalidRequest,
     MeshmaxError,
 )
+from meshmax.base.ids import Sha256
 from meshmax.base.inference import ChatRequest, Delta, GenerateRequest, Message, Options, ToolCall
+from meshmax.engine.llamacpp import load_words, new_call_id
 from meshmax.engine.llamacpp_words import (
     MAX_TOOL_CALLS,
     ChatReader,
@@ -24,6 +30,23 @@ from meshmax.engine.llamacpp_words import (
     messages_of,
     sampling,
 )
+
+
+@pytest.mark.parametrize(
+    ("asked", "threads", "layers", "context"),
+    [
+        (Options(), 3, -1, 4096),
+        (Options(num_thread=2, num_gpu=0, num_ctx=128), 2, 0, 128),
+        (Options(num_thread=1 << 60, num_gpu=1 << 60, num_ctx=1 << 60), 3, 10_000, 1 << 22),
+        (Options(num_thread=-5, num_gpu=-5, num_ctx=-5), 1, -1, 64),
+    ],
+)
+def test_how_a_model_is_loaded_stays_within_what_an_engine_takes(
+    asked: Options, threads: int, layers: int, context: int
+) -> None:
+    file = ModelFile(Sha256("a" * 64), "m", "/nowhere", 1, parameters=asked)
+    words = load_words(file, EngineConfig(threads=3))
+    assert (words["threads"], words["gpu_layers"], words["context_tokens"]) == (threads, layers, context)
 
 
 def test_what_nobody_asked_for_is_ollamas_default_not_llamacpps() -> None:
@@ -88,7 +111,13 @@ def test_think_tools_and_logprobs_are_passed_on() -> None:
     assert body["chat_template_kwargs"] == {"enable_thinking": True, "reasoning_effort": "high"}
     assert (body["logprobs"], body["top_logprobs"]) == (True, 1)
     assert completion_body(GenerateRequest(logprobs=True, top_logprobs=5), [1], Options())["n_probs"] == 5
-    assert infill_body(GenerateRequest("a", suffix="b"), Options())["input_suffix"] == "b"
+    infill = infill_body(GenerateRequest("a", suffix="b", format="json", logprobs=True), Options())
+    assert (infill["input_suffix"], infill["json_schema"], infill["n_probs"]) == ("b", {"type": "object"}, 1)
+
+
+def test_ids_of_tool_calls_have_ollamas_form() -> None:
+    assert re.fullmatch("call_[a-z0-9]{8}", new_call_id())
+    assert new_call_id() != new_call_id()
 
 
 def choice(delta: dict[str, Any], reason: str | None = None, **more: Any) -> dict[str, Any]:
@@ -112,6 +141,13 @@ def test_a_chat_is_read_to_its_end() -> None:
     )
     assert (finish.prompt_s, finish.output_s) == pytest.approx((0.04, 0.1))
     assert reader.text == "Hi"
+
+
+def test_an_answer_that_just_ends_is_no_finished_one() -> None:
+    for reader, chunk in ((ChatReader(0), choice({"content": "Hi"})), (CompletionReader(0), {"content": "Hi"})):
+        assert reader.on_chunk(chunk) == Delta("Hi")
+        with pytest.raises(EngineCrashed, match="before it was finished"):
+            reader.finish()
 
 
 def test_tool_calls_are_put_together_from_their_pieces() -> None:

@@ -205,6 +205,24 @@ async def test_the_request_that_loads_a_model_sets_its_context(autojump_clock: t
         assert residency.loaded()[0].context_length == 128
 
 
+async def test_the_request_that_loads_a_model_chooses_threads_and_gpu_layers_too(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    files: list[ModelFile] = []
+
+    class Watched(EchoEngine):
+        @asynccontextmanager
+        async def open_model(self, model: ModelFile) -> AsyncIterator[EchoModel]:
+            files.append(model)
+            async with super().open_model(model) as loaded:
+                yield loaded
+
+    async with residency_of(Watched(CONFIG)) as residency:
+        await answer(residency, ask(num_gpu=0, num_thread=2, temperature=0.1))
+        await answer(residency, ask(B, num_thread=0))
+    assert [file.parameters for file in files] == [Options(num_gpu=0, num_thread=2), Options()]
+
+
 async def test_speed_is_measured_and_kept_when_the_model_is_gone(autojump_clock: trio.abc.Clock) -> None:
     changes = []
     async with residency_of(EchoEngine(CONFIG, load_s=2.0), on_change=lambda: changes.append(1)) as residency:

@@ -1,10 +1,14 @@
 """The boundary where a failure stops: one stream or request ends, the node goes on."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import trio
 
 from meshmax.base.errors import PeerGone
-from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.isolate import LINES, WINDOW_S, isolate
+from meshmax.telemetry.log import configure
 from meshmax.telemetry.metrics import REGISTRY
 
 
@@ -46,3 +50,22 @@ async def test_cancellation_passes_through() -> None:
     with trio.move_on_after(0) as scope:
         await isolate("test", trio.sleep_forever)
     assert scope.cancelled_caught
+
+
+async def test_failures_without_end_are_counted_and_not_all_logged(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr("meshmax.telemetry.isolate.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("meshmax.telemetry.isolate._spigots", {})
+    configure("info", json_lines=True)
+    before = count("peer_gone")
+    for _ in range(10 * LINES):
+        await isolate("test", gone)
+    assert count("peer_gone") == before + 10 * LINES
+    assert len(capsys.readouterr().err.splitlines()) == LINES
+    now_s += WINDOW_S
+    await isolate("test", gone)
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["event"], first["count"]) == ("more failures than are logged", 9 * LINES)
+    assert second["event"] == "failed"

@@ -43,6 +43,7 @@ from meshmax.net.mdns import Mdns
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swarm
+from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.infer_server import InferServer
@@ -104,6 +105,7 @@ class Node:
         self.presence: PresenceService
         self.residency: ModelResidency
         self.limits: Limits
+        self.adoption: Adoption
         self.pulls: Pulls
         self.router: Router
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
@@ -278,6 +280,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         node.changed,
     )
     await enter(open_catalog(node.catalog))
+    node.adoption = Adoption(store.models.adopt, node.catalog.refresh, world.run_sync)
 
     def pulling(digest: Sha256) -> FetchedModel | None:
         return node.pulling(digest)  # looked up late: pulls are opened after this
@@ -339,6 +342,7 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
     async with trio.open_nursery() as nursery:
         nursery.start_soon(isolate, "gpus", node.find_gpus)
         nursery.start_soon(keep_names)
+        nursery.start_soon(run_watch, node.catalog.refresh_if_changed)
         nursery.start_soon(tell_partials)
         nursery.start_soon(
             run_scrub, node.store.blobs, node.catalog.local, node.catalog.refresh, node.config.scrub_interval_s

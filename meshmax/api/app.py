@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from meshmax.api.access import Policy
+from meshmax.api.adopt_routes import AdoptFace
 from meshmax.api.guard import Guard
 from meshmax.api.limit_routes import LimitFace
 from meshmax.api.mesh_routes import MeshFace
@@ -66,6 +67,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *OpenAiFace(prompts).routes(),
         *mesh.routes(),
         *LimitFace(node).routes(),
+        *AdoptFace(node, prompts.open_answers).routes(),
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),
     ]

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol
 
 from meshmax.base.config import Config
 from meshmax.ports import BlobStore, Catalog, Presence, Pulls, Residency, Router, Signer, Swarm
+from meshmax.services.adopt import Adoption
 from meshmax.services.throttle import Limits
 
 NodeState = Literal["starting", "running", "draining"]
@@ -43,6 +44,9 @@ class _Services(Protocol):
 
     @property
     def limits(self) -> Limits: ...
+
+    @property
+    def adoption(self) -> Adoption: ...
 
 
 class _Facts(Protocol):

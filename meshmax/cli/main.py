@@ -40,6 +40,9 @@ _COMMANDS: Final = (
 )
 
 
+_OPTIONAL_VALUE: Final = ("--from-ollama", "--from-huggingface")  # alone: the folder where it usually is
+
+
 def make_app() -> App:
     """The tree of commands."""
     app = App(
@@ -78,9 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _spelled_out(tokens: list[str]) -> list[str]:
-    """``--think`` alone means ``--think=true``, as in Ollama's command line."""
+    """``--think`` alone means ``--think=true``, as in Ollama's command line; others whose value may be left out likewise."""
     end = tokens.index("--") if "--" in tokens else len(tokens)
-    return [f"{word}=true" if word == "--think" and at < end else word for at, word in enumerate(tokens)]
+    words = [f"{word}=true" if word == "--think" and at < end else word for at, word in enumerate(tokens)]
+    for at, word in enumerate(words[:end]):
+        if word in _OPTIONAL_VALUE and (at + 1 >= end or words[at + 1].startswith("-")):
+            words[at] = f"{word}=-"
+    return words
 
 
 def _usage_text(error: CycloptsError) -> str:

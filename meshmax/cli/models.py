@@ -192,15 +192,30 @@ def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = F
 
 
 def add(
-    name: str,
-    file: Path,
+    name: str = "",
+    file: Path | None = None,
     /,
     *,
     link: Annotated[bool, Parameter(help="Hard link instead of a copy: the file must then never be edited.")] = False,
+    from_ollama: Annotated[
+        Path | None, Parameter(help="All models of an Ollama store [default: ~/.ollama/models].")
+    ] = None,
+    from_huggingface: Annotated[Path | None, Parameter(help="All GGUF files of a Hugging Face cache.")] = None,
     as_json: AsJson = False,
     target: Target = HERE,
 ) -> None:
-    """Take a GGUF file in under a name, so that every peer of the mesh can use it."""
+    """Take a GGUF file in under a name, or what Ollama or Hugging Face hold on this machine, without copying that."""
+    folders = {"ollama": from_ollama, "huggingface": from_huggingface}
+    origins = [(origin, folder) for origin, folder in folders.items() if folder is not None]
+    if origins:
+        if name or len(origins) > 1:
+            raise InvalidRequest("give a NAME and a FILE, or --from-ollama [DIR], or --from-huggingface [DIR]")
+        from meshmax.cli.adopt import adopt
+
+        adopt(*origins[0], as_json, target)
+        return
+    if not name or file is None:
+        raise InvalidRequest("give a NAME and a FILE: meshmax add NAME FILE.gguf")
     try:
         path = file.expanduser().absolute()
         found = path.is_file()

@@ -70,11 +70,11 @@ class CatalogService:
                 raise
         return resolve(name, self._merged(parts=True), self._local, self._first_seen)
 
-    async def describe(self, name: str) -> ModelDescription:
-        """From our store, or asked of a holder. Raises InvalidName, ModelNotFound, NoProviders."""
+    async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
+        """From our store, or asked of a holder, then never verbose. Raises InvalidName, ModelNotFound, NoProviders."""
         resolved = self.resolve(name)
         if resolved.stored:
-            return await self._models.describe(resolved.digest)
+            return await self._models.describe(resolved.digest, verbose)
         for holder in resolved.entry.holders:
             try:
                 return await self._ask_peer(holder, resolved.digest)
@@ -102,6 +102,13 @@ class CatalogService:
         manifest = await self._models.ingest(path, link, progress)
         return await self._put(target, manifest)
 
+    async def publish(self, name: ModelName, manifest: Manifest) -> StoredModel:
+        """Let ``name`` mean a model whose blobs are all whole here, with a record of ours, and tell the mesh.
+
+        Raises BlobNotFound, ManifestInvalid.
+        """
+        return await self._put(name, manifest)
+
     # --- for node.py -------------------------------------------------------------------------------------------------
 
     def local(self) -> tuple[StoredModel, ...]:
@@ -119,6 +126,19 @@ class CatalogService:
         """Read the local models anew; tell the mesh."""
         self._local = await self._models.models()
         self._on_change()
+
+    async def refresh_if_changed(self) -> bool:
+        """Take up what other programs changed in the store, which they may share; True if there was something.
+
+        New models get records of ours in the task of the caller, which takes as long as reading them.
+        """
+        models = await self._models.models()
+        if models == self._local:
+            return False
+        self._local = models
+        self._on_change()
+        await self.sign_missing_records()
+        return True
 
     def note_names(self) -> bool:
         """Remember what each name of the mesh means when it is first seen; True if one was new."""

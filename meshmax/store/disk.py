@@ -120,6 +120,10 @@ class Disk:
         """A second name for the same file."""
         os.link(source, destination, follow_symlinks=True)
 
+    def refer(self, source: Path, destination: Path) -> None:
+        """A symbolic link to ``source``, which stays where it is."""
+        os.symlink(source, destination)
+
     def unlink(self, path: Path) -> None:
         """Remove a name; no error if it is gone already."""
         with suppress(FileNotFoundError):

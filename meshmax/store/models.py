@@ -41,6 +41,7 @@ from meshmax.base.model import (
 )
 from meshmax.base.names import ModelName
 from meshmax.ports import Progress
+from meshmax.store.adopt import Foreign, Way, adopt_blob
 from meshmax.store.blobs import FileBlobStore
 from meshmax.store.details import MAX_CONFIG_BYTES, build_config, describe, details_of, parse_config
 from meshmax.store.disk import translated, try_read
@@ -112,6 +113,16 @@ class FileModelStore:
             await self._drop_unused(old)
             return stored
 
+    async def adopt(self, foreign: Foreign) -> tuple[StoredModel, Way]:
+        """Let a model of another program be ours too, without copying it; how its largest blob came.
+
+        Raises InvalidRequest where the name means another model here, ManifestInvalid, BlobNotFound, StoreFull, StoreError.
+        """
+        async with self._changing:
+            what = f"{foreign.name} was not adopted"
+            with translated(what):
+                return await self._run_sync(lambda: self._adopt(foreign))
+
     async def copy(self, source: ModelName, destination: ModelName) -> None:
         """See ports.ModelStore. A record is not copied: it was signed for the other name."""
         async with self._changing:
@@ -127,10 +138,10 @@ class FileModelStore:
                 gone = await self._run_sync(lambda: self._delete(name))
             await self._drop_unused(gone)
 
-    async def describe(self, digest: Sha256) -> ModelDescription:
+    async def describe(self, digest: Sha256, verbose: bool = False) -> ModelDescription:
         """See ports.ModelStore."""
         with translated("the model was not read"):
-            return await self._run_sync(lambda: self._describe(digest))
+            return await self._run_sync(lambda: self._describe(digest, verbose))
 
     # --- in threads ---------------------------------------------------------------------------------------------------
 
@@ -151,6 +162,23 @@ class FileModelStore:
         if path not in self._warned and len(self._warned) < MAX_WARNED:
             self._warned.add(path)
             _log.warning("model left out", model=str(name), error=error)
+
+    def _adopt(self, foreign: Foreign) -> tuple[StoredModel, Way]:
+        with suppress(ModelNotFound):
+            _, known = self._find(foreign.name)
+            if foreign.manifest is None or known.digest != foreign.manifest.digest:
+                raise InvalidRequest(f"'{foreign.name}' means another model here: delete or rename it first")
+        largest = max(foreign.blobs, key=lambda digest: foreign.blobs[digest].stat().st_size)
+        ways = {
+            digest: adopt_blob(self._layout, self._disk, digest, path) for digest, path in foreign.blobs.items()
+        }
+        manifest = foreign.manifest
+        if manifest is None:
+            path = self._layout.blob(largest)
+            config = self._add_small(build_config(read_header(path), largest))
+            layer = Layer(MODEL_MEDIA_TYPE, largest, path.stat().st_size)
+            manifest = parse_manifest(build_manifest(config, [layer]))
+        return self._put(foreign.name, manifest, None)[0], ways[largest]
 
     def _read_manifest(self, path: Path) -> Manifest:
         raw = try_read(path, MAX_MANIFEST_BYTES)
@@ -191,12 +219,12 @@ class FileModelStore:
         config = parse_config(try_read(self._layout.blob(manifest.config.digest), MAX_CONFIG_BYTES) or b"")
         return details_of(config, self._header(manifest), self._texts(manifest).get("template", ""))
 
-    def _header(self, manifest: Manifest) -> GgufHeader | None:
+    def _header(self, manifest: Manifest, whole: bool = False) -> GgufHeader | None:
         layer = manifest.layer(MODEL_MEDIA_TYPE)
         if layer is None:
             return None
         try:
-            return read_header(self._layout.blob(layer.digest))
+            return read_header(self._layout.blob(layer.digest), whole)
         except (InvalidRequest, OSError):
             return None  # not a GGUF (safetensors), or damaged: the config's facts have to do
 
@@ -209,12 +237,12 @@ class FileModelStore:
                 texts[key] = data.decode("utf-8", "replace")
         return texts
 
-    def _describe(self, digest: Sha256) -> ModelDescription:
+    def _describe(self, digest: Sha256, verbose: bool) -> ModelDescription:
         for _, path in self._layout.names():
             with suppress(ManifestInvalid, ModelNotFound):
                 manifest = self._read_manifest(path)
                 if manifest.digest == digest:
-                    header, texts = self._header(manifest), self._texts(manifest)
+                    header, texts = self._header(manifest, verbose), self._texts(manifest)
                     return describe(digest, self._details_of(manifest), header, texts, path.stat().st_mtime)
         raise ModelNotFound(f"model {digest[:12]} is not in the store")
 

@@ -3,7 +3,7 @@
 A step reads STEP_CHUNKS chunks, so that a slow scrub can be paced, cancelled and shares its thread. Where the sha256 is
 to be proved too, a step costs ten times as much. A damaged whole blob becomes a partial that has the good chunks: its
 file is renamed (a process that has it mapped keeps the same bytes, and later sees bad ones made good), unless it has
-other hard links, whose owner's file must not change under him; then the good chunks are copied.
+other hard links or is a reference, whose owner's file must not change under him; then the good chunks are copied.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def bad_to_partial(layout: Layout, disk: Disk, maps: MapFiles, chunk_map: ChunkM
     blob, partial = layout.blob(digest), layout.partial(digest)
     address = maps.save(chunk_map)
     maps.unseal(digest)
-    if os.stat(blob).st_nlink == 1:
+    if not blob.is_symlink() and os.stat(blob).st_nlink == 1:
         save_bits(layout, disk, digest, address, haves)
         disk.move_in(blob, partial)
         return

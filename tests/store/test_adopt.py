@@ -109,6 +109,28 @@ async def test_a_name_that_means_another_model_here_is_not_taken_over(tmp_path: 
             await adopt_all(store, make_ollama(tmp_path / "two", seed=1))
 
 
+@pytest.mark.parametrize("disk", [Disk, _NoLinks])
+async def test_repairing_an_adopted_blob_never_writes_to_the_other_programs_file(
+    tmp_path: Path, disk: type[Disk]
+) -> None:
+    ollama = make_ollama(tmp_path / "ollama")
+    async with open_store(tmp_path / "ours", tmp_path / "state", in_place, disk()) as store:
+        await adopt_all(store, ollama)
+        (model,) = await store.models.models()
+        largest = max(model.manifest.blobs, key=lambda blob: blob.size).digest
+        good = await store.blobs.read_chunk(largest, 0)
+        theirs = ollama / "blobs" / f"sha256-{largest}"
+        theirs.write_bytes(bytes(len(good)))
+        assert (await store.blobs.verify(largest)).total == 0
+        known = await store.blobs.haves(largest)
+        assert known is not None
+        fetched = await store.blobs.open_partial(known[0])
+        await fetched.write(0, good)
+        await fetched.finish()
+        assert theirs.read_bytes() == bytes(len(good))
+        assert await store.blobs.read_chunk(largest, 0) == good
+
+
 def test_what_is_not_whole_is_passed_over_with_its_reason(tmp_path: Path) -> None:
     ollama = make_ollama(tmp_path / "ollama")
     make_ollama(ollama, "library/broken/latest", seed=2)

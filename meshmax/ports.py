@@ -326,6 +326,14 @@ class Lanes(Protocol):
         ...
 
 
+class Throttle(Protocol):
+    """Limits on moving blobs, each way, in all and a peer."""
+
+    def reserve(self, peer: PeerId, direction: Literal["in", "out"], size: int) -> float:
+        """Seconds to wait before ``size`` bytes may move; they count at once. 0.0 while nothing is limited. Any thread, cheap."""
+        ...
+
+
 # --- store -----------------------------------------------------------------------------------------------------------
 
 
@@ -444,8 +452,11 @@ class ModelStore(Protocol):
         """Forget a name, and every blob that no manifest refers to any more. Raises ModelNotFound."""
         ...
 
-    async def describe(self, digest: Sha256) -> ModelDescription:
-        """What the model says of itself. Raises ModelNotFound."""
+    async def describe(self, digest: Sha256, verbose: bool = False) -> ModelDescription:
+        """What the model says of itself; ``verbose``: with its tensors and long arrays, too large for a peer.
+
+        Raises ModelNotFound.
+        """
         ...
 
 
@@ -518,8 +529,11 @@ class Catalog(Protocol):
         """
         ...
 
-    async def describe(self, name: str) -> ModelDescription:
-        """From our store, or asked of a holder. Raises InvalidName, ModelNotFound, NoProviders."""
+    async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
+        """From our store, which alone can be ``verbose``, or asked of a holder.
+
+        Raises InvalidName, ModelNotFound, NoProviders.
+        """
         ...
 
     async def copy(self, source: str, destination: str) -> None:

@@ -26,11 +26,10 @@ from meshmax.core.fetch_source import BAN_STRIKES, MAX_TIMEOUTS, Source
 MAX_SOURCES: Final = (
     64  # sources of one blob at once; more than fill any network card, each costs a stream and 8 chunks
 )
-MAX_AHEAD: Final = 64  # chunks under way in all: 64 MiB that may have come and wait for the disk
+MAX_AHEAD: Final = 256  # chunks under way in all; windows hold half a second of what the disk takes, so few have come
 MAX_KNOWN: Final = 1024  # sources remembered, gone and banned ones too, so that a liar is no stranger when it returns
-DOUBLE_SHARE: Final = 50  # a fiftieth of the chunks (2 at least) may be under way twice or have been wasted by that
+DOUBLE_SHARE: Final = 64  # a 64th of the chunks (2 at least) may be under way twice or have been wasted by that
 DOUBLE_CHECK_S: Final = 0.25  # how often the end game looks for a source that has fallen behind
-MAX_PAUSE_S: Final = 60.0  # a busy source is asked again after this, whatever it says
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -155,7 +154,7 @@ class Fetch:
     def deadline(self) -> float | None:
         """When `tick` is due, in the owner's time; None: not before the next event."""
         times = [ends for source in self._active.values() if (ends := source.silence_ends_s()) is not None]
-        times += [s.paused_until_s for s in self._active.values() if s.paused_until_s and s.useful & self._missing]
+        times += [wakes_s for s in self._active.values() if (wakes_s := s.wakes_s()) and s.useful & self._open]
         if self._ahead and not self._open and self._may_double() and any(map(self._idle, self._active.values())):
             times.append(self._checked_s + DOUBLE_CHECK_S)
         return min(times, default=None)
@@ -237,8 +236,7 @@ class Fetch:
             return self._next(now, [])
         source.settled(index, now)
         self._release(peer, index)
-        source.bad |= 1 << index
-        source.strikes += 1
+        source.struck(index)
         if source.strikes < BAN_STRIKES:
             return self._next(now, [Demote(peer)])
         self._forget(peer)
@@ -266,11 +264,11 @@ class Fetch:
         return self._next(now, [])
 
     def on_busy(self, peer: PeerId, index: int, retry_after_s: float, now: float) -> list[Action]:
-        """``peer`` will not send chunk ``index`` now, and wants to be left alone for ``retry_after_s``."""
+        """``peer`` will not send chunk ``index`` for ``retry_after_s``: others may have it, or it other chunks, meanwhile."""
         if source := self._active.get(peer):
             source.settled(index, now)
             self._release(peer, index)
-            source.paused_until_s = now + min(max(retry_after_s, 0.1), MAX_PAUSE_S)
+            source.deferred(index, retry_after_s, now)
         return self._next(now, [])
 
     def tick(self, now: float) -> list[Action]:
@@ -300,8 +298,7 @@ class Fetch:
                 actions.append(Done())
             return actions
         for source in self._active.values():
-            if source.paused_until_s and now >= source.paused_until_s:
-                source.paused_until_s = 0.0
+            source.wake(now)
         self._fill(now, actions)
         self._double(now, actions)
         stuck = not self._ahead and not any(s.useful & self._missing for s in self._active.values())

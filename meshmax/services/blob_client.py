@@ -166,10 +166,9 @@ class Session:
     async def _take(self, message: wire.FromServer, events: trio.MemorySendChannel[SourceEvent]) -> None:
         match message:
             case wire.Have():
-                self.haves = wire.haves_of(message, self._map)
-                if not self._offer_pending:  # a flood of offers becomes one
-                    self._offer_pending = True
-                    await events.send(Offered(self.peer))
+                await self._offer(wire.haves_of(message, self._map), events)
+            case wire.Gained():
+                await self._offer(wire.haves_with(self.haves, message), events)
             case wire.ChunkPart(index=index):
                 self._require_due(index)
                 self._heard()
@@ -187,6 +186,12 @@ class Session:
                 await events.send(Withdrawn(self.peer, index, self._settle(index)))
             case Failure():
                 raise error_of(message)
+
+    async def _offer(self, haves: Haves, events: trio.MemorySendChannel[SourceEvent]) -> None:
+        self.haves = haves
+        if not self._offer_pending:  # a flood of offers becomes one
+            self._offer_pending = True
+            await events.send(Offered(self.peer))
 
     def _settle(self, index: int) -> int:
         self._require_due(index)

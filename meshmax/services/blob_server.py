@@ -1,9 +1,11 @@
 """Serves chunks of our blobs, whole or partial: the server's end of ``/meshmax/blob/1.0.0``.
 
 One session a stream. One task takes messages in and never waits for the disk, one reads chunks ahead (the store verifies
-each before it is served), one sends them in parts and now and then tells what has come in since. Wants, sessions and time
-are bounded; a peer that stops reading loses its session. A chunk that turns out bad on disk is answered with NotHave and
-the session goes on. Not here: what is a good chunk (store), to whom we serve (node).
+each before it is served), one sends them in parts as our bandwidth allows, and one says what has come in since, between
+parts: at once, then at most every NEWS_INTERVAL_S. A chunk that is on its way to another fetcher is answered with Busy
+(core.offer). Wants, sessions and time are bounded; a peer that stops reading loses its session. A chunk that turns out
+bad on disk is answered with NotHave and the session goes on. Not here: what is a good chunk (store), to whom we serve
+(node), how much we may send (ports.Throttle).
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import trio
 from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError, PeerGone, RemoteProtocolError, StoreCorrupt
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Haves
-from meshmax.ports import BlobStore, Stream, Swarm
+from meshmax.ports import BlobStore, Stream, Swarm, Throttle
 from meshmax.services.frames import FrameStream
+from meshmax.services.offers import Offers
 from meshmax.services.outflow import Outflow
 from meshmax.telemetry.metrics import BYTES, CHUNKS
 from meshmax.wire import blob as wire
@@ -29,16 +32,26 @@ MAX_SESSIONS_PER_PEER: Final = 8  # a puller uses one a blob, one blob at a time
 OPEN_TIMEOUT_S: Final = 10.0  # for the first message
 IDLE_TIMEOUT_S: Final = 120.0  # without a want; a fetcher that waits for others comes back
 SEND_TIMEOUT_S: Final = 30.0  # for one part; a reader slower than 9 kB/s gives its place to another
-HAVE_INTERVAL_S: Final = 1.0  # how often a growing blob is announced on a session
+NEWS_INTERVAL_S: Final = 0.05  # how often a growing blob is announced on a session: a swarm is as quick as its news
+QUIET_INTERVAL_S: Final = 0.25  # how often it is looked at while it does not grow; a look costs microseconds
 BUSY_RETRY_S: Final = 5.0
 
 
 class BlobServer:
     """Serves ``blobs`` to whoever opens a stream."""
 
-    def __init__(self, blobs: BlobStore, outflow: Outflow | None = None) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        outflow: Outflow | None = None,
+        offers: Offers | None = None,
+        throttle: Throttle | None = None,
+    ) -> None:
+        """``offers``: shared with whatever else serves chunks of ``blobs``, such as lanes."""
         self._blobs = blobs
         self._outflow = outflow or Outflow()
+        self._offers = offers or Offers(trio.current_time)
+        self._throttle = throttle
         self._sessions: Counter[PeerId] = Counter()
 
     def register(self, swarm: Swarm) -> None:
@@ -69,15 +82,25 @@ class BlobServer:
         if known is None:
             await _send(frames, failure_of(BlobNotFound(f"blob {digest[:12]} is not here")))
             return
-        session = _Session(self._blobs, frames, digest, known[1], self._outflow)
+        session = _Session(self._blobs, frames, digest, known[1], self._outflow, self._offers, self._throttle)
         await session.run()
 
 
 class _Session:
     """One fetcher at one blob."""
 
-    def __init__(self, blobs: BlobStore, frames: FrameStream, digest: Sha256, haves: Haves, outflow: Outflow) -> None:
-        self._outflow = outflow
+    def __init__(
+        self,
+        blobs: BlobStore,
+        frames: FrameStream,
+        digest: Sha256,
+        haves: Haves,
+        outflow: Outflow,
+        offers: Offers,
+        throttle: Throttle | None,
+    ) -> None:
+        self._outflow, self._offers, self._throttle = outflow, offers, throttle
+        self._peer = frames.stream.peer
         self._blobs = blobs
         self._frames = frames
         self._digest = digest
@@ -85,6 +108,7 @@ class _Session:
         self._owed: set[int] = set()  # wants without a last word
         self._cancelled: set[int] = set()  # those of them that are no longer wanted
         self._failure: MeshmaxError | None = None
+        self._sending = trio.Lock()  # chunks and news share the stream
 
     async def run(self) -> None:
         """Until the peer ends its side, asks for nothing for long, or goes away."""
@@ -94,12 +118,14 @@ class _Session:
             nursery.start_soon(self._hear, wants, nursery.cancel_scope)
             nursery.start_soon(self._read_ahead, next_want, reads, nursery.cancel_scope)
             try:
-                await _send(self._frames, wire.have_of(self._haves))
+                await self._send(wire.have_of(self._haves))
+                nursery.start_soon(self._tell, nursery.cancel_scope)
                 await self._serve(next_read)
             except MeshmaxError as error:
                 self._failure = self._failure or error
             nursery.cancel_scope.cancel()
         if self._failure:
+            self._offers.gone(self._digest, self._peer)
             raise self._failure
 
     async def _hear(self, wants: trio.MemorySendChannel[int], scope: trio.CancelScope) -> None:
@@ -149,50 +175,78 @@ class _Session:
             return None
 
     async def _serve(self, reads: trio.MemoryReceiveChannel[tuple[int, bytes | None]]) -> None:
-        idle_since_s = announced_s = trio.current_time()
-        while self._owed or trio.current_time() - idle_since_s < IDLE_TIMEOUT_S:
-            with trio.move_on_after(HAVE_INTERVAL_S) as pause:
+        while True:
+            with trio.move_on_after(IDLE_TIMEOUT_S) as idle:
                 try:
                     index, chunk = await reads.receive()
                 except trio.EndOfChannel:
                     return
-            if not pause.cancelled_caught:
+            if not idle.cancelled_caught:
                 await self._answer(index, chunk)
-                idle_since_s = trio.current_time()
-            if not self._haves.whole and trio.current_time() - announced_s >= HAVE_INTERVAL_S:
-                announced_s = trio.current_time()
-                await self._announce()
+            elif not self._owed:
+                return
 
-    async def _announce(self) -> None:
+    async def _tell(self, scope: trio.CancelScope) -> None:
+        """Say what has come in since, as long as something is missing."""
+        pause_s = NEWS_INTERVAL_S
+        try:
+            while not self._haves.whole:
+                await trio.sleep(pause_s)
+                news = wire.news_of(self._haves, haves := await self._look())
+                pause_s = NEWS_INTERVAL_S if news else min(2 * pause_s, QUIET_INTERVAL_S)
+                self._haves = haves
+                if news:
+                    await self._send(news)
+        except MeshmaxError as error:
+            self._failure = self._failure or error
+            scope.cancel()
+
+    async def _look(self) -> Haves:
         known = await self._blobs.haves(self._digest)
-        haves = known[1] if known else Haves.none(self._haves.count)
-        if haves.count == self._haves.count and haves != self._haves:
-            self._haves = haves
-            await _send(self._frames, wire.have_of(haves))
+        if known is None:
+            return Haves.none(self._haves.count)
+        return known[1] if known[1].count == self._haves.count else self._haves
 
     async def _answer(self, index: int, chunk: bytes | None) -> None:
-        if chunk is None and index not in self._cancelled:
+        if index in self._cancelled:
+            await self._last_word(wire.Cancelled(index))
+        elif chunk is None:
             await self._last_word(wire.NotHave(index))
-            return
-        data = chunk or b""
-        for offset in range(0, len(data), wire.PART_BYTES):
-            if index in self._cancelled:
-                break
-            part = wire.ChunkPart(index, offset, data[offset : offset + wire.PART_BYTES])
-            BYTES.labels(direction="out").inc(len(part.data))
-            self._outflow.note(self._frames.stream.peer, self._digest, len(part.data))
-            if offset + wire.PART_BYTES >= len(data):
-                CHUNKS.labels(direction="out", outcome="ok").inc()
-                await self._last_word(part)
-                return
-            await _send(self._frames, part)
-        await self._last_word(wire.Cancelled(index))
+        elif pause_s := self._offers.ask(self._digest, self._peer, index):
+            await self._last_word(wire.Busy(index, min(pause_s, wire.MAX_BUSY_S)))
+        else:
+            began_s = trio.current_time()
+            if await self._send_chunk(index, chunk):
+                self._offers.sent(self._digest, trio.current_time() - began_s)
+            else:
+                self._offers.lost(self._digest, self._peer, index)
 
-    async def _last_word(self, message: wire.ChunkPart | wire.NotHave | wire.Cancelled) -> None:
+    async def _send_chunk(self, index: int, chunk: bytes) -> bool:
+        """Send it in parts; False if it was cancelled in the middle."""
+        for offset in range(0, len(chunk), wire.PART_BYTES):
+            part = wire.ChunkPart(index, offset, chunk[offset : offset + wire.PART_BYTES])
+            if self._throttle and (wait_s := self._throttle.reserve(self._peer, "out", len(part.data))):
+                await trio.sleep(wait_s)
+            if index in self._cancelled:
+                await self._last_word(wire.Cancelled(index))
+                return False
+            BYTES.labels(direction="out").inc(len(part.data))
+            self._outflow.note(self._peer, self._digest, len(part.data))
+            if offset + wire.PART_BYTES < len(chunk):
+                await self._send(part)
+        CHUNKS.labels(direction="out", outcome="ok").inc()
+        await self._last_word(part)
+        return True
+
+    async def _last_word(self, message: wire.ChunkPart | wire.Busy | wire.NotHave | wire.Cancelled) -> None:
         # Settled before it is sent: the fetcher may ask for the chunk anew, and cancel that, while we still send.
         self._owed.discard(message.index)
         self._cancelled.discard(message.index)
-        await _send(self._frames, message)
+        await self._send(message)
+
+    async def _send(self, message: wire.FromServer) -> None:
+        async with self._sending:
+            await _send(self._frames, message)
 
 
 async def _send(frames: FrameStream, message: wire.FromServer) -> None:

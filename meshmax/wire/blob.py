@@ -2,9 +2,9 @@
 
 The fetcher says Open; the server answers with Have (or a Failure, and the stream ends). From then on the fetcher sends
 Want and Cancel, at most MAX_WANTS wants unanswered; the server answers each Want with one last word: the chunk in
-ChunkParts in order without gaps, Busy, NotHave, or Cancelled. Chunks are sent one after the other, never mixed. A Have
-that comes later replaces the one before. Decided here: bounds, and what a valid sequence of parts is. Not here: whether
-a chunk is the right one (wire.chunkmap).
+ChunkParts in order without gaps, Busy, NotHave, or Cancelled. Chunks are sent one after the other, never mixed. Have and
+Gained may come between any two other messages: a later Have replaces the one before, Gained adds to it. Decided here:
+bounds, and what a valid sequence of parts is. Not here: whether a chunk is the right one (wire.chunkmap).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from meshmax.wire.failure import Failure
 from meshmax.wire.frames import Codec
 
 PART_BYTES: Final = 256 * KIB  # of one ChunkPart: what a stream's window holds, so that a Cancel takes effect soon
-MAX_WANTS: Final = 16  # unanswered wants a stream; twice the largest window, since cancelled ones count until answered
+MAX_WANTS: Final = 128  # unanswered wants a stream; twice the largest window, since cancelled ones count until answered
+MAX_GAINED: Final = 256  # chunks in one Gained; beyond, a Have is not much longer
 MAX_CHUNKS: Final = MAX_BLOB_BYTES // CHUNK_BYTES
 MAX_REQUEST_BYTES: Final = KIB  # of a fetcher's message: a digest or an index, and room for what later versions add
 MAX_BUSY_S: Final = 3600.0
@@ -54,6 +55,12 @@ class Have(msgspec.Struct, frozen=True, tag="have"):
     bits: Annotated[bytes, msgspec.Meta(max_length=MAX_CHUNKS // 8)]
 
 
+class Gained(msgspec.Struct, frozen=True, tag="gained"):
+    """Server: chunks ``indexes`` are here now too. What a growing blob says at once, some bytes a chunk."""
+
+    indexes: Annotated[tuple[Index, ...], msgspec.Meta(min_length=1, max_length=MAX_GAINED)]
+
+
 class ChunkPart(msgspec.Struct, frozen=True, tag="part"):
     """Server: bytes of chunk ``index`` from ``offset`` in the chunk on."""
 
@@ -63,7 +70,10 @@ class ChunkPart(msgspec.Struct, frozen=True, tag="part"):
 
 
 class Busy(msgspec.Struct, frozen=True, tag="busy"):
-    """Server: not chunk ``index`` now; ask again in ``retry_after_s``."""
+    """Server: not chunk ``index`` now; ask again in ``retry_after_s``. Other chunks may be asked for meanwhile.
+
+    Said above all of a chunk that is on its way to another fetcher, who will have it to give (core.offer).
+    """
 
     index: Index
     retry_after_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_BUSY_S)]
@@ -82,7 +92,7 @@ class Cancelled(msgspec.Struct, frozen=True, tag="cancelled"):
 
 
 FromFetcher: TypeAlias = Open | Want | Cancel
-FromServer: TypeAlias = Have | ChunkPart | Busy | NotHave | Cancelled | Failure
+FromServer: TypeAlias = Have | Gained | ChunkPart | Busy | NotHave | Cancelled | Failure
 
 FROM_FETCHER: Final[Codec[FromFetcher]] = Codec(FromFetcher, MAX_REQUEST_BYTES)
 FROM_SERVER: Final[Codec[FromServer]] = Codec(FromServer)
@@ -105,6 +115,31 @@ def haves_of(have: Have, chunk_map: ChunkMap) -> Haves:
     if len(have.bits) != -(-have.count // 8) or int.from_bytes(have.bits, "little") >> have.count:
         raise RemoteProtocolError("the peer's list of chunks does not fit the blob")
     return Haves(have.count, have.bits)
+
+
+def news_of(before: Haves, now: Haves) -> Have | Gained | None:
+    """What to say to one who knows ``before``; None if that is all there is."""
+    old, new = int.from_bytes(before.bits, "little"), int.from_bytes(now.bits, "little")
+    gained = new & ~old
+    if old == new:
+        return None
+    if old & ~new or gained.bit_count() > MAX_GAINED:
+        return have_of(now)
+    indexes = []
+    while gained:
+        indexes.append((gained & -gained).bit_length() - 1)
+        gained &= gained - 1
+    return Gained(tuple(indexes))
+
+
+def haves_with(before: Haves, gained: Gained) -> Haves:
+    """``before`` and what was gained. Raises RemoteProtocolError if the blob has no such chunks."""
+    bits = bytearray(before.bits)
+    for index in gained.indexes:
+        if index >= before.count:
+            raise RemoteProtocolError(f"the peer says it has chunk {index} of a blob of {before.count} chunks")
+        bits[index >> 3] |= 1 << (index & 7)
+    return Haves(before.count, bytes(bits))
 
 
 class Assembly:

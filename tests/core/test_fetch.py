@@ -12,7 +12,15 @@ from meshmax.base.ids import PeerId
 from meshmax.base.model import CHUNK_BYTES, Haves
 from meshmax.core import fetch
 from meshmax.core.fetch import Ban, Cancel, Demote, Done, Drop, Fetch, Request, Stuck
-from meshmax.core.fetch_source import BAN_STRIKES, FIRST_PATIENCE_S, FIRST_WINDOW, MAX_TIMEOUTS, MAX_WINDOW
+from meshmax.core.fetch_source import (
+    BAN_STRIKES,
+    FIRST_PATIENCE_S,
+    FIRST_WINDOW,
+    MAX_DEFER_S,
+    MAX_REFUSALS,
+    MAX_TIMEOUTS,
+    MAX_WINDOW,
+)
 from tests.core.fetch_swarm import END_S, SimSource, Swarm, haves_of
 
 A, B, C = PeerId("a"), PeerId("b"), PeerId("c")
@@ -56,8 +64,8 @@ def test_a_window_begins_small_and_grows_with_each_chunk_up_to_its_bound() -> No
     assert len(under_way) == FIRST_WINDOW
     now = 0.0
     sizes = []
-    for _ in range(20):
-        now += 0.01
+    for _ in range(2 * MAX_WINDOW):
+        now += 0.001
         under_way += asked(core.on_chunk_ok(A, under_way.pop(0), CHUNK_BYTES, now))
         sizes.append(len(under_way))
     assert sizes[:3] == [3, 4, 5]
@@ -170,15 +178,37 @@ def test_a_chunk_that_drips_for_ever_is_taken_away() -> None:
     assert Cancel(A, 0) in actions
 
 
-def test_a_busy_source_is_left_alone_for_as_long_as_it_asks_within_bounds() -> None:
+def test_a_chunk_answered_with_busy_is_put_off_within_bounds_and_other_chunks_are_asked_for() -> None:
+    core = new_fetch(3)
+    first, second = asked(core.on_source(A, Haves.all(3), 0.0))
+    (third,) = asked(core.on_busy(A, first, 5.0, 1.0))
+    assert third not in (first, second)
+    assert not core.stuck
+    core.on_chunk_ok(A, second, 10, 2.0)
+    assert asked(core.on_chunk_ok(A, third, 10, 3.0)) == []
+    assert core.deadline() == 6.0
+    assert asked(core.tick(6.0)) == [first]
+    core.on_busy(A, first, 1e9, 7.0)
+    assert core.deadline() == 7.0 + MAX_DEFER_S
+
+
+def test_a_chunk_that_one_source_puts_off_is_asked_of_another() -> None:
     core = new_fetch(1)
     core.on_source(A, Haves.all(1), 0.0)
-    assert asked(core.on_busy(A, 0, 5.0, 1.0)) == []
-    assert not core.stuck
-    assert core.deadline() == 6.0
-    assert asked(core.tick(6.0)) == [0]
-    core.on_busy(A, 0, 1e9, 7.0)
-    assert core.deadline() == 7.0 + fetch.MAX_PAUSE_S
+    assert asked(core.on_source(B, Haves.all(1), 0.0)) == []
+    assert core.on_busy(A, 0, 5.0, 1.0) == [Request(B, 0)]
+
+
+def test_a_source_that_is_busy_with_everything_is_left_alone_for_a_while() -> None:
+    core = new_fetch(1000)
+    under_way = asked(core.on_source(A, Haves.all(1000), 0.0))
+    refused = 0
+    while under_way:
+        under_way += asked(core.on_busy(A, under_way.pop(0), 2.0, 1.0))
+        refused += 1
+    assert MAX_REFUSALS <= refused < MAX_REFUSALS + MAX_WINDOW
+    assert core.deadline() == 3.0
+    assert asked(core.tick(3.0))
 
 
 def test_a_chunk_that_a_source_lacks_is_not_asked_of_it_until_it_offers_it_again() -> None:
@@ -219,16 +249,32 @@ def test_more_sources_than_the_bound_are_turned_away() -> None:
         core.on_source(PeerId(f"p{number}"), Haves.all(1000), 0.0)
     (turned_away,) = core.on_source(A, Haves.all(1000), 0.0)
     assert isinstance(turned_away, Drop)
-    assert sum(view.asked for view in core.snapshot().sources.values()) == fetch.MAX_AHEAD
+
+
+def test_what_is_under_way_in_all_is_bounded() -> None:
+    count = 2000
+    core = new_fetch(count)
+    under_way: dict[PeerId, list[int]] = {PeerId(f"p{n}"): [] for n in range(8)}
+    now = 0.0
+    for peer in under_way:
+        under_way[peer] += asked(core.on_source(peer, Haves.all(count), now), peer)
+    for _ in range(100):
+        for peer, mine in under_way.items():
+            now += 0.0005
+            for action in core.on_chunk_ok(peer, mine.pop(0), CHUNK_BYTES, now) if mine else []:
+                assert isinstance(action, Request)
+                under_way[action.peer].append(action.index)
+    assert sum(map(len, under_way.values())) == fetch.MAX_AHEAD
+    assert max(map(len, under_way.values())) <= MAX_WINDOW
 
 
 def test_a_blob_of_two_million_chunks_costs_milliseconds_an_event() -> None:
     count = 2 << 20
     core = new_fetch(count)
-    (first, *_) = asked(core.on_source(A, Haves.all(count), 0.0))
+    under_way = asked(core.on_source(A, Haves.all(count), 0.0))
     core.on_source(B, Haves.all(count), 0.0)
     for step in range(100):
-        (first, *_) = asked(core.on_chunk_ok(A, first, CHUNK_BYTES, 0.01 * step + 0.01), A)
+        under_way += asked(core.on_chunk_ok(A, under_way.pop(0), CHUNK_BYTES, 0.01 * step + 0.01), A)
     assert core.snapshot().missing == count - 100
 
 

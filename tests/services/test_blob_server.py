@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from meshmax.base.errors import PeerGone
-from meshmax.base.ids import Sha256
+from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES, ChunkMap, Haves
 from meshmax.services import blob_server
 from meshmax.services.blob_server import BlobServer
@@ -32,6 +32,7 @@ class Bench:
         self.network, self.swarm, self.server, self.blobs = network, swarm, server, blobs
         self.map: ChunkMap = blobs.add(DATA)
         self.peer = SeededSigner(1).peer_id
+        self.addresses: tuple[str, ...] = ()
 
     async def stream(self) -> FrameStream:
         return FrameStream(await self.swarm.open_stream(self.peer, BLOB))
@@ -70,7 +71,9 @@ async def open_bench() -> AsyncIterator[Bench]:
         server = BlobServer(blobs)
         server.register(serving)
         await asking.dial(serving.peer_id, serving.addresses)
-        yield Bench(network, asking, server, blobs)
+        bench = Bench(network, asking, server, blobs)
+        bench.addresses = serving.addresses
+        yield bench
 
 
 async def test_chunks_are_sent_in_the_order_asked_and_in_bounded_parts(autojump_clock: Clock) -> None:
@@ -131,24 +134,124 @@ async def test_a_rotten_or_absent_chunk_is_not_there_and_the_session_goes_on(aut
         assert len(bench.server._sessions) == 1
 
 
-async def test_a_growing_blob_is_announced_again_but_not_more_than_once_a_second(autojump_clock: Clock) -> None:
+async def grow(bench: Bench, indexes: range) -> None:
+    """More chunks of the blob arrive at the server."""
+    partial = await bench.blobs.open_partial(bench.map)
+    for index in indexes:
+        await partial.write(index, DATA[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
+    await partial.aclose()
+
+
+async def test_what_a_growing_blob_gained_is_told_soon_and_only_that(autojump_clock: Clock) -> None:
     async with open_bench() as bench:
-        digest = bench.map.sha256
-        bench.blobs.remove(digest)
+        bench.blobs.remove(bench.map.sha256)
         bench.blobs.add_partial(DATA, {1})
         frames, have = await bench.opened()
         assert have == wire.have_of(Haves.none(21).with_chunk(1))
-        partial = await bench.blobs.open_partial(bench.map)
-        for index in range(2, 12):
-            await partial.write(index, DATA[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
-        began_s = trio.current_time()
-        again = await frames.receive(wire.FROM_SERVER)
-        assert isinstance(again, wire.Have)
-        assert Haves(again.count, again.bits).total == 11
-        assert trio.current_time() - began_s < 2.5
+        await trio.sleep(10)
+        for first in (2, 9):
+            began_s = trio.current_time()
+            await grow(bench, range(first, first + 5))
+            assert await frames.receive(wire.FROM_SERVER) == wire.Gained(tuple(range(first, first + 5)))
+            assert trio.current_time() - began_s < (0.3 if first == 2 else 0.06)
         with trio.move_on_after(5) as scope:
             await frames.receive(wire.FROM_SERVER)
         assert scope.cancelled_caught  # nothing new, nothing said
+
+
+async def test_what_a_blob_lost_is_told_too_and_the_news_end_when_it_is_whole(autojump_clock: Clock) -> None:
+    async with open_bench() as bench:
+        bench.blobs.remove(bench.map.sha256)
+        bench.blobs.add_partial(DATA, {1, 2})
+        frames, _ = await bench.opened()
+        bench.blobs.blobs[bench.map.sha256].haves = Haves.none(21).with_chunk(2)
+        assert await frames.receive(wire.FROM_SERVER) == wire.have_of(Haves.none(21).with_chunk(2))
+        await grow(bench, range(21))
+        news = await frames.receive(wire.FROM_SERVER)
+        assert isinstance(news, wire.Gained)
+        assert len(news.indexes) == 20
+        bench.blobs.remove(bench.map.sha256)
+        with trio.move_on_after(5) as scope:
+            await frames.receive(wire.FROM_SERVER)
+        assert scope.cancelled_caught
+
+
+async def test_news_come_between_the_parts_of_a_chunk_that_has_to_wait_for_bandwidth(autojump_clock: Clock) -> None:
+    async with open_bench() as bench:
+        bench.blobs.remove(bench.map.sha256)
+        bench.blobs.add_partial(DATA, {1})
+        bench.server._throttle = Drip(0.5)
+        frames, _ = await bench.opened()
+        await frames.send(wire.FROM_FETCHER, wire.Want(1))
+        await grow(bench, range(5, 6))
+        kinds = [type(await frames.receive(wire.FROM_SERVER)) for _ in range(5)]
+        assert kinds.count(wire.Gained) == 1
+        assert kinds[-1] is wire.ChunkPart
+
+
+class Drip:
+    """A throttle that lets one part through every ``pause_s``, whoever gets it."""
+
+    def __init__(self, pause_s: float) -> None:
+        self.pause_s = pause_s
+        self.free_s = 0.0
+        self.reserved: list[int] = []
+
+    def reserve(self, peer: PeerId, direction: str, size: int) -> float:
+        assert direction == "out"
+        self.reserved.append(size)
+        now = trio.current_time()
+        self.free_s = max(self.free_s, now) + self.pause_s
+        return self.free_s - now
+
+
+async def test_each_part_of_a_chunk_waits_for_its_bandwidth(autojump_clock: Clock) -> None:
+    async with open_bench() as bench:
+        throttle = bench.server._throttle = Drip(1.0)
+        frames, _ = await bench.opened()
+        began_s = trio.current_time()
+        await frames.send(wire.FROM_FETCHER, wire.Want(3))
+        assert await bench.chunk(frames, 3) == bytes([3]) * CHUNK_BYTES
+        assert trio.current_time() - began_s == pytest.approx(4.0, abs=0.1)
+        assert sum(throttle.reserved) == CHUNK_BYTES
+
+
+async def test_a_chunk_on_its_way_to_one_fetcher_is_not_sent_to_another_who_gets_the_others_meanwhile(
+    autojump_clock: Clock,
+) -> None:
+    async with open_bench() as bench, bench.network.open_swarm(SeededSigner(3)) as third:
+        bench.server._throttle = Drip(0.1)
+        await third.dial(bench.peer, bench.addresses)
+        first, _ = await bench.opened()
+        other = Bench(bench.network, third, bench.server, bench.blobs)
+        second, _ = await other.opened()
+        await first.send(wire.FROM_FETCHER, wire.Want(1))
+        await trio.sleep(0.05)
+        await second.send(wire.FROM_FETCHER, wire.Want(1))
+        await second.send(wire.FROM_FETCHER, wire.Want(2))
+        busy = await second.receive(wire.FROM_SERVER)
+        assert isinstance(busy, wire.Busy)
+        assert busy.index == 1
+        assert 0.1 <= busy.retry_after_s <= 10
+        assert await bench.chunk(second, 2) == bytes([2]) * CHUNK_BYTES
+        assert await bench.chunk(first, 1) == bytes([1]) * CHUNK_BYTES
+        await trio.sleep(busy.retry_after_s)
+        await second.send(wire.FROM_FETCHER, wire.Want(1))
+        assert await bench.chunk(second, 1) == bytes([1]) * CHUNK_BYTES
+
+
+async def test_a_fetcher_that_is_lost_in_the_middle_frees_what_it_was_promised(autojump_clock: Clock) -> None:
+    async with open_bench() as bench, bench.network.open_swarm(SeededSigner(3)) as third:
+        bench.server._throttle = Drip(0.1)
+        await third.dial(bench.peer, bench.addresses)
+        lost, _ = await Bench(bench.network, third, bench.server, bench.blobs).opened()
+        frames, _ = await bench.opened()
+        await lost.send(wire.FROM_FETCHER, wire.Want(1))
+        await trio.sleep(0.15)
+        await lost.stream.reset()
+        await trio.sleep(0.15)
+        await frames.send(wire.FROM_FETCHER, wire.Want(1))
+        assert await bench.chunk(frames, 1) == bytes([1]) * CHUNK_BYTES
 
 
 @pytest.mark.parametrize(

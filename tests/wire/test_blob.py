@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from meshmax.base.errors import RemoteProtocolError
 from meshmax.base.ids import Sha256
 from meshmax.base.model import CHUNK_BYTES, ChunkMap, Haves
+from meshmax.core.fetch_source import MAX_WINDOW
 from meshmax.wire import blob
 from meshmax.wire.chunkmap import chunk_map_of_bytes
 from meshmax.wire.failure import Failure
@@ -25,6 +26,7 @@ MAP = chunk_map_of_bytes(DATA)
 FETCHER: list[blob.FromFetcher] = [blob.Open(DIGEST), blob.Want(0), blob.Want(blob.MAX_CHUNKS - 1), blob.Cancel(7)]
 SERVER: list[blob.FromServer] = [
     blob.Have(10, b"\xff\x03"),
+    blob.Gained((0, 9, blob.MAX_CHUNKS - 1)),
     blob.ChunkPart(3, 256, b"some bytes"),
     blob.Busy(1, 2.5),
     blob.NotHave(4),
@@ -158,3 +160,34 @@ def test_a_chunk_that_is_dropped_half_way_leaves_room_for_the_next() -> None:
     assert assembly.drop(1) == 0
     assert assembly.drop(0) == 3
     assert assembly.add(blob.ChunkPart(1, 0, b"tail")) == b"tail"
+
+
+SETS = st.integers(0, (1 << 20) - 1)
+
+
+@given(SETS, SETS)
+def test_news_take_who_knew_what_was_there_before_to_what_is_there_now(before: int, now: int) -> None:
+    old, new = (Haves(20, bits.to_bytes(3, "little")) for bits in (before, now))
+    match blob.news_of(old, new):
+        case None:
+            assert old == new
+        case blob.Gained() as gained:
+            assert not before & ~now
+            assert blob.haves_with(old, gained) == new
+        case have:
+            assert before & ~now
+            assert have == blob.have_of(new)
+
+
+def test_many_gained_chunks_are_told_as_a_whole_list() -> None:
+    count = 10 * blob.MAX_GAINED
+    assert blob.news_of(Haves.none(count), Haves.all(count)) == blob.have_of(Haves.all(count))
+
+
+def test_a_gained_chunk_that_the_blob_does_not_have_is_refused() -> None:
+    with pytest.raises(RemoteProtocolError):
+        blob.haves_with(Haves.none(20), blob.Gained((3, 20)))
+
+
+def test_what_a_fetcher_may_ask_ahead_holds_its_window_twice() -> None:
+    assert 2 * MAX_WINDOW <= blob.MAX_WANTS

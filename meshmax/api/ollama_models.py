@@ -100,7 +100,7 @@ def ps_json(loaded: Sequence[LoadedView], now_s: float) -> dict[str, Any]:
     }
 
 
-def show_json(name: str, described: ModelDescription, remote: dict[str, str]) -> dict[str, Any]:
+def show_json(name: str, described: ModelDescription, remote: dict[str, str], verbose: bool = False) -> dict[str, Any]:
     """The reply of /api/show."""
     shown: dict[str, Any] = {}
     if described.license:
@@ -115,10 +115,12 @@ def show_json(name: str, described: ModelDescription, remote: dict[str, str]) ->
     shown["details"] = details_json(described.details)
     shown |= remote
     shown["model_info"] = {
-        key: [] if isinstance(value, list | tuple) and len(value) > LONG_ARRAY else value
+        key: [] if not verbose and isinstance(value, list | tuple) and len(value) > LONG_ARRAY else value
         for key, value in described.model_info.items()
         if key not in _HIDDEN_KEYS
     }
+    if verbose and described.tensors:
+        shown["tensors"] = described.tensors
     if described.details.capabilities:
         shown["capabilities"] = list(described.details.capabilities)
     shown["modified_at"] = rfc3339(described.modified_at_s)

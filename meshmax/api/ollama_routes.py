@@ -60,7 +60,9 @@ class NameBody(msgspec.Struct):
 
 
 class ShowBody(NameBody):
-    """The body of POST /api/show; ``system`` and ``template`` override the model's."""
+    """The body of POST /api/show; ``system`` and ``template`` override the model's. ``verbose``: arrays and tensors too."""
+
+    verbose: bool | None = None
 
     system: Annotated[str, msgspec.Meta(max_length=1 << 20)] = ""
     template: Annotated[str, msgspec.Meta(max_length=1 << 20)] = ""
@@ -198,7 +200,7 @@ class OllamaFace:
             raise InvalidRequest("model is required")
         resolved = self._prompts.resolve(body.given)
         try:
-            described = await self._node.catalog.describe(body.given)
+            described = await self._node.catalog.describe(body.given, bool(body.verbose))
         except (InvalidName, ModelNotFound):
             raise model_not_found(body.given) from None
         described = msgspec.structs.replace(
@@ -206,7 +208,7 @@ class OllamaFace:
         )
         entry = resolved.entry
         remote = {} if entry.local else ollama_models.remote_fields(entry, self._prompts.peer_name)
-        return json_reply(ollama_models.show_json(resolved.name, described, remote))
+        return json_reply(ollama_models.show_json(resolved.name, described, remote, bool(body.verbose)))
 
     async def generate(self, request: Request) -> PromptReply:
         """POST /api/generate."""

@@ -39,10 +39,19 @@ class Resolved(msgspec.Struct, frozen=True):
     stored: StoredModel | None = None
 
 
+class TensorShape(msgspec.Struct, frozen=True):
+    """One tensor; ``type`` as ggml names it, its number where that is newer than our table."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+
 class ModelDescription(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What /api/show tells of a model. ``model_info``: GGUF key-values, arrays of over 5 items as [] (as not verbose).
+    """What /api/show tells of a model. ``model_info``: GGUF key-values, arrays of over 5 items as [] if not verbose.
 
     ``parameters`` is the params layer; texts are the layers of that name. Fits one frame: its maker cuts long texts.
+    ``tensors`` only where it was asked to be verbose, which a model of ours alone can be.
     """
 
     digest: Sha256
@@ -53,6 +62,7 @@ class ModelDescription(msgspec.Struct, frozen=True, omit_defaults=True):
     license: str = ""
     parameters: dict[str, Any] = {}
     modified_at_s: float = 0.0
+    tensors: tuple[TensorShape, ...] = ()
 
 
 class ModelFile(msgspec.Struct, frozen=True):

@@ -134,7 +134,8 @@ def describe(
 ) -> ModelDescription:
     """What /api/show tells. ``texts``: the layers "template", "system", "license", "params" that there are.
 
-    The encoding stays under MAX_DESCRIPTION_BYTES: long texts are cut, and key-values left out from the end.
+    The encoding stays under MAX_DESCRIPTION_BYTES: long texts are cut, and key-values left out from the end. That of a
+    header that was read whole does not: it goes to who asked here, and to no peer.
     """
     chat = header.text("tokenizer.chat_template") if header else ""
     description = ModelDescription(
@@ -146,7 +147,10 @@ def describe(
         license=_cut(texts.get("license", "")),
         parameters=parse_parameters(texts.get("params", "")),
         modified_at_s=modified_at_s,
+        tensors=header.shapes if header else (),
     )
+    if description.tensors:
+        return description
     while len(msgspec.msgpack.encode(description)) > MAX_DESCRIPTION_BYTES and description.model_info:
         kept = dict(list(description.model_info.items())[: len(description.model_info) // 2])
         description = msgspec.structs.replace(description, model_info=kept)

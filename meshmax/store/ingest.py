@@ -27,14 +27,17 @@ STEP_CHUNKS: Final = 32  # 32 MiB: 0.1 s a step
 _FIRST_PREFIX_BYTES: Final = MIB
 
 
-def read_header(path: Path) -> GgufHeader:
-    """The header of the GGUF at ``path``. Raises InvalidRequest (not a GGUF, truncated), OSError."""
+def read_header(path: Path, whole: bool = False) -> GgufHeader:
+    """The header of the GGUF at ``path``, ``whole`` or without long arrays.
+
+    Raises InvalidRequest (not a GGUF, truncated), OSError.
+    """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = b""
         while True:
             prefix += file.read(min(max(_FIRST_PREFIX_BYTES, 3 * len(prefix)), MAX_HEADER_BYTES - len(prefix)))
-            header = try_parse_header(prefix, size)
+            header = try_parse_header(prefix, size, whole)
             if header is not None:
                 return header
             if len(prefix) < size and file.tell() == os.fstat(file.fileno()).st_size:

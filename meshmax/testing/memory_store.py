@@ -296,11 +296,12 @@ class MemoryModelStore:
         del self._names[name.key]
         self._drop_unused(gone.manifest)
 
-    async def describe(self, digest: Sha256) -> ModelDescription:
+    async def describe(self, digest: Sha256, verbose: bool = False) -> ModelDescription:
         """See ports.ModelStore."""
         for model in self._names.values():
             if model.manifest.digest == digest:
-                return describe(digest, model.details, self._header(model.manifest), {}, model.modified_at_s)
+                header = self._header(model.manifest, verbose)
+                return describe(digest, model.details, header, {}, model.modified_at_s)
         raise ModelNotFound(f"model {digest[:12]} is not in the store")
 
     def _drop_unused(self, manifest: Manifest) -> None:
@@ -325,9 +326,9 @@ class MemoryModelStore:
         layers = [Layer(MODEL_MEDIA_TYPE, model.sha256, model.size)]
         return parse_manifest(build_manifest(Layer(CONFIG_MEDIA_TYPE, config.sha256, config.size), layers))
 
-    def _header(self, manifest: Manifest) -> GgufHeader | None:
+    def _header(self, manifest: Manifest, whole: bool = False) -> GgufHeader | None:
         layer = manifest.layer(MODEL_MEDIA_TYPE)
-        return _try_header(self._blobs.content(layer.digest)) if layer else None
+        return _try_header(self._blobs.content(layer.digest), whole) if layer else None
 
     def _details(self, manifest: Manifest) -> ModelDetails:
         header = self._header(manifest)
@@ -336,9 +337,9 @@ class MemoryModelStore:
         return details_of(parse_config(self._blobs.content(manifest.config.digest)), header, "")
 
 
-def _try_header(data: bytes) -> GgufHeader | None:
+def _try_header(data: bytes, whole: bool = False) -> GgufHeader | None:
     try:
-        return try_parse_header(data, len(data))
+        return try_parse_header(data, len(data), whole)
     except InvalidRequest:
         return None
 

@@ -2,17 +2,20 @@
 
 Follows the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little-endian. Decided here: whether a file can be
 what it says (magic, version, counts, every tensor's data inside the file), so that a truncated download is refused
-before it becomes a model. Arrays of over KEPT_ITEMS items are skipped and only counted: a vocabulary would cost 50 MB.
+before it becomes a model. Arrays of over KEPT_ITEMS items are skipped and only counted: a vocabulary would cost 50 MB. Whoever
+wants the whole header gets arrays up to MAX_ITEMS, and each tensor's name, type and shape.
 Not here: reading the file (store), what the facts mean to people (store.details).
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any, Final
 
 import msgspec
 
+from meshmax.base.catalog import TensorShape
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.units import MIB
 
@@ -23,6 +26,7 @@ MAX_KEY_BYTES: Final = 65535  # the specification's bound
 MAX_DIMENSIONS: Final = 8  # GGML has 4
 MAX_WEIGHTS: Final = 1 << 50  # beyond every model; keeps numbers within what JSON and MessagePack carry
 KEPT_ITEMS: Final = 5  # Ollama's /api/show gives longer arrays as []
+MAX_ITEMS: Final = 1 << 20  # of an array in a whole header; the largest vocabularies have a quarter of it
 DEFAULT_ALIGNMENT: Final = 32
 
 _MAGIC: Final = b"GGUF"
@@ -57,7 +61,8 @@ class LongArray(msgspec.Struct, frozen=True):
 class GgufHeader(msgspec.Struct, frozen=True):
     """What stands before the tensor data. ``values``: str, int, float, bool, list of those, or LongArray.
 
-    ``parameters`` is the number of weights; ``data_offset`` where tensor data begins, in bytes.
+    ``parameters`` is the number of weights; ``data_offset`` where tensor data begins, in bytes; ``shapes`` has the
+    tensors of a header that was read whole.
     """
 
     version: int
@@ -65,6 +70,7 @@ class GgufHeader(msgspec.Struct, frozen=True):
     tensors: int
     parameters: int
     data_offset: int
+    shapes: tuple[TensorShape, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -90,15 +96,17 @@ class _NeedMore(Exception):
     pass
 
 
-def try_parse_header(prefix: bytes, file_size: int) -> GgufHeader | None:
+def try_parse_header(prefix: bytes, file_size: int, whole: bool = False) -> GgufHeader | None:
     """The header of a GGUF of ``file_size`` bytes that begins with ``prefix``; None if it goes on beyond ``prefix``.
+
+    ``whole``: with long arrays and shapes of tensors.
 
     Raises InvalidRequest with a sentence for a person: not a GGUF, a version that is not read, truncated, or damaged.
     """
     if not prefix.startswith(_MAGIC[: max(1, min(4, file_size))]) or file_size < len(_MAGIC):
         raise InvalidRequest("this is not a GGUF file: it does not begin with the letters GGUF")
     try:
-        return _parse(_Cursor(prefix), file_size)
+        return _parse(_Cursor(prefix), file_size, whole)
     except _NeedMore:
         if len(prefix) >= file_size:
             raise InvalidRequest(_TRUNCATED) from None
@@ -135,6 +143,10 @@ class _Cursor:
             raise InvalidRequest(f"the GGUF is damaged: it has a value of unknown type {code}")
         return form.unpack_from(self.data, self.skip(form.size))[0]
 
+    def scalars(self, form: struct.Struct, count: int) -> list[Any]:
+        start = self.skip(count * form.size)
+        return [value for (value,) in form.iter_unpack(memoryview(self.data)[start : self.at])]
+
     def string(self, limit: int = MAX_HEADER_BYTES) -> str:
         length = self.u64()
         if length > limit:
@@ -153,7 +165,7 @@ class _Cursor:
         self.at = at
 
 
-def _parse(cursor: _Cursor, file_size: int) -> GgufHeader:
+def _parse(cursor: _Cursor, file_size: int, whole: bool) -> GgufHeader:
     cursor.skip(len(_MAGIC))
     version = cursor.u32()
     if version not in (2, 3):
@@ -165,23 +177,26 @@ def _parse(cursor: _Cursor, file_size: int) -> GgufHeader:
     values: dict[str, Any] = {}
     for _ in range(key_values):
         key = cursor.string(MAX_KEY_BYTES)
-        values[key] = _value(cursor, file_size)
+        values[key] = _value(cursor, file_size, MAX_ITEMS if whole else KEPT_ITEMS)
     alignment = values.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or not 1 <= alignment <= MIB:
         raise InvalidRequest("the GGUF is damaged: general.alignment is not a number from 1 to 1048576")
     parameters = data_end = 0
+    shapes: list[TensorShape] = []
     for _ in range(tensors):
-        elements, end = _tensor(cursor)
+        shape, elements, end = _tensor(cursor)
+        if whole:
+            shapes.append(shape)
         parameters = min(parameters + elements, MAX_WEIGHTS)
         data_end = max(data_end, end)
     data_offset = -(-cursor.at // alignment) * alignment
     if tensors and data_offset + data_end > file_size:
         missing = data_offset + data_end - file_size
         raise InvalidRequest(f"{_TRUNCATED} ({missing} of {data_offset + data_end} bytes are missing)")
-    return GgufHeader(version, values, tensors, parameters, data_offset)
+    return GgufHeader(version, values, tensors, parameters, data_offset, tuple(shapes))
 
 
-def _value(cursor: _Cursor, file_size: int) -> Any:
+def _value(cursor: _Cursor, file_size: int, kept_items: int) -> Any:
     code = cursor.u32()
     if code == _STRING:
         return cursor.string()
@@ -193,8 +208,8 @@ def _value(cursor: _Cursor, file_size: int) -> Any:
         raise InvalidRequest(f"the GGUF is damaged: it has an array of items of type {item}")
     if count * (form.size if form else 8) > file_size:
         raise InvalidRequest(_TRUNCATED)
-    if count <= KEPT_ITEMS:
-        return [cursor.scalar(item) if form else cursor.string() for _ in range(count)]
+    if count <= kept_items:
+        return cursor.scalars(form, count) if form else [cursor.string() for _ in range(count)]
     if form:
         cursor.skip(count * form.size)
     else:
@@ -202,18 +217,17 @@ def _value(cursor: _Cursor, file_size: int) -> Any:
     return LongArray(count)
 
 
-def _tensor(cursor: _Cursor) -> tuple[int, int]:
-    """(weights, where its data ends after the beginning of the data) of the next tensor."""
-    cursor.string(MAX_KEY_BYTES)
+def _tensor(cursor: _Cursor) -> tuple[TensorShape, int, int]:
+    """(the next tensor, its weights, where its data ends after the beginning of the data)."""
+    name = cursor.string(MAX_KEY_BYTES)
     dimensions = cursor.u32()
     if dimensions > MAX_DIMENSIONS:
         raise InvalidRequest(f"the GGUF is damaged: it has a tensor of {dimensions} dimensions")
-    elements = 1
-    for _ in range(dimensions):
-        elements *= cursor.u64()
+    shape = tuple(cursor.u64() for _ in range(dimensions))
+    elements = math.prod(shape)
     if elements > MAX_WEIGHTS:
         raise InvalidRequest(f"the GGUF is damaged: it has a tensor of {elements} weights")
     code, offset = cursor.u32(), cursor.u64()
     # The data of a type that is newer than this table has an unknown size: at least its beginning lies in the file.
-    _, block, size = TENSOR_TYPES.get(code, ("", 1, 0))
-    return elements, offset + -(-elements // block) * size
+    kind, block, size = TENSOR_TYPES.get(code, (str(code), 1, 0))
+    return TensorShape(name, kind, shape), elements, offset + -(-elements // block) * size

@@ -108,6 +108,13 @@ async def test_show_tells_parameters_as_text_and_hides_long_arrays(client: httpx
     assert shown["capabilities"] == ["completion"]
     assert 'PARAMETER stop "<end>"' in shown["modelfile"]
     assert "remote_host" not in shown
+    assert "tensors" not in shown
+
+
+async def test_verbose_shows_arrays_and_tensors_too(client: httpx.AsyncClient) -> None:
+    shown = (await client.post("/api/show", json={"model": "echo", "verbose": True})).json()
+    assert shown["model_info"] == {"general.architecture": "echo", "tokenizer.ggml.tokens": ["a"] * 6}
+    assert shown["tensors"] == [{"name": "blk.0", "type": "F32", "shape": [4, 2]}]
 
 
 async def test_vectors_come_in_the_order_of_their_texts(client: httpx.AsyncClient) -> None:

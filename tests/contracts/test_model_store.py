@@ -168,5 +168,9 @@ async def test_a_model_says_what_it_is(subject: Subject) -> None:
     assert "general.name" not in description.model_info
     assert "tokenizer.chat_template" not in description.model_info
     assert description.template.startswith("{% for message")
+    assert description.tensors == ()
+    verbose = await subject.models.describe(stored.manifest.digest, verbose=True)
+    assert verbose.model_info["tokenizer.ggml.tokens"] == ["a", "b", "c", "d", "e", "f"]
+    assert [(each.name, each.type) for each in verbose.tensors] == [("weights", "F32")]
     with pytest.raises(ModelNotFound):
         await subject.models.describe(Sha256("0" * 64))

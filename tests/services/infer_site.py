@@ -96,7 +96,7 @@ class Node:
     def resolve(self, name: str, *, parts: bool = False) -> Resolved:
         raise NotImplementedError
 
-    async def describe(self, name: str) -> ModelDescription:
+    async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
         raise NotImplementedError
 
     async def copy(self, source: str, destination: str) -> None:

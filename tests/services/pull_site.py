@@ -121,7 +121,7 @@ class SitePeer:
         entry = CatalogEntry(name, digest, 1, 0.0, ModelDetails(), stored is not None)
         return Resolved(name, digest, entry, stored)
 
-    async def describe(self, name: str) -> ModelDescription:
+    async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
         raise NotOffered
 
     async def copy(self, source: str, destination: str) -> None:

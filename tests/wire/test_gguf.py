@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshmax.base.catalog import TensorShape
 from meshmax.base.errors import InvalidRequest
 from meshmax.testing.gguf import build_gguf
+from meshmax.wire import gguf
 from meshmax.wire.gguf import GgufHeader, LongArray, try_parse_header
 
 SMALL = build_gguf(tensor_bytes=64)
@@ -38,6 +40,19 @@ def test_long_arrays_are_counted_and_not_kept() -> None:
     header = parse(build_gguf({"a.texts": ["x"] * 100, "a.numbers": list(range(100)), "a.few": ["x"] * 5}))
     assert header.values["a.texts"] == header.values["a.numbers"] == LongArray(100)
     assert header.values["a.few"] == ["x"] * 5
+
+
+def test_a_whole_header_has_arrays_up_to_a_bound_and_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = build_gguf({"a.texts": ["x"] * 100, "a.numbers": list(range(100))}, tensor_bytes=64)
+    header = try_parse_header(data, len(data), whole=True)
+    assert header is not None
+    assert (header.values["a.texts"], header.values["a.numbers"]) == (["x"] * 100, list(range(100)))
+    assert header.shapes == (TensorShape("weights", "F32", (16,)),)
+    assert parse(data).shapes == ()
+    monkeypatch.setattr(gguf, "MAX_ITEMS", 99)
+    bounded = try_parse_header(data, len(data), whole=True)
+    assert bounded is not None
+    assert bounded.values["a.texts"] == LongArray(100)
 
 
 def test_a_prefix_that_ends_inside_the_header_asks_for_more() -> None:

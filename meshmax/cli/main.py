@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Final
 
 from cyclopts import App, CycloptsError, Parameter
@@ -35,6 +36,7 @@ _COMMANDS: Final = (
     ("stop", "meshmax.cli.models:stop", "Unload a model from memory."),
     ("peers", "meshmax.cli.mesh:peers", "List the peers of the mesh."),
     ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
+    ("fsck", "meshmax.cli.fsck:fsck", "Check every chunk of every model here, and repair what is damaged."),
     ("limit", "meshmax.cli.limit:limit", "Show or set how fast models may move."),
     ("docs", "meshmax.cli.docs:docs", "Read the documentation."),
 )
@@ -62,6 +64,8 @@ def make_app() -> App:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code. ``arguments`` without the program's name; None: the process's own."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a letter gets another, not a traceback
+        sys.stdout.reconfigure(errors="replace")
     tokens = _spelled_out(list(sys.argv[1:] if arguments is None else arguments))
     try:
         result = make_app()(tokens, exit_on_error=False, print_error=False)

@@ -144,3 +144,11 @@ def test_a_model_that_only_embeds_wants_a_text(peer: FakePeer, capsys: pytest.Ca
     peer.on("POST", "/api/show", {"capabilities": ["embedding"]})
     assert main(["run", "m", ""]) == 2
     assert "give it a text after its name" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_a_letter_is_no_failure(peer: FakePeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii"))
+    peer.on("POST", "/api/generate", Lines([{"response": "\u4f60a", "done": True}]))
+    assert main(["run", "m", "hi"]) == 0
+    assert written.getvalue() == b"?a\n"

@@ -46,6 +46,7 @@ from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swa
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.catalog import CatalogService, open_catalog
+from meshmax.services.fsck import Fsck
 from meshmax.services.infer_server import InferServer
 from meshmax.services.model_exchange import FetchedModel, ModelServer
 from meshmax.services.model_exchange import describe as ask_description
@@ -105,6 +106,7 @@ class Node:
         self.presence: PresenceService
         self.residency: ModelResidency
         self.limits: Limits
+        self.fsck: Fsck
         self.adoption: Adoption
         self.pulls: Pulls
         self.router: Router
@@ -280,6 +282,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         node.changed,
     )
     await enter(open_catalog(node.catalog))
+    node.fsck = Fsck(store.models.listing, store.blobs, node.catalog.refresh, lambda: node.pulls)
     node.adoption = Adoption(store.models.adopt, node.catalog.refresh, world.run_sync)
 
     def pulling(digest: Sha256) -> FetchedModel | None:
@@ -287,7 +290,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
 
     # Protocols are served before anybody can know our address, so that no early peer is refused.
     ModelServer(store.models, store.blobs, pulling).register(node.swarm)
-    BlobServer(store.blobs).register(node.swarm)
+    BlobServer(store.blobs, throttle=node.limits.throttle).register(node.swarm)
     InferServer(node.residency).register(node.swarm)
     rungs = world.rungs(config, node.swarm)
     node.presence = await enter(

@@ -9,6 +9,7 @@ import msgspec
 from meshmax.base.errors import Busy, MeshmaxError, error_for
 
 MAX_MESSAGE: Final = 500  # characters
+MAX_RETRY_AFTER_S: Final = 3600.0  # who asks for more means "go away"; the next hour may be another
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True, tag="failure"):
@@ -29,5 +30,5 @@ def error_of(failure: Failure) -> MeshmaxError:
     text = "".join(c if c.isprintable() else " " for c in failure.message[:MAX_MESSAGE])
     retry_after_s = failure.retry_after_s
     if retry_after_s is not None:
-        retry_after_s = min(max(retry_after_s, 0.0), 3600.0)
+        retry_after_s = min(retry_after_s, MAX_RETRY_AFTER_S) if retry_after_s >= 0 else None  # also what is no number
     return error_for(failure.code, text, retry_after_s)

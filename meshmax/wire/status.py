@@ -8,6 +8,7 @@ peer that they describe, so a relayed one is as good as a direct one. Not here: 
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import msgspec
@@ -16,7 +17,7 @@ from meshmax.base.errors import ManifestInvalid, RemoteProtocolError
 from meshmax.base.ids import HEX64
 from meshmax.base.model import Signed
 from meshmax.base.names import MAX_NAME
-from meshmax.base.status import MAX_ADDRESSES, MAX_GPUS, MAX_MODELS, MAX_PEER_NAME, ModelPresence, PeerStatus
+from meshmax.base.status import MAX_ADDRESSES, MAX_GPUS, MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
 from meshmax.wire.frames import Codec
 from meshmax.wire.signed import MAX_PAYLOAD_BYTES, STATUS_DOMAIN, canonical, verify
 
@@ -27,6 +28,7 @@ MAX_ALL_NAMES: Final = 4096  # names of all models; each is looked at whenever a
 MAX_CAPABILITIES: Final = 16  # of one model; engines know five
 MAX_NUMBER: Final = (1 << 62) - 1  # counts, bytes and seconds; leaves sums room in 64 bits
 MAX_RATE: Final = 1e9
+MAX_CAPACITY: Final = 1 << 20  # answers at once; figures are divided by it
 MAX_TEXT: Final = 200  # characters of any other text: a GPU's name, a family, an address
 
 
@@ -76,7 +78,7 @@ def fitted(status: PeerStatus) -> PeerStatus:
         names = tuple(name for name in model.names if len(name) <= MAX_NAME)[: min(MAX_NAMES, room + 1)]
         room -= max(len(names) - 1, 0)
         models.append(_fitted_model(model, names))
-    gpus = tuple(msgspec.structs.replace(gpu, name=_text(gpu.name)) for gpu in status.gpus[:MAX_GPUS])
+    gpus = tuple(map(_fitted_gpu, status.gpus[:MAX_GPUS]))
     status = msgspec.structs.replace(
         status, name=_text(status.name)[:MAX_PEER_NAME], addresses=status.addresses[:MAX_ADDRESSES], gpus=gpus
     )
@@ -104,6 +106,11 @@ def _fitted_model(model: ModelPresence, names: tuple[str, ...]) -> ModelPresence
     )
 
 
+def _fitted_gpu(gpu: Gpu) -> Gpu:
+    used, total = _number(gpu.memory_bytes), _number(gpu.memory_total_bytes)
+    return Gpu(_text(gpu.name), used, total, _rate(gpu.utilization_percent))
+
+
 def _text(text: str) -> str:
     return "".join(letter for letter in text[:MAX_TEXT] if letter.isprintable())
 
@@ -125,6 +132,8 @@ def _within_bounds(status: PeerStatus) -> bool:
         status.load.queued,
         status.issued_at_s,
     ]
+    for gpu in status.gpus:
+        numbers += [gpu.memory_bytes, gpu.memory_total_bytes]
     for model in status.models:
         texts += [model.family, model.parameter_size, model.quantization_level, *model.capabilities]
         numbers += [model.size, model.context_length, model.embedding_length, model.modified_at_s]
@@ -147,5 +156,6 @@ def _within_bounds(status: PeerStatus) -> bool:
         and all(len(text) <= MAX_TEXT and text.isprintable() for text in texts)
         and all(0 <= number <= MAX_NUMBER for number in numbers)
         and 0 <= status.sequence <= MAX_NUMBER
-        and status.load.capacity >= 1
+        and 1 <= status.load.capacity <= MAX_CAPACITY
+        and all(math.isfinite(p) for p in (status.cpu_percent, *(gpu.utilization_percent for gpu in status.gpus)))
     )

@@ -1,5 +1,9 @@
 """Errors on their way between peers."""
 
+import math
+
+import pytest
+
 from meshmax.base.errors import Busy, ModelNotFound
 from meshmax.wire.failure import MAX_MESSAGE, Failure, error_of, failure_of
 
@@ -10,10 +14,13 @@ def test_an_error_arrives_as_what_it_was() -> None:
     assert again.message == "model 'x' not found"
 
 
-def test_busy_arrives_with_a_sane_time_to_wait() -> None:
-    again = error_of(Failure("busy", "full", 1e12))
+@pytest.mark.parametrize(
+    ("told_s", "taken_s"), [(1e12, 3600.0), (math.inf, 3600.0), (2.5, 2.5), (-1.0, 1.0), (math.nan, 1.0), (None, 1.0)]
+)
+def test_busy_arrives_with_a_sane_time_to_wait(told_s: float | None, taken_s: float) -> None:
+    again = error_of(Failure("busy", "full", told_s))
     assert isinstance(again, Busy)
-    assert again.retry_after_s == 3600.0
+    assert again.retry_after_s == taken_s
 
 
 def test_a_peers_text_is_cut_and_cannot_write_to_our_terminal() -> None:

@@ -54,7 +54,7 @@ def judge(call: Call, policy: Policy) -> Verdict:
     trusted = token_matches(call.authorization, policy.token)
     if not policy.loopback and not trusted and call.path not in _OPEN_PATHS:
         return "token"
-    if foreign and not trusted and (call.path.startswith("/api/v1/") or call.path in _MESH_PATHS):
+    if foreign and not trusted and (call.path.startswith(("/api/v1/", "/v2/")) or call.path in _MESH_PATHS):
         return "cross-origin"
     return "ok"
 

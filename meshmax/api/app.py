@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from meshmax.api.access import Policy
 from meshmax.api.adopt_routes import AdoptFace
+from meshmax.api.fsck_routes import FsckFace
 from meshmax.api.guard import Guard
 from meshmax.api.limit_routes import LimitFace
 from meshmax.api.mesh_routes import MeshFace
@@ -23,6 +24,8 @@ from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_routes import OllamaFace
 from meshmax.api.openai_routes import OpenAiFace
 from meshmax.api.prompts import Prompts
+from meshmax.api.registry_routes import RegistryFace
+from meshmax.api.registry_uploads import UploadFace
 from meshmax.api.table import ANY_VERB, closed_route
 
 _POST: Final = ("POST",)
@@ -67,6 +70,9 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *OpenAiFace(prompts).routes(),
         *mesh.routes(),
         *LimitFace(node).routes(),
+        *UploadFace(node).routes(),
+        *RegistryFace(node, prompts.open_answers).routes(),
+        *FsckFace(node, prompts.open_answers).routes(),
         *AdoptFace(node, prompts.open_answers).routes(),
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+from meshmax.api.registry_routes import HasRepositories
+from meshmax.api.registry_uploads import HasUploads
 from meshmax.base.config import Config
 from meshmax.ports import BlobStore, Catalog, Presence, Pulls, Residency, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
+from meshmax.services.fsck import Fsck
 from meshmax.services.throttle import Limits
 
 NodeState = Literal["starting", "running", "draining"]
@@ -46,7 +49,14 @@ class _Services(Protocol):
     def limits(self) -> Limits: ...
 
     @property
+    def fsck(self) -> Fsck: ...
+
+    @property
     def adoption(self) -> Adoption: ...
+
+
+class _RegistryParts(HasRepositories, HasUploads, Protocol):
+    pass
 
 
 class _Facts(Protocol):
@@ -68,7 +78,7 @@ class _Facts(Protocol):
         ...
 
 
-class ApiNode(_Services, _Facts, Protocol):
+class ApiNode(_Services, _RegistryParts, _Facts, Protocol):
     """A running node. ``token`` '' where there is none; ``started_at_s`` Unix time."""
 
     @property

@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from meshmax.base.errors import ConfigError
+from meshmax.base.upstreams import DEFAULT_UPSTREAMS
 
 DEFAULT_API_PORT: Final = 11434
 DEFAULT_CONTROL_PORT: Final = 11435
@@ -69,7 +70,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``api`` '' is 127.0.0.1:11434 or the next free port; ``listen`` () is 0.0.0.0 and [::] at 11435 or the next free port.
     ``lan_interfaces`` () is every interface that is up; else addresses of the interfaces that mDNS may use.
+    ``upstreams``: registries that are asked for models that no peer has (base.upstreams); ``offline``: none of them, ever.
     ``heartbeat_s``, ``heartbeat_timeout_s``: the status protocol; a peer silent for the timeout is gone.
+    ``accept_distribute``: other peers of the mesh may ask this one to download a model.
     """
 
     home: str = "~/.meshmax"
@@ -82,6 +85,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models: str = ""
     token: str = ""
     origins: tuple[str, ...] = ()
+    upstreams: tuple[str, ...] = DEFAULT_UPSTREAMS
+    offline: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     json_logs: bool = False
     engine: EngineConfig = EngineConfig()
@@ -90,6 +95,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat_timeout_s: Positive = 6.0
     max_peers: Count = 256
     scrub_interval_s: Positive = 86400.0
+    accept_distribute: bool = True
 
 
 def parse_host_port(text: str) -> tuple[str, int]:

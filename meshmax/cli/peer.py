@@ -49,12 +49,15 @@ def peer(
         Path | None, Parameter(help="Configuration file; default meshmax.yaml in the home folder.")
     ] = None,
     name: Annotated[str | None, Parameter(help="Name that other peers see; default the host's name.")] = None,
+    offline: Annotated[
+        bool | None, Parameter(negative="", help="Ask no registry, ever: only peers and what is here.")
+    ] = None,
     json_logs: Annotated[bool | None, Parameter(help="Log as JSON lines.")] = None,
 ) -> int:
     """Run a peer in the foreground; Ctrl-C ends it."""
     given = {
         "home": str(home) if home else None, "api": api, "listen": listen or None, "lan": lan,
-        "join": join or None, "name": name, "json_logs": json_logs,
+        "join": join or None, "name": name, "json_logs": json_logs, "offline": offline,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     return start(load_config(flags, os.environ, config))

@@ -17,6 +17,7 @@ import msgspec
 from meshmax.base.config import Config, parse_host_port
 from meshmax.base.errors import ConfigError
 from meshmax.base.status import MAX_PEER_NAME
+from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.limits import Plan
 
 ENV_PREFIX: Final = "MESHMAX_"
@@ -159,6 +160,7 @@ def _bounds(meta: msgspec.Meta) -> str:
 def _check_meaning(config: Config) -> None:
     for text in (*((config.api,) if config.api else ()), *config.listen):
         parse_host_port(text)
+    parse_upstreams(config.upstreams)
     for text in config.join:
         if not text.startswith("/"):
             raise ConfigError(

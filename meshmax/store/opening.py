@@ -6,6 +6,7 @@ state folder is ours alone. One process at a time has a state folder open (store
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,14 +19,16 @@ from meshmax.store.blobs import FileBlobStore
 from meshmax.store.disk import Disk, translated
 from meshmax.store.layout import Layout
 from meshmax.store.models import FileModelStore
+from meshmax.store.staging import Staging
 
 
 class Store:
-    """Blobs, and the models over them."""
+    """Blobs, the models over them, and blobs from outside that are being put together."""
 
     def __init__(self, blobs: FileBlobStore, models: FileModelStore) -> None:
         self.blobs = blobs
         self.models = models
+        self.staging = Staging(blobs)
 
 
 @asynccontextmanager
@@ -45,10 +48,12 @@ async def open_store(models: Path, state: Path, run_sync: RunSync, disk: Disk | 
     with translated("the store was not opened"):
         await run_sync(layout.sweep)
         await run_sync(blobs.load_partials)
+    store = Store(blobs, FileModelStore(blobs))
+    await run_sync(lambda: store.staging.sweep(time.time()))
     async with trio.open_nursery() as nursery:
         blobs.start(nursery)
         try:
-            yield Store(blobs, FileModelStore(blobs))
+            yield store
         finally:
             await blobs.aclose()
             nursery.cancel_scope.cancel()

@@ -1,8 +1,8 @@
 """Real peers as processes, for the loopback tier: started with a home of their own, found by their run.json.
 
-mDNS stays on loopback, so that nothing leaves this machine. Another mesh on this machine would be met all the same, so
-tests ask whether the peers they mean are there, never whether nobody else is. Everything is synchronous: these tests
-watch from outside.
+mDNS stays on loopback and no registry is asked, so that nothing leaves this machine. Another mesh on this machine would be
+met all the same, so tests ask whether the peers they mean are there, never whether nobody else is. Everything is
+synchronous: these tests watch from outside.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def start_peer(home: Path, *flags: str, wait: bool = True, **settings: str) -> P
         "engine_kind": "echo",
         "engine_threads": "1",
         "log_level": "debug",
+        "offline": "true",
     }
     env = {key: value for key, value in os.environ.items() if not key.startswith("MESHMAX_")}
     env |= {f"MESHMAX_{key.upper()}": value for key, value in {**defaults, **settings}.items()}

@@ -12,6 +12,7 @@ from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NoP
 from meshmax.base.units import format_bytes
 from meshmax.cli.client import PeerClient, Target, open_client
 from meshmax.cli.output import (
+    columns,
     emit,
     emit_json,
     human_count,
@@ -27,6 +28,7 @@ from meshmax.cli.progress import show_progress
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 HERE: Final = Target()
 NO_MANIFEST: Final = "file does not exist"  # in Ollama's words: nobody has the model
+FACT_COLUMNS: Final = 30  # Ollama's, of a list in `show --verbose`
 ID_CHARACTERS: Final = 12  # of a digest, in tables
 
 
@@ -111,13 +113,28 @@ def describe(answer: dict[str, Any], verbose: bool = False) -> str:
         rows = [tuple(line.split(None, 1)) for line in parameters.splitlines() if line.strip()]
         blocks.append(section("Parameters", rows))
     if verbose:
-        blocks.append(section("Metadata", [(key, str(value)) for key, value in sorted(figures.items())]))
+        blocks.append(section("Metadata", [(key, _fact(value)) for key, value in sorted(figures.items())]))
         if tensors := answer.get("tensors"):
             rows = [(t["name"], t["type"], str(t["shape"])) for t in tensors]
             blocks.append(section("Tensors", rows))
     texts = [(title, answer.get(title.lower())) for title in ("System", "License")]
     blocks += [section(title, _first_lines(text, 2)) for title, text in texts if text]
     return "\n\n".join(blocks) + "\n"
+
+
+def _fact(value: Any) -> str:
+    """A value as Ollama prints it; of a list as many items as fit in FACT_COLUMNS, and how many more there are."""
+    if not isinstance(value, list):
+        return str(value)
+    shown: list[str] = []
+    width = 1
+    for item in map(str, value):
+        width += columns(item) + 2 * bool(shown)
+        if width > FACT_COLUMNS and shown:
+            break
+        shown.append(item)
+    more = f" ...+{len(value) - len(shown)} more" if len(shown) < len(value) else ""
+    return f"[{' '.join(shown)}{more}]"
 
 
 def _model_rows(details: dict[str, Any], figures: dict[str, Any]) -> list[tuple[str, str]]:

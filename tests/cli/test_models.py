@@ -125,6 +125,24 @@ def test_show_verbose_asks_for_everything(fake_peer: FakePeer, capsys: pytest.Ca
     assert "  Metadata\n    general.architecture       llama\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("llama", "llama"),
+        ([], "[]"),
+        (["en", "de"], "[en de]"),
+        (["<|begin|>"] * 49152, "[<|begin|> <|begin|> ...+49150 more]"),
+        (["x" * 100, "y"], f"[{'x' * 100} ...+1 more]"),
+    ],
+)
+def test_a_long_list_is_shown_by_its_first_items(
+    value: object, text: str, fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("POST", "/api/show", {"model_info": {"a": value}})
+    assert main(["show", "m", "-v"]) == 0
+    assert f"    a    {text}\n" in capsys.readouterr().out
+
+
 def test_cp_says_what_it_did(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     fake_peer.on("POST", "/api/copy")
     assert main(["cp", "a", "b"]) == 0

@@ -26,12 +26,14 @@ import trio
 from meshmax import __version__
 from meshmax.base.catalog import ModelFile
 from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
-from meshmax.base.errors import EngineUnavailable
+from meshmax.base.errors import Busy, EngineUnavailable
+from meshmax.base.events import Download
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Options
 from meshmax.base.model import MODEL_MEDIA_TYPE, StoredModel
 from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.backoff import Random
 from meshmax.core.catalog import FirstSeen
 from meshmax.core.limits import Override, Plan
@@ -40,23 +42,32 @@ from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
 from meshmax.net.addresses import is_lan_address
 from meshmax.net.mdns import Mdns
+from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swarm
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.catalog import CatalogService, open_catalog
+from meshmax.services.distribute import Distribution
 from meshmax.services.fsck import Fsck
 from meshmax.services.infer_server import InferServer
 from meshmax.services.model_exchange import FetchedModel, ModelServer
 from meshmax.services.model_exchange import describe as ask_description
+from meshmax.services.outflow import Outflow
 from meshmax.services.presence import PresenceService, open_presence
 from meshmax.services.pull import PartialModel, open_pulls
+from meshmax.services.pull_through import open_pull_through
+from meshmax.services.registry_ports import Registry
+from meshmax.services.repositories import Repositories
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.router import open_router
 from meshmax.services.scrub import run_scrub
 from meshmax.services.throttle import Limits, open_throttle
+from meshmax.services.uploads import Uploads, open_uploads
+from meshmax.services.upstream import Upstreams
 from meshmax.store import Store, open_store
+from meshmax.store.downloads import load_downloads, save_downloads
 from meshmax.store.first_seen import load_first_seen, save_first_seen
 from meshmax.store.home import Home, open_home
 from meshmax.store.identity import load_identity
@@ -66,9 +77,6 @@ from meshmax.telemetry.meter import Meter
 
 # More would only queue at one disk. The limiter is its own, so that a stuck disk blocks nothing else.
 DISK_THREADS: Final = 4
-PARTIALS_CHECK_S: Final = (
-    0.5  # between looks at what is being pulled: others should hear of a new source while it is one
-)
 
 T = TypeVar("T")
 State = Literal["starting", "running", "draining"]
@@ -84,6 +92,7 @@ class World:
     run_sync: RunSync
     unix_now: Callable[[], float]
     random: Random
+    open_registry: Callable[[], AbstractAsyncContextManager[Registry]] | None = None  # None: no upstream registries
 
 
 class Node:
@@ -109,7 +118,11 @@ class Node:
         self.fsck: Fsck
         self.adoption: Adoption
         self.pulls: Pulls
+        self.distribution: Distribution
         self.router: Router
+        self.upstreams: Upstreams | None = None
+        self.repositories: Repositories
+        self.uploads: Uploads
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
         self.pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None  # likewise
         self._meter = Meter(home.path)
@@ -289,17 +302,32 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         return node.pulling(digest)  # looked up late: pulls are opened after this
 
     # Protocols are served before anybody can know our address, so that no early peer is refused.
-    ModelServer(store.models, store.blobs, pulling).register(node.swarm)
-    BlobServer(store.blobs, throttle=node.limits.throttle).register(node.swarm)
+    async def accept(peer: PeerId, name: str, digest: Sha256) -> str:
+        if node.state == "starting":
+            raise Busy("this peer is starting")
+        return await pulls.accept(peer, name, digest)
+
+    outflow = Outflow(partial(_owner, node))
+    ModelServer(store.models, store.blobs, pulling, accept).register(node.swarm)
+    BlobServer(store.blobs, outflow=outflow, throttle=node.limits.throttle).register(node.swarm)
     InferServer(node.residency).register(node.swarm)
     rungs = world.rungs(config, node.swarm)
     node.presence = await enter(
         open_presence(node.swarm, node.signer, config, node.describe, rungs, world.unix_now, world.random)
     )
 
-    async def stored(_: StoredModel) -> None:
+    async def stored(model: StoredModel) -> None:
         await node.catalog.refresh()
+        if model.record is None:  # nobody vouched for it; its digests were computed here, so we can
+            await node.catalog.sign_missing_records()
 
+    async def keep(downloads: tuple[Download, ...]) -> None:
+        await world.run_sync(partial(save_downloads, node.home.path, downloads))
+
+    if world.open_registry is not None:
+        registry = await enter(world.open_registry())
+        entries = parse_upstreams(config.upstreams)
+        node.upstreams = Upstreams(registry, store.staging, entries, world.random, config.offline)
     node.pulls = pulls = await enter(
         open_pulls(
             node.swarm,
@@ -309,16 +337,53 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             random=world.random,
             run_sync=world.run_sync,
             on_stored=stored,
+            on_change=node.changed,
+            outflow=outflow,
+            promised=load_downloads(node.home.path),
+            keep=keep,
+            accept=config.accept_distribute,
         )
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling
+    node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
+    await _open_registry(node, stack)
     node.router = await enter(open_router(node.swarm, node.residency, node.catalog, node.presence, node.peer_id))
     await enter(_open_background(node, first_seen))
 
 
+def _owner(node: Node, blob: Sha256) -> tuple[Sha256, str] | None:
+    """The model of ours, whole or in parts, that a blob which we send belongs to."""
+    for stored in node.catalog.local():
+        if any(layer.digest == blob for layer in stored.manifest.blobs):
+            return stored.manifest.digest, stored.name
+    for part in node.partials():
+        model = node.pulling(part.digest)
+        if model and any(layer.digest == blob for layer in model.manifest.blobs):
+            return part.digest, str(parse_name(part.names[0]))
+    return None
+
+
+async def _open_registry(node: Node, stack: AsyncExitStack) -> None:
+    """This node as a registry: what it offers, and what is pushed to it."""
+    store, catalog = node.store, node.catalog
+
+    def holders(digest: Sha256) -> dict[PeerId, tuple[str, ...]]:
+        views = (view for view in node.presence.peers() if view.status and view.state not in ("self", "offline"))
+        return {
+            view.peer_id: view.status.addresses
+            for view in views
+            if view.status and any(model.digest == digest for model in view.status.models)
+        }
+
+    through = await stack.enter_async_context(open_pull_through(node.pulls, store.blobs))
+    node.repositories = Repositories(catalog, store.blobs, catalog.local, node.swarm, holders, through, node.upstreams)
+    uploads = Uploads(store.staging, store.blobs, catalog.publish, catalog.local, store.blobs.remove)
+    node.uploads = await stack.enter_async_context(open_uploads(uploads))
+
+
 @asynccontextmanager
 async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[None]:
-    """What goes on by itself: GPU facts, scrubbing, keeping what names meant, telling what is being pulled."""
+    """What goes on by itself: GPU facts, scrubbing, keeping what names meant."""
     noted = trio.Event()
 
     def on_news() -> None:
@@ -333,20 +398,11 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
             save = partial(save_first_seen, node.home.path, first_seen.items())
             await isolate("names", partial(node.world.run_sync, save))
 
-    async def tell_partials() -> None:
-        told: set[Sha256] = set()
-        while True:
-            if (now := {part.digest for part in node.partials()}) != told:
-                told = now
-                node.changed()
-            await trio.sleep(PARTIALS_CHECK_S)
-
     node.presence.watch(on_news)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(isolate, "gpus", node.find_gpus)
         nursery.start_soon(keep_names)
         nursery.start_soon(run_watch, node.catalog.refresh_if_changed)
-        nursery.start_soon(tell_partials)
         nursery.start_soon(
             run_scrub, node.store.blobs, node.catalog.local, node.catalog.refresh, node.config.scrub_interval_s
         )
@@ -361,7 +417,8 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
 
 def real_world() -> World:
     """libp2p, mDNS, llama.cpp, threads, the system's clock."""
-    return World(_open_swarm, _rungs, _engine, _disk_threads(), time.time, random.SystemRandom())
+    system_random = random.SystemRandom()
+    return World(_open_swarm, _rungs, _engine, _disk_threads(), time.time, system_random, open_registry_client)
 
 
 def _open_swarm(config: Config, private_bytes: bytes) -> AbstractAsyncContextManager[Swarm]:

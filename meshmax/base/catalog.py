@@ -9,6 +9,7 @@ import msgspec
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Options
 from meshmax.base.model import ModelDetails, StoredModel
+from meshmax.base.names import ModelName
 from meshmax.base.status import Device
 
 
@@ -93,3 +94,12 @@ class LoadedView(msgspec.Struct, frozen=True):
     prefill_per_s: float = 0.0  # tokens a second, EWMA; 0 before the first answer
     decode_per_s: float = 0.0
     load_s: float = 0.0
+
+
+class Listed(msgspec.Struct, frozen=True):
+    """A name of the store with what it needs; ``problem``: why it cannot be used as it is, or ''."""
+
+    name: ModelName
+    digest: Sha256
+    blobs: tuple[tuple[Sha256, int], ...]  # digest, size in bytes
+    problem: str = ""

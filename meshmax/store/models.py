@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 import trio
 
-from meshmax.base.catalog import ModelDescription
+from meshmax.base.catalog import Listed, ModelDescription
 from meshmax.base.errors import (
     BlobNotFound,
     InvalidRequest,
@@ -83,6 +83,11 @@ class FileModelStore:
         """See ports.ModelStore."""
         with translated("the models were not listed"):
             return await self._run_sync(self._list)
+
+    async def listing(self) -> tuple[Listed, ...]:
+        """Every name whose manifest can be read, usable or not; those that cannot be are logged."""
+        with translated("the models were not listed"):
+            return await self._run_sync(self._list_all)
 
     async def ingest(self, path: Path, link: bool, progress: Progress) -> Manifest:
         """See ports.ModelStore. Memory stays under 10 MB beside the header, whatever the file's size."""
@@ -158,6 +163,23 @@ class FileModelStore:
                 self._warn_once(name, path, error.strerror or "it cannot be read")
         return tuple(sorted(found, key=lambda model: model.modified_at_s, reverse=True))
 
+    def _list_all(self) -> tuple[Listed, ...]:
+        found = []
+        for name, path in self._layout.names():
+            try:
+                manifest = self._read_manifest(path)
+            except (ManifestInvalid, ModelNotFound, OSError) as error:
+                self._warn_once(name, path, str(error)[:200])
+                continue
+            problem = ""
+            try:
+                self._require_blobs(manifest)
+            except BlobNotFound as error:
+                problem = error.message
+            blobs = tuple((blob.digest, blob.size) for blob in manifest.blobs)
+            found.append(Listed(name, manifest.digest, blobs, problem))
+        return tuple(found)
+
     def _warn_once(self, name: ModelName, path: Path, error: str) -> None:
         if path not in self._warned and len(self._warned) < MAX_WARNED:
             self._warned.add(path)
@@ -169,9 +191,7 @@ class FileModelStore:
             if foreign.manifest is None or known.digest != foreign.manifest.digest:
                 raise InvalidRequest(f"'{foreign.name}' means another model here: delete or rename it first")
         largest = max(foreign.blobs, key=lambda digest: foreign.blobs[digest].stat().st_size)
-        ways = {
-            digest: adopt_blob(self._layout, self._disk, digest, path) for digest, path in foreign.blobs.items()
-        }
+        ways = {digest: adopt_blob(self._layout, self._disk, digest, path) for digest, path in foreign.blobs.items()}
         manifest = foreign.manifest
         if manifest is None:
             path = self._layout.blob(largest)

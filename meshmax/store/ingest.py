@@ -32,8 +32,12 @@ def read_header(path: Path, whole: bool = False) -> GgufHeader:
 
     Raises InvalidRequest (not a GGUF, truncated), OSError.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    # Opening a pipe that nobody writes to would hold this thread for ever.
+    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise InvalidRequest("this is not a file")
+        size = facts.st_size
         prefix = b""
         while True:
             prefix += file.read(min(max(_FIRST_PREFIX_BYTES, 3 * len(prefix)), MAX_HEADER_BYTES - len(prefix)))

@@ -16,7 +16,7 @@ import msgspec
 import trio
 
 from meshmax.base.catalog import CatalogEntry, LoadedView, ModelDescription, ModelFile, Resolved
-from meshmax.base.errors import StoreError
+from meshmax.base.errors import MeshmaxError, StoreError
 from meshmax.base.events import Transfer
 from meshmax.base.ids import MapAddress, PeerId, Sha256
 from meshmax.base.inference import Ask, Event, InferRequest
@@ -298,7 +298,7 @@ class ExpectedLane(Protocol):
 
 
 class Lanes(Protocol):
-    """Opens lanes, both ways. Bounded: MAX_LANES in all, MAX_LANES_PER_PEER a peer and direction (net.lane_limits)."""
+    """Opens lanes, both ways. Bounded: MAX_LANES in all, MAX_LANES_PER_PEER a peer and direction."""
 
     @property
     def port(self) -> int:
@@ -560,8 +560,34 @@ class Pulls(Protocol):
         """
         ...
 
+    async def start_download(self, name: str) -> Transfer:
+        """Pull a model in the background, to the end, over restarts; a pull under way is made such a one.
+
+        Raises InvalidName, NoProviders, Busy.
+        """
+        ...
+
     def transfers(self) -> tuple[Transfer, ...]:
-        """Running ones and the last 100 ended ones, newest first."""
+        """Running ones, what is being sent, and the last 100 ended ones, newest first."""
+        ...
+
+    async def steer(self, transfer_id: str, action: Literal["cancel", "pause", "resume"]) -> Transfer:
+        """Steer a pull that is under way. Raises NotFound, InvalidRequest (it has ended, or is an outgoing one)."""
+        ...
+
+
+class Distribution(Protocol):
+    """Asks other peers to pull a model."""
+
+    async def distribute(self, name: str, peers: Sequence[PeerId]) -> Mapping[PeerId, str | MeshmaxError]:
+        """Ask each of ``peers``: the id of its transfer, or why not. Raises InvalidName, ModelNotFound."""
+        ...
+
+    async def replicate(self, name: str, replicas: int) -> Mapping[PeerId, str | MeshmaxError]:
+        """Ask as many as it takes until ``replicas`` peers have the model; none where they do already.
+
+        Raises NotFound (there are not so many), InvalidName, ModelNotFound.
+        """
         ...
 
 

@@ -1,34 +1,48 @@
-"""Pulls of models to here: which run, who watches them, how they ended. Satisfies ports.Pulls.
+"""Transfers of models: which pulls run, who watches them, which ones are promised, how they ended. Satisfies ports.Pulls.
 
-A model that is pulled twice at once is transferred once, under both names; when the last watcher leaves, the transfer is
-cancelled and what was fetched is kept. Not here: the steps of a pull (services.pull_job).
+Rules: a model that is pulled twice at once is transferred once, under both names. A pull that is watched is cancelled when
+its last watcher leaves, and what was fetched is kept; a detached one goes on, is remembered (``keep``) and taken up again
+by the next run of this node. What a peer asks us to pull is a detached pull, if we take such requests; few at once. Not
+here: one pull (services.pull_job), what we send (services.outflow, whose transfers are listed too).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from functools import partial
+from typing import Final, Literal
 
 import msgspec
 import trio
 
-from meshmax.base.errors import Busy, ModelNotFound, NoProviders
-from meshmax.base.events import BlobProgress, Transfer
-from meshmax.base.ids import Sha256
+from meshmax.base.errors import Busy, InvalidRequest, MeshmaxError, ModelNotFound, NoProviders, NotFound, Refused
+from meshmax.base.events import BlobProgress, Download, Transfer
+from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
 from meshmax.base.names import parse_name, split_digest
 from meshmax.core.backoff import Random
 from meshmax.ports import Catalog, Presence, RunSync, Swarm
-from meshmax.services.model_exchange import FetchedModel
-from meshmax.services.pull_job import Job, Store, World
-from meshmax.services.pull_progress import Board
+from meshmax.services.model_exchange import FetchedModel, check_record
+from meshmax.services.outflow import Outflow
+from meshmax.services.pull_job import Job
+from meshmax.services.pull_progress import FINAL, Board
+from meshmax.services.pull_world import Store, World
 from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.log import get_logger
+from meshmax.wire.manifest import parse_manifest
 
 MAX_PULLS: Final = 32  # at once; each may hold 64 MiB of chunks that wait for the disk
+MAX_ASKED: Final = 4  # of those, begun because a peer asked for it
 MAX_WATCHERS: Final = 64  # of one pull; each is somebody's open request
 MAX_ENDED: Final = 100  # ended transfers that are remembered
+CANCEL_WAIT_S: Final = 15.0  # for a cancelled pull to let go of its files
+
+Action = Literal["cancel", "pause", "resume"]
+Keep = Callable[[tuple[Download, ...]], Awaitable[None]]
+
+_log = get_logger("pull")
 
 
 class PartialModel(msgspec.Struct, frozen=True):
@@ -43,51 +57,91 @@ class PartialModel(msgspec.Struct, frozen=True):
 class PullService:
     """Made by `open_pulls`."""
 
-    def __init__(self, world: World, catalog: Catalog, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        world: World,
+        catalog: Catalog,
+        nursery: trio.Nursery,
+        outflow: Outflow,
+        on_change: Callable[[], None],
+        keep: Keep,
+        accept: bool,
+    ) -> None:
         self._world = world
         self._catalog = catalog
         self._nursery = nursery
+        self._outflow = outflow
+        self._on_change = on_change
+        self._keep = keep
+        self._accept = accept
         self._jobs: dict[Sha256, Job] = {}
         self._ended: deque[Transfer] = deque(maxlen=MAX_ENDED)
         self._count = 0
+        self._promised = trio.Event()  # what has to be remembered has changed
+        self._keeping = trio.Lock()
+        self._kept: tuple[Download, ...] = ()
+
+    # --- ports.Pulls -------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
         """See ports.Pulls. Busy beyond MAX_PULLS."""
         await trio.lowlevel.checkpoint()
-        parsed = parse_name(split_digest(name)[0])
-        try:
-            resolved = self._catalog.resolve(name)
-        except ModelNotFound:
-            raise _nobody_has(name) from None
-        if resolved.stored:
-            with Board(_already_here(resolved.stored)).watch() as values:
+        found = self._find(name)
+        if isinstance(found, StoredModel):
+            with Board(_already_here(found)).watch() as values:
                 yield values
             return
-        job = self._jobs.get(resolved.digest)
-        if job is None:
-            if not self._world.sources(resolved.digest):
-                raise _nobody_has(name)
-            job = self._start(Job(self._world, self._new_id(resolved.digest), resolved.digest, parsed))
+        job = found
         if job.watchers >= MAX_WATCHERS:
             raise Busy(f"{MAX_WATCHERS} requests wait for this model already")
-        job.names.setdefault(parsed.key, parsed)
         job.watchers += 1
         try:
             with job.board.watch() as values:
                 yield values
         finally:
             job.watchers -= 1
-            if not job.watchers and self._jobs.get(job.digest) is job:
-                del self._jobs[
-                    job.digest
-                ]  # who comes now begins anew, and waits until this one has let go of its files
-                job.scope.cancel()
+            if not job.watchers and not job.detached and self._under_way(job.digest) is job:
+                # Who comes now begins anew, and waits until this one has let go of its files.
+                del self._jobs[job.digest]
+                job.cancel(asked=False)
+
+    async def start_download(self, name: str) -> Transfer:
+        """See ports.Pulls. Busy beyond MAX_PULLS."""
+        return await self._promise(self._find(name, detached=True))
 
     def transfers(self) -> tuple[Transfer, ...]:
-        """Running ones and the last MAX_ENDED ended ones, newest first."""
+        """Running ones, outgoing ones and the last MAX_ENDED ended ones, newest first."""
         running = [job.board.value for job in self._jobs.values()]
-        return (*reversed(running), *self._ended)
+        return (*reversed(running), *self._outflow.transfers(), *self._ended)
+
+    async def steer(self, transfer_id: str, action: Action) -> Transfer:
+        """See ports.Pulls."""
+        job = next((job for job in self._jobs.values() if job.board.value.id == transfer_id), None)
+        if job is None:
+            await trio.lowlevel.checkpoint()
+            raise self._not_steered(transfer_id)
+        if action == "cancel":
+            job.cancel(asked=True)
+            with trio.move_on_after(CANCEL_WAIT_S):
+                await job.ended.wait()
+        elif action == "pause":
+            job.pause()
+        else:
+            job.resume()
+        if job.detached:
+            await self._remember()
+        return job.board.value
+
+    def _not_steered(self, transfer_id: str) -> MeshmaxError:
+        for transfer in self.transfers():
+            if transfer.id == transfer_id and transfer.direction == "out":
+                return InvalidRequest("what is sent to a peer is steered by that peer, which fetches it")
+            if transfer.id == transfer_id:
+                return InvalidRequest(f"the transfer has ended already ({transfer.state})")
+        return NotFound(f"no transfer '{transfer_id[:100]}' is known here: `meshmax transfers` lists those that are")
+
+    # --- for node.py and other services ------------------------------------------------------------------------------
 
     def partials(self) -> tuple[PartialModel, ...]:
         """The models that are being pulled and whose size is known: we serve what we have of them."""
@@ -96,13 +150,117 @@ class PullService:
                 job.digest, tuple(name.full for name in job.names.values()), job.board.value.bytes_total, job.fraction
             )
             for job in self._jobs.values()
-            if job.board.value.bytes_total
+            if job.board.value.bytes_total and job.board.value.state not in FINAL
         )
 
     def pulling(self, digest: Sha256) -> FetchedModel | None:
         """The manifest and record of a model that is being pulled, for those who pull it from us."""
         job = self._jobs.get(digest)
         return job.model if job else None
+
+    async def accept(self, peer: PeerId, name: str, digest: Sha256) -> str:
+        """A peer asks us to pull a model: the transfer's id. Raises Refused, Busy, NoProviders, InvalidName."""
+        if not self._accept:
+            raise Refused("this peer pulls nothing that others ask for (accept_distribute is off in its configuration)")
+        resolved = self._resolve(name)
+        if resolved is None:
+            raise _nobody_has(name)
+        if resolved.digest != digest:
+            raise Refused(f"'{name[:200]}' means another model on this peer ({resolved.digest[:12]})")
+        asked = sum(bool(job.asked_by) for job in self._jobs.values())
+        if digest not in self._jobs and resolved.stored is None and asked >= MAX_ASKED:
+            raise Busy(f"this peer pulls {asked} models already that others asked for", 30.0)
+        _log.info("asked to pull", peer=peer, model=name)
+        return (await self._promise(self._find(name, detached=True, asked_by=peer))).id
+
+    def take_up(self, downloads: Sequence[Download]) -> None:
+        """Go on with what an earlier run promised. What cannot be read any more is dropped, with a word in the log."""
+        self._kept = tuple(downloads)
+        for download in downloads[:MAX_PULLS]:
+            try:
+                names = [parse_name(name) for name in download.names]
+                model = _remembered(download)
+            except MeshmaxError as error:
+                _log.warning("a remembered download is not valid", model=download.names, error=error.message)
+                continue
+            tail = download.id.rpartition("-")[2]
+            self._count = max(self._count, int(tail) if tail.isdecimal() else 0)
+            self._start(
+                Job(
+                    self._world,
+                    download.id,
+                    download.digest,
+                    {name.key: name for name in names},
+                    detached=True,
+                    asked_by=download.asked_by,
+                    paused=download.paused,
+                    model=model,
+                    on_change=self._changed,
+                )
+            )
+
+    async def run_keeper(self) -> None:
+        """Remember what is promised whenever that changed, until cancelled."""
+        while True:
+            await self._promised.wait()
+            self._promised = trio.Event()
+            await self._remember()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _find(self, name: str, *, detached: bool = False, asked_by: str = "") -> Job | StoredModel:
+        """The model if it is here, else its pull, begun if there is none. Raises NoProviders, Busy, InvalidName."""
+        parsed = parse_name(split_digest(name)[0])
+        resolved = self._resolve(name)
+        if resolved is None:
+            raise _nobody_has(name)
+        if resolved.stored:
+            return resolved.stored
+        job = self._under_way(resolved.digest)
+        if job is None:
+            if not self._world.sources(resolved.digest):
+                raise _nobody_has(name)
+            job = self._start(
+                Job(
+                    self._world,
+                    self._new_id(resolved.digest),
+                    resolved.digest,
+                    {parsed.key: parsed},
+                    detached=detached,
+                    asked_by=asked_by,
+                    on_change=self._changed,
+                )
+            )
+        job.names.setdefault(parsed.key, parsed)
+        return job
+
+    def _under_way(self, digest: Sha256) -> Job | None:
+        job = self._jobs.get(digest)
+        return job if job and job.board.value.state not in FINAL else None
+
+    def _resolve(self, name: str) -> _Meaning | None:
+        """What ``name`` means, by the catalog or by a pull that is under way. Raises InvalidName."""
+        try:
+            resolved = self._catalog.resolve(name, parts=True)
+        except ModelNotFound:
+            text, digest = split_digest(name)
+            key = parse_name(text).key
+            for job in self._jobs.values():
+                if key in job.names and job.digest.startswith(digest or ""):
+                    return _Meaning(job.digest, None)
+            return None
+        return _Meaning(resolved.digest, resolved.stored)
+
+    async def _promise(self, found: Job | StoredModel) -> Transfer:
+        if isinstance(found, StoredModel):
+            await trio.lowlevel.checkpoint()
+            here = _already_here(found)
+            if all(transfer.id != here.id for transfer in self._ended):
+                self._ended.appendleft(here)
+            return here
+        found.detach()
+        await self._remember()
+        return found.board.value
 
     def _start(self, job: Job) -> Job:
         if len(self._jobs) >= MAX_PULLS:
@@ -119,10 +277,34 @@ class PullService:
             if self._jobs.get(job.digest) is job:
                 del self._jobs[job.digest]
             self._ended.appendleft(job.board.value)
+            job.ended.set()
+            self._changed()
+
+    def _changed(self) -> None:
+        self._promised.set()
+        self._on_change()
+
+    async def _remember(self) -> None:
+        """Keep what is promised. A disk that does not take it costs the promise across a restart, and a word in the log."""
+        async with self._keeping:
+            promised = tuple(job.promise() for job in self._jobs.values() if job.detached)
+            if promised != self._kept and await isolate("downloads", partial(self._keep, promised)):
+                self._kept = promised
 
     def _new_id(self, digest: Sha256) -> str:
         self._count += 1
         return f"{digest[:12]}-{self._count}"
+
+
+class _Meaning(msgspec.Struct, frozen=True):
+    """What a name means: a digest, and our own copy if there is one."""
+
+    digest: Sha256
+    stored: StoredModel | None
+
+
+async def _forget(_promised: tuple[Download, ...]) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
@@ -135,15 +317,38 @@ async def open_pulls(
     random: Random,
     run_sync: RunSync,
     on_stored: Callable[[StoredModel], Awaitable[None]],
+    on_change: Callable[[], None] = lambda: None,
+    outflow: Outflow | None = None,
+    promised: Sequence[Download] = (),
+    keep: Keep = _forget,
+    accept: bool = True,
 ) -> AsyncIterator[PullService]:
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
 
-    ``on_stored`` is told of each name that was pulled, before its watchers are.
+    ``on_stored`` is told of each name that was pulled, before its watchers are; ``on_change``: a pull's model became known,
+    or it was paused, resumed or has ended. ``promised`` was remembered by an earlier run's ``keep``. ``accept``: whether
+    we pull what peers ask us to.
     """
+    outflow = outflow or Outflow()
     async with trio.open_nursery() as nursery:
-        world = World(swarm, store.blobs, store.models, presence, random, run_sync, on_stored, {})
-        yield PullService(world, catalog, nursery)
+        world = World(swarm, store.blobs, store.models, presence, random, run_sync, on_stored)
+        pulls = PullService(world, catalog, nursery, outflow, on_change, keep, accept)
+        pulls.take_up(promised)
+        nursery.start_soon(pulls.run_keeper)
+        nursery.start_soon(outflow.run)
+        yield pulls
         nursery.cancel_scope.cancel()
+
+
+def _remembered(download: Download) -> FetchedModel | None:
+    """What a remembered download consists of, checked as if a peer had told it. Raises ManifestInvalid."""
+    if not download.manifest:
+        return None
+    manifest = parse_manifest(download.manifest)
+    if manifest.digest != download.digest:
+        return None
+    record = check_record(download.record, manifest) if download.record else None
+    return FetchedModel(manifest, record, download.record)
 
 
 def _nobody_has(name: str) -> NoProviders:

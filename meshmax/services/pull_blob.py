@@ -25,6 +25,7 @@ from meshmax.telemetry.metrics import BYTES, CHUNKS
 SEEK_INTERVAL_S: Final = 0.5  # how often new sources are looked for
 SOURCE_WAIT_S: Final = 30.0  # how long nobody may have what is missing before the pull is given up
 STALL_WAIT_S: Final = 180.0  # how long sources may offer chunks and bring none
+KEPT: Final = "what was fetched is kept, and pulling again goes on from there"
 RETRY_FIRST_S: Final = 1.0  # pause before a source that failed is tried again; doubles
 RETRY_MOST_S: Final = 15.0
 RETRY_VERSION_S: Final = 600.0  # a peer of another version stays one until it is restarted
@@ -111,7 +112,7 @@ class BlobFetch:
                 progress_bytes, began_s = self._done_bytes, now
             patience_s = self._patience_s()
             if now - hopeful_s >= patience_s or now - began_s >= max(STALL_WAIT_S, patience_s):
-                raise NoProviders(self.despair())
+                raise NoProviders(f"{self.lacking()}; {KEPT}")
             await self._step(receive, min(seek_at_s, self._core.deadline() or seek_at_s))
 
     async def _step(self, receive: trio.MemoryReceiveChannel[SourceEvent], until_s: float) -> None:
@@ -196,10 +197,10 @@ class BlobFetch:
         if error:
             _log.info("source lost", peer=peer, blob=self.map.sha256[:12], code=error.code, error=error.message)
 
-    def despair(self) -> str:
-        """What is missing, in a sentence, for when it is not to be had."""
+    def lacking(self) -> str:
+        """What is missing that nobody has, in words."""
         view = self._core.snapshot()
         return (
             f"no peer that can be reached has the missing {view.missing} of {view.count} chunks of blob "
-            f"{self.map.sha256[:12]}; what was fetched is kept, and pulling again goes on from there"
+            f"{self.map.sha256[:12]}"
         )

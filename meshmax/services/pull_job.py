@@ -1,118 +1,97 @@
-"""One pull from beginning to end: record and manifest, chunk maps, blobs, the whole digests, the name.
+"""One pull from beginning to end: when it runs, waits or is paused, and how it is seen.
 
-Each step asks the peers that have the model one after the other, chunks all of them at once. What is here already is not
-fetched. The sha256 of each blob is computed once all of its chunks are there and before it becomes a blob of the store; a
-mismatch condemns the chunk map and the publisher who signed it: what was fetched by it is discarded, and another
-publisher's record is tried if a holder has one. Not here: who may watch (services.pull), how a blob is fetched
-(services.pull_blob).
+Rules: a full disk or the lack of sources does not end a pull whose model is known: it waits, says for what, keeps what is
+here, and goes on by itself; a watched pull gives up when nothing came for WATCHED_WAIT_S (FULL_WAIT_S with a full disk), a
+detached one never. A detached pull waits for its very first holder, too. A paused one holds no lock, stream or file. Data
+that is not what it should be, from everybody who was asked, ends any pull. Not here: the steps (services.pull_steps), who
+may watch and what is remembered over restarts (services.pull).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Final, Protocol, TypeVar
+import math
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import msgspec
 import trio
 
-from meshmax.base.errors import BlobNotFound, IntegrityError, MeshmaxError, NoProviders, StoreCorrupt
-from meshmax.base.events import BlobProgress, Transfer, TransferPeer, TransferState
-from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.model import ChunkMap, Layer, StoredModel
+from meshmax.base.errors import IntegrityError, MeshmaxError, NoProviders, Retry, StoreFull
+from meshmax.base.events import Download, Transfer, TransferState
+from meshmax.base.ids import Sha256
 from meshmax.base.names import ModelName
-from meshmax.core.backoff import Random
-from meshmax.ports import BlobStore, ModelStore, Presence, RunSync, Swarm
-from meshmax.services.model_exchange import FetchedModel, check_map, fetch_map, fetch_model
-from meshmax.services.pull_ask import first_answer
-from meshmax.services.pull_blob import BlobFetch
-from meshmax.services.pull_progress import Board, Rate
+from meshmax.core.backoff import backoff_s
+from meshmax.services.model_exchange import FetchedModel
+from meshmax.services.pull_progress import FINAL, Board, Rate
+from meshmax.services.pull_steps import Steps
+from meshmax.services.pull_tally import Tally
+from meshmax.services.pull_world import World
 from meshmax.telemetry.log import get_logger
-from meshmax.wire.chunkmap import encode_map, map_address
 
-ROUNDS: Final = 3  # how often all holders are asked for a record or a map before the pull fails
-ROUND_PAUSE_S: Final = 1.0
-CLOSE_TIMEOUT_S: Final = 10.0  # for a partial's last sync when the pull was cancelled
+WATCHED_WAIT_S: Final = 300.0  # without a byte until a pull that somebody watches gives up: a roam, a restart, a nap
+FULL_WAIT_S: Final = 3600.0  # likewise with a full disk, where the person who makes room may have to come first
+ROOM_CHECK_S: Final = 3.0  # how often room on the disk is looked for
+SEEK_S: Final = 0.5  # how often sources are looked for while there are none
+RETRY_FIRST_S: Final = 1.0  # pause before sources that failed are tried again; doubles, a new source ends it
+RETRY_MOST_S: Final = 15.0
+STUCK_SHOWN_S: Final = 1.5  # without sources until that is shown: a lost one is often replaced at once
+LOOK_INTERVAL_S: Final = 0.5  # how often rate and state are told when nothing comes
 
-T = TypeVar("T")
+PAUSED: Final = "paused by request; what was fetched is kept"
+LEFT: Final = "nobody waits for it any more; what was fetched is kept"
+CANCELLED: Final = "cancelled by request; what was fetched is kept"
+
 _log = get_logger("pull")
 
 
-class Store(Protocol):
-    """Where blobs and models are."""
-
-    @property
-    def blobs(self) -> BlobStore:
-        """The blobs."""
-        ...
-
-    @property
-    def models(self) -> ModelStore:
-        """The models."""
-        ...
-
-
-class World(msgspec.Struct, frozen=True):
-    """What every pull uses. ``locks``: one a blob, so that two models that share a blob fetch it once."""
-
-    swarm: Swarm
-    blobs: BlobStore
-    models: ModelStore
-    presence: Presence
-    random: Random
-    run_sync: RunSync
-    on_stored: Callable[[StoredModel], Awaitable[None]]
-    locks: dict[Sha256, trio.Lock]
-
-    def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
-        """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""
-        whole: dict[PeerId, tuple[str, ...]] = {}
-        some: dict[PeerId, tuple[str, ...]] = {}
-        for view in self.presence.peers():
-            if view.status is None or view.state in ("self", "offline"):
-                continue
-            states = {model.state for model in view.status.models if model.digest == digest}
-            if states:
-                (whole if states - {"partial"} else some)[view.peer_id] = view.status.addresses
-        return whole | some
-
-    @asynccontextmanager
-    async def held(self, digest: Sha256) -> AsyncIterator[None]:
-        """Alone with a blob: no other pull fetches or completes it meanwhile."""
-        lock = self.locks.setdefault(digest, trio.Lock())
-        async with lock:
-            yield
-        if not lock.statistics().tasks_waiting and self.locks.get(digest) is lock and not lock.locked():
-            del self.locks[digest]
-
-    async def is_whole(self, digest: Sha256) -> bool:
-        """Whether the blob is in the store, whole."""
-        try:
-            await self.blobs.path(digest)
-        except (BlobNotFound, StoreCorrupt):
-            return False
-        return True
-
-
 class Job:
-    """The pull of the model ``digest``; ``names`` will mean it (key -> name, and more may be added while it runs)."""
+    """The pull of the model ``digest``; ``names`` will mean it (key -> name, and more may be added while it runs).
 
-    def __init__(self, world: World, transfer_id: str, digest: Sha256, name: ModelName) -> None:
+    ``detached``: it needs no watchers. ``on_change`` is called when the model becomes known, and when it is paused,
+    resumed or ends.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        transfer_id: str,
+        digest: Sha256,
+        names: Mapping[str, ModelName],
+        *,
+        detached: bool = False,
+        asked_by: str = "",
+        paused: bool = False,
+        model: FetchedModel | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
         self.digest = digest
-        self.names = {name.key: name}
+        self.names = dict(names)
         self.watchers = 0
-        self.scope = trio.CancelScope()
-        self.board = Board(Transfer(transfer_id, str(name), "in", "running", phase="pulling manifest"))
+        self.detached = detached
+        self.asked_by = asked_by
+        self.ended = trio.Event()
         self._world = world
+        self._on_change = on_change
+        self._tally = Tally(world.fetching)
+        self._steps = Steps(world, digest, self.names, self._tally, self, model)
+        self._scope = trio.CancelScope()
+        self._why_cancelled = LEFT
+        self._going = trio.CancelScope()  # what a pause cancels
+        self._paused = paused
+        self._waits_for = ""
+        self._nudged = trio.Event()
+        self._progress_s = trio.current_time()
+        self._failures = 0  # in a row, without a byte in between
         self._rate = Rate()
-        self._layers: tuple[Layer, ...] = ()
-        self._done: dict[Sha256, int] = {}  # bytes in place of each blob but the current
-        self._current: tuple[Sha256, BlobFetch] | None = None
-        self._past: dict[PeerId, TransferPeer] = {}  # what peers gave of earlier blobs
-        self._past_wasted = 0
-        self._holder: PeerId | None = None  # who answered last
-        self.model: FetchedModel | None = None  # what is being fetched, once it is known
+        name = str(next(iter(self.names.values())))
+        phase = "pulling manifest"
+        self.board = Board(Transfer(transfer_id, name, "in", "running", phase=phase, detached=detached))
+        self._look()
+
+    @property
+    def model(self) -> FetchedModel | None:
+        """What is being fetched, once it is known."""
+        return self._steps.model
 
     @property
     def fraction(self) -> float:
@@ -120,156 +99,168 @@ class Job:
         value = self.board.value
         return value.bytes_done / value.bytes_total if value.bytes_total else 0.0
 
+    def promise(self) -> Download:
+        """The job as it is remembered."""
+        names = tuple(name.full for name in self.names.values())
+        manifest, signed = (self.model.manifest.raw, self.model.signed) if self.model else (b"", None)
+        return Download(self.board.value.id, self.digest, names, self._paused, self.asked_by, manifest, signed)
+
+    # --- steering ----------------------------------------------------------------------------------------------------
+
+    def cancel(self, *, asked: bool) -> None:
+        """End it, keeping what is here. ``asked``: somebody wants it so, else its last watcher left."""
+        self._why_cancelled = CANCELLED if asked else LEFT
+        self._scope.cancel()
+
+    def pause(self) -> None:
+        """Fetch nothing until `resume`."""
+        self._paused = True
+        self._going.cancel()
+        self._look()
+        self._on_change()
+
+    def resume(self) -> None:
+        """Go on; one that waits tries again at once."""
+        self._paused = False
+        self._progress_s = trio.current_time()  # it has its whole patience again
+        self._nudged.set()
+        self._look()
+        self._on_change()
+
+    def detach(self) -> None:
+        """It needs no watchers from now on."""
+        self.detached = True
+        self._look()
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
     async def run(self) -> None:
         """Pull; how it ends is told on the board. Only programming errors are raised."""
-        ended = False
-        with self.scope:
-            try:
-                await self._pull()
-                self._post("success", "done")
-            except MeshmaxError as error:
-                _log.info("pull failed", model=self.board.value.model, code=error.code, error=error.message)
-                self._post(self.board.value.phase, "failed", error.message, error.code)
-            ended = True
-        if not ended:
-            self._post(self.board.value.phase, "cancelled", "nobody waits for it any more; what was fetched is kept")
+        over = False
+        with self._scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._look_now_and_then)
+                await self._go_on()
+                nursery.cancel_scope.cancel()
+            over = True
+        if not over:
+            self._end("cancelled", self._why_cancelled)
 
     def fail(self, reason: str) -> None:
         """It ended by an error of ours."""
-        self._post(self.board.value.phase, "failed", reason, MeshmaxError.code)
+        self._end("failed", reason, MeshmaxError.code)
 
-    # --- the steps ---------------------------------------------------------------------------------------------------
+    async def _go_on(self) -> None:
+        while self.board.value.state not in FINAL:
+            while self._paused:
+                await self._nudge()
+            self._going = trio.CancelScope()
+            with self._going:
+                try:
+                    await self._steps.run()
+                    self._end("done", phase="success")
+                except MeshmaxError as error:
+                    await self._failed(error)
 
-    async def _pull(self) -> None:
-        condemned: dict[PeerId, IntegrityError] = {}
-        while True:
-            self.model = model = await self._model(condemned)
-            # Small ones first: whoever has some of the model then has them, should the first source vanish.
-            self._layers = tuple(sorted(model.manifest.blobs, key=lambda layer: layer.size))
-            try:
-                await self._fetch_blobs(model)
-                break
-            except _Condemned as error:
-                condemned[model.record.publisher] = error
-        self._post("writing manifest")
-        written: set[str] = set()
-        while pending := [name for key, name in self.names.items() if key not in written]:
-            stored = await self._world.models.put(pending[0], model.manifest.raw, model.signed)
-            written.add(pending[0].key)
-            await self._world.on_stored(stored)
+    async def _failed(self, error: MeshmaxError) -> None:
+        """Wait until another try is worth it, or end."""
+        _log.info("pull failed", model=self.board.value.model, code=error.code, error=error.message)
+        if not self._worth_waiting(error):
+            self._end("failed", error.message, error.code)
+            return
+        self._waits_for = error.message
+        self._look()
+        self._failures += 1
+        if isinstance(error, StoreFull):
+            with trio.move_on_after(ROOM_CHECK_S):
+                await self._nudge()
+        else:
+            await self._wait_for_sources()
 
-    async def _model(self, condemned: Mapping[PeerId, IntegrityError]) -> FetchedModel:
-        async def ask(peer: PeerId) -> FetchedModel:
-            model = await fetch_model(self._world.swarm, peer, self.digest)
-            if error := condemned.get(model.record.publisher):
-                raise error
-            return model
+    def _worth_waiting(self, error: MeshmaxError) -> bool:
+        passing = error.retry in (Retry.LATER, Retry.OTHER_PEER) and not isinstance(error, IntegrityError)
+        if not passing or self.detached:
+            return passing
+        most_s = FULL_WAIT_S if isinstance(error, StoreFull) else WATCHED_WAIT_S
+        return self.model is not None and trio.current_time() - self._progress_s < most_s
 
-        return await self._ask_holders("its manifest", ask, rounds=1 if condemned else ROUNDS)
+    async def _wait_for_sources(self) -> None:
+        tried = set(self._world.sources(self.digest))
+        until_s = trio.current_time() + backoff_s(self._failures, RETRY_FIRST_S, RETRY_MOST_S, self._world.random)
+        while not (sources := set(self._world.sources(self.digest))) - tried:
+            if (sources and trio.current_time() >= until_s) or not self._worth_waiting(NoProviders()):
+                return
+            with trio.move_on_after(SEEK_S) as pause:
+                await self._nudge()
+            if not pause.cancelled_caught:
+                return
 
-    async def _ask_holders(self, what: str, ask: Callable[[PeerId], Awaitable[T]], rounds: int = ROUNDS) -> T:
-        failures: list[MeshmaxError] = []
+    async def _nudge(self) -> None:
+        self._nudged = trio.Event()
+        await self._nudged.wait()
 
-        def failed(peer: PeerId, error: MeshmaxError) -> None:
-            _log.info("holder failed", peer=peer, what=what, code=error.code, error=error.message)
-            failures.append(error)
+    # --- services.pull_steps.Watch -----------------------------------------------------------------------------------
 
-        for round_number in range(rounds):
-            if round_number:
-                await trio.sleep(ROUND_PAUSE_S)
-            holders = self._world.sources(self.digest)
-            # Who answered last first; the others as presence orders them.
-            found = await first_answer(sorted(holders, key=lambda peer: peer != self._holder), ask, failed)
-            if found:
-                self._holder = found[0]
-                return found[1]
-        last = failures[-1] if failures else None
-        if isinstance(last, IntegrityError):
-            raise last
-        why = f": {last.message}" if last else ""
-        raise NoProviders(f"pull model manifest: no peer gave {what} of '{self.board.value.model}'{why}")
+    def on_model(self, model: FetchedModel) -> None:
+        """What the model consists of is known."""
+        self._look()
+        self._on_change()
 
-    async def _fetch_blobs(self, model: FetchedModel) -> None:
-        fetched: list[Layer] = []
-        for layer in self._layers:
-            async with self._world.held(layer.digest):
-                if await self._world.is_whole(layer.digest):
-                    self._done[layer.digest] = layer.size
-                    self._post(_pulling(layer))
-                    continue
-                await self._fetch_blob(layer, await self._map(model, layer))
-                fetched.append(layer)
-        self._post("verifying sha256 digest")
-        for layer in fetched:
-            async with self._world.held(layer.digest):
-                if not await self._world.is_whole(layer.digest):
-                    await self._complete(layer, model)
+    def on_phase(self, phase: str) -> None:
+        """It goes on, with this."""
+        self._waits_for = ""
+        self.board.value = msgspec.structs.replace(self.board.value, phase=phase)
+        self._look()
 
-    async def _map(self, model: FetchedModel, layer: Layer) -> ChunkMap:
-        address = model.record.chunk_maps[layer.digest]
-        known = await self._world.blobs.haves(layer.digest)
-        if known and map_address(encode_map(known[0])) == address:
-            check_map(known[0], layer)
-            return known[0]
-        return await self._ask_holders("a chunk map", lambda peer: fetch_map(self._world.swarm, peer, address, layer))
+    def on_chunk(self) -> None:
+        """A chunk is in its place."""
+        self._waits_for = ""
+        self._failures = 0
+        self._progress_s = trio.current_time()
+        if self.board.due():
+            self._look()
 
-    async def _fetch_blob(self, layer: Layer, chunk_map: ChunkMap) -> None:
-        partial = await self._world.blobs.open_partial(chunk_map)
-        fetch = BlobFetch(
-            self._world.swarm, partial, lambda: self._world.sources(self.digest), self._world.random, self._progress
-        )
-        self._current = (layer.digest, fetch)
-        try:
-            self._post(_pulling(layer))
-            await fetch.run()
-            self._post(_pulling(layer))
-        finally:
-            self._settle(layer, fetch)
-            with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
-                await partial.aclose()
-
-    async def _complete(self, layer: Layer, model: FetchedModel) -> None:
-        """Check the whole digest of a blob whose chunks are all there, then let the store have it."""
-        known = await self._world.blobs.haves(layer.digest)
-        if known is None:
-            raise BlobNotFound(f"blob {layer.digest[:12]} vanished while it was being pulled; pull again")
-        digest = hashlib.sha256()
-        for index in range(known[0].count):
-            chunk = await self._world.blobs.read_chunk(layer.digest, index)
-            await self._world.run_sync(lambda chunk=chunk: digest.update(chunk))  # type: ignore[misc]
-        partial = await self._world.blobs.open_partial(known[0])
-        try:
-            if digest.hexdigest() != layer.digest:
-                await partial.discard()
-                self._done.pop(layer.digest, None)
-                publisher = model.record.publisher
-                raise _Condemned(
-                    f"digest mismatch: the chunks that {publisher} signed as blob {layer.digest[:12]} are not that blob"
-                )
-            await partial.finish()
-        finally:
-            with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
-                await partial.aclose()
+    def patience_s(self) -> float:
+        """How long nobody may have what is missing."""
+        return math.inf if self.detached else WATCHED_WAIT_S
 
     # --- how it is seen ----------------------------------------------------------------------------------------------
 
-    def _progress(self) -> None:
-        if self.board.due():
-            self._post(self.board.value.phase)
+    async def _look_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(LOOK_INTERVAL_S)
+            if self.board.due():
+                self._look()
 
-    def _post(self, phase: str, state: TransferState = "running", reason: str = "", code: str = "") -> None:
+    def _state(self) -> tuple[TransferState, str]:
+        if self._paused:
+            return "paused", PAUSED
+        if self._waits_for:
+            return "waiting", self._waits_for
+        fetch = self._tally.fetch()
+        since_s = fetch.stuck_since_s if fetch else None
+        if fetch and since_s is not None and trio.current_time() - since_s >= STUCK_SHOWN_S:
+            return "waiting", fetch.lacking()
+        return "running", ""
+
+    def _look(self) -> None:
+        """Tell how it is now."""
         old = self.board.value
-        done = dict(self._done)
-        wasted = self._past_wasted
-        peers = dict(self._past)
-        if self._current:
-            digest, fetch = self._current
-            done[digest] = fetch.done_bytes
-            wasted += fetch.view().bytes_wasted
-            peers = _with_blob(peers, fetch)
-        total, here = sum(layer.size for layer in self._layers), sum(done.values())
-        rate = self._rate.note(here, trio.current_time()) if state == "running" else 0.0
-        blobs = tuple(BlobProgress(layer.digest, layer.size, done.get(layer.digest, 0)) for layer in self._layers)
+        if old.state not in FINAL:
+            state, reason = self._state()
+            self._post(old.phase, state, reason)
+
+    def _end(self, state: TransferState, reason: str = "", code: str = "", *, phase: str = "") -> None:
+        if self.board.value.state not in FINAL:
+            self._post(phase or self.board.value.phase, state, reason, code)
+
+    def _post(self, phase: str, state: TransferState, reason: str = "", code: str = "") -> None:
+        old, tally = self.board.value, self._tally
+        blobs, peers = tally.blobs(), tally.peers()
+        total, here = tally.size, sum(blob.done for blob in blobs)
+        received = sum(peer.bytes for peer in peers.values())
+        rate = self._rate.note(received, trio.current_time()) if state == "running" else 0.0
+        eta_s = (total - here) / rate if rate > 0 else None
         self.board.post(
             Transfer(
                 old.id,
@@ -281,39 +272,11 @@ class Job:
                 code,
                 total,
                 here,
-                wasted,
+                tally.wasted,
                 rate,
-                (total - here) / rate if rate > 0 else None,
+                eta_s,
                 blobs,
                 peers,
+                self.detached,
             )
         )
-
-    def _settle(self, layer: Layer, fetch: BlobFetch) -> None:
-        self._done[layer.digest] = fetch.done_bytes
-        self._past = _with_blob(self._past, fetch, over=True)
-        self._past_wasted += fetch.view().bytes_wasted
-        self._current = None
-
-
-class _Condemned(IntegrityError):
-    """A whole digest does not match; the publisher's record is not to be followed."""
-
-
-def _pulling(layer: Layer) -> str:
-    return f"pulling {layer.digest[:12]}"
-
-
-def _with_blob(past: Mapping[PeerId, TransferPeer], fetch: BlobFetch, over: bool = False) -> dict[PeerId, TransferPeer]:
-    """What peers gave before and of the blob of ``fetch``; ``over``: nothing of it is under way any more."""
-    peers = {peer: msgspec.structs.replace(before, rate_bytes_per_s=0.0) for peer, before in past.items()}
-    for peer, source in fetch.view().sources.items():
-        before = peers.get(peer, TransferPeer())
-        active = source.active and not over
-        peers[peer] = TransferPeer(
-            before.bytes + source.bytes,
-            source.rate_bytes_per_s if active else 0.0,
-            int(active),
-            before.strikes + source.strikes,
-        )
-    return peers

@@ -1,0 +1,104 @@
+"""What every pull of a node uses and shares: stores, swarm, who has what, and the blobs that are being fetched now.
+
+Rules: a blob is fetched by one pull at a time; others that need it wait for it, see how far it is, and lend it their own
+sources. Not here: the steps of a pull (services.pull_steps), which pulls there are (services.pull).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol
+
+import msgspec
+import trio
+
+from meshmax.base.errors import BlobNotFound, StoreCorrupt
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.model import StoredModel
+from meshmax.core.backoff import Random
+from meshmax.ports import BlobStore, ModelStore, Presence, RunSync, Swarm
+from meshmax.services.pull_blob import BlobFetch
+
+
+class Store(Protocol):
+    """Where blobs and models are."""
+
+    @property
+    def blobs(self) -> BlobStore:
+        """The blobs."""
+        ...
+
+    @property
+    def models(self) -> ModelStore:
+        """The models."""
+        ...
+
+
+class World(msgspec.Struct, frozen=True):
+    """What every pull uses. ``locks``: one a blob; ``fetching``: the fetch of each blob that is under way; ``wanted``:
+    the models (and how many pulls of each) for which a blob is wanted now."""
+
+    swarm: Swarm
+    blobs: BlobStore
+    models: ModelStore
+    presence: Presence
+    random: Random
+    run_sync: RunSync
+    on_stored: Callable[[StoredModel], Awaitable[None]]
+    locks: dict[Sha256, trio.Lock] = {}
+    fetching: dict[Sha256, BlobFetch] = {}
+    wanted: dict[Sha256, Counter[Sha256]] = {}
+
+    def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
+        """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""
+        return self._holders({digest})
+
+    def sources_of_blob(self, blob: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
+        """Other peers that have a model for which this blob is wanted now, and their addresses."""
+        return self._holders(self.wanted.get(blob, ()))
+
+    def _holders(self, models: Collection[Sha256]) -> Mapping[PeerId, tuple[str, ...]]:
+        whole: dict[PeerId, tuple[str, ...]] = {}
+        some: dict[PeerId, tuple[str, ...]] = {}
+        for view in self.presence.peers():
+            if view.status is None or view.state in ("self", "offline"):
+                continue
+            states = {model.state for model in view.status.models if model.digest in models}
+            if states:
+                (whole if states - {"partial"} else some)[view.peer_id] = view.status.addresses
+        return whole | some
+
+    @contextmanager
+    def wanting(self, blob: Sha256, model: Sha256) -> Iterator[None]:
+        """While inside, the holders of ``model`` are sources of ``blob`` for whichever pull fetches it."""
+        models = self.wanted.setdefault(blob, Counter())
+        models[model] += 1
+        try:
+            yield
+        finally:
+            models[model] -= 1
+            if not models[model]:
+                del models[model]
+            if not models and self.wanted.get(blob) is models:
+                del self.wanted[blob]
+
+    @asynccontextmanager
+    async def held(self, digest: Sha256) -> AsyncIterator[None]:
+        """Alone with a blob: no other pull fetches or completes it meanwhile."""
+        lock = self.locks.setdefault(digest, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.statistics().tasks_waiting and self.locks.get(digest) is lock and not lock.locked():
+                del self.locks[digest]
+
+    async def is_whole(self, digest: Sha256) -> bool:
+        """Whether the blob is in the store, whole."""
+        try:
+            await self.blobs.path(digest)
+        except (BlobNotFound, StoreCorrupt):
+            return False
+        return True

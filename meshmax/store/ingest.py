@@ -33,7 +33,7 @@ def read_header(path: Path, whole: bool = False) -> GgufHeader:
     Raises InvalidRequest (not a GGUF, truncated), OSError.
     """
     # Opening a pipe that nobody writes to would hold this thread for ever.
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise InvalidRequest("this is not a file")

@@ -104,6 +104,7 @@ class ResidencyCore:
         self._max_loaded = max_loaded
         self._waiting: dict[int, _Ask] = {}
         self._residents: dict[Sha256, _Resident] = {}
+        self._bereft: set[int] = set()  # asks that ran on a model which crashed and has left, and have not ended yet
 
     def on_ask(
         self, ask: int, digest: Sha256, keep_alive_s: float, now: float, *, takes_slot: bool = True
@@ -117,6 +118,7 @@ class ResidencyCore:
     def on_end(self, ask: int, now: float) -> list[Action]:
         """A request has ended, or whoever asked went away while it waited. Idempotent."""
         self._waiting.pop(ask, None)
+        self._bereft.discard(ask)
         for resident in self._residents.values():
             if resident.running.pop(ask, None):
                 resident.used_at = now
@@ -159,7 +161,8 @@ class ResidencyCore:
 
     def on_unloaded(self, digest: Sha256, now: float) -> list[Action]:
         """The model has left memory."""
-        self._residents.pop(digest, None)
+        if resident := self._residents.pop(digest, None):
+            self._bereft |= resident.running.keys()
         return self._advance(now)
 
     def tick(self, now: float) -> list[Action]:
@@ -183,7 +186,7 @@ class ResidencyCore:
     @property
     def running(self) -> int:
         """Asks that use a model now."""
-        return sum(len(resident.running) for resident in self._residents.values())
+        return len(self._bereft) + sum(len(resident.running) for resident in self._residents.values())
 
     @property
     def queued(self) -> int:

@@ -247,6 +247,17 @@ def test_whatever_happens_bounds_hold_and_nobody_is_forgotten(events: list[tuple
     world.serve_everybody()
 
 
+def test_an_ask_whose_model_crashed_counts_as_running_until_it_has_ended() -> None:
+    world = World()
+    world.ask(A, 60.0)
+    world.finish_load(A)
+    world.crash(A)
+    world.finish_unload(A)
+    assert world.core.running == 1
+    world.end(0)
+    assert world.core.running == 0
+
+
 def test_speed_is_an_ewma_of_uncached_prompt_and_output() -> None:
     first = speed_after_answer(
         Speed(), Finish(prompt_tokens=30, cached_tokens=20, prompt_s=0.1, output_tokens=100, output_s=2.0)

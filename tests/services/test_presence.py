@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
@@ -245,3 +245,26 @@ async def test_a_peer_with_an_odd_model_stays_in_the_mesh(autojump_clock: trio.t
         assert view
         assert view.status
         assert [model.digest for model in view.status.models] == [odd.digest]
+
+
+async def test_a_program_that_does_not_speak_our_protocols_is_left_in_peace(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_site() as site:
+        foreign = await site.stack.enter_async_context(site.network.open_swarm(SeededSigner(1)))
+        site.swarms.append(foreign)
+        site.loads.append(Load())
+        site.models.append(())
+        a = await site.peer()
+        swarm, visits = site.swarms[1], 0
+        dial = swarm.dial
+
+        async def counted(peer_id: PeerId, addresses: Sequence[str]) -> None:
+            nonlocal visits
+            visits += 1
+            await dial(peer_id, addresses)
+
+        monkeypatch.setattr(swarm, "dial", counted)
+        await trio.sleep(600)
+        assert 3 <= visits <= 25  # soon at first, then about once a minute
+        assert online(a) == set()

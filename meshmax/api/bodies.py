@@ -27,16 +27,23 @@ MAX_BRACKETS: Final = 1_000_000
 MAX_COMMAS: Final = 4_000_000
 MAX_DEPTH: Final = 64  # levels in a free-form value; a JSON schema written by a person has under 20
 
+HOLD_BODY: Final = "meshmax.hold_body"  # key in an ASGI scope: is told how many bytes will stay in memory; raises Busy
+
 T = TypeVar("T")
 
 _BYTE: Final = re.compile(r"JSON is malformed: invalid character \(byte (\d+)\)")
 
 
+def _hold_any(_size: int) -> None:
+    """Where nobody counts: a request that came past the guard."""
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body. Raises PayloadTooLarge, RequestTimeout, PeerGone when the client went away."""
+    """The whole body. Raises PayloadTooLarge, RequestTimeout, PeerGone when the client went away, Busy."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
+    hold = request.scope.get(HOLD_BODY, _hold_any)
     body = bytearray()
     with trio.move_on_after(BODY_TIMEOUT_S) as scope:
         more = True
@@ -44,7 +51,9 @@ async def read_body(request: Request, limit: int) -> bytes:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise PeerGone("the client went away")
-            body += message.get("body", b"")
+            piece = message.get("body", b"")
+            hold(len(piece))
+            body += piece
             more = message.get("more_body", False)
             if len(body) > limit:
                 raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")

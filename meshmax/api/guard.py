@@ -17,14 +17,17 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from meshmax.api.access import Call, Policy, Verdict, judge
+from meshmax.api.bodies import HOLD_BODY
 from meshmax.api.prompts import REQUEST_ID
 from meshmax.api.replies import Forbidden, InternalError, dialect_of, error_reply
-from meshmax.base.errors import MeshmaxError, Unauthorized
+from meshmax.base.errors import Busy, MeshmaxError, Unauthorized
+from meshmax.base.units import MIB
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.metrics import HTTP_REQUESTS
 
 MAX_REQUEST_ID: Final = 128  # characters of an id that a client chose
 NO_REPLY: Final = 499  # the client went away before there was one, as Ollama counts it
+MAX_HELD_BYTES: Final = 256 * MIB  # of the bodies of all requests; what is made of one takes two or three times as much
 DRAIN_S: Final = 5.0  # how long a refused body may go on arriving
 PREFLIGHT_AGE_S: Final = 43200  # Ollama's 12 hours
 _ID_CHARACTERS: Final = frozenset(string.ascii_letters + string.digits + string.punctuation)
@@ -55,6 +58,7 @@ class Guard:
         self._app = app
         self._policy = policy
         self._new_id = new_id
+        self._room = _Room()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer it here."""
@@ -69,12 +73,16 @@ class Guard:
             return
         scope[REQUEST_ID] = request_id = self._request_id(headers.get("x-request-id", ""))
         cors = {} if verdict in ("host", "origin") else _cors(origin)
-        exchange = _Exchange(receive, send, {"x-request-id": request_id, **cors})
+        exchange = _Exchange(receive, send, {"x-request-id": request_id, **cors}, self._room)
+        scope[HOLD_BODY] = exchange.hold
         app = _refusal(verdict, scope["method"], path) or self._app
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            ended_well = await isolate(
-                "http request", lambda: app(scope, exchange.receive, exchange.send), path=path[:200]
-            )
+        try:
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                ended_well = await isolate(
+                    "http request", lambda: app(scope, exchange.receive, exchange.send), path=path[:200]
+                )
+        finally:
+            exchange.let_go()
         dialect = dialect_of(path)
         if not ended_well and not exchange.status:
             await error_reply(InternalError(), dialect)(scope, exchange.receive, exchange.send)
@@ -117,14 +125,23 @@ def _cors(origin: str | None) -> Mapping[str, str]:
     }
 
 
+class _Room:
+    """How many bytes of bodies the requests under way hold together."""
+
+    def __init__(self) -> None:
+        self.held_bytes = 0
+
+
 class _Exchange:
     """One request's two directions: adds headers to the reply, knows whether the body was read and the reply begun."""
 
-    def __init__(self, receive: Receive, send: Send, extra: Mapping[str, str]) -> None:
+    def __init__(self, receive: Receive, send: Send, extra: Mapping[str, str], room: _Room) -> None:
         self._receive = receive
         self._send = send
         self._extra = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in extra.items()]
         self._body_read = False
+        self._room = room
+        self._held_bytes = 0
         self.status = 0  # of the reply, once it has begun
 
     async def receive(self) -> Message:
@@ -133,6 +150,13 @@ class _Exchange:
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self._body_read = True
         return message
+
+    def hold(self, size: int) -> None:
+        """``size`` more bytes of the body stay in memory until the request ends. Raises Busy where all hold too much."""
+        if self._room.held_bytes + size > MAX_HELD_BYTES:
+            raise Busy("this node holds as many large requests as it has room for")
+        self._room.held_bytes += size
+        self._held_bytes += size
 
     async def send(self, message: Message) -> None:
         """Send, and while the last of the reply leaves take in what the client still sends."""
@@ -146,6 +170,11 @@ class _Exchange:
             nursery.start_soon(self._drain)
             await self._send(message)
             nursery.cancel_scope.cancel()
+
+    def let_go(self) -> None:
+        """The request has ended, and its body is gone."""
+        self._room.held_bytes -= self._held_bytes
+        self._held_bytes = 0
 
     async def _drain(self) -> None:
         with trio.move_on_after(DRAIN_S):

@@ -6,6 +6,7 @@ import httpx
 import pytest
 import trio
 
+from meshmax.api import guard
 from meshmax.api.access import Policy
 from meshmax.api.app import CLOSED, make_app
 from meshmax.api.guard import Guard
@@ -102,10 +103,35 @@ async def test_a_websocket_is_judged_as_a_request_is(node: Any, headers: dict[st
         sent.append(message)
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    guard = Guard(app, Policy(loopback=True, hostname="box"), lambda: "id")
-    await guard({"type": "websocket", "path": "/api/v1/ws", "headers": raw}, receive, send)
+    judging = Guard(app, Policy(loopback=True, hostname="box"), lambda: "id")
+    await judging({"type": "websocket", "path": "/api/v1/ws", "headers": raw}, receive, send)
     assert reached == (["/api/v1/ws"] if let_in else [])
     assert sent == ([] if let_in else [{"type": "websocket.close", "code": 1008}])
+
+
+async def test_bodies_of_all_requests_together_are_bounded(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_HELD_BYTES", 1000)
+    told: list[httpx.Response] = []
+    async with open_client(node) as client, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            told.append(await client.post("/api/generate", json={"model": "echo", "prompt": "word " * 140}))
+
+        nursery.start_soon(ask)
+        await trio.sleep(1)
+        reply = await client.post("/api/generate", json={"model": "echo", "prompt": "word " * 140})
+        assert (reply.status_code, reply.json()["code"]) == (503, "busy")
+        assert "room" in reply.json()["error"]
+        assert (await client.post("/api/show", json={"model": "echo"})).is_success
+    assert told[0].is_success
+
+
+async def test_room_for_bodies_comes_back_when_requests_end(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_HELD_BYTES", 1000)
+    async with open_client(node) as client:
+        for _ in range(3):
+            reply = await client.post("/api/generate", json={"model": "echo", "prompt": "word " * 140})
+            assert reply.is_success
 
 
 async def test_a_host_header_that_is_no_address_hides_no_error(client: httpx.AsyncClient) -> None:

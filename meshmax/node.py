@@ -66,6 +66,7 @@ from meshmax.services.scrub import run_scrub
 from meshmax.services.throttle import Limits, open_throttle
 from meshmax.services.uploads import Uploads, open_uploads
 from meshmax.services.upstream import Upstreams
+from meshmax.services.upstream_pull import UpstreamPulls
 from meshmax.store import Store, open_store
 from meshmax.store.downloads import load_downloads, save_downloads
 from meshmax.store.first_seen import load_first_seen, save_first_seen
@@ -324,10 +325,12 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
     async def keep(downloads: tuple[Download, ...]) -> None:
         await world.run_sync(partial(save_downloads, node.home.path, downloads))
 
+    upstream: UpstreamPulls | None = None
     if world.open_registry is not None:
         registry = await enter(world.open_registry())
         entries = parse_upstreams(config.upstreams)
         node.upstreams = Upstreams(registry, store.staging, entries, world.random, config.offline)
+        upstream = UpstreamPulls(node.upstreams, node.catalog.publish)
     node.pulls = pulls = await enter(
         open_pulls(
             node.swarm,
@@ -342,6 +345,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             promised=load_downloads(node.home.path),
             keep=keep,
             accept=config.accept_distribute,
+            upstream=upstream,
         )
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling

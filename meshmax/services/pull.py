@@ -21,7 +21,7 @@ from meshmax.base.errors import Busy, InvalidRequest, MeshmaxError, ModelNotFoun
 from meshmax.base.events import BlobProgress, Download, Transfer
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
-from meshmax.base.names import parse_name, split_digest
+from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.core.backoff import Random
 from meshmax.ports import Catalog, Presence, RunSync, Swarm
 from meshmax.services.model_exchange import FetchedModel, check_record
@@ -29,6 +29,7 @@ from meshmax.services.outflow import Outflow
 from meshmax.services.pull_job import Job
 from meshmax.services.pull_progress import FINAL, Board
 from meshmax.services.pull_world import Store, World
+from meshmax.services.upstream_pull import UpstreamPull, UpstreamPulls
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 from meshmax.wire.manifest import parse_manifest
@@ -87,7 +88,7 @@ class PullService:
     async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
         """See ports.Pulls. Busy beyond MAX_PULLS."""
         await trio.lowlevel.checkpoint()
-        found = self._find(name)
+        found = await self._find_anywhere(name)
         if isinstance(found, StoredModel):
             with Board(_already_here(found)).watch() as values:
                 yield values
@@ -108,7 +109,7 @@ class PullService:
 
     async def start_download(self, name: str) -> Transfer:
         """See ports.Pulls. Busy beyond MAX_PULLS."""
-        return await self._promise(self._find(name, detached=True))
+        return await self._promise(await self._find_anywhere(name, detached=True))
 
     def transfers(self) -> tuple[Transfer, ...]:
         """Running ones, outgoing ones and the last MAX_ENDED ended ones, newest first."""
@@ -144,13 +145,14 @@ class PullService:
     # --- for node.py and other services ------------------------------------------------------------------------------
 
     def partials(self) -> tuple[PartialModel, ...]:
-        """The models that are being pulled and whose size is known: we serve what we have of them."""
+        """The models that are being pulled and whose size is known: we serve what we have of them. What comes from a
+        registry is none of them, since nobody can vouch for its chunks before its end."""
         return tuple(
             PartialModel(
                 job.digest, tuple(name.full for name in job.names.values()), job.board.value.bytes_total, job.fraction
             )
             for job in self._jobs.values()
-            if job.board.value.bytes_total and job.board.value.state not in FINAL
+            if job.model and job.board.value.bytes_total and job.board.value.state not in FINAL
         )
 
     def pulling(self, digest: Sha256) -> FetchedModel | None:
@@ -216,22 +218,42 @@ class PullService:
             raise _nobody_has(name)
         if resolved.stored:
             return resolved.stored
-        job = self._under_way(resolved.digest)
-        if job is None:
-            if not self._world.sources(resolved.digest):
-                raise _nobody_has(name)
-            job = self._start(
-                Job(
-                    self._world,
-                    self._new_id(resolved.digest),
-                    resolved.digest,
-                    {parsed.key: parsed},
-                    detached=detached,
-                    asked_by=asked_by,
-                    on_change=self._changed,
-                )
+        if self._under_way(resolved.digest) is None and not self._world.sources(resolved.digest):
+            raise _nobody_has(name)
+        return self._join(resolved.digest, parsed, detached, asked_by)
+
+    async def _find_anywhere(self, name: str, *, detached: bool = False) -> Job | StoredModel:
+        """As `_find`; what no peer has is taken from a registry, if one has it."""
+        try:
+            return self._find(name, detached=detached)
+        except NoProviders as error:
+            if self._world.upstream is None:
+                raise
+            nobody = error
+        parsed, resolved = parse_name(split_digest(name)[0]), self._resolve(name)
+        try:
+            origin = await self._world.upstream.find(name, parsed, resolved.digest if resolved else None)
+        except NoProviders as error:
+            raise NoProviders(f"{nobody.message}; upstream: {error.message}") from None
+        return self._join(origin.manifest.digest, parsed, detached, origin=origin)
+
+    def _join(
+        self, digest: Sha256, name: ModelName, detached: bool, asked_by: str = "", origin: UpstreamPull | None = None
+    ) -> Job:
+        """The pull of ``digest``, begun if there is none, also under ``name``."""
+        job = self._under_way(digest) or self._start(
+            Job(
+                self._world,
+                self._new_id(digest),
+                digest,
+                {name.key: name},
+                detached=detached,
+                asked_by=asked_by,
+                origin=origin,
+                on_change=self._changed,
             )
-        job.names.setdefault(parsed.key, parsed)
+        )
+        job.names.setdefault(name.key, name)
         return job
 
     def _under_way(self, digest: Sha256) -> Job | None:
@@ -322,16 +344,17 @@ async def open_pulls(
     promised: Sequence[Download] = (),
     keep: Keep = _forget,
     accept: bool = True,
+    upstream: UpstreamPulls | None = None,
 ) -> AsyncIterator[PullService]:
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
 
     ``on_stored`` is told of each name that was pulled, before its watchers are; ``on_change``: a pull's model became known,
     or it was paused, resumed or has ended. ``promised`` was remembered by an earlier run's ``keep``. ``accept``: whether
-    we pull what peers ask us to.
+    we pull what peers ask us to. ``upstream``: registries that are asked for what no peer has.
     """
     outflow = outflow or Outflow()
     async with trio.open_nursery() as nursery:
-        world = World(swarm, store.blobs, store.models, presence, random, run_sync, on_stored)
+        world = World(swarm, store.blobs, store.models, presence, random, run_sync, on_stored, upstream=upstream)
         pulls = PullService(world, catalog, nursery, outflow, on_change, keep, accept)
         pulls.take_up(promised)
         nursery.start_soon(pulls.run_keeper)

@@ -26,6 +26,7 @@ from meshmax.services.pull_progress import FINAL, Board, Rate
 from meshmax.services.pull_steps import Steps
 from meshmax.services.pull_tally import Tally
 from meshmax.services.pull_world import World
+from meshmax.services.upstream_pull import UpstreamPull
 from meshmax.telemetry.log import get_logger
 
 WATCHED_WAIT_S: Final = 300.0  # without a byte until a pull that somebody watches gives up: a roam, a restart, a nap
@@ -62,6 +63,7 @@ class Job:
         asked_by: str = "",
         paused: bool = False,
         model: FetchedModel | None = None,
+        origin: UpstreamPull | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.digest = digest
@@ -73,7 +75,7 @@ class Job:
         self._world = world
         self._on_change = on_change
         self._tally = Tally(world.fetching)
-        self._steps = Steps(world, digest, self.names, self._tally, self, model)
+        self._steps = Steps(world, digest, self.names, self._tally, self, model, origin)
         self._scope = trio.CancelScope()
         self._why_cancelled = LEFT
         self._going = trio.CancelScope()  # what a pause cancels
@@ -181,14 +183,18 @@ class Job:
         passing = error.retry in (Retry.LATER, Retry.OTHER_PEER) and not isinstance(error, IntegrityError)
         if not passing or self.detached:
             return passing
-        most_s = FULL_WAIT_S if isinstance(error, StoreFull) else WATCHED_WAIT_S
-        return self.model is not None and trio.current_time() - self._progress_s < most_s
+        full = isinstance(error, StoreFull)
+        most_s = FULL_WAIT_S if full else WATCHED_WAIT_S
+        # A registry that failed was asked again for a minute already.
+        known = self.model is not None or (full and self._steps.origin is not None)
+        return known and trio.current_time() - self._progress_s < most_s
 
     async def _wait_for_sources(self) -> None:
         tried = set(self._world.sources(self.digest))
         until_s = trio.current_time() + backoff_s(self._failures, RETRY_FIRST_S, RETRY_MOST_S, self._world.random)
         while not (sources := set(self._world.sources(self.digest))) - tried:
-            if (sources and trio.current_time() >= until_s) or not self._worth_waiting(NoProviders()):
+            known = sources or self._steps.origin
+            if (known and trio.current_time() >= until_s) or not self._worth_waiting(NoProviders()):
                 return
             with trio.move_on_after(SEEK_S) as pause:
                 await self._nudge()

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Final, Protocol, TypeVar
 
 import trio
 
 from meshmax.base.errors import BlobNotFound, IntegrityError, MeshmaxError, NoProviders, StoreCorrupt
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.model import ChunkMap, Layer
+from meshmax.base.model import ChunkMap, Layer, StoredModel
 from meshmax.base.names import ModelName
 from meshmax.services.model_exchange import FetchedModel, fetch_model
 from meshmax.services.pull_ask import first_answer
@@ -25,6 +26,7 @@ from meshmax.services.pull_blob import BlobFetch
 from meshmax.services.pull_maps import Choice, Condemned, Maps
 from meshmax.services.pull_tally import Tally
 from meshmax.services.pull_world import World
+from meshmax.services.upstream_pull import UpstreamPull
 from meshmax.telemetry.log import get_logger
 
 ROUNDS: Final = 3  # how often all holders are asked for a record or a map before that step fails
@@ -70,9 +72,11 @@ class Steps:
         tally: Tally,
         watch: Watch,
         model: FetchedModel | None = None,
+        origin: UpstreamPull | None = None,
     ) -> None:
-        """``model``: what it consists of, if that is known already."""
+        """``model``: what it consists of, if that is known already; ``origin``: where it is to be had if no peer has it."""
         self.model = model
+        self.origin = origin
         self._world = world
         self._digest = digest
         self._names = names
@@ -84,6 +88,9 @@ class Steps:
 
     async def run(self) -> None:
         """Until the model is here under its names. Raises NoProviders, IntegrityError, StoreFull, StoreError."""
+        if (origin := await self._try_origin()) is not None:
+            await self._take(origin)
+            return
         while True:
             model = await self._know()
             try:
@@ -96,12 +103,31 @@ class Steps:
                     self.model = None
             except _Doubtful:
                 pass  # by another map, or the same one when there is no other
+        await self._name(lambda name: self._world.models.put(name, model.manifest.raw, model.signed))
+
+    async def _name(self, put: Callable[[ModelName], Awaitable[StoredModel]]) -> None:
+        """Let every name mean the model, those too that are added meanwhile."""
         self._watch.on_phase("writing manifest")
         written: set[str] = set()
         while pending := [name for key, name in self._names.items() if key not in written]:
-            stored = await self._world.models.put(pending[0], model.manifest.raw, model.signed)
+            stored = await put(pending[0])
             written.add(pending[0].key)
             await self._world.on_stored(stored)
+
+    async def _try_origin(self) -> UpstreamPull | None:
+        """The registry to take the model from: one that was found before, or one that has it while no peer does."""
+        upstream = self._world.upstream
+        if self.origin is None and self.model is None and upstream and not self._world.sources(self._digest):
+            name = next(iter(self._names.values()))
+            with suppress(NoProviders):  # as if there were no registries
+                self.origin = await upstream.find(str(name), name, self._digest)
+        return self.origin
+
+    async def _take(self, origin: UpstreamPull) -> None:
+        """Every blob from upstream, and our record of the model."""
+        self._tally.layers, self._tally.origin = origin.layers, origin
+        await origin.fetch(self._world.held, self._world.is_whole, self._watch.on_phase, self._watch.on_chunk)
+        await self._name(origin.publish)
 
     async def _know(self) -> FetchedModel:
         known, model = self.model is not None and bool(self._tally.layers), self.model or await self._ask_model()

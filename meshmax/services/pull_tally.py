@@ -16,6 +16,7 @@ from meshmax.base.events import BlobProgress, TransferPeer
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES, Layer
 from meshmax.services.pull_blob import BlobFetch
+from meshmax.services.upstream_pull import UpstreamPull
 
 
 class Tally:
@@ -23,6 +24,7 @@ class Tally:
 
     def __init__(self, fetching: Mapping[Sha256, BlobFetch]) -> None:
         self.layers: tuple[Layer, ...] = ()
+        self.origin: UpstreamPull | None = None  # where everything comes from, if that is a registry
         self._fetching = fetching
         self._here: dict[Sha256, int] = {}  # bytes in place of each blob but the current
         self._current: Sha256 | None = None  # what this pull is at, whoever fetches it
@@ -80,11 +82,15 @@ class Tally:
         return tuple(_progress(layer, self._done(layer.digest)) for layer in self.layers)
 
     def _done(self, digest: Sha256) -> int:
+        if self.origin is not None:
+            return self.origin.done().get(digest, 0)
         fetch = self.fetch() if digest == self._current else None
         return fetch.done_bytes if fetch and fetch.map.sha256 == digest else self._here.get(digest, 0)
 
     def peers(self) -> dict[PeerId, TransferPeer]:
-        """What each peer gave to this pull."""
+        """What each peer gave to this pull, or each registry, by its URL."""
+        if self.origin is not None:
+            return self.origin.peers()
         peers = _with_blob(self._past, self._own) if self._own else self._past
         strikes: Counter[PeerId] = Counter()
         for counted in self._strikes.values():

@@ -20,6 +20,7 @@ from meshmax.base.model import StoredModel
 from meshmax.core.backoff import Random
 from meshmax.ports import BlobStore, ModelStore, Presence, RunSync, Swarm
 from meshmax.services.pull_blob import BlobFetch
+from meshmax.services.upstream_pull import UpstreamPulls
 
 
 class Store(Protocol):
@@ -38,7 +39,7 @@ class Store(Protocol):
 
 class World(msgspec.Struct, frozen=True):
     """What every pull uses. ``locks``: one a blob; ``fetching``: the fetch of each blob that is under way; ``wanted``:
-    the models (and how many pulls of each) for which a blob is wanted now."""
+    the models (and how many pulls of each) for which a blob is wanted now; ``upstream``: asked for what no peer has."""
 
     swarm: Swarm
     blobs: BlobStore
@@ -50,6 +51,7 @@ class World(msgspec.Struct, frozen=True):
     locks: dict[Sha256, trio.Lock] = {}
     fetching: dict[Sha256, BlobFetch] = {}
     wanted: dict[Sha256, Counter[Sha256]] = {}
+    upstream: UpstreamPulls | None = None
 
     def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
         """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""

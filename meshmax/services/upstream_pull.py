@@ -74,6 +74,7 @@ class UpstreamPull:
         changed: Callable[[], None],
     ) -> None:
         """Every blob, into the store. ``post`` tells a phase, ``changed`` that bytes came. Raises what the last upstream said."""
+        self._failed.clear()
         for layer in self.layers:
             async with held(layer.digest):
                 if not await is_whole(layer.digest):

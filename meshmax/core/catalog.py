@@ -106,9 +106,10 @@ def _merge_remote(
                 fraction=fractions.get(model.digest, 0.0),
                 partial_holders=parted,
             )
-        if whole:
+        # Once, however often it says so: whoever asks the holders one by one would ask it again and again.
+        if whole and peer not in entry.holders:
             entry = msgspec.structs.replace(entry, holders=(*entry.holders, peer))
-        else:
+        elif not whole and peer not in entry.partial_holders:
             entry = msgspec.structs.replace(entry, partial_holders=(*entry.partial_holders, peer))
         entries[name.key, model.digest] = entry
 

@@ -37,6 +37,13 @@ def test_a_model_that_two_peers_have_is_listed_once_with_both_as_holders() -> No
     assert entry.name == "llama3:latest"
 
 
+def test_a_peer_that_lists_a_model_twice_is_one_holder() -> None:
+    (entry,) = listed(peer(KITCHEN, has(OLD, FULL, FULL), has(OLD)), peer(ATTIC, has(OLD)))
+    assert entry.holders == (KITCHEN, ATTIC)
+    (entry,) = listed(peer(KITCHEN, has(OLD, FULL, FULL, state="partial")))
+    assert entry.partial_holders == (KITCHEN,)
+
+
 def test_ours_comes_with_its_other_holders() -> None:
     (entry,) = listed(
         peer(KITCHEN, has(OLD, FULL.upper().replace("REGISTRY.OLLAMA.AI", "registry.ollama.ai"))), local=(here(OLD),)

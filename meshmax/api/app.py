@@ -27,6 +27,7 @@ from meshmax.api.prompts import Prompts
 from meshmax.api.registry_routes import RegistryFace
 from meshmax.api.registry_uploads import UploadFace
 from meshmax.api.table import ANY_VERB, closed_route
+from meshmax.api.transfer_routes import TransferFace
 
 _POST: Final = ("POST",)
 _GET: Final = ("GET",)
@@ -49,11 +50,6 @@ CLOSED: Final = (
     ("/api/v1/metrics", _GET, "This summary (GET /metrics has the figures)"),
     ("/api/v1/nodes/{id}/drain", _POST, "Draining a node"),
     ("/api/v1/nodes/{id}/undrain", _POST, "Draining a node"),
-    ("/api/v1/transfers/{id}/cancel", _POST, "Steering transfers"),
-    ("/api/v1/transfers/{id}/pause", _POST, "Steering transfers"),
-    ("/api/v1/transfers/{id}/resume", _POST, "Steering transfers"),
-    ("/api/v1/models/{name:path}/download", _POST, "Starting a download in the background (POST /api/pull pulls)"),
-    ("/api/v1/models/{name:path}/distribute", _POST, "Distributing a model"),
     ("/api/v1/cluster/{rest:path}", ANY_VERB, "Managing the cluster"),
     ("/api/v1/config", ANY_VERB, "Changing the configuration"),
     ("/api/v1/auth/{rest:path}", ANY_VERB, "Managing access"),
@@ -74,6 +70,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *RegistryFace(node, prompts.open_answers).routes(),
         *FsckFace(node, prompts.open_answers).routes(),
         *AdoptFace(node, prompts.open_answers).routes(),
+        *TransferFace(node, mesh.find_id).routes(),
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),
     ]

@@ -1,4 +1,4 @@
-"""The mesh's own interface over HTTP (mesh-api): what is there, what moves, where prompts went; and adding a model.
+"""The mesh's own interface over HTTP (mesh-api): what is there, where prompts went; and adding a model.
 
 Bodies are JSON with that content type, unknown fields are errors that name them. Routes act on this node. What mesh-api
 lists and is not here is in app.py's table of closed routes.
@@ -27,6 +27,7 @@ from meshmax.api.replies import json_reply
 from meshmax.api.stamps import nanoseconds, rfc3339
 from meshmax.api.table import route
 from meshmax.base.errors import InvalidRequest, NotFound
+from meshmax.base.ids import PeerId
 from meshmax.base.names import parse_name
 from meshmax.base.status import PeerView
 from meshmax.telemetry.metrics import REGISTRY
@@ -63,8 +64,6 @@ class MeshFace:
             route("/api/v1/status", self.status, get),
             route("/api/v1/nodes", self.nodes, get),
             route("/api/v1/nodes/{id}", self.node, get),
-            route("/api/v1/transfers", self.transfers, get),
-            route("/api/v1/transfers/{id}", self.transfer, get),
             route("/api/v1/requests", self.requests, get),
             route("/api/v1/requests/{id}", self.request, get),
             route("/api/v1/models", self.models, get),
@@ -155,6 +154,10 @@ class MeshFace:
         """GET /api/v1/nodes/{id}: by PeerId or by a name that only one has."""
         return json_reply(mesh_words.node_json(self._find_node(request.path_params["id"])))
 
+    def find_id(self, wanted: str) -> PeerId:
+        """The PeerId of a node, by it or by a name that only one has. Raises NotFound."""
+        return self._find_node(wanted).peer_id
+
     def _find_node(self, wanted: str) -> PeerView:
         views = self._node.presence.peers()
         found = [view for view in views if view.peer_id == wanted]
@@ -193,19 +196,6 @@ class MeshFace:
         parse_name(name)
         await delete_model(self._prompts, name)
         return json_reply({"name": name})
-
-    async def transfers(self, _request: Request) -> Response:
-        """GET /api/v1/transfers."""
-        shown = [mesh_words.transfer_json(transfer) for transfer in self._node.pulls.transfers()]
-        return json_reply({"transfers": shown})
-
-    async def transfer(self, request: Request) -> Response:
-        """GET /api/v1/transfers/{id}."""
-        wanted = request.path_params["id"]
-        for transfer in self._node.pulls.transfers():
-            if transfer.id == wanted:
-                return json_reply(mesh_words.transfer_json(transfer))
-        raise NotFound(f"no transfer '{wanted[:100]}' is known here")
 
     async def requests(self, _request: Request) -> Response:
         """GET /api/v1/requests: where prompts went and why, never their text."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from meshmax.api.registry_routes import HasRepositories
 from meshmax.api.registry_uploads import HasUploads
 from meshmax.base.config import Config
-from meshmax.ports import BlobStore, Catalog, Presence, Pulls, Residency, Router, Signer, Swarm
+from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Residency, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
 from meshmax.services.fsck import Fsck
 from meshmax.services.throttle import Limits
@@ -32,6 +32,9 @@ class _Services(Protocol):
 
     @property
     def pulls(self) -> Pulls: ...
+
+    @property
+    def distribution(self) -> Distribution: ...
 
     @property
     def router(self) -> Router: ...

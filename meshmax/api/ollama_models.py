@@ -208,4 +208,21 @@ class PullLines:
                 "digest": f"sha256:{blob.digest}",
                 "total": blob.size,
             }
-            yield line | ({"completed": blob.done} if blob.done else {})
+            if blob.done:
+                line["completed"] = blob.done
+            if pace := _pace(transfer):
+                line["meshmax"] = pace
+            yield line
+
+
+def _pace(transfer: Transfer) -> dict[str, Any]:
+    """How fast it goes and from how many peers, beside what Ollama tells; nothing while nobody gives anything."""
+    sources = sum(bool(peer.lanes or peer.wants or peer.rate_bytes_per_s) for peer in transfer.peers.values())
+    if not sources:
+        return {}
+    rate, eta_s = transfer.rate_bytes_per_s, transfer.eta_s
+    return {
+        "sources": sources,
+        "rate_bytes_per_s": round(rate),
+        "eta_s": None if eta_s is None else round(eta_s, 1),
+    }

@@ -38,6 +38,8 @@ _COMMANDS: Final = (
     ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
     ("fsck", "meshmax.cli.fsck:fsck", "Check every chunk of every model here, and repair what is damaged."),
     ("limit", "meshmax.cli.limit:limit", "Show or set how fast models may move."),
+    ("transfers", "meshmax.cli.transfers:transfers", "List the transfers of models, or cancel, pause and resume them."),
+    ("distribute", "meshmax.cli.transfers:distribute", "Have other peers download a model."),
     ("docs", "meshmax.cli.docs:docs", "Read the documentation."),
 )
 

@@ -187,10 +187,25 @@ def stop(model: str, /, *, as_json: AsJson = False, target: Target = HERE) -> No
         emit_json({"stopped": model})
 
 
-def pull(model: str, /, *, insecure: bool = False, as_json: AsJson = False, target: Target = HERE) -> None:
+def pull(
+    model: str,
+    /,
+    *,
+    detach: Annotated[
+        bool, Parameter(help="Return at once; the peer goes on in the background, over restarts.")
+    ] = False,
+    insecure: bool = False,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
     """Fetch a model from every peer that holds some of it; an interrupted pull goes on where it was."""
     with open_client(target) as client:
-        pull_model(client, model, as_json, insecure)
+        if detach:
+            from meshmax.cli import transfers  # which itself needs this module
+
+            transfers.detach(client, model, as_json)
+        else:
+            pull_model(client, model, as_json, insecure)
 
 
 def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = False) -> None:

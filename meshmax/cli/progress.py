@@ -1,4 +1,4 @@
-"""Long work shown while it goes on: bars with rate and remaining time on a terminal, plain lines elsewhere.
+"""Long work shown while it goes on: bars with rate, remaining time and number of sources on a terminal, plain lines elsewhere.
 
 The work is a stream of Ollama's progress objects (``status``, and for a part of it ``digest``, ``total``, ``completed``).
 Not here: where the stream comes from.
@@ -65,9 +65,11 @@ def _show_bars(lines: Iterable[dict[str, Any]]) -> str:
                 continue
             part = str(line.get("digest") or last)
             if part not in bars and len(bars) < MAX_BARS:
-                bars[part] = progress.add_task(last, total=total)
+                bars[part] = progress.add_task(last, total=total, sources="")
             if part in bars:
-                progress.update(bars[part], completed=_count(line, "completed"), total=total, description=last)
+                done = _count(line, "completed")
+                sources = _sources(line) if done < total else ""
+                progress.update(bars[part], completed=done, total=total, description=last, sources=sources)
     return last
 
 
@@ -81,7 +83,15 @@ def _progress() -> Progress:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[sources]}", markup=False),
     )
+
+
+def _sources(line: dict[str, Any]) -> str:
+    """From how many peers it comes, in words; nothing where that is not told."""
+    told = line.get("meshmax")
+    count = _count(told, "sources") if isinstance(told, dict) else 0
+    return f"{count} source{'s' * (count > 1)}" if count else ""
 
 
 def _status(line: dict[str, Any]) -> str:

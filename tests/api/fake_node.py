@@ -14,7 +14,7 @@ import trio
 from meshmax.api.node_view import NodeState
 from meshmax.base.catalog import CatalogEntry, ModelDescription, ModelFile, Resolved, TensorShape
 from meshmax.base.config import Config, EngineConfig
-from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders
+from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders, NotFound
 from meshmax.base.events import BlobProgress, Transfer
 from meshmax.base.ids import PeerId, Sha256, peer_id_of
 from meshmax.base.inference import Ask, Event
@@ -117,6 +117,7 @@ class FakePulls:
     def __init__(self) -> None:
         self.left = 0
         self.watched = 0
+        self.started: list[str] = []
         one = Transfer("t1", "far:latest", "in", "running", "pulling manifest", bytes_total=1000)
         self.script = [
             one,
@@ -143,6 +144,40 @@ class FakePulls:
 
     def transfers(self) -> tuple[Transfer, ...]:
         return tuple(self.script[-1:])
+
+    async def start_download(self, name: str) -> Transfer:
+        await trio.lowlevel.checkpoint()
+        if "missing" in name:
+            raise NoProviders(f"no peer that can be reached has '{name}'")
+        self.started.append(name)
+        return self.script[0]
+
+    async def steer(self, transfer_id: str, action: str) -> Transfer:
+        await trio.lowlevel.checkpoint()
+        if transfer_id != "t1":
+            raise NotFound(f"no transfer '{transfer_id}' is known here")
+        states = {"cancel": "cancelled", "pause": "paused", "resume": "running"}
+        return msgspec.structs.replace(self.script[0], state=states[action])
+
+
+class FakeDistribution:
+    """``answers`` is what peers say; ``asked``: (name, peers or a number of replicas)."""
+
+    def __init__(self) -> None:
+        self.answers: dict[PeerId, str | MeshmaxError] = {THEIRS: "t9"}
+        self.asked: list[tuple[str, Any]] = []
+
+    async def distribute(self, name: str, peers: Any) -> dict[PeerId, str | MeshmaxError]:
+        await trio.lowlevel.checkpoint()
+        self.asked.append((name, list(peers)))
+        return self.answers
+
+    async def replicate(self, name: str, replicas: int) -> dict[PeerId, str | MeshmaxError]:
+        await trio.lowlevel.checkpoint()
+        if "missing" in name:
+            raise ModelNotFound
+        self.asked.append((name, replicas))
+        return self.answers
 
 
 class FakeRouter:
@@ -231,6 +266,7 @@ class FakeNode:
         self.signer = SimpleNamespace(peer_id=OURS, sign=lambda data: data)
         self.catalog = FakeCatalog()
         self.pulls = FakePulls()
+        self.distribution = FakeDistribution()
         self.router = FakeRouter(residency)
         self.residency = residency
         self.presence = FakePresence()

@@ -224,6 +224,23 @@ def test_pull_on_a_terminal_draws_a_bar(
     assert "100%" in shown
 
 
+def test_a_bar_tells_from_how_many_peers_it_comes(
+    fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {
+        "status": "pulling 6a0746a1ec1a",
+        "digest": f"sha256:{DIGEST}",
+        "total": 98_362_432,
+        "completed": 50_000_000,
+    }
+    pace = {"sources": 3, "rate_bytes_per_s": 1_000_000, "eta_s": 48.0}
+    fake_peer.on("POST", "/api/pull", Lines([PULL[0], part | {"meshmax": pace}]))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["pull", "smollm2"]) == 4
+    assert "3 sources" in capsys.readouterr().out
+
+
 def test_a_pull_that_fails_on_the_way_ends_with_the_code_of_its_cause(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:

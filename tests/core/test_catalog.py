@@ -40,7 +40,7 @@ def test_a_model_that_two_peers_have_is_listed_once_with_both_as_holders() -> No
 def test_a_peer_that_lists_a_model_twice_is_one_holder() -> None:
     (entry,) = listed(peer(KITCHEN, has(OLD, FULL, FULL), has(OLD)), peer(ATTIC, has(OLD)))
     assert entry.holders == (KITCHEN, ATTIC)
-    (entry,) = listed(peer(KITCHEN, has(OLD, FULL, FULL, state="partial")))
+    (entry,) = listed(peer(KITCHEN, has(OLD, FULL, FULL, state="partial")), peer(ATTIC, has(OLD)))
     assert entry.partial_holders == (KITCHEN,)
 
 

@@ -1,5 +1,6 @@
 """mDNS over real multicast on the loopback interface."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -141,3 +142,4 @@ async def test_where_only_ipv6_fails_ipv4_is_used(monkeypatch: pytest.MonkeyPatc
         nursery.start_soon(mdns.run, sink)
         await wait_for(sightings, two, 3.0)
         nursery.cancel_scope.cancel()
+    gc.collect()  # it is this test's warning, no later one's

@@ -364,6 +364,23 @@ class ChunkReader(Protocol):
         ...
 
 
+class ChunkSource(Protocol):
+    """Chunks on this machine that are not in the store, such as a bundle on a stick: one more source of a pull."""
+
+    @property
+    def name(self) -> str:
+        """What it is called among the sources of a transfer."""
+        ...
+
+    async def haves(self, digest: Sha256) -> Haves | None:
+        """Which chunks of the blob it has; None: nothing of it, or not of that shape."""
+        ...
+
+    async def read_chunk(self, digest: Sha256, index: int) -> bytes:
+        """A chunk, which is verified by who asks. Raises BlobNotFound, StoreError."""
+        ...
+
+
 class Partial(ChunkWriter, Protocol):
     """A blob being fetched. Owned by one task at a time; chunks written survive kill -9 once `write` has returned and the
     bitmap was synced (at least once a second and at close)."""

@@ -16,11 +16,13 @@ from meshmax.base.upstreams import DEFAULT_UPSTREAMS
 
 DEFAULT_API_PORT: Final = 11434
 DEFAULT_CONTROL_PORT: Final = 11435
+DEFAULT_LANE_PORT: Final = 11436
 PORT_TRIES: Final = 64  # "the next free one if taken" looks this far
 
 _HOST_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):(\d{1,5})")
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]  # 0: any free one
 Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
@@ -73,6 +75,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``upstreams``: registries that are asked for models that no peer has (base.upstreams); ``offline``: none of them, ever.
     ``heartbeat_s``, ``heartbeat_timeout_s``: the status protocol; a peer silent for the timeout is gone.
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
+    ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
+    only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
     """
 
     home: str = "~/.meshmax"
@@ -96,6 +100,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_peers: Count = 256
     scrub_interval_s: Positive = 86400.0
     accept_distribute: bool = True
+    lane_port: Port = DEFAULT_LANE_PORT
+    lanes_per_peer: Annotated[int, msgspec.Meta(ge=0, le=4)] = 2
 
 
 def parse_host_port(text: str) -> tuple[str, int]:

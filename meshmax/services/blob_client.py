@@ -1,25 +1,28 @@
-"""One source of one blob: the fetcher's end of ``/meshmax/blob/1.0.0``.
+"""One source of one blob: the fetcher's end of ``/meshmax/blob/1.0.0``, and the lanes beside it.
 
 A Session opens a stream, says what is wanted and cancelled, and turns what comes into events for the owner of the fetch.
-It keeps the peer to the protocol (nothing comes that was not asked for, chunks come whole and in order) and knows
-nothing of other sources. Its last event is always Gone. Not here: what to ask for (core.fetch), whether a chunk is the
-right one (the partial that it is written to).
+Chunks are asked of lanes while there are any (services.lane_client), else on the stream. It keeps the peer to the protocol
+(nothing comes that was not asked for, chunks come whole and in order) and knows nothing of other sources. Its last event
+is always Gone. Not here: what to ask for (core.fetch), whether a chunk is the right one (services.landing).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final
 
-import msgspec
 import trio
 
 from meshmax.base.errors import MeshmaxError, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
-from meshmax.base.model import ChunkMap, Haves
+from meshmax.base.model import Haves
 from meshmax.ports import Stream, Swarm
+from meshmax.services.fetch_events import Gone, Lacking, Offered, Paused, Withdrawn
 from meshmax.services.frames import FrameStream
+from meshmax.services.landing import Landing
+from meshmax.services.lane_client import MIN_BLOB_BYTES, LaneOpener, SourceLanes
+from meshmax.services.lane_client import OPEN_TIMEOUT_S as LANE_TIMEOUT_S
 from meshmax.wire import blob as wire
 from meshmax.wire.failure import Failure, error_of
 from meshmax.wire.protocols import BLOB
@@ -28,77 +31,60 @@ OPEN_TIMEOUT_S: Final = 10.0  # until the source has said what it has
 SEND_TIMEOUT_S: Final = 30.0  # for a want of a few bytes
 
 
-class Offered(msgspec.Struct, frozen=True):
-    """The source has said (anew) what it has: ``Session.haves``."""
-
-    peer: PeerId
-
-
-class Arrived(msgspec.Struct, frozen=True):
-    """A whole chunk came; it is not verified."""
-
-    peer: PeerId
-    index: int
-    data: bytes
-
-
-class Lacking(msgspec.Struct, frozen=True):
-    """The source does not have the chunk."""
-
-    peer: PeerId
-    index: int
-
-
-class Paused(msgspec.Struct, frozen=True):
-    """The source is busy."""
-
-    peer: PeerId
-    index: int
-    retry_after_s: float
-
-
-class Withdrawn(msgspec.Struct, frozen=True):
-    """The source sends no more of a cancelled chunk, of which ``wasted`` bytes had come."""
-
-    peer: PeerId
-    index: int
-    wasted: int
-
-
-class Gone(msgspec.Struct, frozen=True):
-    """The session is over. ``error`` None: the source ended it in order."""
-
-    peer: PeerId
-    error: MeshmaxError | None
-
-
-SourceEvent: TypeAlias = Offered | Arrived | Lacking | Paused | Withdrawn | Gone
-
-
 class Session:
-    """One stream to ``peer`` about the blob of ``chunk_map``. ``heard`` is called for each part of a chunk."""
+    """One stream to ``peer`` about one blob, and lanes. ``heard`` is called for each part of a chunk on the stream."""
 
-    def __init__(self, peer: PeerId, chunk_map: ChunkMap, heard: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        peer: PeerId,
+        landing: Landing,
+        heard: Callable[[], None],
+        opener: LaneOpener | None = None,
+        lane_goal: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """``lane_goal``: how many lanes there should be now."""
         self.peer = peer
-        self.haves = Haves.none(chunk_map.count)
-        self._map = chunk_map
+        self._map = landing.chunk_map
+        self.haves = Haves.none(self._map.count)
+        self._landing = landing
         self._heard = heard
         self._scope = trio.CancelScope()
         self._outgoing: deque[wire.Want | wire.Cancel] = deque()  # bounded by the window: a want and a cancel a chunk
         self._wake = trio.Event()
-        self._due: set[int] = set()  # chunks whose last word has not come
+        self._due: set[int] = set()  # chunks whose last word has not come on the stream
         self._offer_pending = False
-        self._assembly = wire.Assembly(chunk_map)
+        self._held = False
+        self._assembly = wire.Assembly(self._map)
         self._failure: MeshmaxError | None = None
+        self._lanes: SourceLanes | None = None
+        if opener is not None and self._map.size > MIN_BLOB_BYTES:
+            self._lanes = SourceLanes(opener, peer, landing, lane_goal, self._ask_again)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that are open."""
+        return self._lanes.count if self._lanes else 0
+
+    @property
+    def held(self) -> bool:
+        """Whether something has come that we keep waiting: the source is not silent."""
+        return self._held or (self._lanes is not None and self._lanes.held)
 
     def want(self, index: int) -> None:
-        """Ask for a chunk; at most MAX_WANTS at once."""
-        self._due.add(index)
-        self._say(wire.Want(index))
+        """Ask for a chunk at the next `flush`; at most wire.MAX_WANTS at once."""
+        if self._lanes is None or not self._lanes.want(index):
+            self._due.add(index)
+            self._say(wire.Want(index))
 
     def withdraw(self, index: int) -> None:
         """Cancel a chunk that was asked for."""
-        self._say(wire.Cancel(index))
+        if self._lanes is None or not self._lanes.withdraw(index):
+            self._say(wire.Cancel(index))
+
+    def flush(self) -> None:
+        """Send what is to be asked."""
+        if self._lanes is not None:
+            self._lanes.flush()
 
     def end(self) -> None:
         """Give the session up; its Gone follows."""
@@ -109,42 +95,56 @@ class Session:
         self._offer_pending = False
         return self.haves
 
-    async def run(self, swarm: Swarm, addresses: tuple[str, ...], events: trio.MemorySendChannel[SourceEvent]) -> None:
+    async def run(self, swarm: Swarm, addresses: tuple[str, ...]) -> None:
         """The whole session; ``addresses`` are where to dial the peer if it is not connected."""
         with self._scope:
             try:
-                await self._connected(swarm, addresses, events)
+                await self._connected(swarm, addresses)
             except MeshmaxError as error:
                 self._failure = error
-        # Ended from within: the owner still waits for the Gone; ended from outside, this raises Cancelled at once.
-        await events.send(Gone(self.peer, self._failure))
+        self._landing.inbox.put(Gone(self.peer, self._failure))
 
-    async def _connected(
-        self, swarm: Swarm, addresses: tuple[str, ...], events: trio.MemorySendChannel[SourceEvent]
-    ) -> None:
+    async def _connected(self, swarm: Swarm, addresses: tuple[str, ...]) -> None:
+        with trio.move_on_after(OPEN_TIMEOUT_S) as opening:
+            if addresses and self.peer not in swarm.connections():
+                await swarm.dial(self.peer, addresses)
+        if opening.cancelled_caught:
+            raise PeerGone("the peer did not answer in time")
+        async with trio.open_nursery() as nursery:
+            if self._lanes is not None:
+                nursery.start_soon(self._lanes.run)
+            try:
+                await self._stream(swarm)
+            except MeshmaxError as error:
+                self._failure = self._failure or error
+            nursery.cancel_scope.cancel()
+
+    async def _stream(self, swarm: Swarm) -> None:
         stream: Stream | None = None
         try:
             with trio.move_on_after(OPEN_TIMEOUT_S) as opening:
-                if addresses and self.peer not in swarm.connections():
-                    await swarm.dial(self.peer, addresses)
                 stream = await swarm.open_stream(self.peer, BLOB)
                 frames = FrameStream(stream)
                 await frames.send(wire.FROM_FETCHER, wire.open_blob(self._map.sha256))
-                await self._take(await frames.receive(wire.FROM_SERVER), events)
+                first = await frames.receive(wire.FROM_SERVER)
             if opening.cancelled_caught or stream is None:
                 raise PeerGone("the peer did not answer in time")
-            await self._talk(frames, events)
+            if self._lanes is not None:
+                with trio.move_on_after(LANE_TIMEOUT_S):
+                    await self._lanes.ready.wait()
+            await self._take(first)
+            await self._talk(frames)
         finally:
             if stream is not None:
                 with trio.CancelScope(shield=True):
                     await stream.reset()
 
-    async def _talk(self, frames: FrameStream, events: trio.MemorySendChannel[SourceEvent]) -> None:
+    async def _talk(self, frames: FrameStream) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._write, frames, nursery.cancel_scope)
             try:
                 while (message := await frames.try_receive(wire.FROM_SERVER)) is not None:
-                    await self._take(message, events)
+                    await self._take(message)
             except MeshmaxError as error:
                 self._failure = self._failure or error
             nursery.cancel_scope.cancel()
@@ -163,35 +163,49 @@ class Session:
             self._failure = error
             scope.cancel()
 
-    async def _take(self, message: wire.FromServer, events: trio.MemorySendChannel[SourceEvent]) -> None:
+    async def _take(self, message: wire.FromServer) -> None:
+        put = self._landing.inbox.put
         match message:
             case wire.Have():
-                await self._offer(wire.haves_of(message, self._map), events)
+                self._offer(wire.haves_of(message, self._map))
             case wire.Gained():
-                await self._offer(wire.haves_with(self.haves, message), events)
+                self._offer(wire.haves_with(self.haves, message))
             case wire.ChunkPart(index=index):
                 self._require_due(index)
-                self._heard()
-                chunk = self._assembly.add(message)
-                if chunk is not None:
-                    self._due.discard(index)
-                    await events.send(Arrived(self.peer, index, chunk))
+                await self._part(message)
             case wire.NotHave(index=index):
                 self._settle(index)
-                await events.send(Lacking(self.peer, index))
+                put(Lacking(self.peer, index))
             case wire.Busy(index=index, retry_after_s=retry_after_s):
                 self._settle(index)
-                await events.send(Paused(self.peer, index, retry_after_s))
+                put(Paused(self.peer, index, retry_after_s))
             case wire.Cancelled(index=index):
-                await events.send(Withdrawn(self.peer, index, self._settle(index)))
+                put(Withdrawn(self.peer, index, self._settle(index)))
             case Failure():
                 raise error_of(message)
 
-    async def _offer(self, haves: Haves, events: trio.MemorySendChannel[SourceEvent]) -> None:
+    async def _part(self, part: wire.ChunkPart) -> None:
+        self._held = True
+        try:
+            await self._landing.admit(self.peer, len(part.data))
+            self._heard()
+            chunk = self._assembly.add(part)
+            if chunk is not None:
+                self._due.discard(part.index)
+                await self._landing.land(self.peer, part.index, chunk)
+        finally:
+            self._held = False
+
+    def _offer(self, haves: Haves) -> None:
         self.haves = haves
         if not self._offer_pending:  # a flood of offers becomes one
             self._offer_pending = True
-            await events.send(Offered(self.peer))
+            self._landing.inbox.put(Offered(self.peer))
+
+    def _ask_again(self, indexes: list[int]) -> None:
+        for index in indexes:
+            self.want(index)
+        self.flush()
 
     def _settle(self, index: int) -> int:
         self._require_due(index)

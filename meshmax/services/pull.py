@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Final, Literal
 
@@ -23,12 +23,13 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.core.backoff import Random
-from meshmax.ports import Catalog, Presence, RunSync, Swarm
+from meshmax.ports import Catalog, Presence, RunSync, Swarm, Throttle
+from meshmax.services.lane_client import LaneOpener
 from meshmax.services.model_exchange import FetchedModel, check_record
 from meshmax.services.outflow import Outflow
 from meshmax.services.pull_job import Job
 from meshmax.services.pull_progress import FINAL, Board
-from meshmax.services.pull_world import Store, World
+from meshmax.services.pull_world import LocalSources, Store, World
 from meshmax.services.upstream_pull import UpstreamPull, UpstreamPulls
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -154,6 +155,10 @@ class PullService:
             for job in self._jobs.values()
             if job.model and job.board.value.bytes_total and job.board.value.state not in FINAL
         )
+
+    def held(self, digest: Sha256) -> AbstractAsyncContextManager[None]:
+        """Alone with a blob: no pull fetches or completes it meanwhile."""
+        return self._world.held(digest)
 
     def pulling(self, digest: Sha256) -> FetchedModel | None:
         """The manifest and record of a model that is being pulled, for those who pull it from us."""
@@ -345,16 +350,32 @@ async def open_pulls(
     keep: Keep = _forget,
     accept: bool = True,
     upstream: UpstreamPulls | None = None,
+    opener: LaneOpener | None = None,
+    throttle: Throttle | None = None,
+    local: LocalSources = lambda digest: (),
 ) -> AsyncIterator[PullService]:
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
 
     ``on_stored`` is told of each name that was pulled, before its watchers are; ``on_change``: a pull's model became known,
     or it was paused, resumed or has ended. ``promised`` was remembered by an earlier run's ``keep``. ``accept``: whether
     we pull what peers ask us to. ``upstream``: registries that are asked for what no peer has.
+    ``opener`` None: no lanes; ``local``: sources of a blob on this machine.
     """
     outflow = outflow or Outflow()
     async with trio.open_nursery() as nursery:
-        world = World(swarm, store.blobs, store.models, presence, random, run_sync, on_stored, upstream=upstream)
+        world = World(
+            swarm,
+            store.blobs,
+            store.models,
+            presence,
+            random,
+            run_sync,
+            on_stored,
+            upstream=upstream,
+            opener=opener,
+            throttle=throttle,
+            local=local,
+        )
         pulls = PullService(world, catalog, nursery, outflow, on_change, keep, accept)
         pulls.take_up(promised)
         nursery.start_soon(pulls.run_keeper)

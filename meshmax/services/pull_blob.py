@@ -1,24 +1,41 @@
-"""Fetching one blob from all its sources at once: runs core.fetch over sessions, and writes what comes to the partial.
+"""Fetching one blob from all its sources at once: runs core.fetch over sessions.
 
-One task owns the core: it takes events of all sessions from one channel, verifies and writes chunks one after the other,
-and performs the core's actions. New sources are looked for all the time; those that fail are tried again after a pause.
-It ends when the blob is whole, the store fails, or nobody has had what is missing for long. Not here: which peers have
-the model (services.pull), what to ask of whom (core.fetch).
+One task owns the core: it takes what has happened in all sessions from one inbox, all of it at a time, marks the chunks
+that were written, and performs the core's actions. New sources are looked for all the time; those that fail are tried
+again after a pause. It ends when the blob is whole, the store fails, or nobody has had what is missing for long; by then
+every session has ended, and every thread of its lanes. Not here: which peers have the model (services.pull_world), what
+to ask of whom (core.fetch), how chunks come (services.blob_client) and are written (services.landing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import trio
 
-from meshmax.base.errors import ChunkMismatch, MeshmaxError, NoProviders, VersionMismatch
+from meshmax.base.errors import MeshmaxError, NoProviders, VersionMismatch
 from meshmax.base.ids import PeerId
 from meshmax.core import fetch as core
 from meshmax.core.backoff import Random, backoff_s
-from meshmax.ports import Partial, Swarm
-from meshmax.services.blob_client import Arrived, Gone, Lacking, Offered, Paused, Session, SourceEvent, Withdrawn
+from meshmax.ports import ChunkSource, Partial, Swarm, Throttle
+from meshmax.services.blob_client import Session
+from meshmax.services.fetch_events import (
+    Bad,
+    Gone,
+    Inbox,
+    Lacking,
+    Offered,
+    Paused,
+    SourceEvent,
+    Stored,
+    Unwritten,
+    Withdrawn,
+)
+from meshmax.services.landing import Landing
+from meshmax.services.lane_client import LaneOpener
+from meshmax.services.local_source import LocalSession, name_of
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import BYTES, CHUNKS
 
@@ -29,11 +46,12 @@ KEPT: Final = "what was fetched is kept, and pulling again goes on from there"
 RETRY_FIRST_S: Final = 1.0  # pause before a source that failed is tried again; doubles
 RETRY_MOST_S: Final = 15.0
 RETRY_VERSION_S: Final = 600.0  # a peer of another version stays one until it is restarted
-MAX_EVENTS: Final = 1024  # undelivered events of all sessions; chunks among them are bounded by core.MAX_AHEAD
 
 Sources = Callable[[], Mapping[PeerId, tuple[str, ...]]]  # peers that may have some of it -> their addresses
 
 _log = get_logger("pull")
+_bytes_in = BYTES.labels(direction="in")
+_chunks_ok = CHUNKS.labels(direction="in", outcome="ok")
 
 
 class BlobFetch:
@@ -47,8 +65,15 @@ class BlobFetch:
         random: Random,
         changed: Callable[[], None],
         patience_s: Callable[[], float] = lambda: SOURCE_WAIT_S,
+        *,
+        opener: LaneOpener | None = None,
+        throttle: Throttle | None = None,
+        local: Sequence[ChunkSource] = (),
     ) -> None:
-        """``patience_s``: how long nobody may have what is missing; asked anew each time, infinity is an answer."""
+        """``patience_s``: how long nobody may have what is missing; asked anew each time, infinity is an answer.
+
+        ``opener`` None: no lanes, chunks ride the control connections. ``local``: sources on this machine.
+        """
         self.map = partial.chunk_map
         self._swarm = swarm
         self._partial = partial
@@ -58,7 +83,11 @@ class BlobFetch:
         self._patience_s = patience_s
         self._stuck_since_s: float | None = None
         self._core = core.Fetch(partial.haves, random)
-        self._sessions: dict[PeerId, Session] = {}
+        self._inbox = Inbox()
+        self._landing = Landing(partial, self._inbox, self._core.needs, throttle)
+        self._opener = opener
+        self._local = {name_of(source): source for source in local}
+        self._sessions: dict[PeerId, Session | LocalSession] = {}
         self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
         self._retry_at_s: dict[PeerId, float] = {}
         self._done = False
@@ -78,32 +107,31 @@ class BlobFetch:
         """Who gave what."""
         return self._core.snapshot()
 
+    def lanes(self, peer: PeerId) -> int:
+        """Lanes that are open to ``peer`` now; 0: its chunks, if any, ride the control connection."""
+        session = self._sessions.get(peer)
+        return session.lanes if session else 0
+
     async def run(self) -> None:
         """Until every chunk is in place. Raises NoProviders, StoreFull, StoreError; what came is kept."""
         failure: MeshmaxError | None = None
-        send, receive = trio.open_memory_channel[SourceEvent](MAX_EVENTS)
         async with trio.open_nursery() as nursery:
             try:
-                await self._fetch(nursery, send, receive)
+                await self._fetch(nursery)
             except MeshmaxError as error:
                 failure = error
             nursery.cancel_scope.cancel()
         if failure:
             raise failure
 
-    async def _fetch(
-        self,
-        nursery: trio.Nursery,
-        send: trio.MemorySendChannel[SourceEvent],
-        receive: trio.MemoryReceiveChannel[SourceEvent],
-    ) -> None:
+    async def _fetch(self, nursery: trio.Nursery) -> None:
         began_s = hopeful_s = seek_at_s = trio.current_time()
         progress_bytes = self._done_bytes
         self._perform(self._core.start(began_s))
         while not self._done:
             now = trio.current_time()
             if now >= seek_at_s:
-                self._seek(nursery, send, now)
+                self._seek(nursery, now)
                 seek_at_s = now + SEEK_INTERVAL_S
             if not self._core.stuck:
                 hopeful_s = now
@@ -113,27 +141,42 @@ class BlobFetch:
             patience_s = self._patience_s()
             if now - hopeful_s >= patience_s or now - began_s >= max(STALL_WAIT_S, patience_s):
                 raise NoProviders(f"{self.lacking()}; {KEPT}")
-            await self._step(receive, min(seek_at_s, self._core.deadline() or seek_at_s))
+            await self._step(min(seek_at_s, self._core.deadline() or seek_at_s))
 
-    async def _step(self, receive: trio.MemoryReceiveChannel[SourceEvent], until_s: float) -> None:
+    async def _step(self, until_s: float) -> None:
         with trio.move_on_at(until_s) as scope:
-            event = await receive.receive()
+            events = await self._inbox.take()
         if not scope.cancelled_caught:
-            self._perform(await self._take(event))
-        due_s = self._core.deadline()
-        if (
-            due_s is not None and trio.current_time() >= due_s
-        ):  # a steady stream of events must not hide a silent source
-            self._perform(self._core.tick(trio.current_time()))
+            for event in events:
+                self._perform(self._take(event))
+            self._flush()
+        due_s, now = self._core.deadline(), trio.current_time()
+        if due_s is not None and now >= due_s:  # a steady stream of events must not hide a silent source
+            for peer, session in self._sessions.items():
+                if session.held:
+                    self._core.on_part(peer, now)
+            self._perform(self._core.tick(now))
+            self._flush()
 
-    async def _take(self, event: SourceEvent) -> list[core.Action]:
+    def _flush(self) -> None:
+        for session in self._sessions.values():
+            session.flush()
+
+    def _take(self, event: SourceEvent) -> list[core.Action]:
         now = trio.current_time()
         match event:
             case Offered(peer=peer):
                 self._failures.pop(peer, None)
                 return self._core.on_source(peer, self._sessions[peer].offer_taken(), now)
-            case Arrived():
-                return await self._arrived(event)
+            case Stored():
+                return self._stored(event, now)
+            case Bad(peer=peer, index=index, size=size):
+                _bytes_in.inc(size)
+                CHUNKS.labels(direction="in", outcome="bad").inc()
+                _log.warning("bad chunk", peer=peer, blob=self.map.sha256[:12], index=index)
+                return self._core.on_chunk_bad(peer, index, size, now)
+            case Unwritten(error=error):
+                raise error
             case Lacking(peer=peer, index=index):
                 return self._core.on_not_have(peer, index, now)
             case Paused(peer=peer, index=index, retry_after_s=retry_after_s):
@@ -144,21 +187,16 @@ class BlobFetch:
                 self._gone(peer, error, now)
                 return self._core.on_source_gone(peer, now)
 
-    async def _arrived(self, event: Arrived) -> list[core.Action]:
-        size = len(event.data)
-        BYTES.labels(direction="in").inc(size)
-        if not self._core.needs(event.index):
+    def _stored(self, event: Stored, now: float) -> list[core.Action]:
+        peer, index, size = event.peer, event.index, event.size
+        _bytes_in.inc(size)
+        if not self._core.needs(index):
             CHUNKS.labels(direction="in", outcome="double").inc()
-            return self._core.on_chunk_double(event.peer, event.index, size, trio.current_time())
-        try:
-            await self._partial.write(event.index, event.data)
-        except ChunkMismatch:
-            CHUNKS.labels(direction="in", outcome="bad").inc()
-            _log.warning("bad chunk", peer=event.peer, blob=self.map.sha256[:12], index=event.index)
-            return self._core.on_chunk_bad(event.peer, event.index, size, trio.current_time())
-        CHUNKS.labels(direction="in", outcome="ok").inc()
+            return self._core.on_chunk_double(peer, index, size, now)
+        self._partial.written(index)
+        _chunks_ok.inc()
         self._done_bytes += size
-        actions = self._core.on_chunk_ok(event.peer, event.index, size, trio.current_time())
+        actions = self._core.on_chunk_ok(peer, index, size, now)
         self._changed()
         return actions
 
@@ -177,17 +215,25 @@ class BlobFetch:
                 case core.Demote() | core.Stuck():
                     pass  # seen in `view` and `stuck`
 
-    def _seek(self, nursery: trio.Nursery, send: trio.MemorySendChannel[SourceEvent], now: float) -> None:
+    def _seek(self, nursery: trio.Nursery, now: float) -> None:
         for peer, addresses in self._sources().items():
             known = peer in self._sessions or self._core.banned(peer)
             if known or len(self._sessions) >= core.MAX_SOURCES or now < self._retry_at_s.get(peer, 0.0):
                 continue
-            session = Session(peer, self.map, self._heard(peer))
+            session = Session(peer, self._landing, partial(self._heard, peer), self._opener, self._lane_goal)
             self._sessions[peer] = session
-            nursery.start_soon(session.run, self._swarm, addresses, send)
+            nursery.start_soon(session.run, self._swarm, addresses)
+        for peer, source in self._local.items():
+            if peer not in self._sessions and not self._core.banned(peer) and now >= self._retry_at_s.get(peer, 0.0):
+                local = self._sessions[peer] = LocalSession(source, self._landing)
+                nursery.start_soon(local.run)
 
-    def _heard(self, peer: PeerId) -> Callable[[], None]:
-        return lambda: self._core.on_part(peer, trio.current_time())
+    def _heard(self, peer: PeerId) -> None:
+        self._core.on_part(peer, trio.current_time())
+
+    def _lane_goal(self) -> int:
+        """A source that is the only one gets every lane that a peer may have, one of several gets one."""
+        return self._opener.per_peer if self._opener and len(self._sessions) == 1 else 1
 
     def _gone(self, peer: PeerId, error: MeshmaxError | None, now: float) -> None:
         self._sessions.pop(peer, None)

@@ -245,6 +245,9 @@ class Steps:
                 world.random,
                 self._watch.on_chunk,
                 lambda: self._patience_s(choice, fetch),
+                opener=world.opener,
+                throttle=world.throttle,
+                local=world.local(layer.digest),
             )
             world.fetching[layer.digest] = fetch
             self._tally.begin(fetch)

@@ -114,7 +114,7 @@ def _with_blob(past: Mapping[PeerId, TransferPeer], fetch: BlobFetch, over: bool
         peers[peer] = TransferPeer(
             before.bytes + source.bytes,
             source.rate_bytes_per_s if active else 0.0,
-            int(active),
+            0 if over else fetch.lanes(peer),
             0 if over else source.strikes,
             before.chunks + source.chunks,
             source.asked if active else 0,

@@ -7,7 +7,7 @@ sources. Not here: the steps of a pull (services.pull_steps), which pulls there 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
@@ -18,9 +18,12 @@ from meshmax.base.errors import BlobNotFound, StoreCorrupt
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
 from meshmax.core.backoff import Random
-from meshmax.ports import BlobStore, ModelStore, Presence, RunSync, Swarm
+from meshmax.ports import BlobStore, ChunkSource, ModelStore, Presence, RunSync, Swarm, Throttle
+from meshmax.services.lane_client import LaneOpener
 from meshmax.services.pull_blob import BlobFetch
 from meshmax.services.upstream_pull import UpstreamPulls
+
+LocalSources = Callable[[Sha256], Sequence[ChunkSource]]
 
 
 class Store(Protocol):
@@ -39,7 +42,8 @@ class Store(Protocol):
 
 class World(msgspec.Struct, frozen=True):
     """What every pull uses. ``locks``: one a blob; ``fetching``: the fetch of each blob that is under way; ``wanted``:
-    the models (and how many pulls of each) for which a blob is wanted now; ``upstream``: asked for what no peer has."""
+    the models (and how many pulls of each) for which a blob is wanted now; ``upstream``: asked for what no peer has;
+    ``opener`` None: no lanes, chunks ride the control connections; ``local``: sources of a blob on this machine."""
 
     swarm: Swarm
     blobs: BlobStore
@@ -52,6 +56,9 @@ class World(msgspec.Struct, frozen=True):
     fetching: dict[Sha256, BlobFetch] = {}
     wanted: dict[Sha256, Counter[Sha256]] = {}
     upstream: UpstreamPulls | None = None
+    opener: LaneOpener | None = None
+    throttle: Throttle | None = None
+    local: LocalSources = lambda digest: ()
 
     def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
         """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""

@@ -1,0 +1,233 @@
+"""Lanes to the sources of a blob: opened, kept, and chunks spread over them; the fetcher's end of ``/meshmax/lane/1.0.0``.
+
+Rules: a lane is asked for on a stream of the control connection, which stays open as long as the lane does; its end is the
+lane's end. A chunk is asked of the lane that owes least. What a lane owed when it ended is asked for anew: of another
+lane, or on the blob's own stream. While no lane can be opened, the blob's stream is used; lanes are tried again every
+RETRY_S. Not here: which chunks (core.fetch), sockets and threads (net.lane), what becomes of a chunk (services.landing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from typing import Final
+
+import trio
+
+from meshmax.base.errors import MeshmaxError, NotOffered, PeerGone
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.units import MIB
+from meshmax.ports import FetchLane, LaneEvent, Lanes, Stream, Swarm
+from meshmax.services.fetch_events import Withdrawn
+from meshmax.services.frames import FrameStream
+from meshmax.services.landing import Landing, event_of
+from meshmax.telemetry.log import get_logger
+from meshmax.wire import lane as wire
+from meshmax.wire.failure import Failure, error_of
+from meshmax.wire.protocols import LANE
+
+OPEN_TIMEOUT_S: Final = 1.0  # for a lane; by then the blob's own stream could have brought tens of chunks
+RETRY_S: Final = 30.0  # after a lane could not be opened or was lost
+LOOK_S: Final = 1.0  # how often it is looked whether more lanes are due, as when other sources left
+MIN_BLOB_BYTES: Final = 4 * MIB  # smaller blobs are there before a lane would be
+
+_log = get_logger("lanes")
+
+
+class LaneOpener:
+    """Opens lanes to peers. ``per_peer``: how many a source gets that is the only one."""
+
+    def __init__(self, swarm: Swarm, lanes: Lanes, per_peer: int) -> None:
+        self.per_peer = per_peer
+        self._swarm = swarm
+        self._lanes = lanes
+
+    @asynccontextmanager
+    async def open_lane(self, peer: PeerId) -> AsyncIterator[tuple[FetchLane, Stream]]:
+        """A lane and its control stream, both ended at the end of the block. Raises NotOffered, PeerGone, ConnectError,
+        VersionMismatch, RemoteProtocolError, Busy. Deadlines are the caller's."""
+        ip = self._ip(peer)
+        stream = await self._swarm.open_stream(peer, LANE)
+        try:
+            frames = FrameStream(stream)
+            ask = self._lanes.ask()
+            await frames.send(wire.FROM_FETCHER, ask)
+            grant = await frames.receive(wire.FROM_SERVER)
+            if isinstance(grant, Failure):
+                raise error_of(grant)
+            lane = await self._lanes.connect(peer, ip, ask, grant)
+            try:
+                yield lane, stream
+            finally:
+                lane.close()
+        finally:
+            with trio.CancelScope(shield=True):
+                await stream.reset()
+
+    def _ip(self, peer: PeerId) -> str:
+        view = self._swarm.connections().get(peer)
+        if view is None:
+            raise PeerGone("not connected to the peer")
+        ip = try_ip(view.address)
+        if ip is None:
+            raise NotOffered("lanes need a direct connection to the peer")
+        return ip
+
+
+def try_ip(address: str) -> str | None:
+    """The IP address of a multiaddr of a direct TCP connection, or None."""
+    parts = address.split("/")
+    if len(parts) < 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp" or "p2p-circuit" in parts:
+        return None
+    return parts[2]
+
+
+class SourceLanes:
+    """The lanes to ``peer`` for one blob. ``goal``: how many there should be now; ``again``: ask for these chunks anew."""
+
+    def __init__(
+        self,
+        opener: LaneOpener,
+        peer: PeerId,
+        landing: Landing,
+        goal: Callable[[], int],
+        again: Callable[[list[int]], None],
+    ) -> None:
+        self.ready = trio.Event()  # there is a lane, or there will be none soon
+        self._opener, self._peer, self._landing = opener, peer, landing
+        self._goal, self._again = goal, again
+        self._digest: Sha256 = landing.chunk_map.sha256
+        self._owed: dict[FetchLane, set[int]] = {}  # chunks whose last word has not come, by lane
+        self._lane_of: dict[int, FetchLane] = {}
+        self._unsaid: dict[FetchLane, list[int]] = {}  # asked for, not told to the lane yet
+        self._withdrawn: set[int] = set()
+        self._held: set[FetchLane] = set()  # those whose thread is at work or waits for our limits
+        self._lost = trio.Event()
+
+    @property
+    def count(self) -> int:
+        """Lanes that are open."""
+        return len(self._owed)
+
+    @property
+    def held(self) -> bool:
+        """Whether a chunk has come that we keep waiting, for our own limits or our disk."""
+        return bool(self._held)
+
+    def want(self, index: int) -> bool:
+        """Ask for a chunk at the next `flush`; False where no lane is open."""
+        if not self._owed:
+            return False
+        lane = min(self._owed, key=lambda lane: len(self._owed[lane]))
+        self._owed[lane].add(index)
+        self._lane_of[index] = lane
+        self._unsaid.setdefault(lane, []).append(index)
+        return True
+
+    def withdraw(self, index: int) -> bool:
+        """Cancel a chunk; False if it was not asked of a lane."""
+        lane = self._lane_of.get(index)
+        if lane is None:
+            return False
+        self.flush()
+        self._withdrawn.add(index)
+        lane.cancel(self._digest, index)
+        return True
+
+    def flush(self) -> None:
+        """Tell the lanes what is asked of them since the last time, in one message each."""
+        while self._unsaid:
+            lane, indexes = self._unsaid.popitem()
+            try:
+                lane.want(self._digest, indexes)
+            except MeshmaxError:
+                lane.close()  # what it owes is asked for anew when its `run` has ended
+
+    async def run(self) -> None:
+        """Open lanes and keep them, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                lacking = self._goal() - len(self._owed)
+                whole = await self._open(nursery, lacking) if lacking > 0 else True
+                self.ready.set()
+                if whole and not self._lost.is_set():
+                    with trio.move_on_after(LOOK_S):
+                        await self._lost.wait()
+                if not whole or self._lost.is_set():
+                    await trio.sleep(RETRY_S)
+                    self._lost = trio.Event()
+
+    async def _open(self, nursery: trio.Nursery, count: int) -> bool:
+        """Try to open ``count`` lanes at once; whether all are there."""
+        tries = [trio.Event() for _ in range(count)]
+        for tried in tries:
+            nursery.start_soon(self._keep, tried)
+        for tried in tries:
+            await tried.wait()
+        return len(self._owed) >= self._goal()
+
+    async def _keep(self, tried: trio.Event) -> None:
+        """One lane, from its opening to its end. ``tried`` is set when it is open or will not be."""
+        try:
+            async with AsyncExitStack() as stack:
+                with trio.move_on_after(OPEN_TIMEOUT_S) as opening:
+                    lane, stream = await stack.enter_async_context(self._opener.open_lane(self._peer))
+                if opening.cancelled_caught:
+                    raise PeerGone(f"no lane within {OPEN_TIMEOUT_S:g} s")
+                self._owed[lane] = set()
+                try:
+                    self.ready.set()
+                    tried.set()
+                    await self._use(lane, stream)
+                finally:
+                    self._drop(lane)
+        except MeshmaxError as error:
+            _log.info("no lane", peer=self._peer, code=error.code, error=error.message)
+        finally:
+            tried.set()
+
+    async def _use(self, lane: FetchLane, stream: Stream) -> None:
+        failure: MeshmaxError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_end_with, stream, lane)
+            try:
+                await lane.run(partial(self._sink, lane), partial(self._told, lane))
+            except MeshmaxError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure:
+            raise failure
+
+    def _sink(self, lane: FetchLane, digest: Sha256, index: int, data: memoryview) -> None:
+        self._held.add(lane)
+        try:
+            self._landing.land_in_thread(lane, index, data)
+        finally:
+            self._held.discard(lane)
+
+    def _told(self, lane: FetchLane, event: LaneEvent) -> None:
+        index = event.index
+        self._owed.get(lane, set()).discard(index)
+        self._lane_of.pop(index, None)
+        self._withdrawn.discard(index)
+        self._landing.inbox.put(event_of(self._peer, event))
+
+    def _drop(self, lane: FetchLane) -> None:
+        orphans = sorted(self._owed.pop(lane))
+        self._unsaid.pop(lane, None)
+        self._held.discard(lane)
+        self._lost.set()
+        for index in orphans:
+            del self._lane_of[index]
+            if index in self._withdrawn:
+                self._landing.inbox.put(Withdrawn(self._peer, index, 0))
+        self._again([index for index in orphans if index not in self._withdrawn])
+        self._withdrawn -= set(orphans)
+
+
+async def _end_with(stream: Stream, lane: FetchLane) -> None:
+    """Close the lane as soon as anything comes on its stream, its end above all: there is nothing more to be said."""
+    with suppress(PeerGone):
+        await stream.receive_some(1)
+    lane.close()

@@ -1,0 +1,130 @@
+"""Serves chunks over lanes: the server's end of ``/meshmax/lane/1.0.0``.
+
+Rules: a peer asks on a stream of the control connection and gets the grant of one lane; the stream stays open as long as the
+lane does, so the lane ends when the connection does, or the membership that it stands for. The task that answers the
+stream owns the lane's thread. A chunk is promised (core.offer), read and verified, counted against our limits, and only
+then sent. Not here: sockets, threads, how many lanes a peer may have (net.lane), what is a good chunk (store).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from functools import partial
+from typing import Final
+
+import trio
+
+from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError, PeerGone, RemoteProtocolError, StoreError
+from meshmax.base.ids import Sha256
+from meshmax.ports import ChunkReader, Lanes, ServeLane, Stream, Swarm, Throttle
+from meshmax.services.frames import FrameStream
+from meshmax.services.offers import Offers
+from meshmax.services.outflow import Outflow
+from meshmax.telemetry.log import get_logger
+from meshmax.telemetry.metrics import BYTES, CHUNKS
+from meshmax.wire import lane as wire
+from meshmax.wire.failure import failure_of
+from meshmax.wire.protocols import LANE
+
+OPEN_TIMEOUT_S: Final = 10.0  # for the ask, and for the grant to be read
+
+_log = get_logger("lanes")
+_bytes_out = BYTES.labels(direction="out")
+_chunks_ok = CHUNKS.labels(direction="out", outcome="ok")
+
+
+class LaneServer:
+    """Serves ``blobs`` over ``lanes`` to whoever asks on a connection of theirs."""
+
+    def __init__(
+        self, blobs: ChunkReader, lanes: Lanes, outflow: Outflow, offers: Offers, throttle: Throttle | None = None
+    ) -> None:
+        """``offers``: shared with whatever else serves chunks of ``blobs``."""
+        self._blobs, self._lanes = blobs, lanes
+        self._outflow, self._offers, self._throttle = outflow, offers, throttle
+
+    def register(self, swarm: Swarm) -> None:
+        """Serve on ``swarm`` from now on."""
+        swarm.serve(LANE, self.answer)
+
+    async def run(self, swarm: Swarm) -> None:
+        """Close the lanes of peers that have no connection any more, until cancelled."""
+        async with swarm.subscribe() as events:
+            async for event in events:
+                if event.kind == "disconnected":
+                    self._lanes.close_peer(event.peer_id)
+
+    async def answer(self, stream: Stream) -> None:
+        """One lane, from the ask to its end. Raises PeerGone, RemoteProtocolError."""
+        frames = FrameStream(stream)
+        with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
+            ask = await frames.receive(wire.FROM_FETCHER)
+        if scope.cancelled_caught:
+            raise RemoteProtocolError("the peer opened a stream and asked for nothing")
+        try:
+            lane = await self._arrival(frames, ask)
+        except (PeerGone, RemoteProtocolError):
+            raise
+        except MeshmaxError as error:
+            await _send(frames, failure_of(error))
+            return
+        try:
+            await self._serve(lane, stream)
+        finally:
+            lane.close()
+
+    async def _arrival(self, frames: FrameStream, ask: wire.LaneAsk) -> ServeLane:
+        with self._lanes.expect(frames.peer, ask) as expected:
+            await _send(frames, expected.grant)
+            return await expected.arrive()
+
+    async def _serve(self, lane: ServeLane, stream: Stream) -> None:
+        failure: MeshmaxError | None = None
+        served: set[Sha256] = set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_end_with, stream, lane)
+            try:
+                await lane.run(partial(self._read, lane, served))
+            except MeshmaxError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        for digest in served if failure else ():
+            self._offers.gone(digest, lane.peer)
+        if failure:
+            _log.info("lane lost", peer=lane.peer, code=failure.code, error=failure.message)
+
+    def _read(self, lane: ServeLane, served: set[Sha256], digest: Sha256, index: int, buffer: memoryview) -> int:
+        """In the lane's thread: the chunk's length, once it may be sent. Raises Busy, BlobNotFound, StoreError, PeerGone."""
+        peer = lane.peer
+        began_s = time.monotonic()
+        if retry_after_s := self._offers.ask(digest, peer, index):
+            raise Busy("this chunk is on its way to another peer", retry_after_s)
+        served.add(digest)
+        try:
+            size = self._blobs.read_chunk_into(digest, index, buffer)
+            if self._throttle and (wait_s := self._throttle.reserve(peer, "out", size)):
+                lane.pause(wait_s)
+        except (BlobNotFound, StoreError) as error:
+            self._offers.lost(digest, peer, index)
+            CHUNKS.labels(direction="out", outcome=error.code).inc()
+            raise
+        self._offers.sent(digest, time.monotonic() - began_s)
+        self._outflow.note(peer, digest, size)
+        _bytes_out.inc(size)
+        _chunks_ok.inc()
+        return size
+
+
+async def _end_with(stream: Stream, lane: ServeLane) -> None:
+    """Close the lane as soon as anything comes on its stream, its end above all: there is nothing more to be said."""
+    with suppress(PeerGone):
+        await stream.receive_some(1)
+    lane.close()
+
+
+async def _send(frames: FrameStream, message: wire.FromServer) -> None:
+    with trio.move_on_after(OPEN_TIMEOUT_S) as scope:
+        await frames.send(wire.FROM_SERVER, message)
+    if scope.cancelled_caught:
+        raise PeerGone("the peer stopped reading")

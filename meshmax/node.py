@@ -48,6 +48,7 @@ from meshmax.net.swarm import open_swarm
 from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swarm
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
+from meshmax.services.bundles import Bundles, Maker
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
 from meshmax.services.fsck import Fsck
@@ -118,6 +119,7 @@ class Node:
         self.limits: Limits
         self.fsck: Fsck
         self.adoption: Adoption
+        self.bundles: Bundles
         self.pulls: Pulls
         self.distribution: Distribution
         self.router: Router
@@ -349,6 +351,18 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         )
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling
+    made = Maker(
+        node.signer,
+        node.name,
+        node.swarm,
+        store,
+        node.catalog,
+        world.unix_now,
+        world.run_sync,
+        pulls.held,
+        stored,
+    )
+    node.bundles = made.make()
     node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
     await _open_registry(node, stack)
     node.router = await enter(open_router(node.swarm, node.residency, node.catalog, node.presence, node.peer_id))

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from meshmax.api.access import Policy
 from meshmax.api.adopt_routes import AdoptFace
+from meshmax.api.bundle_routes import BundleFace
 from meshmax.api.fsck_routes import FsckFace
 from meshmax.api.guard import Guard
 from meshmax.api.limit_routes import LimitFace
@@ -70,6 +71,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *RegistryFace(node, prompts.open_answers).routes(),
         *FsckFace(node, prompts.open_answers).routes(),
         *AdoptFace(node, prompts.open_answers).routes(),
+        *BundleFace(node, prompts.open_answers).routes(),
         *TransferFace(node, mesh.find_id).routes(),
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),

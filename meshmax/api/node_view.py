@@ -9,6 +9,7 @@ from meshmax.api.registry_uploads import HasUploads
 from meshmax.base.config import Config
 from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Residency, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
+from meshmax.services.bundles import Bundles
 from meshmax.services.fsck import Fsck
 from meshmax.services.throttle import Limits
 
@@ -56,6 +57,9 @@ class _Services(Protocol):
 
     @property
     def adoption(self) -> Adoption: ...
+
+    @property
+    def bundles(self) -> Bundles: ...
 
 
 class _RegistryParts(HasRepositories, HasUploads, Protocol):

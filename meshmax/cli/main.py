@@ -40,11 +40,15 @@ _COMMANDS: Final = (
     ("limit", "meshmax.cli.limit:limit", "Show or set how fast models may move."),
     ("transfers", "meshmax.cli.transfers:transfers", "List the transfers of models, or cancel, pause and resume them."),
     ("distribute", "meshmax.cli.transfers:distribute", "Have other peers download a model."),
+    ("export", "meshmax.cli.bundle:export", "Write models into files, to carry to another site."),
+    ("import", "meshmax.cli.bundle:import_", "Take in the models that an export wrote."),
+    ("have", "meshmax.cli.bundle:have", "Show what this site has, or list it for an export elsewhere."),
     ("docs", "meshmax.cli.docs:docs", "Read the documentation."),
 )
 
 
-_OPTIONAL_VALUE: Final = ("--from-ollama", "--from-huggingface")  # alone: the folder where it usually is
+# alone: the folder where it usually is; as long as FAT32 takes it
+_OPTIONAL_VALUE: Final = ("--from-ollama", "--from-huggingface", "--split")
 
 
 def make_app() -> App:

@@ -21,6 +21,7 @@ from meshmax.base.model import Signed
 
 STATUS_DOMAIN: Final = b"meshmax/status/1\n"
 MODEL_RECORD_DOMAIN: Final = b"meshmax/model-record/1\n"
+BUNDLE_DOMAIN: Final = b"meshmax/bundle/1\n"
 MAX_PAYLOAD_BYTES: Final = 512 << 10  # half a frame: a status with 1024 models, a record with 4096 layers
 
 W = TypeVar("W")
@@ -48,9 +49,9 @@ def sign(domain: bytes, word: Any, signer: PeerId, sign_bytes: Callable[[bytes],
     return Signed(signer, payload, sign_bytes(domain + payload))
 
 
-def verify(domain: bytes, signed: Signed, word: type[W]) -> W:
+def verify(domain: bytes, signed: Signed, word: type[W], max_bytes: int = MAX_PAYLOAD_BYTES) -> W:
     """The word inside, if its signer really signed it in this domain. Raises ManifestInvalid."""
-    if len(signed.payload) > MAX_PAYLOAD_BYTES or len(signed.signature) != 64:
+    if len(signed.payload) > max_bytes or len(signed.signature) != 64:
         raise ManifestInvalid("a signed record is too large, or its signature has a wrong length")
     try:
         key = Ed25519PublicKey.from_public_bytes(public_key_of(signed.signer))

@@ -306,7 +306,7 @@ class Lanes(Protocol):
         ...
 
     def ask(self) -> LaneAsk:
-        """A fresh secret and our ciphers, for one lane; say it inside the control connection. Raises Busy, NotOffered."""
+        """A fresh secret and our ciphers, for one lane; say it inside the control connection."""
         ...
 
     def expect(self, peer: PeerId, ask: LaneAsk) -> AbstractContextManager[ExpectedLane]:

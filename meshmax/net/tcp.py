@@ -31,6 +31,11 @@ class TcpBytes:
         """See wire.ByteStream."""
         self._stream.socket.close()
 
+    def detach(self) -> socket.socket:
+        """Hand the socket over; this object is closed from then on. Nobody may be sending or receiving."""
+        ours = self._stream.socket
+        return socket.socket(ours.family, ours.type, ours.proto, fileno=ours.detach())
+
 
 class TcpListener:
     """A listening socket; satisfies wire.Listener."""

@@ -1,0 +1,302 @@
+"""The two ends of a lane, each driven by one worker thread; satisfy ports.FetchLane and ports.ServeLane.
+
+Who does what: trio's thread wants, cancels and closes; the worker reads, verifies through ``sink`` or ``read``, and writes.
+Each direction of a lane is sealed by one thread only, so frame numbers need no lock: the fetcher's by trio's thread, the
+server's by the worker. What the fetching worker has to tell is queued and told in trio's thread, several at once. A lane
+that ends with an End or by our own `close` has ended in order; any other end is PeerGone. Not here: how a lane is opened
+and counted (net.lanes), frames (wire.lane_frames).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import trio
+
+from meshmax.base.errors import (
+    BlobNotFound,
+    Busy,
+    ChunkMismatch,
+    LocalProtocolError,
+    MeshmaxError,
+    PeerGone,
+    RemoteProtocolError,
+    StoreError,
+)
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.net.lane_socket import LaneSocket
+from meshmax.ports import (
+    LaneArrived,
+    LaneBad,
+    LaneBusy,
+    LaneCancelled,
+    LaneEvent,
+    LaneLacking,
+    LaneStoreFailed,
+)
+from meshmax.wire.lane import MAX_WANTS
+from meshmax.wire.lane_frames import MAX_INDEXES, Frame, Kind, Opener, Sealer
+
+if TYPE_CHECKING:
+    from outcome import Outcome
+
+Chunk: TypeAlias = tuple[Sha256, int]
+
+
+class _Lane:
+    """What both ends have: a socket, a worker thread while they run, and one way to end."""
+
+    def __init__(
+        self, peer: PeerId, sock: LaneSocket, opener: Opener, sealer: Sealer, ended: Callable[[], None]
+    ) -> None:
+        """``ended`` is called once, in trio's thread, when no thread and no descriptor is left."""
+        self.peer = peer
+        self._socket, self._opener, self._sealer = sock, opener, sealer
+        self._ended = ended
+        self._closed = threading.Event()
+        self._started = False
+        self._woken = trio.Event()
+        self._result: Outcome[None] | None = None
+
+    @property
+    def open(self) -> bool:
+        """Neither closed nor lost yet."""
+        return not self._closed.is_set()
+
+    def close(self) -> None:
+        """See ports.FetchLane."""
+        if self._closed.is_set():
+            return
+        self._farewell()
+        self._closed.set()
+        self._socket.shut()
+        if not self._started:
+            self._release()
+
+    def pause(self, seconds: float) -> None:
+        """See ports.FetchLane."""
+        if self._closed.wait(seconds):
+            raise PeerGone("the lane was closed")
+
+    def _farewell(self) -> None:
+        """Say what can be said without waiting."""
+
+    def _release(self) -> None:
+        self._socket.close()
+        self._ended()
+
+    async def _drive(self, work: Callable[[], None], tell_all: Callable[[], None]) -> None:
+        """Run ``work`` in a thread, calling ``tell_all`` whenever the thread calls `_wake`, until it has ended."""
+        await trio.lowlevel.checkpoint()
+        if self._started:
+            raise LocalProtocolError("a lane runs once")
+        if self._closed.is_set():
+            return
+        self._started = True
+        token = trio.lowlevel.current_trio_token()
+        # The thread cache itself, not to_thread.run_sync: this task goes on while the thread works, and needs no nursery
+        # (whose groups would wrap every error) for that. Threads are counted by net.lanes, as lanes.
+        trio.lowlevel.start_thread_soon(
+            work, lambda result: token.run_sync_soon(self._finished, result), f"lane with {self.peer[-8:]}"
+        )
+        try:
+            while self._result is None:
+                await self._woken.wait()
+                self._woken = trio.Event()
+                tell_all()
+        finally:
+            ours = not self.open
+            self.close()
+            with trio.CancelScope(shield=True):
+                while self._result is None:
+                    await self._woken.wait()
+                    self._woken = trio.Event()
+            self._release()
+            tell_all()  # what was done before a cancellation counts, too
+        try:
+            self._result.unwrap()
+        except MeshmaxError:
+            if not ours:
+                raise
+
+    def _finished(self, result: Outcome[None]) -> None:
+        self._result = result
+        self._woken.set()
+
+
+class TcpFetchLane(_Lane):
+    """The fetching end; satisfies ports.FetchLane."""
+
+    def __init__(
+        self, peer: PeerId, sock: LaneSocket, opener: Opener, sealer: Sealer, ended: Callable[[], None]
+    ) -> None:
+        super().__init__(peer, sock, opener, sealer, ended)
+        # Added to by trio's thread, taken from by the worker: single operations on a set, which the interpreter makes whole.
+        self._due: set[Chunk] = set()
+        self._events: deque[LaneEvent] = deque()  # at most one a want
+        self._waking = False
+        self._wake: Callable[[], None] = lambda: None
+
+    def want(self, digest: Sha256, indexes: Sequence[int]) -> None:
+        """See ports.FetchLane."""
+        chunks = [(digest, index) for index in indexes]
+        if len(self._due) + len(chunks) > MAX_WANTS:
+            raise LocalProtocolError(f"a lane takes at most {MAX_WANTS} wants at once")
+        if len(set(chunks)) < len(chunks) or not self._due.isdisjoint(chunks):
+            raise LocalProtocolError("a chunk is wanted once at a time")
+        self._require_open()
+        self._due.update(chunks)  # before it is said: the answer may be here before we are
+        for start in range(0, len(chunks), MAX_INDEXES):
+            self._require_open()
+            self._say(self._sealer.seal_want(digest, indexes[start : start + MAX_INDEXES]))
+
+    def cancel(self, digest: Sha256, index: int) -> None:
+        """See ports.FetchLane."""
+        if self.open and (digest, index) in self._due:
+            self._say(self._sealer.seal(Kind.CANCEL, index, 0, digest))
+
+    async def run(self, sink: Callable[[Sha256, int, memoryview], None], tell: Callable[[LaneEvent], None]) -> None:
+        """See ports.FetchLane."""
+        token = trio.lowlevel.current_trio_token()
+
+        def wake() -> None:
+            token.run_sync_soon(self._wake_up)
+
+        def tell_all() -> None:
+            while self._events:
+                tell(self._events.popleft())
+
+        self._wake = wake
+        await self._drive(lambda: self._work(sink), tell_all)
+
+    def _require_open(self) -> None:
+        if not self.open:
+            raise PeerGone("the lane has ended")
+
+    def _say(self, frame: memoryview) -> None:
+        if not self._socket.send_now(frame) or self._sealer.last:
+            self.close()
+
+    def _farewell(self) -> None:
+        self._socket.send_now(self._sealer.seal(Kind.END))
+
+    def _wake_up(self) -> None:
+        self._waking = False
+        self._woken.set()
+
+    # --- the worker thread ---------------------------------------------------------------------------------------------
+
+    def _work(self, sink: Callable[[Sha256, int, memoryview], None]) -> None:
+        opener, sock = self._opener, self._socket
+        while True:
+            if not sock.fill(opener.first, idle=True):
+                raise PeerGone("the peer left the lane without a word")
+            rest = opener.rest()
+            if rest:
+                sock.fill(rest)
+            frame = opener.open()
+            if frame.kind is Kind.END:
+                return
+            event = self._taken(frame, sink)
+            self._due.discard((frame.digest, frame.index))
+            self._events.append(event)
+            if not self._waking:
+                self._waking = True
+                self._wake()
+
+    def _taken(self, frame: Frame, sink: Callable[[Sha256, int, memoryview], None]) -> LaneEvent:
+        digest, index = frame.digest, frame.index
+        if (digest, index) not in self._due:
+            raise RemoteProtocolError(f"the peer sent a {frame.kind.name} on a lane for a chunk that was not asked for")
+        match frame.kind:
+            case Kind.CHUNK:
+                return _sunk(sink, digest, index, frame.body)
+            case Kind.LACKING:
+                return LaneLacking(digest, index)
+            case Kind.BUSY:
+                return LaneBusy(digest, index, frame.retry_after_s)
+            case Kind.CANCELLED:
+                return LaneCancelled(digest, index)
+        raise RemoteProtocolError(f"the peer sent a {frame.kind.name} in the middle of a lane")
+
+
+def _sunk(sink: Callable[[Sha256, int, memoryview], None], digest: Sha256, index: int, data: memoryview) -> LaneEvent:
+    try:
+        sink(digest, index, data)
+    except ChunkMismatch:
+        return LaneBad(digest, index, len(data))
+    except StoreError as error:
+        return LaneStoreFailed(digest, index, error)
+    return LaneArrived(digest, index, len(data))
+
+
+class TcpServeLane(_Lane):
+    """The serving end; satisfies ports.ServeLane."""
+
+    def __init__(
+        self, peer: PeerId, sock: LaneSocket, opener: Opener, sealer: Sealer, ended: Callable[[], None]
+    ) -> None:
+        super().__init__(peer, sock, opener, sealer, ended)
+        self._queue: dict[Chunk, None] = {}  # wanted, in the order of asking; the worker's own
+
+    async def run(self, read: Callable[[Sha256, int, memoryview], int]) -> None:
+        """See ports.ServeLane."""
+        await self._drive(lambda: self._work(read), lambda: None)
+
+    # --- the worker thread ---------------------------------------------------------------------------------------------
+
+    def _work(self, read: Callable[[Sha256, int, memoryview], int]) -> None:
+        while self._listen():
+            if self._sealer.last:
+                break
+            if self._queue:
+                digest, index = chunk = next(iter(self._queue))
+                del self._queue[chunk]
+                self._socket.send(self._answer(digest, index, read))
+        self._socket.send(self._sealer.seal(Kind.END))
+
+    def _listen(self) -> bool:
+        """Take what the fetcher has said, waiting only if there is nothing else to do; False once it has said End."""
+        while not self._queue or self._socket.readable():
+            if not self._socket.fill(self._opener.first, idle=True):
+                raise PeerGone("the peer left the lane without a word")
+            rest = self._opener.rest()
+            if rest:
+                self._socket.fill(rest)
+            frame = self._opener.open()
+            match frame.kind:
+                case Kind.WANT:
+                    self._queue_all(frame)
+                case Kind.CANCEL:
+                    if self._cancelled(frame):
+                        return True
+                case Kind.END:
+                    return False
+                case _:
+                    raise RemoteProtocolError(f"the peer sent a {frame.kind.name} in the middle of a lane")
+        return True
+
+    def _queue_all(self, frame: Frame) -> None:
+        for index in frame.indexes:
+            self._queue[frame.digest, index] = None
+        if len(self._queue) > MAX_WANTS:
+            raise RemoteProtocolError(f"the peer wants more than {MAX_WANTS} chunks at once on a lane")
+
+    def _cancelled(self, frame: Frame) -> bool:
+        """Answer a Cancel whose chunk has not been sent; whether no more frame may follow but the End."""
+        if (frame.digest, frame.index) in self._queue:
+            del self._queue[frame.digest, frame.index]
+            self._socket.send(self._sealer.seal(Kind.CANCELLED, frame.index, 0, frame.digest))
+        return self._sealer.last
+
+    def _answer(self, digest: Sha256, index: int, read: Callable[[Sha256, int, memoryview], int]) -> memoryview:
+        try:
+            size = read(digest, index, self._sealer.room)
+        except Busy as error:
+            return self._sealer.seal_busy(digest, index, error.retry_after_s)
+        except (BlobNotFound, StoreError):
+            return self._sealer.seal(Kind.LACKING, index, 0, digest)
+        return self._sealer.seal_chunk(digest, index, size)

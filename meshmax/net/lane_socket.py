@@ -1,0 +1,122 @@
+"""One blocking TCP socket of a lane, driven by one worker thread, ended from trio's.
+
+Rules: nothing waits for ever inside a frame: where no byte moves for ``stall_s``, or one frame takes FRAME_S, the peer counts
+as gone; between two frames a reader waits as long as it is open. `shut` may be called from any thread and wakes whoever
+waits; `close` only once no thread uses the socket, so that a descriptor is never used after it was given away. OSError
+becomes PeerGone here. Not here: what the bytes mean (wire.lane_frames).
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+from typing import Final
+
+from meshmax.base.errors import PeerGone
+from meshmax.base.units import KIB
+
+# No byte for so long inside a frame: a link of 18 kB/s still passes 1 MiB, whichever end holds it back. The control
+# connection's heartbeat notices a dead peer long before; this is for one that is alive and does not go on.
+STALL_S: Final = 60.0
+FRAME_S: Final = 600.0  # one frame in all: 1.7 kB/s; slower peers are better served by nobody
+# A fetcher's send buffer takes MAX_WANTS wants and cancels, one a packet, of which the kernel counts about 1 KiB each,
+# even when the server does not read for a while: `send_now` never waits.
+FETCHER_SEND_BUFFER_BYTES: Final = 512 * KIB
+
+_DONT_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # not on Windows, where a buffer that takes it all must do
+
+
+class LaneSocket:
+    """A connected socket, made blocking. Owns it."""
+
+    def __init__(self, sock: socket.socket, stall_s: float = STALL_S) -> None:
+        """Raises PeerGone if the peer has gone already."""
+        self._socket = sock
+        self._stall_s = stall_s
+        try:
+            sock.setblocking(True)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Not settimeout(): that makes the descriptor non-blocking, and MSG_WAITALL needs a blocking one.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(stall_s))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(stall_s))
+        except OSError as error:
+            sock.close()
+            raise PeerGone(f"the peer left the lane: {error.strerror}") from error
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll is not None:
+            self._poll.register(sock, select.POLLIN)
+
+    def fill(self, buffer: memoryview, idle: bool = False) -> bool:
+        """Fill ``buffer``. ``idle``: at the start of a frame, where waiting may take any time and False means that the peer
+        ended its stream. Raises PeerGone: lost, stalled, or cut inside a frame."""
+        size, got, began_s = len(buffer), 0, 0.0
+        while got < size:
+            try:
+                count = self._socket.recv_into(buffer[got:] if got else buffer, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                if idle and not got:
+                    continue
+                raise PeerGone(f"the peer stopped inside a frame for {self._stall_s:g} s") from None
+            except OSError as error:
+                raise PeerGone(f"the lane was lost: {error.strerror}") from error
+            if not count:
+                if idle and not got:
+                    return False
+                raise PeerGone("the peer ended the lane inside a frame")
+            got += count
+            if got < size:
+                began_s = _in_time(began_s)
+        return True
+
+    def readable(self) -> bool:
+        """Whether `fill` would get a byte, or the end, without waiting."""
+        if self._poll is not None:
+            return bool(self._poll.poll(0))
+        return bool(select.select([self._socket], [], [], 0)[0])
+
+    def send(self, data: memoryview) -> None:
+        """Send everything. Raises PeerGone: lost, or the peer does not read."""
+        size, sent, began_s = len(data), 0, 0.0
+        while sent < size:
+            try:
+                sent += self._socket.send(data[sent:] if sent else data)
+            except BlockingIOError:
+                raise PeerGone(f"the peer did not read for {self._stall_s:g} s") from None
+            except OSError as error:
+                raise PeerGone(f"the lane was lost: {error.strerror}") from error
+            if sent < size:
+                began_s = _in_time(began_s)
+
+    def send_now(self, data: memoryview) -> bool:
+        """Send a small frame without waiting: whether it went out whole. If not, the lane is of no more use."""
+        try:
+            return self._socket.send(data, _DONT_WAIT) == len(data)
+        except OSError:
+            return False
+
+    def shut(self) -> None:
+        """End both directions; wakes the worker thread. Any thread; idempotent."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go of the descriptor; idempotent."""
+        self._socket.close()
+
+
+def _in_time(began_s: float) -> float:
+    """When the frame began to be slow, which is now if ``began_s`` is 0. Raises PeerGone after FRAME_S."""
+    now_s = time.monotonic()
+    if began_s and now_s - began_s > FRAME_S:
+        raise PeerGone(f"one frame took longer than {FRAME_S:g} s")
+    return began_s or now_s
+
+
+def _timeval(seconds: float) -> bytes | int:
+    if sys.platform == "win32":
+        return int(seconds * 1000)
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))

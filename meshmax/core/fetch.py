@@ -1,11 +1,13 @@
 """Fetching one blob from many sources at once: which chunk is asked of whom, and what follows from what they do.
 
-Rules. Rarest chunk first, random among equals (core.fetch_chunks); each source has a window (core.fetch_source). A chunk
-is asked of one source at a time, but for the end game: when every missing chunk is under way, a source with nothing to
-do is asked, too, for the last chunk of the source that will need longest; what this can waste is bounded by
-DOUBLE_SHARE of the blob. A source that sends a bad chunk is never asked for that chunk again and gets one chunk at a
-time; at BAN_STRIKES it is banned from this blob. A source that is silent loses what was asked of it to others; after
-MAX_TIMEOUTS silences in a row it is dropped and may come back. All of this survives a source's leaving and returning.
+Rules. Rarest chunk first, random among equals (core.fetch_chunks); each source has a window (core.fetch_source). A source
+is not asked for what others will have brought before it could: a slow one thus brings what only it has. A chunk is asked
+of one source at a time, but for the end game: when every missing chunk is under way, those that a slow source has not
+begun are moved to a quicker one, and an idle one is asked, too, for the last that the slowest is at; what this wastes is
+bounded by DOUBLE_SHARE of the blob. A source that sends a bad chunk is never asked for that chunk again and gets one
+chunk at a time; at BAN_STRIKES it is banned from this blob. A source that is silent loses what was asked of it to
+others; after MAX_TIMEOUTS silences in a row it is dropped and may come back. All of this survives a source's leaving
+and returning.
 
 The owner calls an ``on_`` method for each thing that happens, `tick` at `deadline`, and performs the actions in order.
 Chunks are verified and written by the owner before `on_chunk_ok`. Not here: streams, files, who the sources are.
@@ -18,17 +20,16 @@ from typing import Final, TypeAlias
 import msgspec
 
 from meshmax.base.ids import PeerId
-from meshmax.base.model import Haves
+from meshmax.base.model import CHUNK_BYTES, Haves
 from meshmax.core.backoff import Random
 from meshmax.core.fetch_chunks import Rarity, bits_of
 from meshmax.core.fetch_source import BAN_STRIKES, MAX_TIMEOUTS, Source
 
-MAX_SOURCES: Final = (
-    64  # sources of one blob at once; more than fill any network card, each costs a stream and 8 chunks
-)
+MAX_SOURCES: Final = 64  # sources of one blob at once; more than fill any network card, each costs a stream or two lanes
 MAX_AHEAD: Final = 256  # chunks under way in all; windows hold half a second of what the disk takes, so few have come
 MAX_KNOWN: Final = 1024  # sources remembered, gone and banned ones too, so that a liar is no stranger when it returns
-DOUBLE_SHARE: Final = 64  # a 64th of the chunks (2 at least) may be under way twice or have been wasted by that
+DOUBLE_SHARE: Final = 64  # a 64th of the chunks may be under way twice or have been wasted by the end game
+MIN_DOUBLES: Final = 3  # or so many, of a small blob
 DOUBLE_CHECK_S: Final = 0.25  # how often the end game looks for a source that has fallen behind
 
 
@@ -109,9 +110,12 @@ class Fetch:
         "_ahead",
         "_checked_s",
         "_doubled",
-        "_doubles_lost",
         "_ended",
+        "_filled_s",
+        "_held_back",
         "_known",
+        "_lost_bytes",
+        "_may_lose_bytes",
         "_missing",
         "_open",
         "_rarity",
@@ -129,9 +133,12 @@ class Fetch:
         self._known: dict[PeerId, Source] = {}
         self._ahead: dict[int, list[PeerId]] = {}  # chunk under way -> whom it was asked of
         self._doubled: set[int] = set()  # chunks asked of two, whose loser has not said its last word
-        self._doubles_lost = 0
+        self._lost_bytes = 0  # came of chunks that were cancelled
+        self._may_lose_bytes = max(MIN_DOUBLES, haves.count // DOUBLE_SHARE) * CHUNK_BYTES
         self._wasted = 0
         self._checked_s = 0.0
+        self._filled_s = 0.0
+        self._held_back = False  # a source with room waits, since others will be sooner; so it seems now
         self._ended = False
         self._stuck = False
 
@@ -155,8 +162,10 @@ class Fetch:
         """When `tick` is due, in the owner's time; None: not before the next event."""
         times = [ends for source in self._active.values() if (ends := source.silence_ends_s()) is not None]
         times += [wakes_s for s in self._active.values() if (wakes_s := s.wakes_s()) and s.useful & self._open]
-        if self._ahead and not self._open and self._may_double() and any(map(self._idle, self._active.values())):
+        if self._ahead and not self._open and any(self._can_help(source) for source in self._active.values()):
             times.append(self._checked_s + DOUBLE_CHECK_S)
+        elif self._held_back:
+            times.append(self._filled_s + DOUBLE_CHECK_S)
         return min(times, default=None)
 
     def snapshot(self) -> FetchView:
@@ -258,9 +267,9 @@ class Fetch:
         if source := self._active.get(peer):
             source.settled(index, now)
         self._release(peer, index)
-        if index in self._doubled and index not in self._ahead:
+        self._lost_bytes += wasted
+        if index not in self._ahead:
             self._doubled.discard(index)
-            self._doubles_lost += wasted > 0
         return self._next(now, [])
 
     def on_busy(self, peer: PeerId, index: int, retry_after_s: float, now: float) -> list[Action]:
@@ -300,7 +309,7 @@ class Fetch:
         for source in self._active.values():
             source.wake(now)
         self._fill(now, actions)
-        self._double(now, actions)
+        self._end_game(now, actions)
         stuck = not self._ahead and not any(s.useful & self._missing for s in self._active.values())
         if stuck and not self._stuck:
             actions.append(Stuck(f"no source has any of the {self._missing.bit_count()} missing chunks"))
@@ -308,46 +317,91 @@ class Fetch:
         return actions
 
     def _fill(self, now: float, actions: list[Action]) -> None:
-        ready = sorted(self._active.values(), key=lambda source: (source.strikes, source.pace_s()))
-        while self._open and ready and len(self._ahead) < MAX_AHEAD:
+        self._held_back, self._filled_s = False, now
+        ready = [source for source in self._active.values() if source.room(now) > 0] if self._open else []
+        ready.sort(key=lambda source: (source.strikes, source.pace_s()))
+        rate_per_s = sum(1 / source.waits_s(now) for source in self._active.values()) if ready else 0.0
+        while self._open and ready:
             still = []
             for source in ready:  # one chunk each in turn, the quickest first
-                if source.room(now) <= 0 or len(self._ahead) >= MAX_AHEAD:
+                if source.room(now) <= 0:
                     continue
+                if len(self._ahead) >= MAX_AHEAD:
+                    return
                 index = self._rarity.choose(source.askable & self._open)
-                if index is not None:
-                    self._ask(source, index, now, actions)
-                    still.append(source)
+                if index is None:
+                    continue
+                if self._is_sooner_elsewhere(source, index, rate_per_s, now):
+                    self._held_back = True
+                    continue
+                self._ask(source, index, now, actions)
+                still.append(source)
             ready = still
 
-    def _double(self, now: float, actions: list[Action]) -> None:
+    def _is_sooner_elsewhere(self, source: Source, index: int, rate_per_s: float, now: float) -> bool:
+        """Whether the others that have chunk ``index`` will have brought all that is open before ``source`` brings this one.
+
+        Never so for the one of them that is soonest.
+        """
+        if source.chunk_s.value is None:
+            return False
+        own_s = source.due_s(now)
+        ahead = self._open.bit_count()
+        if own_s * rate_per_s <= ahead:  # not even all sources together
+            return False
+        others_per_s, soonest_s = 0.0, own_s
+        for other in self._active.values():
+            if other is source or other.strikes or now < other.paused_until_s or not other.askable >> index & 1:
+                continue
+            others_per_s += 1 / other.waits_s(now)
+            soonest_s = min(soonest_s, other.due_s(now))
+            ahead += len(other.asked)
+        return soonest_s < own_s and own_s * others_per_s > ahead
+
+    def _end_game(self, now: float, actions: list[Action]) -> None:
+        """Every missing chunk is under way: give the quick ones what the slow ones will not bring soon."""
         if self._open or not self._ahead:
             return
         self._checked_s = now
         for helper in sorted(self._active.values(), key=Source.pace_s):
-            if not self._may_double():
-                return
-            if not self._idle(helper) or helper.room(now) <= 0:
-                continue
-            index = self._slowest_for(helper, now)
-            if index is not None:
-                self._doubled.add(index)
-                self._ask(helper, index, now, actions)
+            while helper.room(now) > 0 and not helper.strikes and self._lost_bytes < self._may_lose_bytes:
+                slow = self._slowest_for(helper, now)
+                if slow is None:
+                    break
+                source, index = slow
+                if index != next(iter(source.asked)):
+                    self._move(source, helper, index, now, actions)  # not begun, so nothing is wasted
+                elif not helper.asked and self._may_double():
+                    self._doubled.add(index)
+                    self._ask(helper, index, now, actions)
+                else:
+                    break
 
-    def _slowest_for(self, helper: Source, now: float) -> int | None:
-        """The chunk asked last of the source that needs longest, where ``helper`` is sure to bring it sooner."""
-        waits = []
+    def _slowest_for(self, helper: Source, now: float) -> tuple[Source, int] | None:
+        """The source that needs longest and what was asked of it last, where ``helper`` is sure to bring it sooner."""
+        worst: tuple[float, Source, int] | None = None
+        missing = helper.askable & self._missing
         for source in self._active.values():
-            single = [i for i in source.asked if len(self._ahead[i]) == 1 and helper.askable >> i & 1]
-            if source is not helper and single and source.remaining_s(now) > 2 * helper.pace_s():
-                waits.append((source.remaining_s(now), single[-1]))
-        return max(waits)[1] if waits else None
+            remaining_s = source.remaining_s(now)
+            if source is helper or (worst and worst[0] >= remaining_s) or remaining_s <= 2 * helper.due_s(now):
+                continue
+            for index in reversed(source.asked):
+                if len(self._ahead[index]) == 1 and missing >> index & 1:
+                    worst = (remaining_s, source, index)
+                    break
+        return worst and worst[1:]
 
-    def _idle(self, source: Source) -> bool:
+    def _can_help(self, source: Source) -> bool:
         return not source.asked and not source.strikes and bool(source.useful & self._missing)
 
     def _may_double(self) -> bool:
-        return len(self._doubled) + self._doubles_lost < max(2, self.count // DOUBLE_SHARE)
+        return len(self._doubled) * CHUNK_BYTES + self._lost_bytes < self._may_lose_bytes
+
+    def _move(self, source: Source, helper: Source, index: int, now: float, actions: list[Action]) -> None:
+        source.leave(index)
+        self._release(source.peer, index)
+        actions.append(Cancel(source.peer, index))
+        self._ask(helper, index, now, actions)
 
     def _ask(self, source: Source, index: int, now: float, actions: list[Action]) -> None:
         source.ask(index, now)
@@ -374,6 +428,6 @@ class Fetch:
         for index in (*source.asked, *source.leaving):
             if index in self._doubled and index not in self._ahead:
                 self._doubled.discard(index)  # it lost, and how much of it had come is not known
-                self._doubles_lost += 1
+                self._lost_bytes += CHUNK_BYTES
             self._release(peer, index)
         source.begin()

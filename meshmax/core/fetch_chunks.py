@@ -29,19 +29,23 @@ class Rarity:
 
     def add(self, chunks: int) -> None:
         """One more source has ``chunks``."""
-        if self._levels[-1] & chunks:
-            self._levels.append(0)
-        for level in range(len(self._levels) - 2, -1, -1):
-            moved = self._levels[level] & chunks
-            self._levels[level] ^= moved
-            self._levels[level + 1] |= moved
+        for level in range(len(self._levels)):  # what is new is rare, so the lowest levels first
+            if moved := self._levels[level] & chunks:
+                if level + 1 == len(self._levels):
+                    self._levels.append(0)
+                self._levels[level] ^= moved
+                self._levels[level + 1] |= moved
+                chunks ^= moved
+            if not chunks:
+                return
 
     def remove(self, chunks: int) -> None:
         """One source fewer has ``chunks``, each of which it had."""
         for level in range(1, len(self._levels)):
-            moved = self._levels[level] & chunks
-            self._levels[level] ^= moved
-            self._levels[level - 1] |= moved
+            if moved := self._levels[level] & chunks:
+                self._levels[level] ^= moved
+                self._levels[level - 1] |= moved
+                chunks ^= moved
         while len(self._levels) > 1 and not self._levels[-1]:
             self._levels.pop()
 

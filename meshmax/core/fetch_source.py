@@ -20,6 +20,7 @@ FIRST_WINDOW: Final = 2  # chunks; one on the wire and one behind it, before any
 MAX_WINDOW: Final = 64  # chunks of 1 MiB in flight a source: 800 MB/s with 80 ms of round trip and of our own delays
 WINDOW_S: Final = 0.5  # seconds of a source's rate that a window may hold (2 chunks at least); longer than a round trip
 SAMPLE_S: Final = 0.05  # the rate is measured over this at least, since what lanes bring is told in batches
+MIN_CHUNK_S: Final = 1e-4  # no source is taken for quicker than that
 FIRST_PATIENCE_S: Final = (
     10.0  # silence before anything is measured; a loaded peer may take seconds to open a cold file
 )
@@ -106,6 +107,14 @@ class Source:
     def pace_s(self) -> float:
         """Seconds for one chunk as measured; the first patience if never measured."""
         return FIRST_PATIENCE_S if self.chunk_s.value is None else self.chunk_s.value
+
+    def waits_s(self, now: float) -> float:
+        """Seconds for one chunk as it looks now: its pace, or its silence if that is longer; never 0."""
+        return max(self.pace_s(), now - self.heard_s if self.asked else 0.0, MIN_CHUNK_S)
+
+    def due_s(self, now: float) -> float:
+        """Seconds until one chunk more than it owes would be there, as it looks now."""
+        return self.waits_s(now) * (len(self.asked) + len(self.leaving) + 1)
 
     def remaining_s(self, now: float) -> float:
         """Seconds until all that is asked of it will be there; for one that has fallen silent, at least its silence."""

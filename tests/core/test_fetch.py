@@ -323,7 +323,7 @@ def test_it_completes_whenever_honest_sources_hold_every_chunk_whatever_the_othe
     # One wasted chunk a strike; the end game and chunks that came after all add a bounded share.
     strikes = sum(source.strikes for source in view.sources.values())
     assert strikes == swarm.bad
-    allowed = max(2, swarm.count // fetch.DOUBLE_SHARE)
+    allowed = max(fetch.MIN_DOUBLES, swarm.count // fetch.DOUBLE_SHARE)
     assert view.bytes_wasted <= (strikes + allowed) * CHUNK_BYTES
     assert all(source.strikes <= BAN_STRIKES for source in view.sources.values())
 

@@ -36,10 +36,13 @@ _log = get_logger("lanes")
 
 
 class LaneOpener:
-    """Opens lanes to peers. ``per_peer``: how many a source gets that is the only one."""
+    """Opens lanes to peers. ``per_peer``: how many a source gets that is the only one; ``ip_of``: of a connection's address."""
 
-    def __init__(self, swarm: Swarm, lanes: Lanes, per_peer: int) -> None:
+    def __init__(
+        self, swarm: Swarm, lanes: Lanes, per_peer: int, ip_of: Callable[[str], str | None] | None = None
+    ) -> None:
         self.per_peer = per_peer
+        self._ip_of = ip_of or try_ip
         self._swarm = swarm
         self._lanes = lanes
 
@@ -69,7 +72,7 @@ class LaneOpener:
         view = self._swarm.connections().get(peer)
         if view is None:
             raise PeerGone("not connected to the peer")
-        ip = try_ip(view.address)
+        ip = self._ip_of(view.address)
         if ip is None:
             raise NotOffered("lanes need a direct connection to the peer")
         return ip

@@ -266,6 +266,11 @@ class ServeLane(Protocol):
         """Whose lane this is."""
         ...
 
+    @property
+    def sending_s(self) -> float:
+        """Seconds spent so far in sending, as against reading and waiting for wants: how loaded our end is."""
+        ...
+
     def close(self) -> None:
         """As FetchLane.close."""
         ...

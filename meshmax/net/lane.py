@@ -10,6 +10,7 @@ and counted (net.lanes), frames (wire.lane_frames).
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -241,6 +242,7 @@ class TcpServeLane(_Lane):
     ) -> None:
         super().__init__(peer, sock, opener, sealer, ended)
         self._queue: dict[Chunk, None] = {}  # wanted, in the order of asking; the worker's own
+        self.sending_s = 0.0
 
     async def run(self, read: Callable[[Sha256, int, memoryview], int]) -> None:
         """See ports.ServeLane."""
@@ -255,8 +257,13 @@ class TcpServeLane(_Lane):
             if self._queue:
                 digest, index = chunk = next(iter(self._queue))
                 del self._queue[chunk]
-                self._socket.send(self._answer(digest, index, read))
+                self._send(self._answer(digest, index, read))
         self._socket.send(self._sealer.seal(Kind.END))
+
+    def _send(self, frame: memoryview) -> None:
+        began_s = time.monotonic()
+        self._socket.send(frame)
+        self.sending_s += time.monotonic() - began_s
 
     def _listen(self) -> bool:
         """Take what the fetcher has said, waiting only if there is nothing else to do; False once it has said End."""

@@ -9,7 +9,8 @@ then sent. Not here: sockets, threads, how many lanes a peer may have (net.lane)
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -48,13 +49,6 @@ class LaneServer:
         """Serve on ``swarm`` from now on."""
         swarm.serve(LANE, self.answer)
 
-    async def run(self, swarm: Swarm) -> None:
-        """Close the lanes of peers that have no connection any more, until cancelled."""
-        async with swarm.subscribe() as events:
-            async for event in events:
-                if event.kind == "disconnected":
-                    self._lanes.close_peer(event.peer_id)
-
     async def answer(self, stream: Stream) -> None:
         """One lane, from the ask to its end. Raises PeerGone, RemoteProtocolError."""
         frames = FrameStream(stream)
@@ -85,7 +79,7 @@ class LaneServer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_with, stream, lane)
             try:
-                await lane.run(partial(self._read, lane, served))
+                await lane.run(partial(self._read, lane, served, _Pace()))
             except MeshmaxError as error:
                 failure = error
             nursery.cancel_scope.cancel()
@@ -94,7 +88,9 @@ class LaneServer:
         if failure:
             _log.info("lane lost", peer=lane.peer, code=failure.code, error=failure.message)
 
-    def _read(self, lane: ServeLane, served: set[Sha256], digest: Sha256, index: int, buffer: memoryview) -> int:
+    def _read(
+        self, lane: ServeLane, served: set[Sha256], pace: _Pace, digest: Sha256, index: int, buffer: memoryview
+    ) -> int:
         """In the lane's thread: the chunk's length, once it may be sent. Raises Busy, BlobNotFound, StoreError, PeerGone."""
         peer = lane.peer
         began_s = time.monotonic()
@@ -109,11 +105,40 @@ class LaneServer:
             self._offers.lost(digest, peer, index)
             CHUNKS.labels(direction="out", outcome=error.code).inc()
             raise
-        self._offers.sent(digest, time.monotonic() - began_s)
+        self._offers.sent(digest, time.monotonic() - began_s + pace.sent_s(lane))
         self._outflow.note(peer, digest, size)
         _bytes_out.inc(size)
         _chunks_ok.inc()
         return size
+
+
+@asynccontextmanager
+async def open_lane_server(server: LaneServer, swarm: Swarm, lanes: Lanes) -> AsyncIterator[None]:
+    """Serve on ``swarm``, and close the lanes of peers that have no connection any more, both ways."""
+
+    async def watch() -> None:
+        async with swarm.subscribe() as events:
+            async for event in events:
+                if event.kind == "disconnected":
+                    lanes.close_peer(event.peer_id)
+
+    server.register(swarm)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+class _Pace:
+    """What sending the chunk before took, on one lane: this one is not sent yet when its reader returns."""
+
+    def __init__(self) -> None:
+        self._sending_s = 0.0
+
+    def sent_s(self, lane: ServeLane) -> float:
+        """Seconds in sending since the last call."""
+        before_s, self._sending_s = self._sending_s, lane.sending_s
+        return self._sending_s - before_s
 
 
 async def _end_with(stream: Stream, lane: ServeLane) -> None:

@@ -41,20 +41,25 @@ from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
 from meshmax.net.addresses import is_lan_address
+from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
 from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
-from meshmax.ports import Discovery, Engine, Pulls, Router, RunSync, Signer, Swarm
+from meshmax.ports import Discovery, Engine, Lanes, Pulls, Router, RunSync, Signer, Swarm
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
+from meshmax.services.bundle_source import LocalSources
 from meshmax.services.bundles import Bundles, Maker
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
 from meshmax.services.fsck import Fsck
 from meshmax.services.infer_server import InferServer
+from meshmax.services.lane_client import LaneOpener
+from meshmax.services.lane_server import LaneServer, open_lane_server
 from meshmax.services.model_exchange import FetchedModel, ModelServer
 from meshmax.services.model_exchange import describe as ask_description
+from meshmax.services.offers import Offers
 from meshmax.services.outflow import Outflow
 from meshmax.services.presence import PresenceService, open_presence
 from meshmax.services.pull import PartialModel, open_pulls
@@ -95,6 +100,7 @@ class World:
     unix_now: Callable[[], float]
     random: Random
     open_registry: Callable[[], AbstractAsyncContextManager[Registry]] | None = None  # None: no upstream registries
+    open_lanes: Callable[[Config, PeerId], AbstractAsyncContextManager[Lanes]] | None = None  # None: no blob lanes
 
 
 class Node:
@@ -310,9 +316,15 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             raise Busy("this peer is starting")
         return await pulls.accept(peer, name, digest)
 
-    outflow = Outflow(partial(_owner, node))
+    outflow, offers, throttle = Outflow(partial(_owner, node)), Offers(time.monotonic), node.limits.throttle
+    opener: LaneOpener | None = None
+    if world.open_lanes is not None and config.lanes_per_peer:
+        lanes = await enter(world.open_lanes(config, node.peer_id))
+        lane_server = LaneServer(store.blobs, lanes, outflow, offers, throttle)
+        await enter(open_lane_server(lane_server, node.swarm, lanes))
+        opener = LaneOpener(node.swarm, lanes, config.lanes_per_peer)
     ModelServer(store.models, store.blobs, pulling, accept).register(node.swarm)
-    BlobServer(store.blobs, outflow=outflow, throttle=node.limits.throttle).register(node.swarm)
+    BlobServer(store.blobs, outflow=outflow, offers=offers, throttle=throttle).register(node.swarm)
     InferServer(node.residency).register(node.swarm)
     rungs = world.rungs(config, node.swarm)
     node.presence = await enter(
@@ -333,6 +345,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         entries = parse_upstreams(config.upstreams)
         node.upstreams = Upstreams(registry, store.staging, entries, world.random, config.offline)
         upstream = UpstreamPulls(node.upstreams, node.catalog.publish)
+    local = LocalSources()
     node.pulls = pulls = await enter(
         open_pulls(
             node.swarm,
@@ -348,6 +361,9 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             keep=keep,
             accept=config.accept_distribute,
             upstream=upstream,
+            local=local.of,
+            opener=opener,
+            throttle=throttle,
         )
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling
@@ -359,6 +375,8 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         node.catalog,
         world.unix_now,
         world.run_sync,
+        pulls,
+        local,
         pulls.held,
         stored,
     )
@@ -436,17 +454,26 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
 def real_world() -> World:
     """libp2p, mDNS, llama.cpp, threads, the system's clock."""
     system_random = random.SystemRandom()
-    return World(_open_swarm, _rungs, _engine, _disk_threads(), time.time, system_random, open_registry_client)
+    return World(
+        _open_swarm, _rungs, _engine, _disk_threads(), time.time, system_random, open_registry_client, _open_lanes
+    )
+
+
+def _listen(config: Config) -> list[tuple[str, int]]:
+    if config.listen:
+        return [parse_host_port(text) for text in config.listen]
+    # Without a LAN to take part in, only this machine may reach us unless --listen says otherwise.
+    hosts = ("0.0.0.0", "::") if config.lan else ("127.0.0.1",)  # noqa: S104
+    return [(host, DEFAULT_CONTROL_PORT) for host in hosts]
 
 
 def _open_swarm(config: Config, private_bytes: bytes) -> AbstractAsyncContextManager[Swarm]:
-    if config.listen:
-        listen = [parse_host_port(text) for text in config.listen]
-    else:
-        # Without a LAN to take part in, only this machine may reach us unless --listen says otherwise.
-        hosts = ("0.0.0.0", "::") if config.lan else ("127.0.0.1",)  # noqa: S104
-        listen = [(host, DEFAULT_CONTROL_PORT) for host in hosts]
-    return open_swarm(private_bytes, listen, allow=is_lan_address)
+    return open_swarm(private_bytes, _listen(config), allow=is_lan_address)
+
+
+def _open_lanes(config: Config, peer_id: PeerId) -> AbstractAsyncContextManager[Lanes]:
+    hosts = dict.fromkeys(host for host, _ in _listen(config))
+    return open_lanes(peer_id, [(host, config.lane_port) for host in hosts], allow=is_lan_address)
 
 
 def _rungs(config: Config, swarm: Swarm) -> tuple[Discovery, ...]:

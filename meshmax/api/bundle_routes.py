@@ -47,9 +47,10 @@ class ExportBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ImportBody(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of an import: folders, or files with the parts beside them."""
+    """The body of an import: folders, or files with the parts beside them. ``alone``: nothing from peers."""
 
     paths: Annotated[tuple[Path4K, ...], msgspec.Meta(min_length=1, max_length=MAX_PATHS)]
+    alone: bool = False
 
 
 class HasBundles(Protocol):
@@ -85,7 +86,7 @@ class BundleFace:
         """Read bundles. Going away interrupts it; asking again goes on."""
         body = await read_words(request, ImportBody, 4 * MIB)
         paths = [_path(path) for path in body.paths]
-        return WorkReply(partial(self._node.bundles.importer.run, paths), self._open_answers, "mesh")
+        return WorkReply(partial(self._node.bundles.importer.run, paths, alone=body.alone), self._open_answers, "mesh")
 
     async def have(self, request: Request) -> Response:
         """What this node has; with ``?mesh=true`` what its mesh has."""

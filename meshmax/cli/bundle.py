@@ -49,11 +49,12 @@ def import_(
     path: Path,
     /,
     *more: Path,
+    alone: Annotated[bool, Parameter(help="From the bundle only, though peers have the model too.")] = False,
     as_json: AsJson = False,
     target: Target = HERE,
 ) -> None:
     """Take the models of a bundle in; importing again goes on where it was."""
-    body = {"paths": [str(one.expanduser().absolute()) for one in (path, *more)]}
+    body = {"paths": [str(one.expanduser().absolute()) for one in (path, *more)], "alone": alone}
     with open_client(target) as client, client.open_answer("POST", "/api/v1/models/import", body) as answer:
         show_progress(answer.lines(), as_json)
 

@@ -11,10 +11,11 @@ import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Manifest, StoredModel
-from meshmax.ports import Catalog, RunSync, Signer, Swarm
+from meshmax.ports import Catalog, Pulls, RunSync, Signer, Swarm
+from meshmax.services.bundle_source import LocalSources
 from meshmax.services.export import Exporter
 from meshmax.services.have import HaveLister
-from meshmax.services.import_bundle import Importer, ImportWorld
+from meshmax.services.import_bundle import Importer, ImportWorld, Mesh
 from meshmax.services.model_exchange import fetch_model
 from meshmax.store import Store
 from meshmax.store.bundle_have import list_blobs
@@ -39,6 +40,8 @@ class Maker(msgspec.Struct, frozen=True):
     catalog: Catalog
     unix_now: Callable[[], float]
     run_sync: RunSync
+    pulls: Pulls
+    sources: LocalSources
     held: Callable[[Sha256], AbstractAsyncContextManager[None]]
     on_stored: Callable[[StoredModel], Awaitable[None]]
 
@@ -55,8 +58,9 @@ class Maker(msgspec.Struct, frozen=True):
         async def list_all() -> tuple[list[Sha256], list[Sha256]]:
             return await run_sync(partial(list_blobs, blobs.layout))
 
+        mesh = Mesh(self.catalog.entries, self.pulls, self.sources)
         return Bundles(
             Exporter(self.catalog, blobs, self.signer, self.name, self.unix_now, run_sync, open_writer),
-            Importer(ImportWorld(blobs, models, run_sync, self.held, self.on_stored)),
+            Importer(ImportWorld(blobs, models, run_sync, self.held, self.on_stored), mesh),
             HaveLister(self.signer.peer_id, self.catalog.entries, blobs, list_all, ask_manifest, self.unix_now),
         )

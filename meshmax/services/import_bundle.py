@@ -20,11 +20,20 @@ from typing import Any, Final
 import msgspec
 import trio
 
-from meshmax.base.errors import BlobNotFound, ChunkMismatch, IntegrityError, ManifestInvalid, StoreCorrupt
+from meshmax.base.catalog import CatalogEntry
+from meshmax.base.errors import (
+    BlobNotFound,
+    ChunkMismatch,
+    IntegrityError,
+    ManifestInvalid,
+    MeshmaxError,
+    StoreCorrupt,
+)
 from meshmax.base.ids import Sha256
 from meshmax.base.model import CHUNK_BYTES, ChunkMap, Manifest, StoredModel
 from meshmax.base.names import parse_name
-from meshmax.ports import BlobStore, ModelStore, Partial, RunSync
+from meshmax.ports import BlobStore, ModelStore, Partial, Pulls, RunSync
+from meshmax.services.bundle_source import BundleSource, LocalSources
 from meshmax.services.model_exchange import check_record
 from meshmax.store.bundle_read import BadFile, BundleReader, ChunkFile, find_bundles
 from meshmax.telemetry.log import get_logger
@@ -50,15 +59,26 @@ class ImportWorld(msgspec.Struct, frozen=True):
     on_stored: Callable[[StoredModel], Awaitable[None]]
 
 
+class Mesh(msgspec.Struct, frozen=True):
+    """What imports use where peers have the model too."""
+
+    entries: Callable[[], tuple[CatalogEntry, ...]]
+    pulls: Pulls
+    sources: LocalSources
+
+
 class Importer:
-    """Imports bundles into a store."""
+    """Imports bundles into a store. ``mesh`` None: from bundles alone."""
 
-    def __init__(self, world: ImportWorld) -> None:
-        self._world = world
+    def __init__(self, world: ImportWorld, mesh: Mesh | None = None) -> None:
+        self._world, self._mesh = world, mesh
 
-    async def run(self, paths: Sequence[Path], tell: Tell) -> None:
-        """Import every bundle in ``paths``. Raises InvalidRequest (no bundle there), StoreFull, StoreError; once what is good
-        was taken: BlobNotFound (parts are missing), IntegrityError (something is damaged)."""
+    async def run(self, paths: Sequence[Path], tell: Tell, *, alone: bool = False) -> None:
+        """Import every bundle in ``paths``; ``alone``: without peers.
+
+        Raises InvalidRequest (no bundle there), ManifestInvalid (none that is of use), StoreFull, StoreError; once what is
+        good was taken: BlobNotFound (parts are missing), IntegrityError (something is damaged).
+        """
         readers, bad = await self._world.run_sync(partial(find_bundles, paths))
         for file in bad:
             await tell({"status": f"left out {file.path.name}: {file.reason}", "file": str(file.path)})
@@ -67,7 +87,7 @@ class Importer:
         faults = _Faults(bad)
         names: list[str] = []
         for reader in readers:
-            names += await _Import(self._world, reader, faults, tell).run()
+            names += await _Import(self._world, None if alone else self._mesh, reader, faults, tell).run()
         faults.raise_if_any()
         await tell({"status": "success", "models": names})
 
@@ -98,7 +118,10 @@ class _Faults:
 class _Import:
     """The import of one bundle."""
 
-    def __init__(self, world: ImportWorld, reader: BundleReader, faults: _Faults, tell: Tell) -> None:
+    def __init__(
+        self, world: ImportWorld, mesh: Mesh | None, reader: BundleReader, faults: _Faults, tell: Tell
+    ) -> None:
+        self._mesh = mesh
         self._world, self._reader, self._faults, self._tell = world, reader, faults, tell
         self._buffer = memoryview(bytearray(CHUNK_BYTES))
         self._told_s = -TELL_INTERVAL_S
@@ -110,12 +133,31 @@ class _Import:
         await self._tell(_introduction(self._reader))
         whole: list[str] = []
         for model, manifest in zip(index.models, manifests_of(index), strict=True):
+            if self._mesh is not None and (entry := _remote(self._mesh, manifest)):
+                await self._pull(self._mesh, entry)
             lacking = [blob.digest for blob in manifest.blobs if not await self._blob(blob.digest)]
             if lacking:
                 self._unfinished(model, lacking)
             else:
                 whole.append(await self._put(model, manifest))
         return whole
+
+    async def _pull(self, mesh: Mesh, entry: CatalogEntry) -> None:
+        """Pull what peers have, the bundle among them. What that does not bring is looked for in the bundle afterwards."""
+        source = BundleSource(self._reader, self._world.run_sync, self._on_bad)
+        with mesh.sources.lent(source):
+            try:
+                async with mesh.pulls.open_pull(f"{entry.name}@{entry.digest}") as values:
+                    async for value in values:
+                        line = {"status": f"importing {entry.name}, with {len(entry.holders)} peers"}
+                        await self._now_and_then(line, value.bytes_done, value.bytes_total)
+                        if value.state == "waiting":
+                            return  # for a peer; the bundle has nothing more for it either
+            except MeshmaxError as error:
+                _log.info("pull beside an import failed", model=entry.name, code=error.code, error=error.message)
+
+    def _on_bad(self, digest: Sha256) -> None:
+        self._faults.damaged[self._reader.name] = self._faults.damaged.get(self._reader.name, 0) + 1
 
     def _unfinished(self, model: BundleModel, lacking: list[Sha256]) -> None:
         self._faults.unfinished.append(f"'{parse_name(model.name)}'")
@@ -228,14 +270,15 @@ class _Import:
         )
 
     async def _progress(self, blob: Partial) -> None:
-        now = trio.current_time()
-        if now - self._told_s < TELL_INTERVAL_S and not blob.haves.whole:
-            return
-        self._told_s = now
         digest, size = blob.chunk_map.sha256, blob.chunk_map.size
-        done = min(size, blob.haves.total * CHUNK_BYTES)
-        line = {"status": f"importing {digest[:12]}", "digest": f"sha256:{digest}", "total": size, "completed": done}
-        await self._tell(line)
+        line = {"status": f"importing {digest[:12]}", "digest": f"sha256:{digest}"}
+        await self._now_and_then(line, min(size, blob.haves.total * CHUNK_BYTES), size)
+
+    async def _now_and_then(self, line: dict[str, Any], done: int, size: int) -> None:
+        now = trio.current_time()
+        if size and (now - self._told_s >= TELL_INTERVAL_S or done >= size):
+            self._told_s = now
+            await self._tell({**line, "total": size, "completed": done})
 
 
 @asynccontextmanager
@@ -246,6 +289,14 @@ async def _opened(blobs: BlobStore, chunk_map: ChunkMap) -> AsyncIterator[Partia
     finally:
         with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
             await blob.aclose()
+
+
+def _remote(mesh: Mesh, manifest: Manifest) -> CatalogEntry | None:
+    """The model as other peers have it whole, if it is not here yet."""
+    entries = [entry for entry in mesh.entries() if entry.digest == manifest.digest]
+    if any(entry.local for entry in entries):
+        return None
+    return next((entry for entry in entries if entry.holders), None)
 
 
 def _introduction(reader: BundleReader) -> dict[str, Any]:

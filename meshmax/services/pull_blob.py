@@ -72,7 +72,8 @@ class BlobFetch:
     ) -> None:
         """``patience_s``: how long nobody may have what is missing; asked anew each time, infinity is an answer.
 
-        ``opener`` None: no lanes, chunks ride the control connections. ``local``: sources on this machine.
+        ``opener`` None: no lanes, chunks ride the control connections. ``local``: sources on this
+        machine, looked at again and again.
         """
         self.map = partial.chunk_map
         self._swarm = swarm
@@ -86,7 +87,7 @@ class BlobFetch:
         self._inbox = Inbox()
         self._landing = Landing(partial, self._inbox, self._core.needs, throttle)
         self._opener = opener
-        self._local = {name_of(source): source for source in local}
+        self._local = local
         self._sessions: dict[PeerId, Session | LocalSession] = {}
         self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
         self._retry_at_s: dict[PeerId, float] = {}
@@ -223,7 +224,8 @@ class BlobFetch:
             session = Session(peer, self._landing, partial(self._heard, peer), self._opener, self._lane_goal)
             self._sessions[peer] = session
             nursery.start_soon(session.run, self._swarm, addresses)
-        for peer, source in self._local.items():
+        for source in self._local:
+            peer = name_of(source)
             if peer not in self._sessions and not self._core.banned(peer) and now >= self._retry_at_s.get(peer, 0.0):
                 local = self._sessions[peer] = LocalSession(source, self._landing)
                 nursery.start_soon(local.run)

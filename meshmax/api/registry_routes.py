@@ -19,7 +19,7 @@ from starlette.routing import Route as HttpRoute
 from starlette.types import Receive, Scope, Send
 
 from meshmax.api.exchange import OpenAnswers, cancel_on_hang_up
-from meshmax.api.registry_words import answered, registry_route
+from meshmax.api.registry_words import VERSION, answered, registry_route
 from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError
 from meshmax.base.model import CHUNK_BYTES, Manifest
 from meshmax.services.repositories import BlobOffer, Repositories, chunks_of
@@ -113,7 +113,7 @@ class RegistryFace:
 
 
 def _headers(digest: str) -> dict[str, str]:
-    return {"docker-content-digest": f"sha256:{digest}", "etag": f'"sha256:{digest}"'}
+    return VERSION | {"docker-content-digest": f"sha256:{digest}", "etag": f'"sha256:{digest}"'}
 
 
 class _Head(Response):

@@ -18,7 +18,7 @@ from meshmax.core.spans import Spans
 
 CONNECTIONS: Final = 8  # a public registry's CDN gives each connection a share; more look like abuse to some
 PART_BYTES: Final = 32 * MIB  # a request a second at 256 Mbit/s on each connection
-STEAL_BYTES: Final = 4 * MIB  # a rest that is smaller is not worth a connection of its own
+STEAL_BYTES: Final = MIB  # a rest that is smaller is not worth a connection of its own
 STALL_S: Final = 30.0  # as Ollama's client has it
 STALL_BYTES: Final = 64 * KIB  # 2 kB/s: whoever is slower than that is not there
 STUCK_S: Final = 180.0  # nothing worth mention over all connections
@@ -108,8 +108,8 @@ class RangePlan:
         """How many of the next ``size`` bytes belong to the range (its end may have been given to another)."""
         return min(size, max(part.left, 0))
 
-    def on_written(self, part: Range, size: int, now: float) -> None:
-        """The next ``size`` bytes of the range are in their place."""
+    def on_written(self, part: Range, size: int, now: float) -> int:
+        """The next ``size`` bytes of the range are in their place; how many of them are new."""
         new = self._have.add(part.at, part.at + size)
         part.at += size
         part.mark_bytes += size
@@ -120,6 +120,7 @@ class RangePlan:
             self._rounds = 0
         if self._mark_bytes >= STALL_BYTES:
             self._mark_bytes, self._mark_s = 0, now
+        return new
 
     def on_ended(self, part: Range) -> None:
         """The range came to its end."""

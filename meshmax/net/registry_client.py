@@ -10,8 +10,8 @@ Every failure becomes an error of our tree. Not here: which registry to ask, wha
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from http import HTTPStatus
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
@@ -73,7 +73,7 @@ class BlobReply:
     def __init__(self, response: httpx.Response, start: int, whole: bool) -> None:
         self.start = start
         self.whole = whole
-        self._body = _body(response)
+        self._body = response.aiter_raw()
 
     async def receive(self) -> bytes:
         """The next bytes; b"" at the end. Raises PeerGone when the connection breaks off or falls silent."""
@@ -82,7 +82,7 @@ class BlobReply:
 
     async def aclose(self) -> None:
         """Leave the rest."""
-        await self._body.aclose()
+        await _leave(self._body)
 
 
 def default_client(upstream: Upstream) -> httpx.AsyncClient:
@@ -132,8 +132,7 @@ class RegistryClient:
             try:
                 yield reply
             finally:
-                with trio.CancelScope(shield=True):
-                    await reply.aclose()
+                await reply.aclose()
 
     async def aclose(self) -> None:
         """Close every connection."""
@@ -304,7 +303,7 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
     if announced.isdecimal() and int(announced) > limit:
         raise too_long
     read = bytearray()
-    body = _body(response)
+    body = response.aiter_raw()
     try:
         with _translated("the registry broke off"):
             async for data in body:
@@ -312,19 +311,20 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
                 if len(read) > limit:
                     raise too_long
     finally:
-        with trio.CancelScope(shield=True):
-            await body.aclose()
+        await _leave(body)
     return bytes(read)
 
 
-async def _body(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    stream = response.aiter_raw()
-    try:
-        async for data in stream:
-            yield data
-    finally:
-        with _briefly():
-            await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
+async def _leave(body: AsyncIterator[bytes]) -> None:
+    """Be done with a body that may not be at its end.
+
+    The library stacks generators, and closing the outermost leaves the others to the garbage collector. An exception from
+    the innermost ends them all, and so does a read that is cancelled from the start.
+    """
+    with _briefly(), trio.CancelScope() as scope, suppress(httpx.HTTPError, httpx.StreamError):
+        scope.cancel()
+        async for _ in body:  # what was received already, at most
+            pass
 
 
 def _host(url: str) -> str:

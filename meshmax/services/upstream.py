@@ -257,10 +257,8 @@ class _Download:
     async def _flush(self, part: Range, pending: bytearray) -> None:
         size = self._plan.wanted(part, len(pending))
         if size:
-            before = self._staged.have.total
             await self._staged.write(part.at, bytes(pending[:size]))
-            self._plan.on_written(part, size, trio.current_time())
-            self._source.took(self._staged.have.total - before)
+            self._source.took(self._plan.on_written(part, size, trio.current_time()))
         pending.clear()
 
     def _fail(self, error: MeshmaxError) -> None:

@@ -32,6 +32,7 @@ SYNC_INTERVAL_S: Final = 1.0
 HASH_STEP_CHUNKS: Final = 32  # 32 MiB: 0.1 s of sha256 a step
 MAX_SPANS: Final = 4096  # of one file; a download adds at a dozen places
 MAX_SPANS_BYTES: Final = 128 << 10
+MAX_LEFT: Final = 64  # closed downloads that are remembered
 KEPT_S: Final = 14 * 86400.0  # a download that nobody took up again for so long is removed at start
 DATA_SUFFIX: Final = ".download"
 SPANS_SUFFIX: Final = ".spans"
@@ -56,6 +57,7 @@ class Staged:
         self._digest = digest
         self._fd = -1
         self._claimed = True
+        self.left = False  # closed with bytes that are worth taking up, whether or not that could be noted
         self._synced_s = time.monotonic()
         self._hasher = BlobHasher()
         self._hashing = trio.Lock()
@@ -71,9 +73,9 @@ class Staged:
         """How far the digests have come."""
         return self._hasher.size
 
-    async def open(self) -> None:
-        """Make the file, or take up what an earlier run left."""
-        await self._run_sync(self._open)
+    async def open(self, have: Spans | None = None) -> None:
+        """Make the file, or take up what an earlier run left. ``have``: what is known to be in it, noted or not."""
+        await self._run_sync(lambda: self._open(have))
 
     async def write(self, offset: int, data: bytes) -> None:
         """Put bytes in their place; now and then sync them and say so on disk. What is there already stays as it is,
@@ -138,6 +140,7 @@ class Staged:
             if self._spans_path is None:
                 await self._run_sync(self._remove)
                 return
+            self.left = True
             try:
                 await self.sync()
             except StoreError as error:
@@ -146,7 +149,7 @@ class Staged:
 
     # --- in threads ---------------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
+    def _open(self, have: Spans | None) -> None:
         with translated("no room for a blob"):
             new = not self._path.exists()
             self._fd = self._disk.create(self._path) if new else os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
@@ -154,7 +157,7 @@ class Staged:
                 if self.size is not None:
                     self._disk.allocate(self._fd, self.size)
                 if not new and self._spans_path and self.size is not None:
-                    self.have = load_spans(self._spans_path, self.size)
+                    self.have = have.copy() if have else load_spans(self._spans_path, self.size)
             except BaseException:
                 self._close()
                 if new:
@@ -222,14 +225,21 @@ class Staging:
         known = self._open.get(digest)
         if known is not None and known.is_open:
             raise StoreError(f"blob {digest[:12]} is being fetched already")
-        staged = self._open[digest] = Staged(self._store, self._folder / f"{digest}{DATA_SUFFIX}", digest, size)
+        staged = Staged(self._store, self._folder / f"{digest}{DATA_SUFFIX}", digest, size)
+        self._open[digest] = staged
         try:
-            await staged.open()
+            await staged.open(known.have if known is not None and known.left and known.size == size else None)
         except BaseException:
-            del self._open[digest]
+            self._open.pop(digest, None)
             raise
-        self._open = {digest: one for digest, one in self._open.items() if one.is_open}
+        self._forget_some()
         return staged
+
+    def _forget_some(self) -> None:
+        """Closed ones are remembered, since a full disk keeps them from being noted; not all of them."""
+        closed = [digest for digest, one in self._open.items() if not one.is_open]
+        for digest in closed[: max(0, len(closed) - MAX_LEFT)]:
+            del self._open[digest]
 
     async def open_upload(self) -> Staged:
         """A place for bytes whose digest is told at the end; gone when it is closed, or by a crash."""

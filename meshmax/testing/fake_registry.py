@@ -87,11 +87,10 @@ class FakeRegistry(httpx.AsyncBaseTransport):
         """What httpx calls."""
         await trio.lowlevel.checkpoint()
         self.requests.append(request)
-        for fault in self.faults:
-            if (reply := fault(request)) is not None:
-                reply.request = request
-                return reply
-        reply = self._answer(request)
+        replies = (fault(request) for fault in self.faults)
+        reply = next((reply for reply in replies if reply is not None), None) or self._answer(request)
+        if reply.is_closed:  # made of bytes: as over a wire, they are still to be read
+            reply = httpx.Response(reply.status_code, headers=reply.headers, stream=Body(reply.content))
         reply.request = request
         return reply
 

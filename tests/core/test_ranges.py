@@ -59,6 +59,7 @@ def test_an_idle_connection_takes_half_of_the_largest_rest() -> None:
     assert (first.end, second.start, second.end) == (PART_BYTES // 2, PART_BYTES // 2, PART_BYTES)
     rest = taken(plan)
     assert len(rest) == CONNECTIONS - 2
+    assert max(part.left for part in (first, second, *rest)) == PART_BYTES // CONNECTIONS
     assert all(part.left >= STEAL_BYTES for part in (first, second, *rest))
 
 

@@ -15,6 +15,7 @@ Chunks are verified and written by the owner before `on_chunk_ok`. Not here: str
 
 from __future__ import annotations
 
+import math
 from typing import Final, TypeAlias
 
 import msgspec
@@ -25,7 +26,9 @@ from meshmax.core.backoff import Random
 from meshmax.core.fetch_chunks import Rarity, bits_of
 from meshmax.core.fetch_source import BAN_STRIKES, MAX_TIMEOUTS, Source
 
-MAX_SOURCES: Final = 64  # sources of one blob at once; more than fill any network card, each costs a stream or two lanes
+MAX_SOURCES: Final = (
+    64  # sources of one blob at once; more than fill any network card, each costs a stream or two lanes
+)
 MAX_AHEAD: Final = 256  # chunks under way in all; windows hold half a second of what the disk takes, so few have come
 MAX_KNOWN: Final = 1024  # sources remembered, gone and banned ones too, so that a liar is no stranger when it returns
 DOUBLE_SHARE: Final = 64  # a 64th of the chunks may be under way twice or have been wasted by the end game
@@ -341,7 +344,7 @@ class Fetch:
     def _is_sooner_elsewhere(self, source: Source, index: int, rate_per_s: float, now: float) -> bool:
         """Whether the others that have chunk ``index`` will have brought all that is open before ``source`` brings this one.
 
-        Never so for the one of them that is soonest.
+        Never so for the one of them that is soonest. ``rate_per_s``: of all sources together, at least.
         """
         if source.chunk_s.value is None:
             return False
@@ -366,7 +369,7 @@ class Fetch:
         for helper in sorted(self._active.values(), key=Source.pace_s):
             while helper.room(now) > 0 and not helper.strikes and self._lost_bytes < self._may_lose_bytes:
                 slow = self._slowest_for(helper, now)
-                if slow is None:
+                if slow is None or self._is_sooner_elsewhere(helper, slow[1], math.inf, now):
                     break
                 source, index = slow
                 if index != next(iter(source.asked)):

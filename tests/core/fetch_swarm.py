@@ -165,6 +165,7 @@ class Swarm:
             return
         if index in source.lacks:
             self._last_word(source, index)
+            source.chunks.discard(index)
             self._perform(self.fetch.on_not_have(source.peer, index, self.now))
             self._serve(source)
             return
@@ -189,7 +190,6 @@ class Swarm:
     def _last_word(self, source: SimSource, index: int) -> None:
         source.queue.remove(index)
         source.cancelled.discard(index)
-        source.chunks -= source.lacks & {index}
 
     def _silent(self, source: SimSource) -> bool:
         return source.gone or (source.stalls_s is not None and self.now >= source.stalls_s)

@@ -16,7 +16,7 @@ from meshmax.base.ids import Sha256
 from meshmax.base.model import ChunkMap, Haves
 from meshmax.base.units import MIB
 from meshmax.store import Store, open_store
-from meshmax.store.partials import PROVED_AT_ONCE_BYTES, RESERVED_AT_ONCE_BYTES
+from meshmax.store.partials import PROVED_AT_ONCE_BYTES, RESERVE_STEP_BYTES
 from meshmax.wire.chunkmap import chunk_map_of_bytes
 from tests.store.fakes import FullDisk, blob_file, flip, in_place
 
@@ -290,7 +290,7 @@ async def test_a_failing_read_is_an_error_of_the_tree(store: Store, tmp_path: Pa
         await store.blobs.read_chunk(MAP.sha256, 0)
 
 
-LARGE = chunk_map_of_bytes(bytes(RESERVED_AT_ONCE_BYTES + 3 * MIB))
+LARGE = chunk_map_of_bytes(bytes(RESERVE_STEP_BYTES + 3 * MIB))
 
 
 async def test_the_space_of_a_large_blob_is_reserved_while_chunks_come(store: Store, tmp_path: Path) -> None:

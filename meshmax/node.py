@@ -219,7 +219,7 @@ class Node:
             context_length=details.context_length,
             embedding_length=details.embedding_length,
             capabilities=details.capabilities,
-            modified_at_s=int(stored.modified_at_s),
+            modified_at_s=int(min(model.modified_at_s for model in models)),  # a further name changes nothing
             prefill_per_s=speed.prefill_per_s,
             decode_per_s=speed.decode_per_s,
             load_s=speed.load_s,
@@ -325,7 +325,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         opener = LaneOpener(node.swarm, lanes, config.lanes_per_peer)
     ModelServer(store.models, store.blobs, pulling, accept).register(node.swarm)
     BlobServer(store.blobs, outflow=outflow, offers=offers, throttle=throttle).register(node.swarm)
-    InferServer(node.residency).register(node.swarm)
+    InferServer(node.residency, node.limits.throttle.precedence).register(node.swarm)
     rungs = world.rungs(config, node.swarm)
     node.presence = await enter(
         open_presence(node.swarm, node.signer, config, node.describe, rungs, world.unix_now, world.random)
@@ -364,6 +364,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             local=local.of,
             opener=opener,
             throttle=throttle,
+            naming=node.catalog,
         )
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling
@@ -372,6 +373,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         node.name,
         node.swarm,
         store,
+        node.catalog,
         node.catalog,
         world.unix_now,
         world.run_sync,
@@ -383,7 +385,16 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
     node.bundles = made.make()
     node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
     await _open_registry(node, stack)
-    node.router = await enter(open_router(node.swarm, node.residency, node.catalog, node.presence, node.peer_id))
+    node.router = await enter(
+        open_router(
+            node.swarm,
+            node.residency,
+            node.catalog,
+            node.presence,
+            node.peer_id,
+            node.limits.throttle.precedence,
+        )
+    )
     await enter(_open_background(node, first_seen))
 
 

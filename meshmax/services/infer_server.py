@@ -10,8 +10,8 @@ answers are logged. Not here: queues and slots of a model (services.residency).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Final
 
 import structlog
@@ -35,14 +35,18 @@ PART_DEADLINE_S: Final = 15.0  # for each piece of a request: 35 kB/s at least
 KEEP_ALIVE_S: Final = 2.0  # silence after which the requester is told that we are still at it
 SEND_DEADLINE_S: Final = 30.0  # a requester that takes nothing for so long holds a slot that others wait for
 
+Precedence = Callable[[], AbstractContextManager[None]]
+
 _log = get_logger("infer_server")
 
 
 class InferServer:
     """Answers peers' requests. ``active`` counts requests under way per peer, ``held_bytes`` what they hold."""
 
-    def __init__(self, residency: Residency) -> None:
+    def __init__(self, residency: Residency, precedence: Precedence = nullcontext) -> None:
+        """``precedence``: entered for as long as a request waits for its first event."""
         self._residency = residency
+        self._precedence = precedence
         self.held_bytes = 0
         self.active: Counter[PeerId] = Counter()
 
@@ -81,7 +85,7 @@ class InferServer:
             with structlog.contextvars.bound_contextvars(request_id=ask.request_id, peer=frames.peer):
                 _log.debug("request taken", digest=ask.digest)
                 await _send(frames, REPLY.encode(Accepted()))
-                await _Exchange(self._residency, frames, ask).run()
+                await _Exchange(self._residency, frames, ask, self._precedence).run()
         finally:
             self.held_bytes -= assembly.held_bytes
 
@@ -106,8 +110,9 @@ class InferServer:
 class _Exchange:
     """One request that was accepted, until its answer is sent or nobody wants it any more."""
 
-    def __init__(self, residency: Residency, frames: FrameStream, ask: Ask) -> None:
+    def __init__(self, residency: Residency, frames: FrameStream, ask: Ask, precedence: Precedence) -> None:
         self._residency = residency
+        self._precedence = precedence
         self._frames = frames
         self._ask = ask
         self._error: PeerGone | RemoteProtocolError | None = None
@@ -136,9 +141,12 @@ class _Exchange:
     async def _make(self, made: trio.MemorySendChannel[Event | Failure]) -> None:
         async with made:
             try:
-                async with self._residency.open_answer(self._ask) as events:
-                    async for event in events:
-                        await made.send(event)
+                with ExitStack() as waiting:
+                    waiting.enter_context(self._precedence())
+                    async with self._residency.open_answer(self._ask) as events:
+                        async for event in events:
+                            waiting.close()
+                            await made.send(event)
             except MeshmaxError as error:
                 _log.info("request failed", code=error.code)
                 await made.send(failure_of(error))

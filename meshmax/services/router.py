@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from typing import Final
 
 import msgspec
@@ -35,6 +35,7 @@ from meshmax.core.measurements import MIN_LOAD_S, Measurements
 from meshmax.core.routing import Contender, Decision, Outstanding, decide, expected_work, explain, holders
 from meshmax.ports import Catalog, Presence, Residency, Swarm
 from meshmax.services.infer_client import open_remote_answer
+from meshmax.services.infer_server import Precedence
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import FIRST_TOKEN, REQUESTS
 
@@ -60,9 +61,17 @@ class MeshRouter:
     """Satisfies ports.Router; made by `open_router`."""
 
     def __init__(
-        self, swarm: Swarm, residency: Residency, catalog: Catalog, presence: Presence, peer_id: PeerId
+        self,
+        swarm: Swarm,
+        residency: Residency,
+        catalog: Catalog,
+        presence: Presence,
+        peer_id: PeerId,
+        precedence: Precedence = nullcontext,
     ) -> None:
+        """``precedence``: entered for as long as a prompt waits for its first event."""
         self._swarm = swarm
+        self._precedence = precedence
         self._residency = residency
         self._catalog = catalog
         self._presence = presence
@@ -91,7 +100,8 @@ class MeshRouter:
             with trio.CancelScope(deadline=trio.current_time() + FIRST_EVENT_DEADLINE_S) as patience:
                 async with AsyncExitStack() as stack:
                     try:
-                        first = await trial.begin(stack)
+                        with self._precedence():
+                            first = await trial.begin(stack)
                     except MeshmaxError as error:
                         failure = error
                     else:
@@ -386,7 +396,12 @@ def _most_telling(errors: list[MeshmaxError]) -> MeshmaxError:
 
 @asynccontextmanager
 async def open_router(
-    swarm: Swarm, residency: Residency, catalog: Catalog, presence: Presence, peer_id: PeerId
+    swarm: Swarm,
+    residency: Residency,
+    catalog: Catalog,
+    presence: Presence,
+    peer_id: PeerId,
+    precedence: Precedence = nullcontext,
 ) -> AsyncIterator[MeshRouter]:
     """A router over what is here and who is there. ``peer_id`` is ours."""
-    yield MeshRouter(swarm, residency, catalog, presence, peer_id)
+    yield MeshRouter(swarm, residency, catalog, presence, peer_id, precedence)

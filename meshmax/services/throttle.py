@@ -1,8 +1,10 @@
 """Keeps the limits on moving blobs: satisfies ports.Throttle, and follows schedule and command while it runs.
 
-Rules: `reserve` is called from lane threads and from tasks, for every piece of a chunk, so it takes one lock and no more, and
-none while nothing is limited. A peer's own bucket and that of all are reserved together, the longer wait counts. What a
-command sets is kept over restarts by ``save``. Not here: what the limits are at an hour (core.limits), waiting (callers).
+Rules: while a prompt waits for its first token on this node, every piece waits YIELD_S, whatever the limits: a person waits
+for the one, a progress bar for the other. `reserve` is called from lane threads and from tasks, for every piece of a chunk, so
+it takes one lock and no more, and none while nothing is limited. A peer's own bucket and that of all are reserved together,
+the longer wait counts. What a command sets is kept over restarts by ``save``. Not here: what the limits are at an hour
+(core.limits), waiting (callers).
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final, Literal
 
 import trio
@@ -22,6 +24,8 @@ from meshmax.core.limits import Override, Plan, Rates
 from meshmax.telemetry.log import get_logger
 
 REFRESH_S: Final = 5.0  # how late a window of the schedule may begin or end
+YIELD_S: Final = 0.05  # 1 MiB a lane in that time: blobs go on, at a tenth of their speed
+MAX_YIELD_S: Final = 5.0  # a prompt that waits for longer waits for something else than the processor or the wire
 MAX_BUCKETS: Final = 1024  # peers with a limit of their own; the one used longest ago is forgotten, with what it owes
 
 Direction = Literal["in", "out"]
@@ -38,6 +42,7 @@ class RateThrottle:
         self.rates = Rates()
         self._lock = threading.Lock()
         self._all: dict[Direction, Bucket] = {"out": Bucket(), "in": Bucket()}
+        self._prompts: dict[object, float] = {}  # those that wait for their first token -> since when
         self._peers: OrderedDict[tuple[PeerId, Direction], Bucket] = OrderedDict()
         self.refresh()
 
@@ -48,12 +53,27 @@ class RateThrottle:
 
     def reserve(self, peer: PeerId, direction: Direction, size: int) -> float:
         """See ports.Throttle."""
+        yield_s = YIELD_S if self._prompts and self._yields() else 0.0
         if not self.limited(direction):
-            return 0.0
+            return yield_s
         with self._lock:
             now = self._clock()
             wait_s = self._all[direction].reserve(size, now)
-            return max(wait_s, self._bucket(peer, direction).reserve(size, now))
+            return max(yield_s, wait_s, self._bucket(peer, direction).reserve(size, now))
+
+    @contextmanager
+    def precedence(self) -> Iterator[None]:
+        """While inside, a prompt waits for its first token here: blobs move slowly meanwhile, for MAX_YIELD_S at most."""
+        key = object()
+        self._prompts[key] = self._clock()
+        try:
+            yield
+        finally:
+            del self._prompts[key]
+
+    def _yields(self) -> bool:
+        youngest_s = max(tuple(self._prompts.values()), default=-MAX_YIELD_S)
+        return self._clock() - youngest_s < MAX_YIELD_S
 
     def refresh(self) -> None:
         """Let the limits of this hour hold."""

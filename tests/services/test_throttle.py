@@ -10,7 +10,7 @@ import trio.testing
 from meshmax.base.config import LimitsConfig, LimitWindow
 from meshmax.base.ids import PeerId
 from meshmax.core.limits import Override, Plan
-from meshmax.services.throttle import MAX_BUCKETS, REFRESH_S, RateThrottle, open_throttle
+from meshmax.services.throttle import MAX_BUCKETS, MAX_YIELD_S, REFRESH_S, YIELD_S, RateThrottle, open_throttle
 
 ANN, BOB = PeerId("ann"), PeerId("bob")
 MB = 1_000_000
@@ -53,6 +53,18 @@ def test_threads_that_reserve_at_once_lose_no_byte() -> None:
     for thread in threads:
         thread.join()
     assert abs(throttle.reserve(ANN, "out", 1) - 2.0) < 1e-6
+
+
+def test_blobs_move_slowly_while_a_prompt_waits_for_its_first_token_but_not_for_ever() -> None:
+    now = [0.0]
+    throttle = RateThrottle(Plan(LimitsConfig()), Override(), lambda: now[0], lambda: (0, 0))
+    with throttle.precedence(), throttle.precedence():
+        assert throttle.reserve(ANN, "out", MB) == YIELD_S
+        now[0] += MAX_YIELD_S
+        assert throttle.reserve(ANN, "out", MB) == 0.0
+    with throttle.precedence():
+        assert throttle.reserve(ANN, "in", MB) == YIELD_S
+    assert throttle.reserve(ANN, "in", MB) == 0.0
 
 
 async def test_a_window_of_the_schedule_begins_without_a_restart(autojump_clock: trio.testing.MockClock) -> None:

@@ -37,6 +37,7 @@ from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.backoff import Random
 from meshmax.core.catalog import FirstSeen
 from meshmax.core.limits import Override, Plan
+from meshmax.core.mirror import MirrorPlan
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
@@ -50,13 +51,14 @@ from meshmax.ports import Discovery, Engine, Lanes, Pulls, Router, RunSync, Sign
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.bundle_source import LocalSources
-from meshmax.services.bundles import Bundles, Maker
+from meshmax.services.bundles import Bundles, make_bundles
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
 from meshmax.services.fsck import Fsck
 from meshmax.services.infer_server import InferServer
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.lane_server import LaneServer, open_lane_server
+from meshmax.services.mirror import Mirror
 from meshmax.services.model_exchange import FetchedModel, ModelServer
 from meshmax.services.model_exchange import describe as ask_description
 from meshmax.services.offers import Offers
@@ -368,21 +370,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         )
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling
-    made = Maker(
-        node.signer,
-        node.name,
-        node.swarm,
-        store,
-        node.catalog,
-        node.catalog,
-        world.unix_now,
-        world.run_sync,
-        pulls,
-        local,
-        pulls.held,
-        stored,
-    )
-    node.bundles = made.make()
+    node.bundles = make_bundles(node, world.run_sync, local, pulls.held, stored)
     node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
     await _open_registry(node, stack)
     node.router = await enter(
@@ -449,6 +437,9 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
     async with trio.open_nursery() as nursery:
         nursery.start_soon(isolate, "gpus", node.find_gpus)
         nursery.start_soon(keep_names)
+        if node.config.mirror:
+            mirror = Mirror(MirrorPlan(node.config.mirror), node.pulls, node.presence.peers, node.catalog.local)
+            nursery.start_soon(mirror.run)
         nursery.start_soon(run_watch, node.catalog.refresh_if_changed)
         nursery.start_soon(
             run_scrub, node.store.blobs, node.catalog.local, node.catalog.refresh, node.config.scrub_interval_s

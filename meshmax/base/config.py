@@ -67,6 +67,18 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schedule: tuple[LimitWindow, ...] = ()
 
 
+class MirrorRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"peer": "from"}):
+    """Keep up to date with what a peer has: ``models`` is a pattern like llama*, ``from`` a peer's name or PeerId.
+
+    ``at``: hours like 01:00-05:00, ``days`` like mon-fri, both in local time.
+    """
+
+    models: str = "*"
+    peer: str = ""
+    at: str = "00:00-24:00"
+    days: str = "mon-sun"
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One node's configuration. ``home`` and ``models`` are folders; ``models`` '' is ``<home>/models``.
 
@@ -95,6 +107,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     json_logs: bool = False
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()
+    mirror: tuple[MirrorRule, ...] = ()
     heartbeat_s: Positive = 2.0
     heartbeat_timeout_s: Positive = 6.0
     max_peers: Count = 256

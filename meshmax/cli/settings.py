@@ -19,6 +19,7 @@ from meshmax.base.errors import ConfigError
 from meshmax.base.status import MAX_PEER_NAME
 from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.limits import Plan
+from meshmax.core.mirror import MirrorPlan
 
 ENV_PREFIX: Final = "MESHMAX_"
 FILE_NAME: Final = "meshmax.yaml"
@@ -141,6 +142,8 @@ def accepted(kind: Any) -> str:
         return " ".join((accepted(base), *bounds)).strip()
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple and issubclass(get_args(kind)[0], msgspec.Struct):
+        return "a list of entries with " + ", ".join(f.encode_name for f in msgspec.structs.fields(get_args(kind)[0]))
     if get_origin(kind) is tuple:
         return "a list of texts (comma separated in the environment)"
     if get_origin(kind) in (Union, types.UnionType):
@@ -168,6 +171,7 @@ def _check_meaning(config: Config) -> None:
                 " (`meshmax status` on the other machine shows it)"
             )
     Plan(config.limits)
+    MirrorPlan(config.mirror)
     if len(config.name) > MAX_PEER_NAME or not config.name.isprintable():
         raise ConfigError(f"a peer's name has at most {MAX_PEER_NAME} printable characters")
 

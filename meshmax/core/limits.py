@@ -48,10 +48,7 @@ class _Window(msgspec.Struct, frozen=True):
     rates: Override
 
     def holds(self, weekday: int, minute: int) -> bool:
-        if self.begins < self.ends:
-            return weekday in self.days and self.begins <= minute < self.ends
-        yesterday = (weekday - 1) % len(DAYS)
-        return (weekday in self.days and minute >= self.begins) or (yesterday in self.days and minute < self.ends)
+        return in_window(self.days, self.begins, self.ends, weekday, minute)
 
 
 class Plan:
@@ -70,6 +67,14 @@ class Plan:
         for layer in (window.rates, override) if window else (override,):
             rates = _over(rates, layer)
         return rates
+
+
+def in_window(days: frozenset[int], begins: int, ends: int, weekday: int, minute: int) -> bool:
+    """Whether a local time is in the window: its days, and the minutes after midnight at which it begins and ends."""
+    if begins < ends:
+        return weekday in days and begins <= minute < ends
+    yesterday = (weekday - 1) % len(DAYS)
+    return (weekday in days and minute >= begins) or (yesterday in days and minute < ends)
 
 
 def _over(rates: Rates, layer: Override) -> Rates:

@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Manifest, StoredModel
-from meshmax.ports import Catalog, Pulls, RunSync, Signer, Swarm
+from meshmax.ports import Catalog, Naming, Pulls, RunSync, Signer, Swarm
 from meshmax.services.bundle_source import LocalSources
 from meshmax.services.export import Exporter
 from meshmax.services.have import HaveLister
@@ -30,37 +31,47 @@ class Bundles(msgspec.Struct, frozen=True):
     have: HaveLister
 
 
-class Maker(msgspec.Struct, frozen=True):
-    """What a node gives: who it is, its store and catalog. ``held``: alone with a blob; ``on_stored``: a name is new."""
+class Parts(Protocol):
+    """What bundles need of a node."""
 
     signer: Signer
     name: str
     swarm: Swarm
     store: Store
-    catalog: Catalog
-    unix_now: Callable[[], float]
-    run_sync: RunSync
     pulls: Pulls
-    sources: LocalSources
-    held: Callable[[Sha256], AbstractAsyncContextManager[None]]
-    on_stored: Callable[[StoredModel], Awaitable[None]]
 
-    def make(self) -> Bundles:
-        """Bundles of this node."""
-        blobs, models, run_sync = self.store.blobs, self.store.models, self.run_sync
+    @property
+    def catalog(self) -> Catalog:
+        """Names."""
+        ...
 
-        def open_writer(folder: Path, stem: str) -> BundleWriter:
-            return BundleWriter(blobs.disk, folder, stem, blobs.read_chunk_into, blobs.maps.read)
+    def now(self) -> float:
+        """Unix time in seconds."""
+        ...
 
-        async def ask_manifest(peer: PeerId, digest: Sha256) -> Manifest:
-            return (await fetch_model(self.swarm, peer, digest)).manifest
 
-        async def list_all() -> tuple[list[Sha256], list[Sha256]]:
-            return await run_sync(partial(list_blobs, blobs.layout))
+def make_bundles(
+    node: Parts,
+    run_sync: RunSync,
+    sources: LocalSources,
+    held: Callable[[Sha256], AbstractAsyncContextManager[None]],
+    on_stored: Callable[[StoredModel], Awaitable[None]],
+) -> Bundles:
+    """Bundles of this node. ``held``: alone with a blob; ``on_stored`` is told of each name that is new."""
+    blobs, catalog = node.store.blobs, node.catalog
 
-        mesh = Mesh(self.catalog.entries, self.pulls, self.sources)
-        return Bundles(
-            Exporter(self.catalog, blobs, self.signer, self.name, self.unix_now, run_sync, open_writer),
-            Importer(ImportWorld(blobs, models, run_sync, self.held, self.on_stored), mesh),
-            HaveLister(self.signer.peer_id, self.catalog.entries, blobs, list_all, ask_manifest, self.unix_now),
-        )
+    def open_writer(folder: Path, stem: str) -> BundleWriter:
+        return BundleWriter(blobs.disk, folder, stem, blobs.read_chunk_into, blobs.maps.read)
+
+    async def ask_manifest(peer: PeerId, digest: Sha256) -> Manifest:
+        return (await fetch_model(node.swarm, peer, digest)).manifest
+
+    async def list_all() -> tuple[list[Sha256], list[Sha256]]:
+        return await run_sync(partial(list_blobs, blobs.layout))
+
+    mesh = Mesh(catalog.entries, node.pulls, sources)
+    return Bundles(
+        Exporter(catalog, blobs, node.signer, node.name, node.now, run_sync, open_writer),
+        Importer(ImportWorld(blobs, node.store.models, run_sync, held, on_stored), mesh),
+        HaveLister(node.signer.peer_id, catalog.entries, blobs, list_all, ask_manifest, node.now),
+    )

@@ -13,18 +13,30 @@ import trio
 
 from meshmax.base.catalog import CatalogEntry, ModelDescription, Resolved
 from meshmax.base.errors import ModelNotFound, NotOffered
-from meshmax.base.events import Transfer
+from meshmax.base.events import Download, Transfer
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.model import CHUNK_BYTES, ModelDetails, ModelRecord, Signed, StoredModel
+from meshmax.base.model import (
+    CHUNK_BYTES,
+    CONFIG_MEDIA_TYPE,
+    MODEL_MEDIA_TYPE,
+    TEMPLATE_MEDIA_TYPE,
+    Layer,
+    ModelDetails,
+    ModelRecord,
+    Signed,
+    StoredModel,
+)
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.status import ModelPresence, ModelState, PeerStatus, PeerView
 from meshmax.ports import Progress
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.model_exchange import ModelServer
+from meshmax.services.outflow import Outflow
 from meshmax.services.pull import PullService, open_pulls
 from meshmax.testing.memory_store import MemoryBlobStore, MemoryModelStore
 from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
 from meshmax.wire.chunkmap import encode_map, map_address
+from meshmax.wire.manifest import build_manifest
 from meshmax.wire.signed import MODEL_RECORD_DOMAIN, sign
 
 NAME = "small:latest"
@@ -58,14 +70,33 @@ class SitePeer:
         self.peer_id = signer.peer_id
         self.pulls: PullService
         self.state: ModelState | None = None  # what the others are told of us
+        self.holds: set[Sha256] | None = None  # of which models; None: of all that have a name
         self.told: list[StoredModel] = []
+        self.kept: tuple[Download, ...] = ()  # what is remembered over restarts
+        self.changes = 0
 
-    async def hold(self, data: bytes, name: str = NAME, record: Signed | None = None) -> StoredModel:
-        """Have the model whole, with a record of ours unless one is given."""
+    async def hold(
+        self, data: bytes, name: str = NAME, record: Signed | None = None, *, signed: bool = True
+    ) -> StoredModel:
+        """Have the model whole, with a record of ours unless one is given or it is not to be ``signed``."""
         stored = await self.store.models.add_model(name, data)
-        signed = record or self.record_of(stored)
-        stored = await self.store.models.put(parse_name(name), stored.manifest.raw, signed)
+        made = record or (self.record_of(stored) if signed else None)
+        stored = await self.store.models.put(parse_name(name), stored.manifest.raw, made)
         self.state = "disk"
+        self.site.names[parse_name(name).key] = stored.manifest.digest
+        return stored
+
+    async def hold_two_layers(self, data: bytes, extra: bytes, name: str) -> StoredModel:
+        """Have a model of two layers, so that models can share one of them."""
+        blobs = self.store.blobs
+        maps = [blobs.add(part) for part in (b'{"name":"%s"}' % name.encode(), data, extra)]
+        kinds = (CONFIG_MEDIA_TYPE, MODEL_MEDIA_TYPE, TEMPLATE_MEDIA_TYPE)
+        config, *layers = (Layer(kind, each.sha256, each.size) for kind, each in zip(kinds, maps, strict=True))
+        raw = build_manifest(config, layers)
+        stored = await self.store.models.put(parse_name(name), raw, None)
+        stored = await self.store.models.put(parse_name(name), raw, self.record_of(stored))
+        self.state = "disk"
+        self.holds = (self.holds or set()) | {stored.manifest.digest}
         self.site.names[parse_name(name).key] = stored.manifest.digest
         return stored
 
@@ -80,6 +111,13 @@ class SitePeer:
         await trio.lowlevel.checkpoint()
         self.told.append(stored)
         self.state = "disk"
+
+    async def keep(self, downloads: tuple[Download, ...]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.kept = downloads
+
+    def on_change(self) -> None:
+        self.changes += 1
 
     async def pull(self, name: str = NAME) -> list[Transfer]:
         """Pull to the end: every value that was shown."""
@@ -106,7 +144,8 @@ class SitePeer:
             for model in self.pulls.partials()
         }
         if self.state:
-            models |= {digest: ModelPresence(digest, (), self.state, 1) for digest in self.site.names.values()}
+            named = self.site.names.values() if self.holds is None else self.holds
+            models |= {digest: ModelPresence(digest, (), self.state, 1) for digest in named}
         status = PeerStatus(self.peer_id, 1, 1, "x", "1", addresses=self.swarm.addresses, models=tuple(models.values()))
         return PeerView(self.peer_id, "online", "direct", status)
 
@@ -142,30 +181,47 @@ class Site:
         self.peers: list[SitePeer] = []
         self.names: dict[str, Sha256] = {}
         self._stack = stack
+        self._count = 0
 
-    async def peer(self, store: Store | None = None) -> SitePeer:
-        """A new peer, which may take over the store of one that died."""
-        signer = SeededSigner(len(self.peers) + 1)
-        swarm = await self._stack.enter_async_context(self.network.open_swarm(signer))
-        peer = SitePeer(self, signer, swarm, store or Store())
-        BlobServer(peer.store.blobs).register(swarm)
-        peer.pulls = await self._stack.enter_async_context(
-            open_pulls(
+    async def peer(self, store: Store | None = None, promised: tuple[Download, ...] = ()) -> SitePeer:
+        """A new peer, which may take over the store, and the promises, of one that died."""
+        return await self._stack.enter_async_context(self.open_peer(store, promised))
+
+    @asynccontextmanager
+    async def open_peer(
+        self, store: Store | None = None, promised: tuple[Download, ...] = (), accept: bool = True
+    ) -> AsyncIterator[SitePeer]:
+        """A peer that ends with the block, as when its process is stopped."""
+        number = self._count = self._count + 1
+        signer = SeededSigner(number)
+        async with self.network.open_swarm(signer) as swarm:
+            peer = SitePeer(self, signer, swarm, store or Store())
+            outflow = Outflow()
+            BlobServer(peer.store.blobs, outflow).register(swarm)
+            async with open_pulls(
                 swarm,
                 peer.store,
                 peer,
                 peer,
-                random=random.Random(len(self.peers)),
+                random=random.Random(number - 1),
                 run_sync=in_place,
                 on_stored=peer.on_stored,
-            )
-        )
-        ModelServer(peer.store.models, peer.store.blobs, peer.pulls.pulling).register(swarm)
-        for other in self.peers:
-            if not other.swarm.closed:
-                await swarm.dial(other.peer_id, other.swarm.addresses)
-        self.peers.append(peer)
-        return peer
+                on_change=peer.on_change,
+                outflow=outflow,
+                promised=promised,
+                keep=peer.keep,
+                accept=accept,
+            ) as peer.pulls:
+                models, blobs = peer.store.models, peer.store.blobs
+                ModelServer(models, blobs, peer.pulls.pulling, peer.pulls.accept).register(swarm)
+                for other in self.peers:
+                    if not other.swarm.closed:
+                        await swarm.dial(other.peer_id, other.swarm.addresses)
+                self.peers.append(peer)
+                try:
+                    yield peer
+                finally:
+                    self.peers.remove(peer)
 
 
 @asynccontextmanager

@@ -445,6 +445,14 @@ class BlobStore(ChunkReader, Protocol):
         ...
 
 
+class Naming(Protocol):
+    """What lets names mean models: a ModelStore, or the catalog, which keeps what may be the last copy of another."""
+
+    async def put(self, name: ModelName, raw_manifest: bytes, record: Signed | None) -> StoredModel:
+        """As ModelStore.put."""
+        ...
+
+
 class ModelStore(Protocol):
     """Names and manifests over a BlobStore, in Ollama's layout."""
 
@@ -558,8 +566,8 @@ class Catalog(Protocol):
         """
         ...
 
-    async def copy(self, source: str, destination: str) -> None:
-        """Local names only. Raises InvalidName, ModelNotFound."""
+    async def copy(self, source: str, destination: str) -> StoredModel:
+        """Local models only, the source also as NAME@DIGEST. Raises InvalidName, ModelNotFound."""
         ...
 
     async def delete(self, name: str) -> None:

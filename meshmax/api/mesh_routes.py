@@ -238,4 +238,6 @@ class MeshFace:
             stored = await self._node.catalog.add(body.name, path, body.link, progress)
             nursery.cancel_scope.cancel()
         await emit({"status": "adding model", "total": stored.manifest.size, "completed": stored.manifest.size})
+        if stored.kept:
+            await emit({"status": f"'{stored.name}' meant another model, which is kept as '{stored.kept}'"})
         await emit({"status": "success", "name": stored.name, "digest": stored.manifest.digest})

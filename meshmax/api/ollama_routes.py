@@ -36,6 +36,7 @@ from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
 
 OLLAMA_VERSION: Final = "0.33.0"  # the interface that is spoken here; clients compare it with the oldest they know
+KEPT_HEADER: Final = "x-meshmax-kept"
 NDJSON: Final = "application/x-ndjson"
 
 Asked = TypeVar("Asked", GenerateBody, ChatBody)
@@ -298,21 +299,26 @@ class OllamaFace:
                         failure = error_for(transfer.error_code, transfer.reason or f"the pull was {transfer.state}")
         except (NoProviders, ModelNotFound) as error:
             sentence = ManifestMissing.sentence()
-            raise ManifestMissing(f"{sentence}: {error.message.removeprefix(f'{sentence}: ')}") from None
+            text = error.message.removeprefix(f"{sentence}: ") + self._prompts.who_had(name)
+            raise ManifestMissing(f"{sentence}: {text}") from None
         if failure:
             raise failure
 
     async def copy(self, request: Request) -> Response:
-        """POST /api/copy: local names only."""
+        """POST /api/copy: local models only, the source also as NAME@DIGEST.
+
+        The header X-Meshmax-Kept names what the destination meant before, where that is kept as the last copy.
+        """
         body = await read_words(request, CopyBody)
         for what, name in (("source", body.source), ("destination", body.destination)):
-            if not _is_name(name):
+            if not _is_name(name.partition("@")[0] if what == "source" else name):
                 raise InvalidRequest(f'{what} "{name[:200]}" is invalid')
         try:
-            await self._node.catalog.copy(body.source, body.destination)
+            stored = await self._node.catalog.copy(body.source, body.destination)
         except ModelNotFound:
-            raise NotFound(f'model "{body.source[:200]}" not found') from None
-        return Response(status_code=200)
+            where = self._prompts.elsewhere(body.source)
+            raise NotFound(f'model "{body.source[:200]}" not found{where}') from None
+        return Response(status_code=200, headers={KEPT_HEADER: stored.kept} if stored.kept else None)
 
     async def delete(self, request: Request) -> Response:
         """DELETE /api/delete: local names only; memory that held the model is freed."""
@@ -341,7 +347,7 @@ async def delete_model(prompts: Prompts, name: str) -> None:
     try:
         await node.catalog.delete(name)
     except ModelNotFound:
-        raise model_not_found(name) from None
+        raise NotFound(model_not_found(name).message + prompts.elsewhere(name)) from None
     if not any(entry.local and entry.digest == digest for entry in node.catalog.entries()):
         await node.residency.unload(digest)
 

@@ -28,6 +28,7 @@ from meshmax.base.errors import (
     InvalidRequest,
     MeshmaxError,
     ModelNotFound,
+    NotFound,
 )
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import (
@@ -42,6 +43,7 @@ from meshmax.base.inference import (
 )
 from meshmax.base.names import parse_name
 from meshmax.base.route import Route
+from meshmax.core.catalog import last_holder
 from meshmax.core.residency import QUEUE_FULL
 from meshmax.ports import Answer
 from meshmax.telemetry.log import get_logger
@@ -68,11 +70,31 @@ class Prompts:
         self.open_answers = OpenAnswers()
 
     def resolve(self, name: str) -> Resolved:
-        """What ``name`` means. Raises NotFound with Ollama's sentence."""
+        """What ``name`` means. Raises NotFound with Ollama's sentence, and who had the model a moment ago."""
         try:
             return self.node.catalog.resolve(name)
-        except (InvalidName, ModelNotFound):
+        except InvalidName:
             raise model_not_found(name) from None
+        except ModelNotFound as error:
+            raise NotFound(error.message + self.who_had(name)) from None
+
+    def who_had(self, name: str) -> str:
+        """The end of a sentence that tells which peer had the model and when it was last seen; '' where none is known."""
+        view = last_holder(name, self.node.presence.peers())
+        if view is None:
+            return ""
+        ago_s = max(0.0, self.node.now() - view.last_seen_s)
+        return f": {self.peer_name(view.peer_id)} had it, and has been gone for {ago_s:.0f} s"
+
+    def elsewhere(self, name: str) -> str:
+        """The end of a sentence about a model that is not here: which peer has it, or had it; '' where none is known."""
+        try:
+            entry = self.node.catalog.resolve(name).entry
+        except InvalidName:
+            return ""
+        except ModelNotFound:
+            return self.who_had(name)
+        return "" if entry.local or not entry.holders else f" on this peer; {self.peer_name(entry.holders[0])} has it"
 
     def peer_name(self, peer_id: PeerId) -> str:
         """A peer's name, or its id where it has told none."""

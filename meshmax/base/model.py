@@ -123,13 +123,17 @@ class ModelDetails(msgspec.Struct, frozen=True):
 
 
 class StoredModel(msgspec.Struct, frozen=True):
-    """A model that is whole in our store, under one name."""
+    """A model that is whole in our store, under one name.
+
+    ``kept``, of one that was just put: the name under which stays what its name meant before, if that may be the last copy.
+    """
 
     name: str  # shortest form
     manifest: Manifest
     details: ModelDetails
     modified_at_s: float
     record: Signed | None = None
+    kept: str = ""
 
 
 class Haves(msgspec.Struct, frozen=True):

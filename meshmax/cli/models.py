@@ -18,6 +18,7 @@ from meshmax.cli.output import (
     human_count,
     human_time,
     parse_time_s,
+    printable,
     printable_answer,
     processor,
     section,
@@ -33,19 +34,25 @@ ID_CHARACTERS: Final = 12  # of a digest, in tables
 
 
 def list_models(prefix: str = "", /, *, as_json: AsJson = False, target: Target = HERE) -> None:
-    """List the models that this peer can use: its own, and those that only other peers hold."""
+    """List the models that this peer can use: its own, and, with a PEER that has them, those that are not here."""
     with open_client(target) as client:
         found = [m for m in client.get("/api/tags")["models"] if m["name"].lower().startswith(prefix.lower())]
     if as_json:
         emit_json({"models": found})
     else:
-        emit(table(("NAME", "ID", "SIZE", "MODIFIED"), [_list_row(model, time.time()) for model in found]))
+        header = ("NAME", "ID", "SIZE", "MODIFIED", *(("PEER",) if any(map(_peer, found)) else ()))
+        emit(table(header, [_list_row(model, time.time())[: len(header)] for model in found]))
 
 
 def _list_row(model: dict[str, Any], now_s: float) -> tuple[str, ...]:
     size = format_bytes(model["size"])
     changed = human_time(parse_time_s(model["modified_at"]), now_s)
-    return (model["name"], model["digest"][:ID_CHARACTERS], size, changed)
+    return (model["name"], model["digest"][:ID_CHARACTERS], size, changed, _peer(model))
+
+
+def _peer(model: dict[str, Any]) -> str:
+    """Who has a model that is not here; '' for our own."""
+    return str(model.get("remote_host") or "")
 
 
 def ps(*, as_json: AsJson = False, target: Target = HERE) -> None:
@@ -157,12 +164,15 @@ def _first_lines(text: str, count: int) -> list[tuple[str]]:
 
 def cp(source: str, destination: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
     """Give a model of this peer a second name."""
-    with open_client(target) as client:
-        client.call("POST", "/api/copy", {"source": source, "destination": destination})
+    body = {"source": source, "destination": destination}
+    with open_client(target) as client, client.open_answer("POST", "/api/copy", body, timed=True) as answer:
+        kept = printable(answer.headers.get("x-meshmax-kept", ""))
     if as_json:
-        emit_json({"source": source, "destination": destination})
-    else:
-        emit(f"copied '{source}' to '{destination}'")
+        emit_json({**body, **({"kept": kept} if kept else {})})
+        return
+    emit(f"copied '{source}' to '{destination}'")
+    if kept:
+        emit(f"'{destination}' meant another model, which is kept as '{kept}'")
 
 
 def rm(model: str, /, *more: str, as_json: AsJson = False, target: Target = HERE) -> None:

@@ -18,9 +18,11 @@ from meshmax.base.catalog import CatalogEntry, Resolved
 from meshmax.base.errors import InvalidName, ModelNotFound
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ModelDetails, StoredModel
-from meshmax.base.names import parse_name, split_digest
+from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.base.status import ModelPresence, PeerView
 
+KEPT_DIGEST: Final = 12  # digits of a digest in the name of a model that lost its name
+MAX_TAG_KEPT: Final = 80 - KEPT_DIGEST - 1  # characters of its tag that fit before them
 MAX_FIRST_SEEN: Final = 4096  # names remembered; the oldest is forgotten first
 
 
@@ -125,6 +127,37 @@ def details_of(model: ModelPresence) -> ModelDetails:
         embedding_length=model.embedding_length,
         capabilities=model.capabilities,
     )
+
+
+def held_elsewhere(digest: Sha256, views: Iterable[PeerView]) -> bool:
+    """Whether one of ``views`` is online and says that it has the whole model ``digest``."""
+    return any(
+        model.digest == digest and model.state != "partial"
+        for view in views
+        if view.status and view.state in ("online", "draining")
+        for model in view.status.models
+    )
+
+
+def last_holder(text: str, views: Iterable[PeerView]) -> PeerView | None:
+    """Who of those that left had the model that ``text`` names, the last one seen; None if nobody. Raises InvalidName."""
+    name_text, digest = split_digest(text)
+    key = parse_name(name_text).key
+    had = [
+        view
+        for view in views
+        if view.state == "offline" and view.status and any(_means(m, key, digest or "") for m in view.status.models)
+    ]
+    return max(had, key=lambda view: view.last_seen_s, default=None)
+
+
+def _means(model: ModelPresence, key: str, digest: str) -> bool:
+    return model.state != "partial" and model.digest.startswith(digest) and key in map(str.lower, model.names)
+
+
+def name_of_kept(name: ModelName, digest: Sha256) -> ModelName:
+    """The name that the model ``digest`` gets when ``name``, which was its only one, is given away."""
+    return msgspec.structs.replace(name, tag=f"{name.tag[:MAX_TAG_KEPT]}-{digest[:KEPT_DIGEST]}")
 
 
 def resolve(

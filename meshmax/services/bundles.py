@@ -12,7 +12,7 @@ import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Manifest, StoredModel
-from meshmax.ports import Catalog, Naming, Pulls, RunSync, Signer, Swarm
+from meshmax.ports import Catalog, Pulls, RunSync, Signer, Swarm
 from meshmax.services.bundle_source import LocalSources
 from meshmax.services.export import Exporter
 from meshmax.services.have import HaveLister

@@ -1,8 +1,10 @@
 """Names at work: our store's models and the mesh's, kept in step. Satisfies ports.Catalog.
 
-Owns the list of local models (read anew from the store after each change) and what was first seen under each name. Adding
-and copying sign a model record with our key, so that others can fetch by it; a model that was here before us (in an
-Ollama store) gets its record in the background. Not here: what a name means (core.catalog), transfers (services.pull).
+Owns the list of local models (read anew from the store after each change) and what was first seen under each name. When a
+name gets another meaning and what it meant before has no other name here and no other peer online, that is kept under
+NAME:TAG-DIGEST: nothing that may be the last copy is lost unasked. Adding and copying sign a model record with our key, so
+that others can fetch by it; a model that was here before us (in an Ollama store) gets its record in the background. Not
+here: what a name means (core.catalog), transfers (services.pull).
 """
 
 from __future__ import annotations
@@ -12,20 +14,24 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 
 from meshmax.base.catalog import CatalogEntry, ModelDescription, Resolved
 from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders
 from meshmax.base.ids import MapAddress, PeerId, Sha256
 from meshmax.base.model import Manifest, ModelRecord, Signed, StoredModel
-from meshmax.base.names import ModelName, parse_name
+from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.base.status import PeerView
-from meshmax.core.catalog import FirstSeen, merge, resolve
+from meshmax.core.catalog import FirstSeen, held_elsewhere, merge, name_of_kept, resolve
 from meshmax.ports import BlobStore, ModelStore, Progress, Signer
 from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.log import get_logger
 from meshmax.wire.chunkmap import encode_map, map_address
+from meshmax.wire.manifest import parse_manifest
 from meshmax.wire.signed import MODEL_RECORD_DOMAIN, sign
 
+_log = get_logger("catalog")
 AskPeer = Callable[[PeerId, Sha256], Awaitable[ModelDescription]]
 
 
@@ -82,11 +88,11 @@ class CatalogService:
                 continue  # the next holder may answer; when none does, the caller is told below
         raise NoProviders(f"no peer that has '{name}' answered")
 
-    async def copy(self, source: str, destination: str) -> None:
-        """Let ``destination`` mean what ``source`` means here. Raises InvalidName, ModelNotFound."""
+    async def copy(self, source: str, destination: str) -> StoredModel:
+        """Let ``destination`` mean what ``source`` (a name or NAME@DIGEST) means here. Raises InvalidName, ModelNotFound."""
         target = parse_name(destination)
         stored = self._stored(source)
-        await self._put(target, stored.manifest)
+        return await self._put(target, stored.manifest)
 
     async def delete(self, name: str) -> None:
         """Forget a name of ours and every blob that only it needed. Raises InvalidName, ModelNotFound."""
@@ -108,6 +114,34 @@ class CatalogService:
         Raises BlobNotFound, ManifestInvalid.
         """
         return await self._put(name, manifest)
+
+    async def keep_last_copy(self, name: ModelName, new_digest: Sha256) -> str:
+        """``name`` is about to mean ``new_digest``: the further name that what it means now gets, '' if it needs none.
+
+        It needs one where nobody else who is online has that model, and no other name here means it.
+        """
+        old = self._named(name.key)
+        if old is None or old.manifest.digest == new_digest:
+            return ""
+        digest = old.manifest.digest
+        if any(s.manifest.digest == digest and parse_name(s.name).key != name.key for s in self._local):
+            return ""
+        if held_elsewhere(digest, self._peers()[1:]):
+            return ""
+        kept = name_of_kept(name, digest)
+        try:
+            record = await self._record(kept, old.manifest)
+        except BlobNotFound:
+            record = None  # a map is missing: better a model without a record than none
+        await self._models.put(kept, old.manifest.raw, record)
+        _log.info("kept the last copy", name=str(name), kept=str(kept))
+        return str(kept)
+
+    async def put(self, name: ModelName, raw_manifest: bytes, record: Signed | None) -> StoredModel:
+        """As ModelStore.put, but what may be the last copy of another model is kept. The lists are not read anew."""
+        kept = await self.keep_last_copy(name, parse_manifest(raw_manifest).digest)
+        stored = await self._models.put(name, raw_manifest, record)
+        return msgspec.structs.replace(stored, kept=kept)
 
     # --- for node.py -------------------------------------------------------------------------------------------------
 
@@ -157,14 +191,17 @@ class CatalogService:
         return merge(self._signer.peer_id, self._local, self._peers()[1:], self._fractions(), parts=parts)
 
     def _stored(self, name: str) -> StoredModel:
-        key = parse_name(name).key
-        stored = next((stored for stored in self._local if parse_name(stored.name).key == key), None)
-        if stored is None:
+        text, digest = split_digest(name)
+        stored = self._named(parse_name(text).key)
+        if stored is None or not stored.manifest.digest.startswith(digest or ""):
             raise ModelNotFound(f"model '{name}' not found")
         return stored
 
+    def _named(self, key: str) -> StoredModel | None:
+        return next((stored for stored in self._local if parse_name(stored.name).key == key), None)
+
     async def _put(self, name: ModelName, manifest: Manifest) -> StoredModel:
-        stored = await self._models.put(name, manifest.raw, await self._record(name, manifest))
+        stored = await self.put(name, manifest.raw, await self._record(name, manifest))
         self._first_seen.forget(name.key)
         self._first_seen.note(name.key, manifest.digest)
         await self.refresh()

@@ -32,7 +32,7 @@ from meshmax.base.errors import (
 from meshmax.base.ids import Sha256
 from meshmax.base.model import CHUNK_BYTES, ChunkMap, Manifest, StoredModel
 from meshmax.base.names import parse_name
-from meshmax.ports import BlobStore, ModelStore, Partial, Pulls, RunSync
+from meshmax.ports import BlobStore, Naming, Partial, Pulls, RunSync
 from meshmax.services.bundle_source import BundleSource, LocalSources
 from meshmax.services.model_exchange import check_record
 from meshmax.store.bundle_read import BadFile, BundleReader, ChunkFile, find_bundles
@@ -53,7 +53,7 @@ class ImportWorld(msgspec.Struct, frozen=True):
     """What imports use. ``held``: alone with a blob among pulls and imports."""
 
     blobs: BlobStore
-    models: ModelStore
+    models: Naming
     run_sync: RunSync
     held: Callable[[Sha256], AbstractAsyncContextManager[None]]
     on_stored: Callable[[StoredModel], Awaitable[None]]
@@ -178,6 +178,8 @@ class _Import:
                 record = None  # the exporter's index has other maps, by which the chunks were checked
         stored = await self._world.models.put(parse_name(model.name), manifest.raw, record)
         await self._world.on_stored(stored)
+        if stored.kept:
+            await self._tell({"status": f"'{stored.name}' meant another model, which is kept as '{stored.kept}'"})
         await self._tell({"status": f"imported {stored.name}", "name": stored.name, "digest": manifest.digest})
         return stored.name
 

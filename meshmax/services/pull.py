@@ -23,7 +23,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.core.backoff import Random
-from meshmax.ports import Catalog, Presence, RunSync, Swarm, Throttle
+from meshmax.ports import Catalog, Naming, Presence, RunSync, Swarm, Throttle
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.model_exchange import FetchedModel, check_record
 from meshmax.services.outflow import Outflow
@@ -352,6 +352,7 @@ async def open_pulls(
     upstream: UpstreamPulls | None = None,
     opener: LaneOpener | None = None,
     throttle: Throttle | None = None,
+    naming: Naming | None = None,
     local: LocalSources = lambda digest: (),
 ) -> AsyncIterator[PullService]:
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
@@ -359,14 +360,14 @@ async def open_pulls(
     ``on_stored`` is told of each name that was pulled, before its watchers are; ``on_change``: a pull's model became known,
     or it was paused, resumed or has ended. ``promised`` was remembered by an earlier run's ``keep``. ``accept``: whether
     we pull what peers ask us to. ``upstream``: registries that are asked for what no peer has.
-    ``opener`` None: no lanes; ``local``: sources of a blob on this machine.
+    ``opener`` None: no lanes; ``local``: sources of a blob on this machine; ``naming`` None: the store itself.
     """
     outflow = outflow or Outflow()
     async with trio.open_nursery() as nursery:
         world = World(
             swarm,
             store.blobs,
-            store.models,
+            naming or store.models,
             presence,
             random,
             run_sync,

@@ -112,6 +112,8 @@ class Steps:
         while pending := [name for key, name in self._names.items() if key not in written]:
             stored = await put(pending[0])
             written.add(pending[0].key)
+            if stored.kept:
+                self._watch.on_phase(f"'{pending[0]}' meant another model, which is kept as '{stored.kept}'")
             await self._world.on_stored(stored)
 
     async def _try_origin(self) -> UpstreamPull | None:

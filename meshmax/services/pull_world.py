@@ -18,7 +18,7 @@ from meshmax.base.errors import BlobNotFound, StoreCorrupt
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
 from meshmax.core.backoff import Random
-from meshmax.ports import BlobStore, ChunkSource, ModelStore, Presence, RunSync, Swarm, Throttle
+from meshmax.ports import BlobStore, ChunkSource, ModelStore, Naming, Presence, RunSync, Swarm, Throttle
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.pull_blob import BlobFetch
 from meshmax.services.upstream_pull import UpstreamPulls
@@ -47,7 +47,7 @@ class World(msgspec.Struct, frozen=True):
 
     swarm: Swarm
     blobs: BlobStore
-    models: ModelStore
+    models: Naming
     presence: Presence
     random: Random
     run_sync: RunSync

@@ -89,12 +89,13 @@ class FakeCatalog:
         tensors = (TensorShape("blk.0", "F32", (4, 2)),) if verbose else ()
         return msgspec.structs.replace(self.description, tensors=tensors)
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> StoredModel:
         await trio.lowlevel.checkpoint()
         found = self.resolve(source).entry
         if not found.local:
             raise ModelNotFound
         self.known.append(msgspec.structs.replace(found, name=str(parse_name(destination))))
+        return msgspec.structs.replace(self._stored(self.known[-1]), kept="mine:latest-0" * (destination == "mine"))
 
     async def delete(self, name: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -116,6 +117,7 @@ class FakePulls:
 
     def __init__(self) -> None:
         self.left = 0
+        self.missing = "missing"
         self.watched = 0
         self.started: list[str] = []
         one = Transfer("t1", "far:latest", "in", "running", "pulling manifest", bytes_total=1000)
@@ -128,7 +130,7 @@ class FakePulls:
 
     @asynccontextmanager
     async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
-        if "missing" in name:
+        if self.missing in name:
             raise NoProviders(f"no peer that can be reached has '{name}'")
         try:
             async with aclosing(self._play()) as transfers:

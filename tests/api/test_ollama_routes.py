@@ -84,7 +84,10 @@ async def test_a_model_that_only_peers_hold_is_listed_shown_and_answers(client: 
     assert reply.json()["remote_host"] == "attic"
     assert reply.headers["x-meshmax-peer"] == THEIRS
     reply = await client.request("DELETE", "/api/delete", json={"model": "far"})
-    assert (reply.status_code, reply.json()) == (404, {"error": "model 'far' not found", "code": "not_found"})
+    assert (reply.status_code, reply.json()) == (
+        404,
+        {"error": "model 'far' not found on this peer; attic has it", "code": "not_found"},
+    )
 
 
 async def test_a_tag_has_ollamas_fields(client: httpx.AsyncClient) -> None:
@@ -344,3 +347,26 @@ async def test_the_meshs_own_prompt_routes_are_the_same(client: httpx.AsyncClien
         path, json={"model": "echo", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}
     )
     assert lines(reply)[-1]["done"] is True
+
+
+async def test_what_is_not_here_to_copy_is_refused_with_who_has_it(client: httpx.AsyncClient) -> None:
+    reply = await client.post("/api/copy", json={"source": "far@" + "cd" * 6, "destination": "mine"})
+    assert reply.status_code == 404
+    assert reply.json()["error"] == f'model "far@{"cd" * 6}" not found on this peer; attic has it'
+    reply = await client.post("/api/copy", json={"source": "echo@" + "ab" * 6, "destination": "mine"})
+    assert (reply.status_code, reply.text) == (200, "")
+    assert reply.headers["x-meshmax-kept"] == "mine:latest-0"
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/show", "/api/pull", "/v1/completions"])
+async def test_a_model_whose_holder_left_is_not_found_with_who_had_it(
+    client: httpx.AsyncClient, node: Any, path: str
+) -> None:
+    left = msgspec.structs.replace(node.presence.known[1], state="offline", last_seen_s=node.now() - 12.3)
+    node.presence.known[1] = left
+    del node.catalog.known[1]
+    node.pulls.missing = "far"
+    reply = await client.post(path, json={"model": "far", "prompt": "x"})
+    assert "attic had it, and has been gone for 12 s" in reply.text
+    reply = await client.post(path, json={"model": "missing", "prompt": "x"})
+    assert "had it" not in reply.text

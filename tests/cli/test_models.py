@@ -29,17 +29,20 @@ def loaded(name: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_list_has_ollamas_columns_for_what_is_here_and_what_only_others_hold(
+def test_list_has_ollamas_columns_and_names_a_peer_that_has_what_is_not_here(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    remote = tag("llama3:8b", remote_host="http://a", remote_model="llama3:8b")
+    remote = tag("llama3:8b", remote_host="desktop", remote_model="llama3:8b")
     fake_peer.on("GET", "/api/tags", {"models": [tag("smollm2:latest"), remote]})
     assert main(["list"]) == 0
     assert capsys.readouterr().out == (
-        "NAME              ID              SIZE     MODIFIED\n"
+        "NAME              ID              SIZE     MODIFIED      PEER\n"
         "smollm2:latest    6a0746a1ec1a    98 MB    3 days ago\n"
-        "llama3:8b         6a0746a1ec1a    98 MB    3 days ago\n"
+        "llama3:8b         6a0746a1ec1a    98 MB    3 days ago    desktop\n"
     )
+    fake_peer.on("GET", "/api/tags", {"models": [tag("smollm2:latest")]})
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.startswith("NAME              ID              SIZE     MODIFIED\n")
 
 
 def test_list_takes_a_prefix_in_any_case_and_ls_is_its_other_name(

@@ -139,3 +139,55 @@ async def test_a_model_that_was_here_before_us_gets_a_record() -> None:
         await catalog.refresh()
         await catalog.sign_missing_records()
         assert all(stored.record for stored in catalog.local())
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    path = tmp_path / "other.gguf"
+    path.write_bytes(build_gguf(seed=9))
+    return path
+
+
+async def test_a_name_that_is_given_away_leaves_its_model_under_another_if_it_may_be_the_last_copy(
+    tiny: Path, other: Path
+) -> None:
+    async with open_world() as (world, catalog):
+        first = await catalog.add("mine:v1", tiny, False, nothing)
+        second = await catalog.add("mine:v1", other, False, nothing)
+        assert second.kept == f"mine:v1-{first.manifest.digest[:12]}"
+        kept = catalog.resolve(second.kept).stored
+        assert kept
+        assert kept.manifest == first.manifest
+        assert kept.record
+        assert catalog.resolve("mine:v1").digest == second.manifest.digest
+        third = await catalog.copy(f"{second.kept}@{first.manifest.digest[:12]}", "mine:v1")
+        assert third.manifest == first.manifest
+        assert third.kept == f"mine:v1-{second.manifest.digest[:12]}"
+        assert await world.blobs.path(first.manifest.blobs[-1].digest)
+
+
+async def test_a_model_with_another_name_or_another_holder_needs_no_further_name(tiny: Path, other: Path) -> None:
+    async with open_world() as (world, catalog):
+        first = await catalog.add("mine", tiny, False, nothing)
+        assert not (await catalog.add("mine", tiny, False, nothing)).kept
+        await catalog.copy("mine", "second")
+        assert not (await catalog.add("mine", other, False, nothing)).kept
+        held = ModelPresence(first.manifest.digest, ("x",), "disk", 7)
+        world.views = (PeerView(KITCHEN, "online", "direct", PeerStatus(KITCHEN, 1, 0, "x", "0", models=(held,))),)
+        assert not (await catalog.copy("mine", "second")).kept
+
+
+async def test_a_copy_of_a_digest_that_the_name_does_not_mean_here_is_refused(tiny: Path) -> None:
+    async with open_world() as (_, catalog):
+        await catalog.add("tiny", tiny, False, nothing)
+        with pytest.raises(ModelNotFound):
+            await catalog.copy("tiny@" + "0" * 12, "new")
+
+
+async def test_what_is_put_by_a_pull_keeps_the_last_copy_too(tiny: Path, other: Path) -> None:
+    async with open_world() as (_, catalog):
+        first = await catalog.add("tiny", tiny, False, nothing)
+        second = await catalog.add("other", other, False, nothing)
+        stored = await catalog.put(parse_name("tiny"), second.manifest.raw, None)
+        await catalog.refresh()
+        assert catalog.resolve(stored.kept).digest == first.manifest.digest

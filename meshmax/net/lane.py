@@ -143,12 +143,12 @@ class TcpFetchLane(_Lane):
 
     def want(self, digest: Sha256, indexes: Sequence[int]) -> None:
         """See ports.FetchLane."""
+        self._require_open()
         chunks = [(digest, index) for index in indexes]
         if len(self._due) + len(chunks) > MAX_WANTS:
             raise LocalProtocolError(f"a lane takes at most {MAX_WANTS} wants at once")
         if len(set(chunks)) < len(chunks) or not self._due.isdisjoint(chunks):
             raise LocalProtocolError("a chunk is wanted once at a time")
-        self._require_open()
         self._due.update(chunks)  # before it is said: the answer may be here before we are
         for start in range(0, len(chunks), MAX_INDEXES):
             self._require_open()

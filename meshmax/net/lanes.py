@@ -242,8 +242,8 @@ async def open_lanes(
     The first decides the port (or the next free one); where another cannot have the same one it is left out, with a
     warning. Raises ConfigError if the first cannot be had. Leaving the block closes every lane; its runs are their owners'.
     """
+    listeners = await _listeners(listen)
     async with trio.open_nursery() as nursery:
-        listeners = await _listeners(listen)
         lanes = TcpLanes(peer_id, listeners[0].local[1] if listeners else 0, stall_s)
         door = Door(nursery, allow, lanes.prove)
         for listener in listeners:

@@ -12,8 +12,9 @@ import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Manifest, StoredModel
-from meshmax.ports import Catalog, Pulls, RunSync, Signer, Swarm
+from meshmax.ports import Pulls, RunSync, Signer, Swarm
 from meshmax.services.bundle_source import LocalSources
+from meshmax.services.catalog import CatalogService
 from meshmax.services.export import Exporter
 from meshmax.services.have import HaveLister
 from meshmax.services.import_bundle import Importer, ImportWorld, Mesh
@@ -38,12 +39,8 @@ class Parts(Protocol):
     name: str
     swarm: Swarm
     store: Store
+    catalog: CatalogService
     pulls: Pulls
-
-    @property
-    def catalog(self) -> Catalog:
-        """Names."""
-        ...
 
     def now(self) -> float:
         """Unix time in seconds."""
@@ -72,6 +69,6 @@ def make_bundles(
     mesh = Mesh(catalog.entries, node.pulls, sources)
     return Bundles(
         Exporter(catalog, blobs, node.signer, node.name, node.now, run_sync, open_writer),
-        Importer(ImportWorld(blobs, node.store.models, run_sync, held, on_stored), mesh),
+        Importer(ImportWorld(blobs, catalog, run_sync, held, on_stored), mesh),
         HaveLister(node.signer.peer_id, catalog.entries, blobs, list_all, ask_manifest, node.now),
     )

@@ -30,6 +30,7 @@ from meshmax.base.names import parse_name, split_digest
 from meshmax.base.status import ModelPresence, ModelState, PeerStatus, PeerView
 from meshmax.ports import Progress
 from meshmax.services.blob_server import BlobServer
+from meshmax.services.bundle_source import LocalSources
 from meshmax.services.model_exchange import ModelServer
 from meshmax.services.outflow import Outflow
 from meshmax.services.pull import PullService, open_pulls
@@ -72,6 +73,7 @@ class SitePeer:
         self.state: ModelState | None = None  # what the others are told of us
         self.holds: set[Sha256] | None = None  # of which models; None: of all that have a name
         self.told: list[StoredModel] = []
+        self.sources = LocalSources()
         self.kept: tuple[Download, ...] = ()  # what is remembered over restarts
         self.changes = 0
 
@@ -211,6 +213,7 @@ class Site:
                 promised=promised,
                 keep=peer.keep,
                 accept=accept,
+                local=peer.sources.of,
             ) as peer.pulls:
                 models, blobs = peer.store.models, peer.store.blobs
                 ModelServer(models, blobs, peer.pulls.pulling, peer.pulls.accept).register(swarm)

@@ -186,6 +186,14 @@ class FileBlobStore:
         self._bad.pop(digest, None)
         self._rotten.discard(digest)
 
+    async def drop_partial(self, digest: Sha256) -> bool:
+        """Delete a partial that is at rest; False if there is none, or it is being fetched. Raises StoreError."""
+        partial = self._partials.get(digest)
+        if partial is None or partial.is_open:
+            return False
+        await partial.discard()
+        return True
+
     async def placed(self, digest: Sha256) -> None:
         """A whole blob was put in its place by somebody else (ingest): a partial of it that is at rest is of no use now."""
         self._bad.pop(digest, None)

@@ -598,7 +598,7 @@ class Pulls(Protocol):
         ...
 
     def transfers(self) -> tuple[Transfer, ...]:
-        """Running ones, what is being sent, and the last 100 ended ones, newest first."""
+        """Running ones and the last 100 ended ones, newest first; then what is sent to others, likewise."""
         ...
 
     async def steer(self, transfer_id: str, action: Literal["cancel", "pause", "resume"]) -> Transfer:

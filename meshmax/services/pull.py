@@ -113,9 +113,9 @@ class PullService:
         return await self._promise(await self._find_anywhere(name, detached=True))
 
     def transfers(self) -> tuple[Transfer, ...]:
-        """Running ones, outgoing ones and the last MAX_ENDED ended ones, newest first."""
+        """Running ones and the last MAX_ENDED ended ones, newest first; then what is sent, likewise."""
         running = [job.board.value for job in self._jobs.values()]
-        return (*reversed(running), *self._outflow.transfers(), *self._ended)
+        return (*reversed(running), *self._ended, *self._outflow.transfers())
 
     async def steer(self, transfer_id: str, action: Action) -> Transfer:
         """See ports.Pulls."""

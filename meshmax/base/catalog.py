@@ -17,7 +17,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     """One name that this node can use. ``local``: whole in our store. ``fraction``: share of its bytes here, 0 to 1.
 
     ``holders`` are peers (ourselves too) that have it whole; ``partial_holders`` have some of it: sources for a pull, and
-    never for a prompt. Two digests under one name make two entries.
+    never for a prompt. Two digests under one name make two entries. ``pinned``: a name here is tied to this digest.
     """
 
     name: str  # shortest form
@@ -29,6 +29,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     holders: tuple[PeerId, ...] = ()
     fraction: float = 0.0
     partial_holders: tuple[PeerId, ...] = ()
+    pinned: bool = False
 
 
 class Resolved(msgspec.Struct, frozen=True):

@@ -89,6 +89,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
     ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
     only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
+    ``disk_budget``: how much models may take, like 200GB; ``keep_free``: how much of the disk stays free; '' is no bound. To
+    keep to them, the models used longest ago are swept; ``sweep_last_copies``: those too that no other peer is known to
+    have. ``partials_kept_days``: how long what a cancelled pull had fetched is kept.
     """
 
     home: str = "~/.meshmax"
@@ -115,6 +118,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accept_distribute: bool = True
     lane_port: Port = DEFAULT_LANE_PORT
     lanes_per_peer: Annotated[int, msgspec.Meta(ge=0, le=4)] = 2
+    disk_budget: str = ""
+    keep_free: str = ""
+    sweep_last_copies: bool = False
+    partials_kept_days: Positive = 30.0
 
 
 def parse_host_port(text: str) -> tuple[str, int]:

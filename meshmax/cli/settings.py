@@ -20,6 +20,7 @@ from meshmax.base.status import MAX_PEER_NAME
 from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.limits import Plan
 from meshmax.core.mirror import MirrorPlan
+from meshmax.core.sweep import parse_budget
 
 ENV_PREFIX: Final = "MESHMAX_"
 FILE_NAME: Final = "meshmax.yaml"
@@ -171,6 +172,7 @@ def _check_meaning(config: Config) -> None:
                 " (`meshmax status` on the other machine shows it)"
             )
     Plan(config.limits)
+    parse_budget(config.disk_budget, config.keep_free)
     MirrorPlan(config.mirror)
     if len(config.name) > MAX_PEER_NAME or not config.name.isprintable():
         raise ConfigError(f"a peer's name has at most {MAX_PEER_NAME} printable characters")

@@ -1,9 +1,9 @@
 """What names mean: our own models and those that peers say they have, merged.
 
-Rules (a name means, in this order): what is present here; then, of the digests that online peers offer under that name,
-the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a name over). Two
-digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make nobody a holder:
-they are listed apart, and a model that is nowhere whole is an entry only for who wants to pull it.
+Rules (a name means, in this order): what it is pinned to; what is present here; then, of the digests that online peers
+offer under that name, the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a
+name over). Two digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make
+nobody a holder: they are listed apart, and a model that is nowhere whole is an entry only for who wants to pull it.
 Not here: fetching, files, who answers a prompt.
 """
 
@@ -161,18 +161,32 @@ def name_of_kept(name: ModelName, digest: Sha256) -> ModelName:
 
 
 def resolve(
-    text: str, entries: Iterable[CatalogEntry], local: Iterable[StoredModel], first_seen: FirstSeen
+    text: str,
+    entries: Iterable[CatalogEntry],
+    local: Iterable[StoredModel],
+    first_seen: FirstSeen,
+    pinned: Sha256 | None = None,
 ) -> Resolved:
-    """What ``text`` means. Raises InvalidName, ModelNotFound (whose message is Ollama's)."""
+    """What ``text`` means; ``pinned``: the digest to which its name is pinned.
+
+    Raises InvalidName, ModelNotFound (whose message is Ollama's).
+    """
     name_text, digest = split_digest(text)
     name = parse_name(name_text)
     named = [entry for entry in entries if parse_name(entry.name).key == name.key]
     if digest is not None:
         named = [entry for entry in named if entry.digest.startswith(digest)]
+    elif pinned is not None:
+        named = [entry for entry in named if entry.digest == pinned]
+        if not named:
+            raise ModelNotFound(
+                f"model '{text}' not found: it is pinned to {pinned[:12]}, which nobody who is online has;"
+                f" `meshmax unpin {name}` lets it mean another one"
+            )
     elif not any(entry.local for entry in named):
-        pinned = first_seen.get(name.key)
+        seen = first_seen.get(name.key)
         others = [entry.digest for entry in named]
-        named = [entry for entry in named if pinned in (None, entry.digest)]
+        named = [entry for entry in named if seen in (None, entry.digest)]
         if others and not named:
             raise ModelNotFound(
                 f"model '{text}' not found: nobody who is online has the one that was first seen under this name; "

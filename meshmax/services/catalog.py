@@ -24,6 +24,7 @@ from meshmax.base.model import Manifest, ModelRecord, Signed, StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.base.status import PeerView
 from meshmax.core.catalog import FirstSeen, held_elsewhere, merge, name_of_kept, resolve
+from meshmax.core.pins import Pins
 from meshmax.ports import BlobStore, ModelStore, Progress, Signer
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -49,6 +50,7 @@ class CatalogService:
         ask_peer: AskPeer,
         first_seen: FirstSeen,
         on_change: Callable[[], None],
+        pins: Pins | None = None,
     ) -> None:
         self._models = models
         self._blobs = blobs
@@ -59,6 +61,7 @@ class CatalogService:
         self._ask_peer = ask_peer
         self._first_seen = first_seen
         self._on_change = on_change
+        self._pins = pins or Pins()
         self._local: tuple[StoredModel, ...] = ()
 
     # --- ports.Catalog -----------------------------------------------------------------------------------------------
@@ -69,12 +72,13 @@ class CatalogService:
 
     def resolve(self, name: str, *, parts: bool = False) -> Resolved:
         """What ``name`` (or NAME@DIGEST) means here and now; ``parts``: see ports. Raises InvalidName, ModelNotFound."""
+        pinned = self._pins.of(parse_name(split_digest(name)[0]).key)
         try:
-            return resolve(name, self.entries(), self._local, self._first_seen)
+            return resolve(name, self.entries(), self._local, self._first_seen, pinned)
         except ModelNotFound:
             if not parts:
                 raise
-        return resolve(name, self._merged(parts=True), self._local, self._first_seen)
+        return resolve(name, self._merged(parts=True), self._local, self._first_seen, pinned)
 
     async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
         """From our store, or asked of a holder, then never verbose. Raises InvalidName, ModelNotFound, NoProviders."""
@@ -95,9 +99,13 @@ class CatalogService:
         return await self._put(target, stored.manifest)
 
     async def delete(self, name: str) -> None:
-        """Forget a name of ours and every blob that only it needed. Raises InvalidName, ModelNotFound."""
+        """Forget a name of ours and every blob that only it needed.
+
+        Raises InvalidName, ModelNotFound, InvalidRequest (it is pinned).
+        """
         parsed = parse_name(name)
         self._stored(name)
+        self._pins.require_free(parsed, None)
         await self._models.delete(parsed)
         self._first_seen.forget(parsed.key)
         await self.refresh()
@@ -139,9 +147,22 @@ class CatalogService:
 
     async def put(self, name: ModelName, raw_manifest: bytes, record: Signed | None) -> StoredModel:
         """As ModelStore.put, but what may be the last copy of another model is kept. The lists are not read anew."""
-        kept = await self.keep_last_copy(name, parse_manifest(raw_manifest).digest)
+        digest = parse_manifest(raw_manifest).digest
+        self._pins.require_free(name, digest)
+        kept = await self.keep_last_copy(name, digest)
         stored = await self._models.put(name, raw_manifest, record)
         return msgspec.structs.replace(stored, kept=kept)
+
+    async def drop(self, digest: Sha256) -> None:
+        """A sweep takes our copy of a model, all of its names; what the names mean stays as it is. Raises StoreError."""
+        going = [stored for stored in self._local if stored.manifest.digest == digest]
+        # At once, so that nobody turns to it any more.
+        self._local = tuple(stored for stored in self._local if stored.manifest.digest != digest)
+        for stored in going:
+            name = parse_name(stored.name)
+            self._first_seen.note(name.key, digest)
+            await self._models.delete(name)
+        await self.refresh()
 
     # --- for node.py -------------------------------------------------------------------------------------------------
 
@@ -188,7 +209,12 @@ class CatalogService:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _merged(self, *, parts: bool) -> tuple[CatalogEntry, ...]:
-        return merge(self._signer.peer_id, self._local, self._peers()[1:], self._fractions(), parts=parts)
+        merged = merge(self._signer.peer_id, self._local, self._peers()[1:], self._fractions(), parts=parts)
+        if not self._pins.items():
+            return merged
+        return tuple(
+            msgspec.structs.replace(entry, pinned=True) if self._pins.keeps(entry.digest) else entry for entry in merged
+        )
 
     def _stored(self, name: str) -> StoredModel:
         text, digest = split_digest(name)

@@ -75,6 +75,11 @@ class Outflow:
         self._sample(trio.current_time())
         return (*(_shown(sent, "running") for sent in reversed(self._open.values())), *self._ended)
 
+    def sending(self) -> frozenset[Sha256]:
+        """The blobs of which something was sent within the last IDLE_S."""
+        self._sample(trio.current_time())
+        return frozenset(blob for sent in self._open.values() for _, blob in sent.flows)
+
     def _sample(self, now: float) -> None:
         with self._lock:
             noted, self._noted = self._noted, {}

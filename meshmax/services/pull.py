@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Final, Literal
 
@@ -29,7 +29,7 @@ from meshmax.services.model_exchange import FetchedModel, check_record
 from meshmax.services.outflow import Outflow
 from meshmax.services.pull_job import Job
 from meshmax.services.pull_progress import FINAL, Board
-from meshmax.services.pull_world import LocalSources, Store, World
+from meshmax.services.pull_world import LocalSources, Room, Store, World
 from meshmax.services.upstream_pull import UpstreamPull, UpstreamPulls
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -155,6 +155,10 @@ class PullService:
             for job in self._jobs.values()
             if job.model and job.board.value.bytes_total and job.board.value.state not in FINAL
         )
+
+    def needed(self) -> frozenset[Sha256]:
+        """The blobs of every pull that has not ended, waiting and paused ones too."""
+        return frozenset(layer.digest for job in self._jobs.values() for layer in job.blobs)
 
     def held(self, digest: Sha256) -> AbstractAsyncContextManager[None]:
         """Alone with a blob: no pull fetches or completes it meanwhile."""
@@ -354,6 +358,7 @@ async def open_pulls(
     throttle: Throttle | None = None,
     naming: Naming | None = None,
     local: LocalSources = lambda digest: (),
+    room: Room = lambda layers: nullcontext(),
 ) -> AsyncIterator[PullService]:
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
 
@@ -376,6 +381,7 @@ async def open_pulls(
             opener=opener,
             throttle=throttle,
             local=local,
+            room=room,
         )
         pulls = PullService(world, catalog, nursery, outflow, on_change, keep, accept)
         pulls.take_up(promised)

@@ -19,6 +19,7 @@ import trio
 from meshmax.base.errors import IntegrityError, MeshmaxError, NoProviders, Retry, StoreFull
 from meshmax.base.events import Download, Transfer, TransferState
 from meshmax.base.ids import Sha256
+from meshmax.base.model import Layer
 from meshmax.base.names import ModelName
 from meshmax.core.backoff import backoff_s
 from meshmax.services.model_exchange import FetchedModel
@@ -94,6 +95,11 @@ class Job:
     def model(self) -> FetchedModel | None:
         """What is being fetched, once it is known."""
         return self._steps.model
+
+    @property
+    def blobs(self) -> tuple[Layer, ...]:
+        """What it needs, as far as that is known."""
+        return self.model.manifest.blobs if self.model else self._tally.layers
 
     @property
     def fraction(self) -> float:

@@ -94,7 +94,8 @@ class Steps:
         while True:
             model = await self._know()
             try:
-                await self._fetch_blobs(model)
+                async with self._world.room(self._tally.layers):
+                    await self._fetch_blobs(model)
                 break
             except Condemned as error:
                 if model.record is not None:
@@ -128,7 +129,8 @@ class Steps:
     async def _take(self, origin: UpstreamPull) -> None:
         """Every blob from upstream, and our record of the model."""
         self._tally.layers, self._tally.origin = origin.layers, origin
-        await origin.fetch(self._world.held, self._world.is_whole, self._watch.on_phase, self._watch.on_chunk)
+        async with self._world.room(origin.layers):
+            await origin.fetch(self._world.held, self._world.is_whole, self._watch.on_phase, self._watch.on_chunk)
         await self._name(origin.publish)
 
     async def _know(self) -> FetchedModel:

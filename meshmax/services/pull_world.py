@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Protocol
 
 import msgspec
@@ -16,7 +16,7 @@ import trio
 
 from meshmax.base.errors import BlobNotFound, StoreCorrupt
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.model import StoredModel
+from meshmax.base.model import Layer, StoredModel
 from meshmax.core.backoff import Random
 from meshmax.ports import BlobStore, ChunkSource, ModelStore, Naming, Presence, RunSync, Swarm, Throttle
 from meshmax.services.lane_client import LaneOpener
@@ -24,6 +24,7 @@ from meshmax.services.pull_blob import BlobFetch
 from meshmax.services.upstream_pull import UpstreamPulls
 
 LocalSources = Callable[[Sha256], Sequence[ChunkSource]]
+Room = Callable[[Sequence[Layer]], AbstractAsyncContextManager[None]]
 
 
 class Store(Protocol):
@@ -43,7 +44,8 @@ class Store(Protocol):
 class World(msgspec.Struct, frozen=True):
     """What every pull uses. ``locks``: one a blob; ``fetching``: the fetch of each blob that is under way; ``wanted``:
     the models (and how many pulls of each) for which a blob is wanted now; ``upstream``: asked for what no peer has;
-    ``opener`` None: no lanes, chunks ride the control connections; ``local``: sources of a blob on this machine."""
+    ``opener`` None: no lanes, chunks ride the control connections; ``local``: sources of a blob on this machine;
+    ``room``: entered while blobs are fetched, raises StoreFull where the store has no room for them."""
 
     swarm: Swarm
     blobs: BlobStore
@@ -59,6 +61,7 @@ class World(msgspec.Struct, frozen=True):
     opener: LaneOpener | None = None
     throttle: Throttle | None = None
     local: LocalSources = lambda digest: ()
+    room: Room = lambda layers: nullcontext()
 
     def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
         """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""

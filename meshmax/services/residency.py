@@ -63,12 +63,14 @@ class ModelResidency:
         nursery: trio.Nursery,
         on_change: Callable[[], None],
         wall: Callable[[], float],
+        on_use: Callable[[Sha256], None] = lambda digest: None,
     ) -> None:
         self._engine = engine
         self._model_file = model_file
         self._config = config
         self._nursery = nursery
         self._on_change = on_change
+        self._on_use = on_use
         self._wall = wall
         self._core = ResidencyCore(config.max_queue)
         self._waiters: dict[int, _Waiter] = {}
@@ -97,6 +99,7 @@ class ModelResidency:
         self._notice_crash(ask.digest)
         async with self._turn(ask, keep_alive_s, takes_slot=not load_only) as (model, waited_for_load):
             load_s = trio.current_time() - begun if waited_for_load else 0.0
+            self._on_use(ask.digest)
             if load_only:
                 async with aclosing(_one(Finish("load", total_s=load_s, load_s=load_s))) as events:
                     yield events
@@ -157,6 +160,10 @@ class ModelResidency:
                 )
             )
         return tuple(views)
+
+    def held(self) -> frozenset[Sha256]:
+        """The models that are in memory, on their way there, or leaving it."""
+        return frozenset(self._held)
 
     def load(self) -> Load:
         """Prompts running and queued now; the capacity of one model, loaded or not."""
@@ -279,14 +286,15 @@ async def open_residency(
     wall: Callable[[], float] = time.time,
     *,
     on_change: Callable[[], None] = lambda: None,
+    on_use: Callable[[Sha256], None] = lambda digest: None,
 ) -> AsyncIterator[ModelResidency]:
     """The residency of one node; leaving unloads everything.
 
     ``model_file`` finds a model on disk (raises ModelNotFound, StoreError). ``on_change`` is called, often, when models or
-    load changed; it must be cheap. ``wall`` tells Unix time.
+    load changed; it must be cheap; so must ``on_use``, called when a model begins to answer. ``wall`` tells Unix time.
     """
     async with trio.open_nursery() as nursery:
-        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall)
+        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall, on_use)
         nursery.start_soon(residency.run_expiry)
         try:
             yield residency

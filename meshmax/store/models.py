@@ -9,7 +9,7 @@ may have pulled another under it). Changes of names happen one at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -76,6 +76,8 @@ class FileModelStore:
         self._blobs = blobs
         self._layout, self._disk, self._run_sync = blobs.layout, blobs.disk, blobs.run_sync
         self._changing = trio.Lock()
+        # Raises where a name must not come to mean a digest, or nothing (None): set by who knows what is pinned.
+        self.guard: Callable[[ModelName, Sha256 | None], None] = lambda name, digest: None
         self._details: dict[Sha256, ModelDetails] = {}
         self._warned: set[Path] = set()
 
@@ -296,6 +298,7 @@ class FileModelStore:
 
     def _put(self, name: ModelName, manifest: Manifest, record: Signed | None) -> tuple[StoredModel, list[Sha256]]:
         self._require_blobs(manifest)
+        self.guard(name, manifest.digest)
         spelled = self._spelled(name)
         path = self._layout.manifest(spelled)
         old = self._try_manifest(path)

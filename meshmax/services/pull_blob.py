@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from random import Random as Quick
 from typing import Final
 
 import trio
@@ -83,7 +84,8 @@ class BlobFetch:
         self._changed = changed
         self._patience_s = patience_s
         self._stuck_since_s: float | None = None
-        self._core = core.Fetch(partial.haves, random)
+        # A generator of its own: it is asked for every chunk, and the system's is a call into the kernel each time.
+        self._core = core.Fetch(partial.haves, Quick(random.random()))
         self._inbox = Inbox()
         self._landing = Landing(partial, self._inbox, self._core.needs, throttle)
         self._opener = opener

@@ -22,7 +22,7 @@ from meshmax.services.fetch_events import Gone, Lacking, Offered, Paused, Withdr
 from meshmax.services.frames import FrameStream
 from meshmax.services.landing import Landing
 from meshmax.services.lane_client import MIN_BLOB_BYTES, LaneOpener, SourceLanes
-from meshmax.services.lane_client import OPEN_TIMEOUT_S as LANE_TIMEOUT_S
+from meshmax.services.lane_client import READY_TIMEOUT_S as LANE_TIMEOUT_S
 from meshmax.wire import blob as wire
 from meshmax.wire.failure import Failure, error_of
 from meshmax.wire.protocols import BLOB

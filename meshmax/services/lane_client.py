@@ -27,7 +27,8 @@ from meshmax.wire import lane as wire
 from meshmax.wire.failure import Failure, error_of
 from meshmax.wire.protocols import LANE
 
-OPEN_TIMEOUT_S: Final = 1.0  # for a lane; by then the blob's own stream could have brought tens of chunks
+READY_TIMEOUT_S: Final = 1.0  # for the first lane; then the blob's own stream begins to bring chunks
+OPEN_TIMEOUT_S: Final = 5.0  # for any; a machine that is busy with a swarm needs more than a moment
 RETRY_S: Final = 30.0  # after a lane could not be opened or was lost
 LOOK_S: Final = 1.0  # how often it is looked whether more lanes are due, as when other sources left
 MIN_BLOB_BYTES: Final = 4 * MIB  # smaller blobs are there before a lane would be

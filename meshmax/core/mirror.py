@@ -1,9 +1,10 @@
 """Mirroring: which models this peer should fetch now, to have what the peers that its rules name have.
 
-Rules: a rule names models by a pattern (``*`` any letters, ``?`` one; compared without case, against the short name and the
-full one), a peer by PeerId or name, and hours and days in local time. A name that means another digest there than here is
-fetched, and means that one here afterwards: where a rule matches, the mirrored peer decides. What that peer has only in
-parts, or deletes, changes nothing. A name that two peers that are online bear names neither. Not here: the clock, pulling.
+Rules: a rule names models by a pattern (``*`` any letters, ``?`` one; without regard to case, against the name as lists
+show it, or the full one where the pattern looks like one), a peer by PeerId or name, and hours and days in local time. A
+name that means another digest there than here is fetched, and means that one here afterwards: where a rule matches, the
+mirrored peer decides. What that peer has only in parts, or deletes, changes nothing. A name that two peers that are online
+bear names neither. Not here: the clock, pulling.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from meshmax.core.limits import in_window, parse_days, parse_hours
 
 MAX_RULES: Final = 64  # a person writes a handful
 MAX_PATTERN: Final = 200  # characters
+FULL_SLASHES: Final = 2  # host/namespace/model:tag
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -36,6 +38,7 @@ class Wanted(msgspec.Struct, frozen=True):
 
 class _Rule(msgspec.Struct, frozen=True):
     models: re.Pattern[str]
+    full: bool
     peer: str
     days: frozenset[int]
     begins: int
@@ -80,7 +83,7 @@ def _offered(view: PeerView, rule: _Rule, number: int) -> Iterable[tuple[str, Wa
                 name = parse_name(text)
             except InvalidName:
                 continue  # that peer's mistake; its other names may be good
-            if rule.models.fullmatch(str(name)) or rule.models.fullmatch(name.full):
+            if rule.models.fullmatch(name.full if rule.full else str(name)):
                 yield name.key, Wanted(str(name), model.digest, view.peer_id, number)
 
 
@@ -96,7 +99,12 @@ def _rule(rule: MirrorRule) -> _Rule:
     if len(rule.models) > MAX_PATTERN:
         raise ConfigError(f"the models of a mirror rule are a pattern of {MAX_PATTERN} characters at most")
     begins, ends = parse_hours(rule.at)
-    return _Rule(_pattern(rule.models), rule.peer, parse_days(rule.days), begins, ends)
+    return _Rule(_pattern(rule.models), _is_full(rule.models), rule.peer, parse_days(rule.days), begins, ends)
+
+
+def _is_full(pattern: str) -> bool:
+    """Whether a pattern is about full names. Not any with a slash: ``team/*`` is how a short name looks."""
+    return pattern.count("/") == FULL_SLASHES and "." in pattern.partition("/")[0]
 
 
 def _pattern(text: str) -> re.Pattern[str]:

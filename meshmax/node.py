@@ -33,7 +33,6 @@ from meshmax.base.inference import Options
 from meshmax.base.model import MODEL_MEDIA_TYPE, StoredModel
 from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
-from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.backoff import Random
 from meshmax.core.catalog import FirstSeen
 from meshmax.core.limits import Override, Plan
@@ -65,16 +64,13 @@ from meshmax.services.offers import Offers
 from meshmax.services.outflow import Outflow
 from meshmax.services.presence import PresenceService, open_presence
 from meshmax.services.pull import PartialModel, open_pulls
-from meshmax.services.pull_through import open_pull_through
-from meshmax.services.registry_ports import Registry
+from meshmax.services.registries import OpenRegistry, open_served, open_upstream
 from meshmax.services.repositories import Repositories
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.router import open_router
 from meshmax.services.scrub import run_scrub
 from meshmax.services.throttle import Limits, open_throttle
-from meshmax.services.uploads import Uploads, open_uploads
-from meshmax.services.upstream import Upstreams
-from meshmax.services.upstream_pull import UpstreamPulls
+from meshmax.services.uploads import Uploads
 from meshmax.store import Store, open_store
 from meshmax.store.downloads import load_downloads, save_downloads
 from meshmax.store.first_seen import load_first_seen, save_first_seen
@@ -101,7 +97,7 @@ class World:
     run_sync: RunSync
     unix_now: Callable[[], float]
     random: Random
-    open_registry: Callable[[], AbstractAsyncContextManager[Registry]] | None = None  # None: no upstream registries
+    open_registry: OpenRegistry | None = None  # None: no upstream registries
     open_lanes: Callable[[Config, PeerId], AbstractAsyncContextManager[Lanes]] | None = None  # None: no blob lanes
 
 
@@ -131,7 +127,6 @@ class Node:
         self.pulls: Pulls
         self.distribution: Distribution
         self.router: Router
-        self.upstreams: Upstreams | None = None
         self.repositories: Repositories
         self.uploads: Uploads
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
@@ -341,12 +336,9 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
     async def keep(downloads: tuple[Download, ...]) -> None:
         await world.run_sync(partial(save_downloads, node.home.path, downloads))
 
-    upstream: UpstreamPulls | None = None
-    if world.open_registry is not None:
-        registry = await enter(world.open_registry())
-        entries = parse_upstreams(config.upstreams)
-        node.upstreams = Upstreams(registry, store.staging, entries, world.random, config.offline)
-        upstream = UpstreamPulls(node.upstreams, node.catalog.publish)
+    upstream = await enter(
+        open_upstream(world.open_registry, store.staging, node.catalog, config, world.random, throttle)
+    )
     local = LocalSources()
     node.pulls = pulls = await enter(
         open_pulls(
@@ -372,7 +364,8 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
     node.partials, node.pulling = pulls.partials, pulls.pulling
     node.bundles = make_bundles(node, world.run_sync, local, pulls.held, stored)
     node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
-    await _open_registry(node, stack)
+    served = open_served(store, node.catalog, node.swarm, node.presence, pulls, upstream)
+    node.repositories, node.uploads = await enter(served)
     node.router = await enter(
         open_router(
             node.swarm,
@@ -396,24 +389,6 @@ def _owner(node: Node, blob: Sha256) -> tuple[Sha256, str] | None:
         if model and any(layer.digest == blob for layer in model.manifest.blobs):
             return part.digest, str(parse_name(part.names[0]))
     return None
-
-
-async def _open_registry(node: Node, stack: AsyncExitStack) -> None:
-    """This node as a registry: what it offers, and what is pushed to it."""
-    store, catalog = node.store, node.catalog
-
-    def holders(digest: Sha256) -> dict[PeerId, tuple[str, ...]]:
-        views = (view for view in node.presence.peers() if view.status and view.state not in ("self", "offline"))
-        return {
-            view.peer_id: view.status.addresses
-            for view in views
-            if view.status and any(model.digest == digest for model in view.status.models)
-        }
-
-    through = await stack.enter_async_context(open_pull_through(node.pulls, store.blobs))
-    node.repositories = Repositories(catalog, store.blobs, catalog.local, node.swarm, holders, through, node.upstreams)
-    uploads = Uploads(store.staging, store.blobs, catalog.publish, catalog.local, store.blobs.remove)
-    node.uploads = await stack.enter_async_context(open_uploads(uploads))
 
 
 @asynccontextmanager

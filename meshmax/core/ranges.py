@@ -122,6 +122,10 @@ class RangePlan:
             self._mark_bytes, self._mark_s = 0, now
         return new
 
+    def on_held(self, part: Range, now: float) -> None:
+        """We ourselves held the range back until now, by our limits."""
+        part.mark_s = self._mark_s = now
+
     def on_ended(self, part: Range) -> None:
         """The range came to its end."""
         self._active.remove(part)

@@ -304,14 +304,12 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
         raise too_long
     read = bytearray()
     body = response.aiter_raw()
-    try:
-        with _translated("the registry broke off"):
-            async for data in body:
-                read += data
-                if len(read) > limit:
-                    raise too_long
-    finally:
-        await _leave(body)
+    with _translated("the registry broke off"):
+        async for data in body:  # an error from inside ends it
+            read += data
+            if len(read) > limit:
+                await _leave(body)
+                raise too_long
     return bytes(read)
 
 

@@ -24,6 +24,7 @@ from meshmax.base.units import MIB
 from meshmax.base.upstreams import Upstream
 from meshmax.core.backoff import Random
 from meshmax.core.ranges import Range, RangePlan
+from meshmax.ports import Throttle
 from meshmax.services.pull_progress import Rate
 from meshmax.services.registry_ports import BlobBody, BlobStaging, Registry, StagedBlob
 from meshmax.telemetry.log import get_logger
@@ -59,12 +60,14 @@ class Upstreams:
         entries: Sequence[Upstream],
         random: Random,
         offline: bool = False,
+        throttle: Throttle | None = None,
     ) -> None:
         self._registry = registry
         self._staging = staging
         self._entries = () if offline else tuple(entries)
         self._offline = offline
         self._random = random
+        self._throttle = throttle
         self._down: dict[str, tuple[float, str]] = {}  # base -> until when, why; as many as there are entries
 
     async def find(self, name: ModelName, digest: Sha256 | None = None, but: Sequence[Upstream] = ()) -> Found:
@@ -100,7 +103,7 @@ class Upstreams:
         staged = await self._staging.open_download(layer.digest, layer.size)
         try:
             source.began(staged)
-            await _Download(self._registry, found, layer, staged, self._random, source).run()
+            await _Download(self._registry, found, layer, staged, self._random, source, self._throttle).run()
             await staged.finish(layer.digest)
         finally:
             source.ended()
@@ -165,13 +168,21 @@ class _Download:
     """One blob over several connections."""
 
     def __init__(
-        self, registry: Registry, found: Found, layer: Layer, staged: StagedBlob, random: Random, source: Source
+        self,
+        registry: Registry,
+        found: Found,
+        layer: Layer,
+        staged: StagedBlob,
+        random: Random,
+        source: Source,
+        throttle: Throttle | None,
     ) -> None:
         self._registry = registry
         self._found = found
         self._layer = layer
         self._staged = staged
         self._source = source
+        self._throttle = throttle
         self._plan = RangePlan(layer.size, staged.have, random, trio.current_time())
         self._failure: MeshmaxError | None = None
         self._wake = trio.Event()
@@ -237,6 +248,7 @@ class _Download:
                 except PeerGone as error:
                     broken = error
             pending += data
+            await self._hold_back(part, len(data))
             now = trio.current_time()
             if not data or len(pending) >= FLUSH_BYTES or now - flushed_s >= FLUSH_S or part.left <= len(pending):
                 await self._flush(part, pending)
@@ -253,6 +265,13 @@ class _Download:
             if not data:
                 raise PeerGone(f"{self._found.upstream.host} sent less than it said")
         self._plan.on_ended(part)
+
+    async def _hold_back(self, part: Range, size: int) -> None:
+        """Keep to the limits on what may come in; that time is not the registry's."""
+        key = source_id(self._found.upstream)
+        if self._throttle and size and (wait_s := self._throttle.reserve(key, "in", size)):
+            await trio.sleep(wait_s)
+            self._plan.on_held(part, trio.current_time())
 
     async def _flush(self, part: Range, pending: bytearray) -> None:
         size = self._plan.wanted(part, len(pending))

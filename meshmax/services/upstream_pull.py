@@ -31,16 +31,16 @@ class UpstreamPulls:
     """What PullService takes: finds models upstream, and makes their pulls."""
 
     def __init__(self, upstreams: Upstreams, publish: Publish) -> None:
-        self._upstreams = upstreams
+        self.upstreams = upstreams
         self._publish = publish
 
     async def find(self, text: str, name: ModelName, digest: Sha256 | None = None) -> UpstreamPull:
         """The pull of ``name`` (``text`` as it was typed may hold a digest). Raises NoProviders that says why not."""
-        found = await self._upstreams.find(name, digest)
+        found = await self.upstreams.find(name, digest)
         wanted = split_digest(text)[1] or ""
         if not found.manifest.digest.startswith(wanted):
             raise NoProviders(f"{found.upstream.host} has another model under the name '{name}'")
-        return UpstreamPull(self._upstreams, found, self._publish)
+        return UpstreamPull(self.upstreams, found, self._publish)
 
 
 class UpstreamPull:

@@ -26,7 +26,10 @@ def export(
     *more: str,
     to: Annotated[Path, Parameter(help="A folder, or a file that ends in .meshmax.")],
     split: Annotated[str, Parameter(help="How long a part may be, like 4GB; without a value, as FAT32 takes it.")] = "",
-    lacking: Annotated[str, Parameter(help="What `meshmax have --list` wrote at the other site; - is stdin.")] = "",
+    lacking: Annotated[
+        str,
+        Parameter(allow_leading_hyphen=True, help="What `meshmax have --list` wrote at the other site; - is stdin."),
+    ] = "",
     as_json: AsJson = False,
     target: Target = HERE,
 ) -> None:
@@ -35,6 +38,8 @@ def export(
     if split and split != FAT32:
         parse_bytes(split)
     body: dict[str, Any] = {"models": [model, *more], "to": str(to.expanduser().absolute()), "split": split or 0}
+    if lacking.startswith("--"):
+        raise InvalidRequest("--lacking takes a file that `meshmax have --list` wrote, or - for standard input")
     if lacking:
         body["lacking"] = _read_list(lacking)
     last: dict[str, Any] = {}

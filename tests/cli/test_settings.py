@@ -132,3 +132,14 @@ def test_a_file_that_is_no_configuration_by_its_size_is_not_parsed(home: Path) -
 def test_an_empty_file_sets_nothing(home: Path) -> None:
     write(home, "# nothing yet\n")
     assert load(home) == load(home, file=None)
+
+
+def test_mirror_rules_come_from_the_file_with_their_own_words(tmp_path: Path) -> None:
+    file = tmp_path / "meshmax.yaml"
+    file.write_text('mirror: [{models: "llama*", from: site-b, at: "01:00-05:00"}]\n')
+    (rule,) = load_config({}, {}, file).mirror
+    assert (rule.models, rule.peer, rule.at, rule.days) == ("llama*", "site-b", "01:00-05:00", "mon-sun")
+    for wrong in ("[{models: x}]", "[{from: a, at: soon}]", "[{from: a, until: b}]", "site-b"):
+        file.write_text(f"mirror: {wrong}\n")
+        with pytest.raises(ConfigError, match="from|hours"):
+            load_config({}, {}, file)

@@ -162,6 +162,10 @@ def answer(client: PeerClient, conversation: Conversation, text: str) -> None:
                 writer.piece(message.get("content") or "", message.get("thinking") or "")
     except KeyboardInterrupt:
         pass  # the person has read enough; hanging up ended the work
+    except MeshmaxError:
+        if writer.text or writer.thought:
+            emit()  # the error stands on a line of its own
+        raise
     writer.end_thinking()
     emit("\n")
     if writer.text:

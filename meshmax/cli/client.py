@@ -40,6 +40,7 @@ from meshmax.base.errors import (
 if TYPE_CHECKING:
     import httpx
 
+PROBE_TIMEOUT_S: Final = 5.0  # a peer says its version in milliseconds, also one that works hard
 CONNECT_TIMEOUT_S: Final = 5.0  # the peer is on this machine or on the LAN
 ANSWER_TIMEOUT_S: Final = 60.0  # for answers that do no long work; streams have no limit
 MAX_LINE_BYTES: Final = 8 << 20  # of a streamed answer; Ollama's own clients read no longer ones
@@ -55,6 +56,12 @@ class NoPeerRunning(ConnectError):
     """No meshmax peer is running here: start one with `meshmax peer`."""
 
     code = "no_peer_running"
+
+
+class PeerSilent(ConnectError):
+    """The peer takes connections and does not answer."""
+
+    code = "peer_silent"
 
 
 @Parameter(name="*")
@@ -89,7 +96,26 @@ class PeerClient:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; no error if there is none."""
         self._http.close()
+
+    def probe(self) -> None:
+        """See that somebody answers at all, whatever. Raises NoPeerRunning, PeerSilent."""
+        import httpx
+
+        try:
+            self._http.get("/api/v1/version", timeout=PROBE_TIMEOUT_S)
+        except httpx.ConnectError:
+            raise _nobody(self.url) from None
+        except httpx.TimeoutException:
+            raise PeerSilent(
+                f"the peer at {self.url} does not answer: it hangs or is stopped; `kill` its process and start it again"
+            ) from None
+        except httpx.HTTPError as error:
+            raise ConnectError(f"what listens at {self.url} is no meshmax peer: {error}") from None
 
     def get(self, path: str) -> Any:
         """The JSON at ``path``. Raises what `error_of_answer` gives, NoPeerRunning, RemoteProtocolError."""
@@ -121,13 +147,15 @@ class PeerClient:
                     raise error_of_answer(response.status_code, answer.read())
                 yield answer
         except httpx.ConnectError:
-            raise NoPeerRunning(
-                f"no meshmax peer is running here ({self.url} does not answer): start one with `meshmax peer`"
-            ) from None
+            raise _nobody(self.url) from None
         except httpx.TimeoutException:
             raise ConnectError(f"the peer at {self.url} did not answer in {ANSWER_TIMEOUT_S:.0f} s") from None
         except httpx.HTTPError as error:
             raise ConnectError(f"the peer at {self.url} hung up: {error}") from None
+
+
+def _nobody(url: str) -> NoPeerRunning:
+    return NoPeerRunning(f"no meshmax peer is running here ({url} does not answer): start one with `meshmax peer`")
 
 
 class StreamedAnswer:
@@ -199,11 +227,18 @@ def error_of_answer(status: int, body: bytes) -> MeshmaxError:
 
 
 def open_client(target: Target) -> PeerClient:
-    """A client of the peer that ``target`` and the environment name. Raises NoPeerRunning, ConfigError."""
+    """A client of the peer that ``target`` and the environment name. Raises NoPeerRunning, PeerSilent, ConfigError."""
     given = target.api or ("" if target.home else os.environ.get("MESHMAX_API", ""))
     home = home_folder(target.home)
     url = api_url(given) if given else running_api(home)
-    return PeerClient(url, os.environ.get("MESHMAX_TOKEN") or (_token_of(home) if not given or _here(url) else ""))
+    token = os.environ.get("MESHMAX_TOKEN") or (_token_of(home) if not given or _here(url) else "")
+    client = PeerClient(url, token)
+    try:
+        client.probe()
+    except MeshmaxError:
+        client.close()
+        raise
+    return client
 
 
 def home_folder(given: Path | None) -> Path:

@@ -1,12 +1,14 @@
 """The program `meshmax`: which commands there are, and how each one ends.
 
 A command's module is imported only when that command runs, so that ``--help`` answers at once. Every way to end is
-decided in `main`: an error of our tree is one line on standard error and its exit code; Ctrl-C is 130; a reader that
+decided in `main`: an error of our tree is one line on standard error (with --json an object of error, code and exit_code)
+and its exit code; Ctrl-C is 130; a reader that
 went away is silent; anything else is a programming error and shows its traceback. Not here: what the commands do.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ from typing import Final
 from cyclopts import App, CycloptsError, Parameter
 
 from meshmax import __version__
-from meshmax.base.errors import MeshmaxError
+from meshmax.base.errors import InvalidRequest, MeshmaxError
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells expect
@@ -37,6 +39,9 @@ _COMMANDS: Final = (
     ("peers", "meshmax.cli.mesh:peers", "List the peers of the mesh."),
     ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
     ("fsck", "meshmax.cli.fsck:fsck", "Check every chunk of every model here, and repair what is damaged."),
+    ("pin", "meshmax.cli.sweep:pin", "Keep a model: no sweep takes it, and its name goes on meaning it."),
+    ("unpin", "meshmax.cli.sweep:unpin", "Let go of a pinned model."),
+    ("sweep", "meshmax.cli.sweep:sweep", "Make room: remove what was used longest ago and others have, or show it."),
     ("limit", "meshmax.cli.limit:limit", "Show or set how fast models may move."),
     ("transfers", "meshmax.cli.transfers:transfers", "List the transfers of models, or cancel, pause and resume them."),
     ("distribute", "meshmax.cli.transfers:distribute", "Have other peers download a model."),
@@ -57,7 +62,7 @@ def make_app() -> App:
         name="meshmax",
         help="The machines that people already have, as one place to run language models.",
         version=f"meshmax {__version__}",
-        version_flags=["--version", "-v"],
+        version_flags=["--version"],  # -v means --verbose after a command
         default_parameter=Parameter(negative=(), show_default=False),
         result_action="return_value",
         suppress_keyboard_interrupt=False,
@@ -77,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = make_app()(tokens, exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except CycloptsError as error:
-        return _fail(_usage_text(error), EXIT_USAGE)
+        return _fail(_usage_text(error), InvalidRequest.code, EXIT_USAGE, tokens)
     except MeshmaxError as error:
-        return _fail(error.message if not error.args else str(error), error.exit_code)
+        return _fail(error.message if not error.args else str(error), error.code, error.exit_code, tokens)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         return EXIT_INTERRUPTED
@@ -92,6 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _spelled_out(tokens: list[str]) -> list[str]:
     """``--think`` alone means ``--think=true``, as in Ollama's command line; others whose value may be left out likewise."""
+    if tokens == ["-v"]:
+        return ["--version"]
+    if tokens[:1] == ["help"]:
+        tokens = [*tokens[1:], "--help"]
     end = tokens.index("--") if "--" in tokens else len(tokens)
     words = [f"{word}=true" if word == "--think" and at < end else word for at, word in enumerate(tokens)]
     for at, word in enumerate(words[:end]):
@@ -104,11 +113,16 @@ def _usage_text(error: CycloptsError) -> str:
     return " ".join(str(error).split()) + " (`meshmax --help` lists the commands)"
 
 
-def _fail(text: str, code: int) -> int:
+def _fail(text: str, code: str, exit_code: int, tokens: Sequence[str]) -> int:
     from meshmax.cli.output import printable_answer
 
-    sys.stderr.write(f"Error: {printable_answer(text)}\n")  # other peers' words may be in it
-    return code
+    text = printable_answer(text)  # other peers' words may be in it
+    if "--json" in tokens[: tokens.index("--") if "--" in tokens else None]:
+        text = json.dumps({"error": text, "code": code, "exit_code": exit_code}, ensure_ascii=False)
+    else:
+        text = f"Error: {text}"
+    sys.stderr.write(text + "\n")
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import quote
 
 from cyclopts import Parameter
 
@@ -38,7 +40,7 @@ def list_models(prefix: str = "", /, *, as_json: AsJson = False, target: Target 
     with open_client(target) as client:
         found = [m for m in client.get("/api/tags")["models"] if m["name"].lower().startswith(prefix.lower())]
     if as_json:
-        emit_json({"models": found})
+        emit_json({"models": [{"pinned": False, **model} for model in found]})
     else:
         header = ("NAME", "ID", "SIZE", "MODIFIED", *(("PEER",) if any(map(_peer, found)) else ()))
         emit(table(header, [_list_row(model, time.time())[: len(header)] for model in found]))
@@ -105,7 +107,10 @@ def show(
     if as_json:
         emit_json(answer)
     elif chosen:
-        emit(printable_answer(answer.get(chosen[0]) or ""))
+        if text := answer.get(chosen[0]):
+            emit(printable_answer(text))
+        else:
+            sys.stderr.write(f"No {chosen[0]} was specified for this model.\n")
     else:
         emit(describe(answer, verbose))
 
@@ -190,17 +195,21 @@ def stop(model: str, /, *, as_json: AsJson = False, target: Target = HERE) -> No
     """Unload a model from this peer's memory; one that only other peers hold stays loaded there."""
     with open_client(target) as client:
         try:
+            digest = client.get(f"/api/v1/models/{quote(model, safe='/:@')}")["digest"]
+            loaded = any(each["digest"] == digest for each in client.get("/api/ps")["models"])
             client.call("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
         except NotFound:
             raise ModelNotFound(f'couldn\'t find model "{model}" to stop') from None
     if as_json:
-        emit_json({"stopped": model})
+        emit_json({"stopped": model, "was_loaded": loaded})
+    elif not loaded:
+        emit(f"'{model}' was not loaded on this peer")
 
 
 def pull(
     model: str,
     /,
-    *,
+    *more: str,
     detach: Annotated[
         bool, Parameter(help="Return at once; the peer goes on in the background, over restarts.")
     ] = False,
@@ -208,14 +217,15 @@ def pull(
     as_json: AsJson = False,
     target: Target = HERE,
 ) -> None:
-    """Fetch a model from every peer that holds some of it; an interrupted pull goes on where it was."""
+    """Fetch models, each from every peer that holds some of it; an interrupted pull goes on where it was."""
     with open_client(target) as client:
-        if detach:
-            from meshmax.cli import transfers  # which itself needs this module
+        for name in (model, *more):
+            if detach:
+                from meshmax.cli import transfers  # which itself needs this module
 
-            transfers.detach(client, model, as_json)
-        else:
-            pull_model(client, model, as_json, insecure)
+                transfers.detach(client, name, as_json)
+            else:
+                pull_model(client, name, as_json, insecure)
 
 
 def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = False) -> None:
@@ -224,6 +234,11 @@ def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = F
     try:
         with client.open_answer("POST", "/api/pull", body) as answer:
             show_progress(answer.lines(), as_json)
+    except KeyboardInterrupt:
+        if not sys.stdout.isatty():  # else the bars ended their line
+            sys.stderr.write("\n")
+        sys.stderr.write(f"what was fetched is kept: `meshmax pull {model}` goes on, `meshmax rm {model}` frees it")
+        raise  # main ends the line
     except MeshmaxError as error:
         if NO_MANIFEST not in error.message:
             raise
@@ -264,7 +279,8 @@ def add(
     except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, a ~user that is nobody
         raise InvalidRequest(f"{file}: {getattr(error, 'strerror', None) or error}") from None
     if not found:
-        raise InvalidRequest(f"{file}: there is no such file: give the path of a GGUF file")
+        what = "that is a folder" if path.is_dir() else "there is no such file"
+        raise InvalidRequest(f"{file}: {what}: give the path of a GGUF file")
     body = {"name": name, "path": str(path), "link": link}
     with open_client(target) as client, client.open_answer("POST", "/api/v1/models/add", body) as answer:
         show_progress(answer.lines(), as_json)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from meshmax.base.errors import RemoteProtocolError
@@ -57,11 +58,15 @@ def _show_lines(lines: Iterable[dict[str, Any]]) -> str:
 def _show_bars(lines: Iterable[dict[str, Any]]) -> str:
     last = ""
     bars: dict[str, TaskID] = {}
-    with _progress() as progress:
+    notes: list[str] = []
+    with _unechoed(), _progress(notes) as progress:
         for line in lines:
             last, total = _status(line), _count(line, "total")
             if not total:
-                progress.console.print(last, markup=False, highlight=False)
+                if bars and len(notes) < MAX_BARS:
+                    notes.append(last)
+                else:
+                    progress.console.print(last, markup=False, highlight=False)
                 continue
             part = str(line.get("digest") or last)
             if part not in bars and len(bars) < MAX_BARS:
@@ -73,10 +78,38 @@ def _show_bars(lines: Iterable[dict[str, Any]]) -> str:
     return last
 
 
-def _progress() -> Progress:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+@contextmanager
+def _unechoed() -> Iterator[None]:
+    """Ctrl-C writes no ``^C`` into the bars meanwhile, which would leave a second copy of a line."""
+    try:
+        import termios
 
-    return Progress(
+        before = termios.tcgetattr(sys.stdin)
+    except (ImportError, OSError, ValueError, termios.error):  # no such terminals here, or none at all
+        yield
+        return
+    after = [*before]
+    after[3] &= ~termios.ECHOCTL
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, after)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _progress(notes: list[str]) -> Progress:
+    """Bars, and below them the lines of ``notes``: what happens after the parts began to come."""
+    from rich.console import RenderableType
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.text import Text
+
+    class Noted(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for note in notes:
+                yield Text(note)
+
+    return Noted(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),

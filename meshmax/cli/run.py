@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
 
-from meshmax.base.errors import InvalidRequest, ModelNotFound, NotFound
+from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NotFound
 from meshmax.base.inference import MAX_PROMPT_BYTES
 from meshmax.base.units import parse_duration_s
 from meshmax.cli.answer import AnswerWriter, timings, write_out
@@ -29,7 +29,7 @@ def run(
     *prompt: str,
     pull: Annotated[bool, Parameter(help="Bring the model to this peer first.")] = False,
     keepalive: Annotated[str | None, Parameter(help="How long the model stays loaded, like 5m.")] = None,
-    verbose: Annotated[bool, Parameter(help="Show timings, and who answered.")] = False,
+    verbose: Annotated[bool, Parameter(name=("--verbose", "-v"), help="Show timings, and who answered.")] = False,
     format: Annotated[Literal["json"] | None, Parameter(help="Let the model answer in JSON.")] = None,  # noqa: A002
     think: Annotated[ThinkFlag | None, Parameter(help="Whether, or how much, the model thinks.")] = None,
     hidethinking: Annotated[bool, Parameter(help="Do not show what the model thinks.")] = False,
@@ -100,9 +100,14 @@ def _print_answer(client: PeerClient, body: dict[str, Any], verbose: bool, hide_
     writer = AnswerWriter(write_out, terminal, wrap, hide_thinking)
     final: dict[str, Any] = {}
     with client.open_answer("POST", "/api/generate", body) as answer:
-        for final in answer.lines():
-            writer.piece(final.get("response") or "", final.get("thinking") or "")
         headers = dict(answer.headers)
+        try:
+            for final in answer.lines():
+                writer.piece(final.get("response") or "", final.get("thinking") or "")
+        except MeshmaxError:
+            if writer.text or writer.thought:
+                emit()  # the error stands on a line of its own
+            raise
     writer.end_thinking()
     emit("\n" if terminal else "")
     if verbose:

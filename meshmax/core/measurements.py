@@ -1,4 +1,5 @@
-"""What we measured of peers ourselves: round trips, speeds per model and device, failures. Feeds core.routing.
+"""What we measured of peers ourselves: round trips, speeds per model and device, failures, and how long each model's answers
+usually are, whoever gives them. Feeds core.routing.
 
 Rules: figures are means over time (core.ewma), kept per (peer, model, device), since a model that moved to another device
 runs at another speed. A failure keeps a peer (or one model on it) out for a time that doubles with each further failure
@@ -25,6 +26,8 @@ MAX_BACKOFF_S: Final = 60.0  # a peer that was repaired is tried within a minute
 MIN_PREFILL_TOKENS: Final = 64  # shorter prompts measure the fixed cost of an answer, not the prefill rate
 MIN_DECODE_TOKENS: Final = 8  # fewer are dominated by how they were batched on the way
 MIN_LOAD_S: Final = 0.05  # a shorter "load" is the bookkeeping of a model that was in memory already
+MAX_ANSWER_TOKENS: Final = 4096  # of an answer that counts for how long answers are; one that never ends is no measure
+MAX_MODELS: Final = 1024  # models whose answers' length is remembered
 MAX_RATE_PER_S: Final = 1e6  # tokens; no device decodes faster, so a larger figure was not measured well
 
 V = TypeVar("V")
@@ -59,10 +62,11 @@ class _Speed:
 class Measurements:
     """The bounded table of what we measured. Owned by one task; every ``now`` is of one monotonic clock, in seconds."""
 
-    __slots__ = ("_rtts", "_setbacks", "_speeds")
+    __slots__ = ("_answers", "_rtts", "_setbacks", "_speeds")
 
     def __init__(self) -> None:
         self._speeds: OrderedDict[tuple[PeerId, Sha256, Device], _Speed] = OrderedDict()
+        self._answers: OrderedDict[Sha256, Ewma] = OrderedDict()
         self._rtts: OrderedDict[PeerId, Ewma] = OrderedDict()
         self._setbacks: OrderedDict[tuple[PeerId, Sha256 | None], Setback] = OrderedDict()
 
@@ -92,6 +96,15 @@ class Measurements:
             speed.decode.add(min(tokens / max(span_s, 1e-6), MAX_RATE_PER_S), now)
         if load_s >= MIN_LOAD_S:
             speed.load.add(load_s, now)
+
+    def on_answer(self, digest: Sha256, tokens: int, now: float) -> None:
+        """An answer of the model came to its own end after ``tokens``."""
+        _touch(self._answers, digest, Ewma(), MAX_MODELS).add(min(tokens, MAX_ANSWER_TOKENS), now)
+
+    def answer_tokens(self, digest: Sha256) -> float | None:
+        """How long the model's answers are on average; None if none was seen."""
+        mean = self._answers.get(digest)
+        return mean.value if mean else None
 
     def on_success(self, peer: PeerId, digest: Sha256) -> None:
         """The peer answered: earlier failures are forgotten."""

@@ -29,7 +29,9 @@ TIER_MARGIN: Final = (
 TIER_MARGIN_S: Final = 0.05  # and this much in any case: shares of very short answers mean nothing
 STICKY: Final = 0.15  # discount of the previous choice; under it two measurements of one peer differ by chance
 DEFAULT_RTT_S: Final = 0.05  # never measured: as a peer in another town, so that a measured neighbour goes first
-OUTPUT_TOKENS: Final = 256  # of a usual chat answer; where the request allows fewer, that
+OUTPUT_TOKENS: Final = (
+    256  # of a usual chat answer, until answers of the model were seen; at most what the request allows
+)
 BYTES_PER_TOKEN: Final = 4  # of English text, in the usual vocabularies
 IMAGE_TOKENS: Final = 600  # of one picture in the usual vision models
 ADVERTISED_AGAINST: Final = 4.0  # a peer's claims about itself may beat our defaults by this factor, until measured
@@ -86,8 +88,8 @@ class _Judged(msgspec.Struct, frozen=True):
     why: str
 
 
-def expected_work(request: InferRequest) -> Work:
-    """How much work ``request`` is, by its size and the limit it sets on the answer."""
+def expected_work(request: InferRequest, usual_tokens: float | None = None) -> Work:
+    """How much work ``request`` is, by its size, the limit it sets, and how long the model's answers usually are."""
     if isinstance(request, EmbedRequest):
         return Work(sum(map(len, request.inputs)) // BYTES_PER_TOKEN, 0)
     if isinstance(request, ChatRequest):
@@ -100,7 +102,8 @@ def expected_work(request: InferRequest) -> Work:
         images = len(request.images)
         empty = not (request.prompt or request.suffix or request.images)
     limit = request.options.num_predict
-    output = 0 if empty else OUTPUT_TOKENS if limit is None or limit < 0 else min(limit, OUTPUT_TOKENS)
+    usual = OUTPUT_TOKENS if usual_tokens is None else max(1, math.ceil(usual_tokens))
+    output = 0 if empty else usual if limit is None or limit < 0 else min(limit, usual)
     return Work(0 if empty else size // BYTES_PER_TOKEN + IMAGE_TOKENS * images, output)
 
 
@@ -118,8 +121,13 @@ def decide(contenders: Iterable[Contender], work: Work, previous: PeerId | None 
     return Decision(tuple(candidates), tuple(j.contender.view.peer_id for j in order))
 
 
-def explain(candidates: Iterable[Candidate], chosen: PeerId, failed: Iterable[tuple[str, str]] = ()) -> str:
-    """One line of ASCII: who answers, why, and whom it beat. ``failed``: (name, error code) of those tried before."""
+def explain(
+    candidates: Iterable[Candidate], chosen: PeerId, failed: Iterable[tuple[str, str]] = (), tokens: int = 0
+) -> str:
+    """One line of ASCII: who answers, why, and whom it beat, by which rule where that was estimated to be sooner.
+
+    ``failed``: (name, error code) of those tried before. ``tokens``: how long an answer the estimates are for.
+    """
     candidates = tuple(candidates)
     best = next((c for c in candidates if c.peer_id == chosen), None)
     tried = "".join(f"; {plain_name(name)} failed before ({code})" for name, code in failed)
@@ -130,10 +138,20 @@ def explain(candidates: Iterable[Candidate], chosen: PeerId, failed: Iterable[tu
     if others:
         shown = min(others, key=lambda c: (c.estimate_s, c.peer_id))
         count = f"{len(others)} other{'s' if len(others) > 1 else ''}"
-        beat = f"; beat {count} (next: {plain_name(shown.name)}, est {_seconds(shown.estimate_s)})"
+        rule = f": {_rule(best, shown)}" if shown.estimate_s < best.estimate_s else ""
+        beat = f"; beat {count} (next: {plain_name(shown.name)}, est {_seconds(shown.estimate_s)}{rule})"
     elif not tried:
         beat = "; nobody else has it ready"
-    return f"{plain_name(best.name)}: {best.why}, est {_seconds(best.estimate_s)}{beat}{tried}"
+    size = f" for {tokens} tokens" if tokens else ""
+    return f"{plain_name(best.name)}: {best.why}, est {_seconds(best.estimate_s)}{size}{beat}{tried}"
+
+
+def _rule(best: Candidate, sooner: Candidate) -> str:
+    """By which rule ``best`` goes before one whose estimate is smaller."""
+    if _rank_of(best.device, best.loaded) < _rank_of(sooner.device, sooner.loaded):
+        better = "a GPU" if best.device != sooner.device else "a loaded model"
+        return f"near enough for {better} to go first"
+    return f"not {STICKY:.0%} sooner than the last choice"
 
 
 def plain_name(name: str) -> str:
@@ -171,16 +189,17 @@ def _rank(usable: list[_Judged]) -> list[_Judged]:
     def key(judged: _Judged) -> tuple[bool, int, float, bool, PeerId]:
         close = judged.effective_s <= limit_s
         view = judged.contender.view
-        tier = _tier(judged.contender.model) if close else 0
+        model = judged.contender.model
+        tier = _rank_of(model.device, model.state == "loaded") if close else 0
         return (not close, tier, judged.effective_s, view.state != "self", view.peer_id)
 
     return sorted(usable, key=key)
 
 
-def _tier(model: ModelPresence) -> int:
-    if model.device == "cpu":
+def _rank_of(device: Device, loaded: bool) -> int:
+    if device == "cpu":
         return 2
-    return 0 if model.state == "loaded" else 1
+    return 0 if loaded else 1
 
 
 def estimate(contender: Contender, work: Work) -> float:

@@ -2,7 +2,7 @@
 
 Rules: the key goes by standard input; the process has a session of its own, so that a terminal's signals do not reach
 it; it is killed when its block is left, and ends by itself when we die (llamacpp_child). What it prints is kept in one
-log file a model, of bounded size; its last lines are what a person is shown when the model does not load.
+log file a model, of bounded size; a person is shown the cause that stands there when the model does not load.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import trio
 
 import meshmax
 from meshmax.base.errors import EngineUnavailable
+from meshmax.engine.llamacpp_words import reason_in_log
+from meshmax.telemetry.log import get_logger
 
-LOG_TAIL_LINES: Final = 6  # shown to a person
-LOG_TAIL_BYTES: Final = 8192
+LOG_TAIL_BYTES: Final = 65536  # read for the cause; what llama.cpp says of a model that it loads is a third of that
 MAX_ANSWER_BYTES: Final = 1 << 20  # of the first line; devices are few
 
 _START_PATH: Final = str(Path(meshmax.__file__).parent.parent)
+_log = get_logger("engine")
 
 
 class EngineProcess:
@@ -107,17 +109,17 @@ async def _first_answer(process: trio.Process, words: dict[str, Any], log: Path)
     if answer is None:
         with trio.move_on_after(1):  # its pipe closes a moment before its exit status is there
             await process.wait()
-        raise EngineUnavailable(
-            f"the engine's process ended while loading (exit status {process.returncode}). {_tail(log)}"
-        )
+        raise _not_loaded(f"its engine's process ended with status {process.returncode}", log)
     if "error" in answer:
-        raise EngineUnavailable(f"the engine could not load the model: {answer['error']}. {_tail(log)}")
+        raise _not_loaded(str(answer["error"]).rstrip("."), log)
     return answer
 
 
-def _tail(log: Path) -> str:
-    try:
+def _not_loaded(otherwise: str, log: Path) -> EngineUnavailable:
+    """One sentence: the cause that stands in the log, ``otherwise`` if none does. The log itself stays where it is."""
+    text = ""
+    with contextlib.suppress(OSError):
         text = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-    except OSError:
-        return ""
-    return "Its last words: " + " | ".join(line.strip() for line in text.splitlines()[-LOG_TAIL_LINES:])
+    cause = reason_in_log(text) or otherwise
+    _log.warning("a model was not loaded", cause=cause, log=str(log))
+    return EngineUnavailable(f"llama.cpp cannot load the model: {cause} (more in {log.parent.name}/{log.name})")

@@ -8,6 +8,7 @@ templates (llama.cpp's own).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -51,6 +52,9 @@ SAMPLING_DEFAULTS: Final = Options(
 MAX_TOOL_CALLS: Final = 128  # of one answer; a model that calls more is in a loop
 _MS: Final = 1e-3
 _CUT_OFF: Final = "the engine's answer ended before it was finished"
+
+MAX_REASON: Final = 200  # characters of llama.cpp's own words on why it did not load a model
+_CAUSE: Final = re.compile(r"^\S* E \S+: +(?:error loading model(?: [a-z]+)?: )+(.+)$", re.MULTILINE)
 
 
 def sampling(asked: Options, model: Options) -> dict[str, Any]:
@@ -232,6 +236,14 @@ def error_of(status: int, body: bytes) -> MeshmaxError:
     if status == 400 or kind == "invalid_request_error":
         return InvalidRequest(message)
     return EngineError(message)
+
+
+def reason_in_log(text: str) -> str:
+    """Why llama.cpp did not load a model, in its own words out of what it printed; '' if it does not say."""
+    found = _CAUSE.search(text)
+    if found is None:
+        return ""
+    return "".join(c for c in found[1].strip() if c.isprintable())[:MAX_REASON]
 
 
 def _message(message: Message) -> dict[str, Any]:

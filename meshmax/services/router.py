@@ -19,6 +19,9 @@ import trio
 
 from meshmax.base.errors import (
     Busy,
+    EngineCrashed,
+    EngineError,
+    EngineUnavailable,
     FirstTokenTimeout,
     MeshmaxError,
     ModelNotFound,
@@ -32,7 +35,7 @@ from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_l
 from meshmax.base.route import Attempt, Candidate, Route
 from meshmax.base.status import NO_ENGINE, Device, ModelPresence, PeerView
 from meshmax.core.measurements import MIN_LOAD_S, Measurements
-from meshmax.core.routing import Contender, Decision, Outstanding, decide, expected_work, explain, holders
+from meshmax.core.routing import Contender, Decision, Outstanding, decide, expected_work, explain, holders, plain_name
 from meshmax.ports import Catalog, Presence, Residency, Swarm
 from meshmax.services.infer_client import open_remote_answer
 from meshmax.services.infer_server import Precedence
@@ -45,6 +48,8 @@ MAX_ATTEMPTS: Final = 8  # peers asked for one request; a request that eight pee
 FIRST_EVENT_DEADLINE_S: Final = 600.0  # keep-alives and no event: as long as the longest load and a full queue may take
 PREVIOUS_KEPT: Final = 256  # models whose last choice is remembered
 CONTENDED: Final = 0.2  # share of time spent in the caller above which a decode rate says nothing about the peer
+
+_OF_ONE_PEER: Final = (PeerGone, EngineError, EngineUnavailable, EngineCrashed)  # another one might do better
 
 _log = get_logger("router")
 
@@ -89,8 +94,9 @@ class MeshRouter:
     async def open_answer(self, ask: Ask) -> AsyncIterator[RoutedAnswer]:
         """See ports.Router."""
         contenders = self._contenders(ask.digest)
-        decision = decide(contenders.values(), expected_work(ask.request), self._previous.get(ask.digest))
-        record = _Record(ask, decision)
+        work = expected_work(ask.request, self.measurements.answer_tokens(ask.digest))
+        decision = decide(contenders.values(), work, self._previous.get(ask.digest))
+        record = _Record(ask, decision, work.output_tokens)
         if not decision.order:
             raise self._nobody(ask, decision)
         errors: list[MeshmaxError] = []
@@ -190,6 +196,13 @@ class MeshRouter:
             return self._residency.open_answer(ask)
         return open_remote_answer(self._swarm, peer, ask)
 
+    def name_of(self, contender: Contender) -> str:
+        """A peer as people call it; '' for ourselves."""
+        view = contender.view
+        if view.peer_id == self._peer_id:
+            return ""
+        return plain_name(view.status.name) if view.status and view.status.name else view.peer_id
+
     def where(self, peer: PeerId) -> str:
         """The label of metrics: answers here or elsewhere."""
         return "local" if peer == self._peer_id else "remote"
@@ -213,8 +226,9 @@ class MeshRouter:
 class _Record:
     """What came of a decision: its Route."""
 
-    def __init__(self, ask: Ask, decision: Decision) -> None:
+    def __init__(self, ask: Ask, decision: Decision, tokens: int) -> None:
         self._ask = ask
+        self._tokens = tokens
         self._candidates = decision.candidates
         self._attempts: list[Attempt] = []
         self._chosen: PeerId | None = None
@@ -230,7 +244,8 @@ class _Record:
         failed = {attempt.peer_id: attempt.error for attempt in self._attempts if attempt.error}
         candidates = tuple(self._verdict(c, failed) for c in self._candidates)
         names = {c.peer_id: c.name for c in candidates}
-        line = explain(candidates, self._chosen or PeerId(""), [(names[p], code) for p, code in failed.items()])
+        tried = [(names[peer], code) for peer, code in failed.items()]
+        line = explain(candidates, self._chosen or PeerId(""), tried, self._tokens)
         last = self._chosen or (self._attempts[-1].peer_id if self._attempts else PeerId(""))
         kept = candidates[:CANDIDATES_KEPT]
         return Route(self._ask.request_id, self._ask.digest, last, line, kept, tuple(self._attempts))
@@ -270,10 +285,19 @@ class _Trial:
                 raise PeerGone("the answer ended before it began")
         except MeshmaxError as error:
             self.on_error(error)
-            raise
+            raise self.named(error) from None
         self.first_event_s = trio.current_time() - self._sent_s
         FIRST_TOKEN.labels(where=self._router.where(self._peer)).observe(self.first_event_s)
         return first
+
+    def named(self, error: MeshmaxError) -> MeshmaxError:
+        """``error`` with the peer's name where it speaks of that peer's connection or engine."""
+        name = self._router.name_of(self._contender)
+        if not name or type(error) not in _OF_ONE_PEER:
+            return error
+        if isinstance(error, PeerGone) and self.first_event_s:
+            return PeerGone(f"{name} went away in the middle of its answer: ask again")
+        return type(error)(f"{name}: {error.message}")
 
     def late(self) -> FirstTokenTimeout:
         """The error of a trial that FIRST_EVENT_DEADLINE_S ended."""
@@ -294,6 +318,8 @@ class _Trial:
             measured.on_success(self._peer, model.digest)
             return
         load_s = min(finish.load_s, self.first_event_s)
+        if finish.done_reason == "stop" and finish.output_tokens > 0:
+            measured.on_answer(model.digest, finish.output_tokens, now)
         # Vectors come as each text is read, so the prompt is read when the last one is there.
         embeds = isinstance(self._ask.request, EmbedRequest)
         if model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds):
@@ -365,7 +391,7 @@ class _MeasuredEvents:
                 event = await anext(self._source)
             except MeshmaxError as error:
                 self._trial.on_error(error)
-                raise
+                raise self._trial.named(error) from None
             if isinstance(event, Delta):
                 self._tokens += event.tokens
         self._returned_s = trio.current_time()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -85,7 +86,12 @@ def test_the_token_of_our_own_peer_is_shown_to_no_other_machine(
     (tmp_path / "meshmax.yaml").write_text("token: secret\n")
     monkeypatch.setattr(module, "running_api", lambda _: "http://192.0.2.7:11434")
     seen: list[str] = []
-    monkeypatch.setattr(module, "PeerClient", lambda _url, token: seen.append(token))
+
+    def made(_url: str, token: str) -> Mock:
+        seen.append(token)
+        return Mock()
+
+    monkeypatch.setattr(module, "PeerClient", made)
     module.open_client(module.Target(api or None, tmp_path))
     monkeypatch.setenv("MESHMAX_TOKEN", "chosen")
     module.open_client(module.Target(api or None, tmp_path))

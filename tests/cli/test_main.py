@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +122,34 @@ def test_a_reader_that_went_away_is_no_error() -> None:
     done = subprocess.run(program, stdout=reader.stdin, stderr=subprocess.PIPE, check=False)
     reader.stdin.close()
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("arguments", [["help"], ["help", "run"], ["-v"]])
+def test_what_people_type_for_help_and_version_is_understood(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 0
+    said = {"help": "Usage: meshmax", "-v": f"meshmax {__version__}"}[arguments[0]]
+    assert said in capsys.readouterr().out
+
+
+def test_with_json_an_error_is_an_object_too(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/tags", {"error": "not now", "code": "busy"}, 503)
+    assert main(["list", "--json"]) == 5
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert json.loads(err) == {"error": "not now", "code": "busy", "exit_code": 5}
+    assert main(["cp", "--json"]) == 2
+    assert json.loads(capsys.readouterr().err)["code"] == "invalid_request"
+
+
+def test_a_peer_that_hangs_is_told_from_one_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("meshmax.cli.client.PROBE_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        address = f"127.0.0.1:{hung.getsockname()[1]}"
+        assert main(["list", "--api", address]) == 4
+        assert f"http://{address} does not answer: it hangs" in capsys.readouterr().err
+    assert main(["list", "--api", address]) == 4
+    assert "no meshmax peer is running here" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from meshmax.cli import progress
 from meshmax.cli.main import main
 from tests.cli.conftest import FakePeer, Lines
 
@@ -171,17 +172,24 @@ def test_rm_of_an_unknown_model_ends_with_3(fake_peer: FakePeer, capsys: pytest.
     assert capsys.readouterr().err == "Error: model 'x' not found\n"
 
 
-def test_stop_asks_by_the_name_that_was_given_whatever_other_names_the_model_has(fake_peer: FakePeer) -> None:
+@pytest.mark.parametrize("loaded", [True, False])
+def test_stop_asks_by_the_name_that_was_given_and_says_if_there_was_nothing_to_stop(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str], loaded: bool
+) -> None:
+    fake_peer.on("GET", "/api/v1/models/registry.ollama.ai/library/copy", {"digest": DIGEST})
+    fake_peer.on("GET", "/api/ps", {"models": [tag("other:latest")] if loaded else []})
     fake_peer.on("POST", "/api/generate", {"done": True, "done_reason": "unload"})
     assert main(["stop", "registry.ollama.ai/library/copy"]) == 0
     given = {"model": "registry.ollama.ai/library/copy", "keep_alive": 0, "stream": False}
     assert fake_peer.bodies("/api/generate") == [given]
+    said = "" if loaded else "'registry.ollama.ai/library/copy' was not loaded on this peer\n"
+    assert capsys.readouterr().out == said
 
 
 def test_stop_of_an_unknown_model_says_so_as_ollama_does(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_peer.on("POST", "/api/generate", {"error": "model 'x' not found"}, 404)
+    fake_peer.on("GET", "/api/v1/models/x", {"error": "model 'x' not found"}, 404)
     assert main(["stop", "x"]) == 3
     assert capsys.readouterr().err == 'Error: couldn\'t find model "x" to stop\n'
 
@@ -297,3 +305,53 @@ def test_add_of_what_cannot_be_a_path_is_an_error_of_one_line(
     assert main(["add", "m", path]) == 2
     assert said in capsys.readouterr().err
     assert fake_peer.asked == []
+
+
+def test_what_comes_after_the_bars_stands_below_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert progress._show_bars(iter(PULL)) == "success"
+    shown = [
+        line.split("  ")[0].split(" ━")[0].rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()
+    ]
+    assert shown[0] == "pulling manifest"
+    assert shown[1].startswith("pulling 6a0746a1ec1a")
+    assert shown[2:] == ["verifying sha256 digest", "writing manifest", "success"]
+
+
+def test_a_pull_that_is_interrupted_says_what_becomes_of_what_came(
+    fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    fake_peer.on("POST", "/api/pull", PULL)
+    monkeypatch.setattr("meshmax.cli.models.show_progress", interrupted)
+    assert main(["pull", "m"]) == 130
+    assert capsys.readouterr().err == (
+        "\nwhat was fetched is kept: `meshmax pull m` goes on, `meshmax rm m` frees it\n"
+    )
+
+
+def test_several_models_are_pulled_one_after_the_other(fake_peer: FakePeer) -> None:
+    fake_peer.on("POST", "/api/pull", PULL)
+    assert main(["pull", "a", "b"]) == 0
+    assert [body["model"] for body in fake_peer.bodies("/api/pull")] == ["a", "b"]
+
+
+def test_cp_says_under_which_name_the_last_copy_stays(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.headers["x-meshmax-kept"] = "b:latest-0123456789ab"
+    fake_peer.on("POST", "/api/copy")
+    assert main(["cp", "a", "b"]) == 0
+    assert capsys.readouterr().out.endswith("'b' meant another model, which is kept as 'b:latest-0123456789ab'\n")
+
+
+def test_a_folder_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["add", "m", str(tmp_path)]) == 2
+    assert "that is a folder: give the path of a GGUF file" in capsys.readouterr().err
+
+
+def test_show_of_what_a_model_has_not_says_so_beside_standard_output(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("POST", "/api/show", {"details": {}})
+    assert main(["show", "m", "--license"]) == 0
+    assert capsys.readouterr() == ("", "No license was specified for this model.\n")

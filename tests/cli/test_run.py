@@ -106,7 +106,7 @@ def test_with_pull_the_model_comes_first(peer: FakePeer, capsys: pytest.CaptureF
 def test_an_error_after_the_first_words_ends_with_its_code(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     peer.on("POST", "/api/generate", Lines([ANSWER[0], {"error": "the engine crashed", "code": "engine_crashed"}]))
     assert main(["run", "m", "hi"]) == 8
-    assert capsys.readouterr() == ("Par", "Error: the engine crashed\n")
+    assert capsys.readouterr() == ("Par\n", "Error: the engine crashed\n")
 
 
 def test_a_model_that_only_embeds_prints_a_vector(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,3 +152,8 @@ def test_a_terminal_that_lacks_a_letter_is_no_failure(peer: FakePeer, monkeypatc
     peer.on("POST", "/api/generate", Lines([{"response": "\u4f60a", "done": True}]))
     assert main(["run", "m", "hi"]) == 0
     assert written.getvalue() == b"?a\n"
+
+
+def test_v_is_verbose_here(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "m", "-v", "hi"]) == 0
+    assert "eval count" in capsys.readouterr().err

@@ -111,3 +111,12 @@ def test_the_tables_are_bounded_and_forget_what_was_not_used(monkeypatch: pytest
     assert measured.figures(PeerId("p0"), MODEL, "gpu", 0.0) == Figures()
     assert measured.setback(PeerId("p0"), OTHER, 0.0) is None
     assert measured.setback(A, OTHER, 0.0) is not None
+
+
+def test_how_long_answers_are_is_learned_for_each_model() -> None:
+    measured = Measurements()
+    assert measured.answer_tokens(MODEL) is None
+    measured.on_answer(MODEL, 8, 0.0)
+    measured.on_answer(OTHER, 10**9, 0.0)
+    assert measured.answer_tokens(MODEL) == 8
+    assert measured.answer_tokens(OTHER) == measurements.MAX_ANSWER_TOKENS

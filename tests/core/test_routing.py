@@ -233,6 +233,48 @@ def test_the_choice_is_explained_in_a_line(contenders: list[Contender], line: st
     assert explain(decision.candidates, decision.order[0]) == line
 
 
+@pytest.mark.parametrize(
+    ("contenders", "previous", "rule"),
+    [
+        (
+            [
+                peer("a", state="loaded", decode=10.0, prefill=100.0),
+                peer("b", state="loaded", decode=11.0, prefill=100.0),
+            ],
+            "a",
+            "not 15% sooner than the last choice)",
+        ),
+        (
+            [
+                peer("a", state="loaded", device="gpu", decode=10.0, prefill=100.0),
+                peer("b", state="loaded", decode=11.0, prefill=100.0),
+            ],
+            None,
+            "near enough for a GPU to go first)",
+        ),
+        (
+            [
+                peer("a", state="loaded", device="gpu", decode=10.0, prefill=100.0),
+                peer("b", device="gpu", decode=12.0, prefill=100.0, load_s=0.1),
+            ],
+            None,
+            "near enough for a loaded model to go first)",
+        ),
+    ],
+)
+def test_a_choice_that_is_not_the_smallest_estimate_names_the_rule(
+    contenders: list[Contender], previous: str | None, rule: str
+) -> None:
+    decision = decide(contenders, CHAT, PeerId(previous) if previous else None)
+    assert decision.order[0] == "a"
+    assert explain(decision.candidates, decision.order[0]).endswith(rule)
+
+
+def test_the_line_says_for_how_long_an_answer_its_estimate_is() -> None:
+    decision = decide([peer("a", state="loaded", decode=128.0, prefill=200.0, rtt_s=0.0)], CHAT)
+    assert "est 3.00 s for 256 tokens; " in explain(decision.candidates, PeerId("a"), tokens=256)
+
+
 def test_the_line_tells_what_was_tried_before() -> None:
     decision = decide([peer("a", **GPU), peer("b", **CPU)], CHAT)
     candidates = [
@@ -266,6 +308,13 @@ def test_a_name_can_stand_in_a_header(name: str) -> None:
 )
 def test_how_much_work_a_request_is(request_: InferRequest, work: Work) -> None:
     assert expected_work(request_) == work
+
+
+def test_answers_are_expected_to_be_as_long_as_those_that_were_seen() -> None:
+    assert expected_work(GenerateRequest("xxxx"), 8.2) == Work(1, 9)
+    assert expected_work(GenerateRequest("xxxx", options=Options(num_predict=7)), 300.0) == Work(1, 7)
+    assert expected_work(GenerateRequest("xxxx", options=Options(num_predict=500)), 300.0) == Work(1, 300)
+    assert expected_work(GenerateRequest(), 8.0) == Work(0, 0)
 
 
 # --- what holds for all ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from meshmax.engine.llamacpp_words import (
     error_of,
     infill_body,
     messages_of,
+    reason_in_log,
     sampling,
 )
 
@@ -214,3 +215,22 @@ def test_errors_of_the_server_become_errors_of_our_tree(
     found = error_of(status, body)
     assert type(found) is error
     assert says in found.message
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "0.00.1 I x: y\n0.00.2 E llama_model_load: error loading model: unknown architecture: 'x'\nz",
+            "unknown architecture: 'x'",
+        ),
+        (
+            "0.1 E llama_model_load: error loading model: error loading model hyperparameters: key not found: a.b\n",
+            "key not found: a.b",
+        ),
+        ("0.1 E srv init: exiting\n", ""),
+        ("0.1 E load: error loading model: \x1b[31m" + "x" * 500, "[31m" + "x" * 196),
+    ],
+)
+def test_why_a_model_was_not_loaded_is_read_from_the_log(log: str, reason: str) -> None:
+    assert reason_in_log(log) == reason

@@ -161,10 +161,20 @@ async def test_after_the_first_token_a_failure_is_the_callers(autojump_clock: Cl
         async with site[0].router.open_answer(ask()) as answer:
             await anext(answer.events)
             site[1].engine.models[0].crash()
-            with pytest.raises(EngineCrashed):
+            with pytest.raises(EngineCrashed, match="peer1: "):
                 await text_of(answer.events)
         assert site[2].engine.models == []
         assert await answered_by(site) == "peer2"
+
+
+async def test_a_peer_that_dies_in_the_middle_is_named(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=1) as site:
+        lacks(site[0])
+        async with site[0].router.open_answer(ask()) as answer:
+            await anext(answer.events)
+            site.network.freeze(site[1].peer_id)
+            with pytest.raises(PeerGone, match="peer1 went away in the middle of its answer: ask again"):
+                await text_of(answer.events)
 
 
 async def test_the_engine_elsewhere_stops_when_the_client_leaves(autojump_clock: Clock) -> None:
@@ -260,6 +270,7 @@ async def test_what_was_measured_decides_the_next_time(autojump_clock: Clock) ->
         assert figures.decode_per_s == pytest.approx(50, rel=0.05)
         assert figures.first_token_s is not None or figures.prefill_per_s is not None
         assert figures.age_s < 1
+        assert site[0].router.measurements.answer_tokens(MODEL) == 100
 
 
 async def test_a_slow_reader_is_not_taken_for_a_slow_peer(autojump_clock: Clock) -> None:

@@ -70,10 +70,12 @@ class PullThrough:
             await trio.sleep(POLL_S)
 
     async def _run(self, model: Sha256, hold: Hold) -> None:
+        ended_well = False
         with hold.scope:
-            await isolate("pull through", lambda: self._watch(hold), model=hold.name[:200])
+            ended_well = await isolate("pull through", lambda: self._watch(hold), model=hold.name[:200])
         hold.over = True
-        hold.failure = hold.failure or (BlobNotFound("the pull ended") if hold.scope.cancelled_caught else None)
+        if not ended_well and hold.failure is None:
+            hold.failure = BlobNotFound("the pull ended before the blob was here")
         if self._holds.get(model) is hold:
             del self._holds[model]
 
@@ -82,7 +84,8 @@ class PullThrough:
             async with self._pulls.open_pull(hold.name) as transfers:
                 async for transfer in transfers:
                     if transfer.state in ("failed", "cancelled"):
-                        raise error_for(transfer.error_code, transfer.reason or f"the pull was {transfer.state}")
+                        reason = transfer.reason or f"the pull was {transfer.state}"
+                        hold.failure = error_for(transfer.error_code, reason)
         except MeshmaxError as error:
             hold.failure = error
 

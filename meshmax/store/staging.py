@@ -111,9 +111,10 @@ class Staged:
 
     async def finish(self, digest: Sha256) -> ChunkMap:
         """Every byte is there: check the digest and give the store the blob. Raises IntegrityError, and throws it away."""
-        self.size = self.have.prefix if self.size is None else self.size
-        if not self.have.covers(0, self.size) or self.have.total != self.size:
-            raise StoreError(f"blob {digest[:12]} is not whole: {self.size - self.have.total} bytes are missing")
+        size = max((end for _, end in self.have), default=0) if self.size is None else self.size
+        if self.have.total != size:
+            raise StoreError(f"blob {digest[:12]} is not whole: {size - self.have.total} bytes are missing")
+        self.size = size
         while self._hasher.size < self.size:
             await self.hash_on()
         chunk_map = self._hasher.chunk_map()

@@ -21,14 +21,15 @@ from meshmax.base.errors import (
     Refused,
     StoreFull,
 )
-from meshmax.base.ids import Sha256
-from meshmax.base.model import MAX_MANIFEST_BYTES, Layer, Manifest
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.model import MAX_MANIFEST_BYTES, Layer
 from meshmax.base.names import parse_name
 from meshmax.base.units import KIB, MIB
 from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.ranges import CONNECTIONS
 from meshmax.net.registry_client import ANSWER_TIMEOUT_S, RegistryClient, open_registry_client
-from meshmax.services.upstream import DOWN_S, Found, Source, Upstreams
+from meshmax.ports import Throttle
+from meshmax.services.upstream import DOWN_S, Source, Upstreams
 from meshmax.store import Store, open_store
 from meshmax.testing.fake_registry import Body, FakeRegistry, Fault
 from tests.store.fakes import FullDisk, in_place
@@ -51,9 +52,9 @@ class Place:
         self.manifest = self.first.add_model("library/small", DATA)
         self.blob = next(layer for layer in self.manifest.blobs if layer.size == len(DATA))
 
-    def upstreams(self, *urls: str, offline: bool = False) -> Upstreams:
+    def upstreams(self, *urls: str, offline: bool = False, throttle: Throttle | None = None) -> Upstreams:
         entries = parse_upstreams(urls or (FIRST,))
-        return Upstreams(self.client, self.store.staging, entries, random.Random(1), offline)
+        return Upstreams(self.client, self.store.staging, entries, random.Random(1), offline, throttle)
 
     async def fetch(self, upstreams: Upstreams | None = None, layer: Layer | None = None) -> None:
         upstreams = upstreams or self.upstreams()
@@ -396,131 +397,29 @@ async def test_a_cancelled_fetch_goes_on_where_it_was(autojump_clock: MockClock,
     assert place.first.sent[place.blob.digest] < len(DATA) + CONNECTIONS * MIB
 
 
+class Bucket:
+    """A throttle of one rate."""
+
+    def __init__(self, rate_bytes_per_s: float) -> None:
+        self.rate_bytes_per_s = rate_bytes_per_s
+        self.until_s = 0.0
+
+    def reserve(self, peer: PeerId, direction: str, size: int) -> float:
+        assert (peer, direction) == (FIRST, "in")
+        self.until_s = max(self.until_s, trio.current_time()) + size / self.rate_bytes_per_s
+        return self.until_s - trio.current_time()
+
+
+async def test_what_comes_in_keeps_to_the_limits(autojump_clock: MockClock, place: Place) -> None:
+    upstreams = place.upstreams(throttle=Bucket(MIB / 2))
+    began = trio.current_time()
+    await upstreams.fetch(await upstreams.find(NAME), place.blob, Source())
+    assert await place.has(place.blob.digest)
+    assert trio.current_time() - began == pytest.approx(2 * len(DATA) / MIB, rel=0.05)
+
+
 async def test_who_counts_what_came_counts_it_once(autojump_clock: MockClock, place: Place) -> None:
     source = Source()
     upstreams = place.upstreams()
     await upstreams.fetch(await upstreams.find(NAME), place.blob, source)
     assert source.view().bytes == len(DATA)
-
-
-# --- tokens and redirects --------------------------------------------------------------------------------------------
-
-
-def guarded(place: Place, realm: str, token: bytes = b'{"token":"secret"}') -> None:
-    """Answers only who has fetched a token."""
-
-    def fault(request: httpx.Request) -> httpx.Response | None:
-        if request.url.path == "/token":
-            assert request.url.params["scope"] == "repository:library/small:pull"
-            return httpx.Response(200, content=token)
-        if request.headers.get("authorization") == "Bearer secret":
-            return None
-        challenge = f'Bearer realm="{realm}",service="first",scope="repository:library/small:pull"'
-        return httpx.Response(401, headers={"www-authenticate": challenge})
-
-    place.first.faults.append(fault)
-
-
-async def test_a_challenge_is_answered_with_a_token_and_asked_for_once(autojump_clock: MockClock, place: Place) -> None:
-    guarded(place, f"{FIRST}/token")
-    await place.fetch()
-    assert await place.has(place.blob.digest)
-    assert sum(request.url.path == "/token" for request in place.first.requests) == 1
-
-
-@pytest.mark.parametrize(
-    "realm", ["http://elsewhere/token", "file:///etc/passwd", "nonsense", "http://[", FIRST + "x/t"]
-)
-async def test_a_token_is_asked_of_nobody_but_the_registry(autojump_clock: MockClock, place: Place, realm: str) -> None:
-    guarded(place, realm)
-    await raises(NoProviders, lambda: place.upstreams().find(NAME))
-    assert all(request.url.host == "first" for request in place.first.requests)
-
-
-async def test_a_token_that_is_none_is_an_error(autojump_clock: MockClock, place: Place) -> None:
-    guarded(place, f"{FIRST}/token", b'{"token":""}')
-    await raises(NoProviders, lambda: place.upstreams().find(NAME))
-
-
-async def test_a_token_that_does_not_help_is_not_asked_for_again_and_again(
-    autojump_clock: MockClock, place: Place
-) -> None:
-    guarded(place, f"{FIRST}/token", b'{"token":"wrong"}')
-    error = await raises(NoProviders, lambda: place.upstreams().find(NAME))
-    assert "refuses (401)" in error.message
-    assert len(place.first.requests) == 3
-
-
-async def test_a_redirect_is_followed_without_the_token_and_remembered(autojump_clock: MockClock, place: Place) -> None:
-    guarded(place, f"{FIRST}/token")
-
-    def elsewhere(request: httpx.Request) -> httpx.Response | None:
-        if "blobs" not in request.url.path:
-            return None
-        if request.url.host == "first" and request.headers.get("authorization") == "Bearer secret":
-            return httpx.Response(307, headers={"location": f"http://cdn{request.url.path}?sig=1"})
-        if request.url.host == "cdn":
-            assert "authorization" not in request.headers
-            return place.first.blob_reply(place.blob.digest, request)
-        return None
-
-    place.first.faults.insert(0, elsewhere)
-    place.first.rate_bytes_per_s = 100 * MIB
-    upstreams = place.upstreams()
-    await upstreams.fetch(await upstreams.find(NAME), place.blob, Source())
-    assert await place.has(place.blob.digest)
-    asked = place.first.asked(place.blob.digest)
-    assert 0 < sum(request.url.host == "first" for request in asked) <= 2 * CONNECTIONS
-    assert sum(request.url.host == "cdn" for request in asked) >= CONNECTIONS
-
-
-async def test_a_place_that_expires_is_asked_for_anew(autojump_clock: MockClock, place: Place) -> None:
-    places = iter(range(1000))
-
-    def elsewhere(request: httpx.Request) -> httpx.Response | None:
-        if "blobs" not in request.url.path:
-            return None
-        if request.url.host == "first":
-            return httpx.Response(302, headers={"location": f"http://cdn{next(places)}{request.url.path}"})
-        if request.url.host == "cdn0":
-            return httpx.Response(403)
-        return place.first.blob_reply(place.blob.digest, request)
-
-    place.first.faults.append(elsewhere)
-    config = min(place.manifest.blobs, key=lambda layer: layer.size)
-    del config
-    with pytest.raises(Refused):
-        await place.fetch()  # the very first place refuses at once: that is an answer
-    await place.fetch()
-    assert await place.has(place.blob.digest)
-
-
-@pytest.mark.parametrize("location", ["", "ftp://x/", "http://", "::::", "file:///etc/passwd"])
-async def test_a_redirect_to_nowhere_is_an_error(autojump_clock: MockClock, place: Place, location: str) -> None:
-    place.first.faults.append(always(status(302, location=location), "manifests"))
-    await raises(NoProviders, lambda: place.upstreams().find(NAME))
-    assert len(place.first.requests) < 10
-
-
-async def test_redirects_have_an_end(autojump_clock: MockClock, place: Place) -> None:
-    count = iter(range(1000))
-    place.first.faults.append(
-        always(lambda _: httpx.Response(302, headers={"location": f"/v2/{next(count)}/manifests/x"}), "manifests")
-    )
-    assert "without end" in (await raises(NoProviders, lambda: place.upstreams().find(NAME))).message
-
-
-async def test_https_is_never_left_for_http(tmp_path: Path, autojump_clock: MockClock) -> None:
-    registry = FakeRegistry()
-    registry.faults.append(lambda _: httpx.Response(302, headers={"location": "http://hf.co/x"}))
-    async with open_registry_client(lambda _: httpx.AsyncClient(transport=registry)) as client:
-        async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
-            upstreams = Upstreams(client, store.staging, parse_upstreams(("hf.co",)), random.Random(1))
-            error = await raises(NoProviders, lambda: upstreams.find(parse_name("hf.co/a/b")))
-    assert "not followed" in error.message
-    assert len(registry.requests) == 1
-
-
-def test_the_model_under_test_has_two_blobs() -> None:
-    assert isinstance(FakeRegistry().add_model("library/x", b"x"), Manifest)
-    assert Found.__struct_fields__ == ("upstream", "name", "manifest")

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -195,11 +196,13 @@ class _Import:
             if chunk_map is None:
                 return False
             async with _opened(world.blobs, chunk_map) as blob:
-                for path, piece in reader.pieces(digest):
-                    await self._piece(blob, path, piece)
+                hashed = _Hashed(world, blob)
+                async with _beside(hashed.follow):
+                    for path, piece in reader.pieces(digest):
+                        await self._piece(blob, path, piece, hashed)
                 if not blob.haves.whole:
                     return False
-                await self._finish(blob)
+                await self._finish(blob, hashed)
             return True
 
     async def _is_whole(self, digest: Sha256) -> bool:
@@ -215,16 +218,16 @@ class _Import:
             return known[0] if map_address(encode_map(known[0])) == self._maps[digest] else None
         return found
 
-    async def _piece(self, blob: Partial, path: Path, piece: Piece) -> None:
-        wanted = [(at, index) for at, index in enumerate(chunks_of(piece)) if index not in blob.haves]
-        for begin in range(0, len(wanted), STEP_CHUNKS):
-            step = wanted[begin : begin + STEP_CHUNKS]
+    async def _piece(self, blob: Partial, path: Path, piece: Piece, hashed: _Hashed) -> None:
+        wanted = ((at, index) for at, index in enumerate(chunks_of(piece)) if index not in blob.haves)
+        while step := list(islice(wanted, STEP_CHUNKS)):
             good, bad = await self._world.run_sync(partial(self._copy, blob, path, piece, step))
             for index in good:
                 blob.written(index)
             if bad:
                 _log.warning("damaged chunks in a bundle", file=path.name, blob=piece.blob.sha256[:12], chunks=bad)
                 self._faults.damaged[path.name] = self._faults.damaged.get(path.name, 0) + bad
+            hashed.wake.set()
             await self._progress(blob)
 
     def _copy(self, blob: Partial, path: Path, piece: Piece, step: list[tuple[int, int]]) -> tuple[list[int], int]:
@@ -244,21 +247,13 @@ class _Import:
             bad += len(step) - len(good) - bad
         return good, bad
 
-    async def _finish(self, blob: Partial) -> None:
+    async def _finish(self, blob: Partial, hashed: _Hashed) -> None:
         """The whole digest decides. Raises IntegrityError."""
         chunk_map = blob.chunk_map
         await self._tell({"status": "verifying sha256 digest"})
-        digest = hashlib.sha256()
-        buffer = bytearray(CHUNK_BYTES)
-
-        def hash_some(begin: int) -> None:
-            for index in range(begin, min(begin + STEP_CHUNKS, chunk_map.count)):
-                length = self._world.blobs.read_chunk_into(chunk_map.sha256, index, memoryview(buffer))
-                digest.update(memoryview(buffer)[:length])
-
-        for begin in range(0, chunk_map.count, STEP_CHUNKS):
-            await self._world.run_sync(partial(hash_some, begin))
-        if digest.hexdigest() == chunk_map.sha256:
+        while await hashed.step():
+            pass
+        if hashed.hexdigest() == chunk_map.sha256:
             try:
                 await blob.finish()
                 return
@@ -281,6 +276,60 @@ class _Import:
         if size and (now - self._told_s >= TELL_INTERVAL_S or done >= size):
             self._told_s = now
             await self._tell({**line, "total": size, "completed": done})
+
+
+class _Hashed:
+    """The sha256 of a blob, computed behind the copying as far as its chunks are there in order: it takes longer than that."""
+
+    def __init__(self, world: ImportWorld, blob: Partial) -> None:
+        self.wake = trio.Event()
+        self._world, self._blob = world, blob
+        self._digest = hashlib.sha256()
+        self._at = 0
+        self._buffer = memoryview(bytearray(CHUNK_BYTES))
+        self.hexdigest = self._digest.hexdigest
+
+    async def follow(self) -> None:
+        """Hash what is there, until cancelled. What fails is left to `step`."""
+        while True:
+            try:
+                while await self.step():
+                    pass
+            except MeshmaxError as error:
+                _log.info("a chunk that was imported cannot be read", code=error.code, error=error.message)
+                return
+            await self.wake.wait()
+            self.wake = trio.Event()
+
+    async def step(self) -> bool:
+        """Hash some more; False if there is no more now. Raises StoreCorrupt, StoreError."""
+        before = self._at
+        await self._world.run_sync(self._hash_some)
+        return self._at > before
+
+    def _hash_some(self) -> None:
+        digest, haves = self._blob.chunk_map.sha256, self._blob.haves
+        for _ in range(STEP_CHUNKS):
+            if self._at not in haves:
+                return
+            length = self._world.blobs.read_chunk_into(digest, self._at, self._buffer)
+            self._digest.update(self._buffer[:length])
+            self._at += 1
+
+
+@asynccontextmanager
+async def _beside(work: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Run ``work`` while inside. An error inside leaves as it is, not in a group."""
+    failure: MeshmaxError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(work)
+        try:
+            yield
+        except MeshmaxError as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure:
+        raise failure
 
 
 @asynccontextmanager

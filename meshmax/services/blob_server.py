@@ -2,7 +2,7 @@
 
 One session a stream. One task takes messages in and never waits for the disk, one reads chunks ahead (the store verifies
 each before it is served), one sends them in parts as our bandwidth allows, and one says what has come in since, between
-parts: at once, then at most every NEWS_INTERVAL_S. A chunk that is on its way to another fetcher is answered with Busy
+parts: at once, then several chunks together. A chunk that is on its way to another fetcher is answered with Busy
 (core.offer). Wants, sessions and time are bounded; a peer that stops reading loses its session. A chunk that turns out
 bad on disk is answered with NotHave and the session goes on. Not here: what is a good chunk (store), to whom we serve
 (node), how much we may send (ports.Throttle).
@@ -33,6 +33,8 @@ OPEN_TIMEOUT_S: Final = 10.0  # for the first message
 IDLE_TIMEOUT_S: Final = 120.0  # without a want; a fetcher that waits for others comes back
 SEND_TIMEOUT_S: Final = 30.0  # for one part; a reader slower than 9 kB/s gives its place to another
 NEWS_INTERVAL_S: Final = 0.05  # how often a growing blob is announced on a session: a swarm is as quick as its news
+NEWS_CHUNKS: Final = 4  # but fewer chunks than that wait, since a message costs each end half a millisecond,
+NEWS_WAIT_S: Final = 0.2  # for this since the last news
 QUIET_INTERVAL_S: Final = 0.25  # how often it is looked at while it does not grow; a look costs microseconds
 BUSY_RETRY_S: Final = 5.0
 
@@ -188,13 +190,18 @@ class _Session:
 
     async def _tell(self, scope: trio.CancelScope) -> None:
         """Say what has come in since, as long as something is missing."""
-        pause_s = NEWS_INTERVAL_S
+        pause_s, told_s = NEWS_INTERVAL_S, 0.0
         try:
             while not self._haves.whole:
                 await trio.sleep(pause_s)
-                news = wire.news_of(self._haves, haves := await self._look())
-                pause_s = NEWS_INTERVAL_S if news else min(2 * pause_s, QUIET_INTERVAL_S)
-                self._haves = haves
+                haves = await self._look()
+                if haves == self._haves:
+                    pause_s = min(2 * pause_s, QUIET_INTERVAL_S)
+                    continue
+                pause_s, waited_s = NEWS_INTERVAL_S, trio.current_time() - told_s
+                if haves.total < self._haves.total + NEWS_CHUNKS and waited_s < NEWS_WAIT_S and not haves.whole:
+                    continue
+                news, self._haves, told_s = wire.news_of(self._haves, haves), haves, trio.current_time()
                 if news:
                     await self._send(news)
         except MeshmaxError as error:

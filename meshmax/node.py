@@ -54,6 +54,7 @@ from meshmax.services.bundles import Bundles, make_bundles
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
 from meshmax.services.fsck import Fsck
+from meshmax.services.garbage import Garbage, Kept
 from meshmax.services.infer_server import InferServer
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.lane_server import LaneServer, open_lane_server
@@ -124,6 +125,7 @@ class Node:
         self.fsck: Fsck
         self.adoption: Adoption
         self.bundles: Bundles
+        self.garbage: Garbage
         self.pulls: Pulls
         self.distribution: Distribution
         self.router: Router
@@ -285,8 +287,11 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
 
 async def _open_services(node: Node, stack: AsyncExitStack) -> None:
     enter, world, config, store = stack.enter_async_context, node.world, node.config, node.store
+    kept = Kept(node.home.path, world.unix_now)
     node.residency = await enter(
-        open_residency(node.engine, node.model_file, config.engine, on_change=node.changed, wall=world.unix_now)
+        open_residency(
+            node.engine, node.model_file, config.engine, world.unix_now, on_change=node.changed, on_use=kept.used
+        )
     )
     first_seen = FirstSeen(load_first_seen(node.home.path))
     node.catalog = CatalogService(
@@ -299,6 +304,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         lambda peer_id, digest: ask_description(node.swarm, peer_id, digest),
         first_seen,
         node.changed,
+        kept.pins,
     )
     await enter(open_catalog(node.catalog))
     node.fsck = Fsck(store.models.listing, store.blobs, node.catalog.refresh, lambda: node.pulls)
@@ -320,6 +326,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         lane_server = LaneServer(store.blobs, lanes, outflow, offers, throttle)
         await enter(open_lane_server(lane_server, node.swarm, lanes))
         opener = LaneOpener(node.swarm, lanes, config.lanes_per_peer)
+    node.garbage = garbage = Garbage(node, kept, outflow, world.run_sync)
     ModelServer(store.models, store.blobs, pulling, accept).register(node.swarm)
     BlobServer(store.blobs, outflow=outflow, offers=offers, throttle=throttle).register(node.swarm)
     InferServer(node.residency, node.limits.throttle.precedence).register(node.swarm)
@@ -332,6 +339,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         await node.catalog.refresh()
         if model.record is None:  # nobody vouched for it; its digests were computed here, so we can
             await node.catalog.sign_missing_records()
+        garbage.sweeper.wake()
 
     async def keep(downloads: tuple[Download, ...]) -> None:
         await world.run_sync(partial(save_downloads, node.home.path, downloads))
@@ -351,17 +359,19 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             on_stored=stored,
             on_change=node.changed,
             outflow=outflow,
-            promised=load_downloads(node.home.path),
+            downloads=load_downloads(node.home.path),
             keep=keep,
             accept=config.accept_distribute,
             upstream=upstream,
             local=local.of,
             opener=opener,
             throttle=throttle,
+            room=garbage.sweeper.room,
             naming=node.catalog,
         )
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling
+    await enter(garbage.open(pulls))
     node.bundles = make_bundles(node, world.run_sync, local, pulls.held, stored)
     node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
     served = open_served(store, node.catalog, node.swarm, node.presence, pulls, upstream)

@@ -61,7 +61,7 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 class Download(msgspec.Struct, frozen=True):
-    """A pull that a node has promised to finish, as it is kept over restarts. ``names`` are full names.
+    """A detached pull, which goes on whoever watches, as it is kept over restarts. ``names`` are full names.
 
     ``asked_by``: the peer that asked for it, '' for a person here. ``manifest`` and ``record``, once known, let a node that
     has only parts tell others what they are parts of, when nobody else is left who could.

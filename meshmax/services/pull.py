@@ -1,4 +1,4 @@
-"""Transfers of models: which pulls run, who watches them, which ones are promised, how they ended. Satisfies ports.Pulls.
+"""Transfers of models: which pulls run, who watches them, which ones are detached, how they ended. Satisfies ports.Pulls.
 
 Rules: a model that is pulled twice at once is transferred once, under both names. A pull that is watched is cancelled when
 its last watcher leaves, and what was fetched is kept; a detached one goes on, is remembered (``keep``) and taken up again
@@ -79,7 +79,7 @@ class PullService:
         self._jobs: dict[Sha256, Job] = {}
         self._ended: deque[Transfer] = deque(maxlen=MAX_ENDED)
         self._count = 0
-        self._promised = trio.Event()  # what has to be remembered has changed
+        self._changes = trio.Event()  # what has to be remembered has changed
         self._keeping = trio.Lock()
         self._kept: tuple[Download, ...] = ()
 
@@ -110,7 +110,7 @@ class PullService:
 
     async def start_download(self, name: str) -> Transfer:
         """See ports.Pulls. Busy beyond MAX_PULLS."""
-        return await self._promise(await self._find_anywhere(name, detached=True))
+        return await self._in_background(await self._find_anywhere(name, detached=True))
 
     def transfers(self) -> tuple[Transfer, ...]:
         """Running ones and the last MAX_ENDED ended ones, newest first; then what is sent, likewise."""
@@ -182,10 +182,10 @@ class PullService:
         if digest not in self._jobs and resolved.stored is None and asked >= MAX_ASKED:
             raise Busy(f"this peer pulls {asked} models already that others asked for", 30.0)
         _log.info("asked to pull", peer=peer, model=name)
-        return (await self._promise(self._find(name, detached=True, asked_by=peer))).id
+        return (await self._in_background(self._find(name, detached=True, asked_by=peer))).id
 
     def take_up(self, downloads: Sequence[Download]) -> None:
-        """Go on with what an earlier run promised. What cannot be read any more is dropped, with a word in the log."""
+        """Go on with what an earlier run remembered. What cannot be read any more is dropped, with a word in the log."""
         self._kept = tuple(downloads)
         for download in downloads[:MAX_PULLS]:
             try:
@@ -211,10 +211,10 @@ class PullService:
             )
 
     async def run_keeper(self) -> None:
-        """Remember what is promised whenever that changed, until cancelled."""
+        """Remember the detached pulls whenever they changed, until cancelled."""
         while True:
-            await self._promised.wait()
-            self._promised = trio.Event()
+            await self._changes.wait()
+            self._changes = trio.Event()
             await self._remember()
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ class PullService:
             return None
         return _Meaning(resolved.digest, resolved.stored)
 
-    async def _promise(self, found: Job | StoredModel) -> Transfer:
+    async def _in_background(self, found: Job | StoredModel) -> Transfer:
         if isinstance(found, StoredModel):
             await trio.lowlevel.checkpoint()
             here = _already_here(found)
@@ -312,15 +312,15 @@ class PullService:
             self._changed()
 
     def _changed(self) -> None:
-        self._promised.set()
+        self._changes.set()
         self._on_change()
 
     async def _remember(self) -> None:
-        """Keep what is promised. A disk that does not take it costs the promise across a restart, and a word in the log."""
+        """Keep what is detached. A disk that does not take it costs that pull its next run, and a word in the log."""
         async with self._keeping:
-            promised = tuple(job.promise() for job in self._jobs.values() if job.detached)
-            if promised != self._kept and await isolate("downloads", partial(self._keep, promised)):
-                self._kept = promised
+            downloads = tuple(job.download() for job in self._jobs.values() if job.detached)
+            if downloads != self._kept and await isolate("downloads", partial(self._keep, downloads)):
+                self._kept = downloads
 
     def _new_id(self, digest: Sha256) -> str:
         self._count += 1
@@ -334,7 +334,7 @@ class _Meaning(msgspec.Struct, frozen=True):
     stored: StoredModel | None
 
 
-async def _forget(_promised: tuple[Download, ...]) -> None:
+async def _forget(_downloads: tuple[Download, ...]) -> None:
     await trio.lowlevel.checkpoint()
 
 
@@ -350,7 +350,7 @@ async def open_pulls(
     on_stored: Callable[[StoredModel], Awaitable[None]],
     on_change: Callable[[], None] = lambda: None,
     outflow: Outflow | None = None,
-    promised: Sequence[Download] = (),
+    downloads: Sequence[Download] = (),
     keep: Keep = _forget,
     accept: bool = True,
     upstream: UpstreamPulls | None = None,
@@ -363,7 +363,7 @@ async def open_pulls(
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
 
     ``on_stored`` is told of each name that was pulled, before its watchers are; ``on_change``: a pull's model became known,
-    or it was paused, resumed or has ended. ``promised`` was remembered by an earlier run's ``keep``. ``accept``: whether
+    or it was paused, resumed or has ended. ``downloads``: what an earlier run's ``keep`` was given. ``accept``: whether
     we pull what peers ask us to. ``upstream``: registries that are asked for what no peer has.
     ``opener`` None: no lanes; ``local``: sources of a blob on this machine; ``naming`` None: the store itself.
     """
@@ -384,7 +384,7 @@ async def open_pulls(
             room=room,
         )
         pulls = PullService(world, catalog, nursery, outflow, on_change, keep, accept)
-        pulls.take_up(promised)
+        pulls.take_up(downloads)
         nursery.start_soon(pulls.run_keeper)
         nursery.start_soon(outflow.run)
         yield pulls

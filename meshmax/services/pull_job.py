@@ -107,7 +107,7 @@ class Job:
         value = self.board.value
         return value.bytes_done / value.bytes_total if value.bytes_total else 0.0
 
-    def promise(self) -> Download:
+    def download(self) -> Download:
         """The job as it is remembered."""
         names = tuple(name.full for name in self.names.values())
         manifest, signed = (self.model.manifest.raw, self.model.signed) if self.model else (b"", None)

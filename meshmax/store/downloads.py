@@ -1,7 +1,7 @@
-"""The downloads that this node has promised to finish, kept over restarts in ``<home>/downloads.json``.
+"""The downloads that this node is to finish whoever watches, kept over restarts in ``<home>/downloads.json``.
 
 A file that cannot be read counts as empty, with a warning: what was fetched of them is kept in any case, and a person can
-begin them again. Not here: what is promised and when it is kept (services.pull).
+begin them again. Not here: which there are and when they are kept (services.pull).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _log = get_logger("store")
 
 
 def load_downloads(home: Path) -> tuple[Download, ...]:
-    """What was promised; blocks briefly."""
+    """What was kept; blocks briefly."""
     try:
         raw = try_read(home / FILE_NAME, MAX_FILE_BYTES)
         downloads = msgspec.json.decode(raw, type=tuple[Download, ...]) if raw else ()
         for download in downloads:
             parse_sha256(download.digest)
     except (OSError, msgspec.DecodeError, InvalidRequest, ValueError) as error:
-        _log.warning("the file of promised downloads cannot be read and is begun anew", error=str(error)[:200])
+        _log.warning("the file of downloads cannot be read and is begun anew", error=str(error)[:200])
         return ()
     return downloads
 

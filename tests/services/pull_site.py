@@ -165,7 +165,7 @@ class SitePeer:
     async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
         raise NotOffered
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> StoredModel:
         raise NotOffered
 
     async def delete(self, name: str) -> None:
@@ -185,13 +185,13 @@ class Site:
         self._stack = stack
         self._count = 0
 
-    async def peer(self, store: Store | None = None, promised: tuple[Download, ...] = ()) -> SitePeer:
-        """A new peer, which may take over the store, and the promises, of one that died."""
-        return await self._stack.enter_async_context(self.open_peer(store, promised))
+    async def peer(self, store: Store | None = None, downloads: tuple[Download, ...] = ()) -> SitePeer:
+        """A new peer, which may take over the store, and the downloads, of one that died."""
+        return await self._stack.enter_async_context(self.open_peer(store, downloads))
 
     @asynccontextmanager
     async def open_peer(
-        self, store: Store | None = None, promised: tuple[Download, ...] = (), accept: bool = True
+        self, store: Store | None = None, downloads: tuple[Download, ...] = (), accept: bool = True
     ) -> AsyncIterator[SitePeer]:
         """A peer that ends with the block, as when its process is stopped."""
         number = self._count = self._count + 1
@@ -210,7 +210,7 @@ class Site:
                 on_stored=peer.on_stored,
                 on_change=peer.on_change,
                 outflow=outflow,
-                promised=promised,
+                downloads=downloads,
                 keep=peer.keep,
                 accept=accept,
                 local=peer.sources.of,

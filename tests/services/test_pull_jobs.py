@@ -90,7 +90,7 @@ async def test_a_download_is_taken_up_by_the_next_run_and_fetches_only_what_is_m
         async with site.open_peer() as c:
             begun = await c.pulls.start_download(NAME)
             await fetched(c, begun.id, 20)
-        assert [kept.id for kept in c.kept] == [begun.id]  # ending the node does not end the promise
+        assert [kept.id for kept in c.kept] == [begun.id]  # ending the node does not end the download
         known = await c.store.blobs.haves(sha256_of(data))
         assert known is not None
         missing = known[1].missing()
@@ -133,7 +133,7 @@ async def test_what_was_remembered_and_is_not_valid_is_dropped(autojump_clock: C
             Download("x-1", Sha256("ab" * 32), ("../../etc",)),
             Download("x-2", Sha256("ab" * 32), (NAME,), manifest=b"{"),
         )
-        c = await site.peer(promised=odd)
+        c = await site.peer(downloads=odd)
         await trio.sleep(1)
         assert c.pulls.transfers() == ()
 
@@ -164,8 +164,8 @@ async def test_a_detached_pull_waits_for_its_very_first_holder_after_a_restart(a
         a = await site.peer()
         stored = await a.hold(model_bytes(10))
         a.state = None
-        promised = (Download("ab-7", stored.manifest.digest, ("registry.ollama.ai/library/small:latest",)),)
-        c = await site.peer(promised=promised)
+        downloads = (Download("ab-7", stored.manifest.digest, ("registry.ollama.ai/library/small:latest",)),)
+        c = await site.peer(downloads=downloads)
         await until(lambda: shown(c, "ab-7").state == "waiting")
         await trio.sleep(1000)
         a.state = "disk"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from meshmax.testing.registry_peer import MANIFEST_TYPE, OllamaClient, SlowRegis
 pytestmark = pytest.mark.loopback
 
 MODEL = "application/vnd.ollama.image.model"
-GGUF = build_gguf(tensor_bytes=12 << 20) + b""
+GGUF = build_gguf(tensor_bytes=12 << 20)
 CONFIG = json.dumps({"model_format": "gguf", "model_family": "llama", "model_type": "1M"}).encode()
 LICENSE = ("application/vnd.ollama.image.license", b"MIT")
 LAYERS = [(MODEL, GGUF), LICENSE]
+BIG = random.Random(3).randbytes(48 << 20)
+BIG_GGUF = build_gguf(tensor_bytes=64 << 20)
+PULL = [sys.executable, "-m", "meshmax.cli.main", "pull"]
 
 
 def local(peer: PeerProcess) -> dict[str, str]:
@@ -212,9 +216,6 @@ def test_offline_asks_nobody(tmp_path: Path) -> None:
     assert registry.sent == 0
 
 
-BIG = random.Random(3).randbytes(48 << 20)
-
-
 def test_a_pull_that_is_killed_loses_the_last_second_only(tmp_path: Path) -> None:
     registry = SlowRegistry("library/big", [(MODEL, BIG)], CONFIG, rate_bytes_per_s=1 << 20)
     chance = random.Random(8)
@@ -271,9 +272,6 @@ def test_a_stock_client_pulls_through_a_peer_what_another_peer_has(tmp_path: Pat
         until("it is here too", lambda: "wide:latest" in local(asks))
         (transfer,) = asks.get("/api/v1/transfers")["transfers"]
         assert has.peer_id in transfer["peers"]
-
-
-BIG_GGUF = build_gguf(tensor_bytes=64 << 20)
 
 
 def test_a_client_that_goes_away_ends_the_pull(tmp_path: Path, client_of: ClientOf) -> None:
@@ -359,4 +357,32 @@ def test_a_client_that_reads_slowly_costs_the_others_nothing(tmp_path: Path, cli
             assert time.monotonic() - began < 20
 
 
-PULL = [sys.executable, "-m", "meshmax.cli.main", "pull"]
+def test_a_body_that_cannot_be_sent_to_its_end_is_broken_off(tmp_path: Path, client_of: ClientOf) -> None:
+    with one(tmp_path) as peer:
+        add(peer, tmp_path)
+        http = client_of(peer.api).http
+        digest = http.get(f"{peer.api}/v2/library/small/manifests/latest").json()["layers"][0]["digest"]
+        with (peer.home / "models" / "blobs" / digest.replace(":", "-")).open("r+b") as file:
+            file.seek(5 << 20)
+            file.write(b"rotten")
+        url = f"{peer.api}/v2/library/small/blobs/{digest}"
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.get(url, headers={"range": "bytes=0-9000000"})
+        assert http.get(f"{peer.api}/v2/").status_code == 200
+
+
+def test_headers_come_before_the_bytes_and_many_clients_share_one_pull(tmp_path: Path, client_of: ClientOf) -> None:
+    registry = SlowRegistry("library/big", [(MODEL, BIG)], CONFIG, rate_bytes_per_s=2 << 20)
+    with registry.serving(), one(tmp_path, offline="false", upstreams=registry.url) as peer:
+        clients = [client_of(peer.api) for _ in range(3)]
+        http = clients[0].http
+        manifest = http.get(f"{peer.api}/v2/library/big/manifests/latest").json()
+        url = f"{peer.api}/v2/library/big/blobs/{manifest['layers'][0]['digest']}"
+        began = time.monotonic()
+        clients[0].direct(url)
+        assert time.monotonic() - began < 2
+        with ThreadPoolExecutor(3) as pool:
+            pulled = list(pool.map(lambda client: client.pull("library/big"), clients))
+        assert all(BIG in blobs.values() for _, blobs in pulled)
+        assert _states(peer) == ["done"]
+    assert registry.sent < len(BIG) + (2 << 20)

@@ -27,6 +27,7 @@ from meshmax.api.openai_routes import OpenAiFace
 from meshmax.api.prompts import Prompts
 from meshmax.api.registry_routes import RegistryFace
 from meshmax.api.registry_uploads import UploadFace
+from meshmax.api.sweep_routes import SweepFace
 from meshmax.api.table import ANY_VERB, closed_route
 from meshmax.api.transfer_routes import TransferFace
 
@@ -73,6 +74,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *AdoptFace(node, prompts.open_answers).routes(),
         *BundleFace(node, prompts.open_answers).routes(),
         *TransferFace(node, mesh.find_id).routes(),
+        *SweepFace(node).routes(),
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),
     ]

@@ -64,14 +64,14 @@ def models_json(entries: Sequence[CatalogEntry]) -> dict[str, Any]:
 
 
 def model_json(name: str, entry: CatalogEntry) -> dict[str, Any]:
-    """One model. ``pinned``: our own copies are kept until somebody removes them."""
+    """One model. ``pinned``: no sweep takes our copy, and a name here is tied to it."""
     return {
         "name": name,
         "digest": entry.digest,
         "size": entry.size,
         "local": entry.local,
         "fraction": 1.0 if entry.local else entry.fraction,
-        "pinned": entry.local,
+        "pinned": entry.pinned,
         "holders": list(entry.holders),
     }
 

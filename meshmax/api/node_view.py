@@ -11,6 +11,7 @@ from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Res
 from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
 from meshmax.services.fsck import Fsck
+from meshmax.services.garbage import Garbage
 from meshmax.services.throttle import Limits
 
 NodeState = Literal["starting", "running", "draining"]
@@ -54,6 +55,9 @@ class _Services(Protocol):
 
     @property
     def fsck(self) -> Fsck: ...
+
+    @property
+    def garbage(self) -> Garbage: ...
 
     @property
     def adoption(self) -> Adoption: ...

@@ -70,6 +70,8 @@ def _tag(name: str, entry: CatalogEntry, peer_name: PeerName) -> dict[str, Any]:
         "digest": entry.digest,
         "details": details_json(entry.details),
     }
+    if entry.pinned:
+        shown["pinned"] = True  # more than Ollama tells, and only where there is something to tell
     if entry.details.capabilities:
         shown["capabilities"] = list(entry.details.capabilities)
     return shown

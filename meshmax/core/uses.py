@@ -37,8 +37,10 @@ class Uses:
         self.changed = True
 
     def last_s(self, digest: Sha256, since_s: float, now_s: float) -> float:
-        """When it was last used; ``since_s``: when it came here. A clock that was wrong makes nothing younger than now."""
-        return min(max(self._times_s.get(digest, since_s), since_s), now_s)
+        """When it was last used; ``since_s``: when it came here. Times in the future, of a clock that was wrong, count only
+        where there is no other."""
+        used_s = self._times_s.get(digest, since_s)
+        return max((time_s for time_s in (used_s, since_s) if time_s <= now_s), default=max(used_s, since_s))
 
     def items(self) -> dict[Sha256, float]:
         """All of it, for keeping."""

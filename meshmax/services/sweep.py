@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Final, NoReturn
 
 import msgspec
@@ -37,6 +37,7 @@ SAVE_INTERVAL_S: Final = 60.0  # how often last uses are written, if there are n
 ASK_AGAIN_S: Final = 30.0  # until the same holders are asked again about a model that they did not vouch for
 MAX_REFUSALS: Final = 1024  # remembered; there are not more models in a status
 
+Held = Callable[[Sha256], AbstractAsyncContextManager[None]]
 Holders = Callable[[Sha256], Mapping[PeerId, tuple[str, ...]]]  # peers that have a model whole -> their addresses
 _log = get_logger("sweep")
 
@@ -55,15 +56,13 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Ground(msgspec.Struct, frozen=True):
-    """What a sweep looks at and does. ``needed``: blobs that pulls need; ``in_use``: digests of models or blobs -> why."""
+    """What a sweep looks at and does. ``in_use``: digests of models or blobs -> why they must stay."""
 
     local: Callable[[], Sequence[StoredModel]]
     listing: Callable[[], Awaitable[Sequence[Listed]]]
     usage: Callable[[], Awaitable[Usage]]
     holders: Holders
     in_use: Callable[[], Mapping[Sha256, str]]
-    needed: Callable[[], frozenset[Sha256]]
-    held: Callable[[Sha256], AbstractAsyncContextManager[None]]
     drop_model: Callable[[Sha256], Awaitable[None]]
     drop_partial: Callable[[Sha256], Awaitable[bool]]
     unix_now: Callable[[], float]
@@ -93,6 +92,14 @@ class Sweeper:
         self._count = 0
         self._refusals: dict[Sha256, tuple[float, frozenset[PeerId], str]] = {}  # when, by whom, why
         self._woken = trio.Event()
+        self._begun = trio.Event()  # pulls may ask for room before they are all there
+        self._needed: Callable[[], frozenset[Sha256]] = frozenset
+        self._held: Held = lambda digest: nullcontext()
+
+    def begin(self, needed: Callable[[], frozenset[Sha256]], held: Held) -> None:
+        """Sweep from now on; until then all wait. ``needed``: blobs that pulls need; ``held``: alone with a blob."""
+        self._needed, self._held = needed, held
+        self._begun.set()
 
     # --- for faces and other services --------------------------------------------------------------------------------
 
@@ -150,13 +157,14 @@ class Sweeper:
         return {digest: size for blobs in self._admitted.values() for digest, size in blobs.items()}
 
     async def _sweep(self, coming: dict[Sha256, int], free_bytes: int, last_copies: bool, dry_run: bool) -> Report:
+        await self._begun.wait()
         usage = await self._ground.usage()
         need = max(self.budget.excess(usage.used_bytes, usage.free_bytes, usage.coming(coming)), free_bytes)
         now_s = self._ground.unix_now()
         listed = await self._ground.listing()
         named = {digest for model in listed for digest, _ in model.blobs}
         # Nothing is awaited from here on until the first candidate is tried.
-        needed = self._ground.needed() | coming.keys()
+        needed = self._needed() | coming.keys()
         leftovers = [
             Leftover(one.digest, one.size, one.touched_s, _wanted(one.digest, needed, named)) for one in usage.partials
         ]
@@ -192,7 +200,7 @@ class Sweeper:
         came_s = max(model.modified_at_s for model in models)
         last_s = self.uses.last_s(manifest.digest, came_s, now_s)
         kept = self._kept(models[0], needed)
-        if not kept and now_s - last_s < RECENT_S:
+        if not kept and 0 <= now_s - last_s < RECENT_S:
             kept = "it was used a moment ago"
         return Copy(
             manifest.digest,
@@ -239,8 +247,8 @@ class Sweeper:
 
     async def _drop_leftover(self, leftover: Leftover, coming: dict[Sha256, int]) -> None:
         with trio.move_on_after(HELD_TIMEOUT_S) as scope:
-            async with self._ground.held(leftover.digest):
-                if leftover.digest in self._ground.needed() | coming.keys():
+            async with self._held(leftover.digest):
+                if leftover.digest in self._needed() | coming.keys():
                     raise _InUse("a pull needs it")
                 if not await self._ground.drop_partial(leftover.digest):
                     raise _InUse("it is being fetched")
@@ -257,7 +265,7 @@ class Sweeper:
             raise NoProviders(reason)
         try:
             async with self._leases.open(stored.manifest, holders) as lease:
-                if reason := self._kept(stored, self._ground.needed() | coming.keys()):
+                if reason := self._kept(stored, self._needed() | coming.keys()):
                     raise _InUse(reason)
                 if not lease.commit():
                     raise _InUse("another peer drops its copy and relies on this one")
@@ -294,10 +302,18 @@ def _wanted(digest: Sha256, needed: frozenset[Sha256] | set[Sha256], named: set[
 
 @asynccontextmanager
 async def open_sweeper(
-    sweeper: Sweeper, watch_uses: Callable[[], None], save_uses: Callable[[dict[Sha256, float]], Awaitable[None]]
+    sweeper: Sweeper,
+    needed: Callable[[], frozenset[Sha256]],
+    held: Held,
+    watch_uses: Callable[[], None],
+    save_uses: Callable[[dict[Sha256, float]], Awaitable[None]],
 ) -> AsyncIterator[Sweeper]:
-    """The sweeper at work; ``watch_uses`` notes what is being used now, ``save_uses`` keeps it over restarts."""
+    """The sweeper at work (see `Sweeper.begin`).
+
+    ``watch_uses`` notes what is being used now, ``save_uses`` keeps it over restarts.
+    """
     async with trio.open_nursery() as nursery:
+        sweeper.begin(needed, held)
         nursery.start_soon(sweeper.run)
         nursery.start_soon(_run_uses, sweeper.uses, watch_uses, save_uses)
         try:

@@ -40,6 +40,7 @@ class LaneSocket:
         try:
             sock.setblocking(True)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # The kernel sizes the buffers: 256 KiB fixed was as fast, 4 MiB slower (it leaves the processor's cache).
             # Not settimeout(): that makes the descriptor non-blocking, and MSG_WAITALL needs a blocking one.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(stall_s))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(stall_s))

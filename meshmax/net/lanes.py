@@ -47,7 +47,9 @@ from meshmax.wire.lane import (
 from meshmax.wire.lane_frames import FIRST_BYTES, HELLO_BYTES, MAX_INDEXES, Kind, Opener, Sealer
 
 MAX_LANES: Final = 64  # both directions; each is a thread and 1 to 2 MiB of buffer
-MAX_LANES_PER_PEER: Final = 4  # in one direction; two are as fast as any number
+MAX_LANES_PER_PEER: Final = (
+    4  # in one direction; two keep two cores busy, four cost a third more processor time for nothing
+)
 LANE_WAIT_S: Final = 10.0  # from the grant until the fetcher has come; an honest one needs two round trips
 
 MAX_ASKS: Final = 256  # asks that may still become a lane; older ones are forgotten, each was for one moment

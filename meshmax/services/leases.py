@@ -21,8 +21,11 @@ from meshmax.base.errors import (
     IntegrityError,
     MeshmaxError,
     NoProviders,
+    NotFound,
     PeerGone,
+    Refused,
     RemoteProtocolError,
+    StoreError,
 )
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES, Manifest, StoredModel
@@ -38,6 +41,8 @@ PROBES: Final = 4  # chunks, chosen anew for each holder: who lacks a tenth of a
 MAX_ASKED: Final = 8  # holders asked for one model before it stays
 ASK_TIMEOUT_S: Final = 10.0  # for a holder's answer: some chunks read from a busy disk
 REQUEST_TIMEOUT_S: Final = 10.0  # for an asker's message, and for it to take ours
+DISTRUST_S: Final = 60.0  # how long a holder that was silent, or proved nothing, is not asked: it costs each model time
+MAX_DISTRUSTED: Final = 256  # of those; the one noted longest ago is forgotten first
 MAX_ANSWERS: Final = 8  # asks answered at once; each may hold eight chunks
 MAX_ANSWERS_PER_PEER: Final = 2
 
@@ -65,6 +70,7 @@ class Leases:
         self._local = local
         self._table = LeaseTable(swarm.peer_id)
         self._answering: Counter[PeerId] = Counter()
+        self._distrusted: dict[PeerId, float] = {}  # until when
 
     def register(self) -> None:
         """Serve from now on."""
@@ -95,11 +101,16 @@ class Leases:
         self, manifest: Manifest, holders: Mapping[PeerId, tuple[str, ...]], token: int
     ) -> tuple[PeerId, float]:
         failures: list[str] = []
-        for peer, addresses in list(holders.items())[:MAX_ASKED]:
+        trusted = [peer for peer in holders if self._distrusted.get(peer, 0.0) <= trio.current_time()]
+        for peer in trusted[:MAX_ASKED]:
             asked_s = trio.current_time()
             try:
-                seconds = await self._ask(peer, addresses, manifest)
+                seconds = await self._ask(peer, holders[peer], manifest)
+            except StoreError:
+                raise
             except MeshmaxError as error:
+                if not isinstance(error, (Refused, NotFound)):
+                    self._distrust(peer)
                 _log.info("no lease", peer=peer, model=manifest.digest[:12], code=error.code, error=error.message)
                 failures.append(f"{peer}: {error.message}")
                 if not self._table.intends(manifest.digest, token):
@@ -107,6 +118,12 @@ class Leases:
                 continue
             return peer, asked_s + seconds
         raise NoProviders("no other peer vouches for its copy: " + ("; ".join(failures)[:500] or "none is known"))
+
+    def _distrust(self, peer: PeerId) -> None:
+        self._distrusted.pop(peer, None)
+        while len(self._distrusted) >= MAX_DISTRUSTED:
+            del self._distrusted[next(iter(self._distrusted))]
+        self._distrusted[peer] = trio.current_time() + DISTRUST_S
 
     async def _ask(self, peer: PeerId, addresses: Sequence[str], manifest: Manifest) -> float:
         """The seconds for which ``peer`` keeps its copy. Raises what went wrong."""
@@ -126,7 +143,7 @@ class Leases:
         if reply is None:
             raise PeerGone(f"it did not answer within {ASK_TIMEOUT_S:g} s")
         if isinstance(reply, Failure):
-            raise error_of(reply)
+            raise _as_refusal(error_of(reply))
         if not secrets.compare_digest(reply.proof, expected):
             raise IntegrityError("it does not have what it says")
         return reply.seconds
@@ -183,6 +200,11 @@ class Leases:
 
     async def _read(self, probes: Sequence[wire.Probe]) -> list[bytes]:
         return [await self._blobs.read_chunk(Sha256(probe.blob), probe.index) for probe in probes]
+
+
+def _as_refusal(error: MeshmaxError) -> MeshmaxError:
+    """What a holder answers is its own affair: its store's errors are not ours."""
+    return error if isinstance(error, (Refused, NotFound)) else Refused(error.message)
 
 
 def choose_probes(manifest: Manifest) -> tuple[wire.Probe, ...]:

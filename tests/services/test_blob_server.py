@@ -159,6 +159,31 @@ async def test_what_a_growing_blob_gained_is_told_soon_and_only_that(autojump_cl
         assert scope.cancelled_caught  # nothing new, nothing said
 
 
+async def test_few_new_chunks_are_told_together_but_soon(autojump_clock: Clock) -> None:
+    async with open_bench() as bench:
+        bench.blobs.remove(bench.map.sha256)
+        bench.blobs.add_partial(DATA, {0})
+        frames, _ = await bench.opened()
+        told: list[tuple[int, ...]] = []
+
+        async def hear() -> None:
+            while True:
+                news = await frames.receive(wire.FROM_SERVER)
+                assert isinstance(news, wire.Gained)
+                told.append(news.indexes)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hear)
+            for index in range(1, 9):
+                await grow(bench, range(index, index + 1))
+                await trio.sleep(0.1)
+            await trio.sleep(0.3)
+            nursery.cancel_scope.cancel()
+        assert [index for indexes in told for index in indexes] == list(range(1, 9))
+        assert len(told[0]) <= 3
+        assert len(told) <= 5
+
+
 async def test_what_a_blob_lost_is_told_too_and_the_news_end_when_it_is_whole(autojump_clock: Clock) -> None:
     async with open_bench() as bench:
         bench.blobs.remove(bench.map.sha256)

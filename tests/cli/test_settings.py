@@ -143,3 +143,12 @@ def test_mirror_rules_come_from_the_file_with_their_own_words(tmp_path: Path) ->
         file.write_text(f"mirror: {wrong}\n")
         with pytest.raises(ConfigError, match="from|hours"):
             load_config({}, {}, file)
+
+
+def test_upstream_registries_are_hosts_or_urls_and_can_be_none(tmp_path: Path) -> None:
+    env = {"MESHMAX_HOME": str(tmp_path), "MESHMAX_UPSTREAMS": "hf.co, http://10.0.0.5:5000"}
+    assert load_config({}, env).upstreams == ("hf.co", "http://10.0.0.5:5000")
+    assert load_config({}, env | {"MESHMAX_UPSTREAMS": ""}).upstreams == ()
+    assert load_config({"offline": True}, {"MESHMAX_HOME": str(tmp_path)}).offline
+    with pytest.raises(ConfigError, match="not an upstream registry"):
+        load_config({}, env | {"MESHMAX_UPSTREAMS": "ftp://x"})

@@ -58,6 +58,7 @@ from meshmax.services.garbage import Garbage, Kept
 from meshmax.services.infer_server import InferServer
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.lane_server import LaneServer, open_lane_server
+from meshmax.services.leftovers import Leftovers, make_leftovers, open_leftovers
 from meshmax.services.mirror import Mirror
 from meshmax.services.model_exchange import FetchedModel, ModelServer
 from meshmax.services.model_exchange import describe as ask_description
@@ -126,6 +127,7 @@ class Node:
         self.adoption: Adoption
         self.bundles: Bundles
         self.garbage: Garbage
+        self.leftovers: Leftovers
         self.pulls: Pulls
         self.distribution: Distribution
         self.router: Router
@@ -348,6 +350,17 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         open_upstream(world.open_registry, store.staging, node.catalog, config, world.random, throttle)
     )
     local = LocalSources()
+    leftovers = make_leftovers(
+        node.home.path,
+        store,
+        world.run_sync,
+        lambda: node.pulls.transfers(),  # noqa: PLW0108  pulls are opened after this
+    )
+
+    def pulls_changed() -> None:
+        node.changed()
+        leftovers.wake()
+
     node.pulls = pulls = await enter(
         open_pulls(
             node.swarm,
@@ -357,7 +370,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             random=world.random,
             run_sync=world.run_sync,
             on_stored=stored,
-            on_change=node.changed,
+            on_change=pulls_changed,
             outflow=outflow,
             downloads=load_downloads(node.home.path),
             keep=keep,
@@ -372,6 +385,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
     )
     node.partials, node.pulling = pulls.partials, pulls.pulling
     await enter(garbage.open(pulls))
+    node.leftovers = await enter(open_leftovers(leftovers))
     node.bundles = make_bundles(node, world.run_sync, local, pulls.held, stored)
     node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
     served = open_served(store, node.catalog, node.swarm, node.presence, pulls, upstream)

@@ -130,6 +130,7 @@ class MeshFace:
         node = self._node
         own = node.presence.view(node.signer.peer_id)
         mesh = own.status.mesh if own and own.status else ""
+        partials = [msgspec.to_builtins(leftover) for leftover in await node.leftovers.list()]
         return json_reply(
             {
                 "node_id": node.signer.peer_id,
@@ -140,6 +141,7 @@ class MeshFace:
                 "addresses": list(node.swarm.addresses),
                 "connections": len(node.swarm.connections()),
                 "uptime": nanoseconds(node.now() - node.started_at_s),
+                "partials": partials,
                 "resources": node.resources(),
                 "reachability": {"addresses": len(node.swarm.addresses), "lan": node.config.lan},
             }

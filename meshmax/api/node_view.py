@@ -12,6 +12,7 @@ from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
+from meshmax.services.leftovers import Leftovers
 from meshmax.services.throttle import Limits
 
 NodeState = Literal["starting", "running", "draining"]
@@ -58,6 +59,9 @@ class _Services(Protocol):
 
     @property
     def garbage(self) -> Garbage: ...
+
+    @property
+    def leftovers(self) -> Leftovers: ...
 
     @property
     def adoption(self) -> Adoption: ...

@@ -341,8 +341,13 @@ class OllamaFace:
 
 
 async def delete_model(prompts: Prompts, name: str) -> None:
-    """Forget a local name, and unload the model when no other local name means it. Raises NotFound."""
+    """Forget a local name, and unload the model when no other local name means it; free what an interrupted pull left.
+
+    Raises NotFound.
+    """
     node = prompts.node
+    if await node.leftovers.drop(name) and not _is_here(prompts, name):
+        return
     digest = prompts.resolve(name).digest
     try:
         await node.catalog.delete(name)
@@ -350,6 +355,13 @@ async def delete_model(prompts: Prompts, name: str) -> None:
         raise NotFound(model_not_found(name).message + prompts.elsewhere(name)) from None
     if not any(entry.local and entry.digest == digest for entry in node.catalog.entries()):
         await node.residency.unload(digest)
+
+
+def _is_here(prompts: Prompts, name: str) -> bool:
+    try:
+        return prompts.node.catalog.resolve(name).entry.local
+    except ModelNotFound:
+        return False
 
 
 def _is_name(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from meshmax.base.units import NS_PER_S, format_bytes
@@ -90,9 +91,21 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         *(("address" if at == 0 else "", text) for at, text in enumerate(state.get("addresses") or ())),
         ("peers", f"{online} online"),
         ("models", f"{local} here, {len(models)} in the mesh"),
+        *_partial_lines(state.get("partials") or ()),
         *_resource_lines(state.get("resources") or {}),
     ]
     return "\n".join(f"{label:<{LABEL_WIDTH}}  {printable(str(text))}".rstrip() for label, text in lines)
+
+
+def _partial_lines(partials: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [
+        (
+            "partial",
+            f"{format_bytes(each['here_bytes'])} of {each['name']} ({format_bytes(each['size_bytes'])});"
+            f" `meshmax pull {each['name']}` goes on, `meshmax rm {each['name']}` frees it",
+        )
+        for each in partials
+    ]
 
 
 def _resource_lines(resources: dict[str, Any]) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
 from meshmax.core.limits import Override, Plan
 from meshmax.engine.echo import EchoEngine
 from meshmax.ports import Answer, ConnectionView, Progress
+from meshmax.services.leftovers import Leftover
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.throttle import Limits, RateThrottle
 
@@ -162,6 +163,20 @@ class FakePulls:
         return msgspec.structs.replace(self.script[0], state=states[action])
 
 
+class FakeLeftovers:
+    def __init__(self) -> None:
+        self.known = [Leftover("half:latest", 300, 1000)]
+
+    async def list(self) -> tuple[Leftover, ...]:
+        await trio.lowlevel.checkpoint()
+        return tuple(self.known)
+
+    async def drop(self, name: str) -> bool:
+        await trio.lowlevel.checkpoint()
+        before, self.known = self.known, [each for each in self.known if each.name != str(parse_name(name))]
+        return before != self.known
+
+
 class FakeDistribution:
     """``answers`` is what peers say; ``asked``: (name, peers or a number of replicas)."""
 
@@ -268,6 +283,7 @@ class FakeNode:
         self.signer = SimpleNamespace(peer_id=OURS, sign=lambda data: data)
         self.catalog = FakeCatalog()
         self.pulls = FakePulls()
+        self.leftovers = FakeLeftovers()
         self.distribution = FakeDistribution()
         self.router = FakeRouter(residency)
         self.residency = residency

@@ -370,3 +370,11 @@ async def test_a_model_whose_holder_left_is_not_found_with_who_had_it(
     assert "attic had it, and has been gone for 12 s" in reply.text
     reply = await client.post(path, json={"model": "missing", "prompt": "x"})
     assert "had it" not in reply.text
+
+
+async def test_delete_frees_what_an_interrupted_pull_left(client: httpx.AsyncClient) -> None:
+    status = (await client.get("/api/v1/status")).json()
+    assert status["partials"] == [{"name": "half:latest", "here_bytes": 300, "size_bytes": 1000}]
+    assert (await client.request("DELETE", "/api/delete", json={"model": "half"})).status_code == 200
+    assert (await client.get("/api/v1/status")).json()["partials"] == []
+    assert (await client.request("DELETE", "/api/delete", json={"model": "half"})).status_code == 404

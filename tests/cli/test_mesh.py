@@ -105,3 +105,15 @@ def test_docs_lists_its_pages_and_shows_one(capsys: pytest.CaptureFixture[str]) 
 def test_docs_of_an_unknown_page_says_how_to_list_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["docs", "../../etc/passwd"]) == 3
     assert "`meshmax docs` lists the pages" in capsys.readouterr().err
+
+
+def test_status_names_what_an_interrupted_pull_left_and_what_can_be_done(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    partials = [{"name": "big:8b", "here_bytes": 1_300_000_000, "size_bytes": 4_900_000_000}]
+    fake_peer.on("GET", "/api/v1/status", STATUS | {"partials": partials})
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    fake_peer.on("GET", "/api/v1/models", {"models": {}})
+    assert main(["status"]) == 0
+    line = "partial       1.3 GB of big:8b (4.9 GB); `meshmax pull big:8b` goes on, `meshmax rm big:8b` frees it"
+    assert line in capsys.readouterr().out.splitlines()

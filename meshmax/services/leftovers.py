@@ -1,0 +1,151 @@
+"""Pulls that ended before their model was whole: which models the partials here belong to, and how a person frees them.
+
+A partial knows its blob alone; the names are remembered here as pulls go by, over restarts too, until the model is whole
+or its partials are gone. Not here: pulls (services.pull), partials that nobody came back for (services.sweep).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import trio
+
+from meshmax.base.events import Transfer
+from meshmax.base.ids import Sha256
+from meshmax.base.names import parse_name, split_digest
+from meshmax.ports import RunSync
+from meshmax.store import Store
+from meshmax.store.leftovers_file import load_leftovers, save_leftovers
+from meshmax.store.usage import read_usage
+from meshmax.telemetry.isolate import isolate
+
+MAX_NAMES: Final = 256  # remembered; the oldest is forgotten first
+MAX_BLOBS: Final = 64  # of one model that are remembered; models have under 10
+
+Begun = Mapping[str, Mapping[Sha256, int]]  # name -> its blobs' digests and sizes
+_ENDED: Final = frozenset({"done", "failed", "cancelled"})
+
+
+class Leftover(msgspec.Struct, frozen=True):
+    """What is here of a model that nobody is pulling now. ``here_bytes`` of ``size_bytes``."""
+
+    name: str
+    here_bytes: int
+    size_bytes: int
+
+
+class Leftovers:
+    """``here``: bytes of every partial in the store. ``drop``: delete one that is at rest; whether there was one."""
+
+    def __init__(
+        self,
+        transfers: Callable[[], tuple[Transfer, ...]],
+        here: Callable[[], Awaitable[Mapping[Sha256, int]]],
+        drop: Callable[[Sha256, int], Awaitable[bool]],
+        save: Callable[[Begun], Awaitable[None]],
+        known: Begun,
+    ) -> None:
+        self._transfers, self._here, self._drop, self._save = transfers, here, drop, save
+        self._begun: dict[str, dict[Sha256, int]] = {name: dict(blobs) for name, blobs in known.items()}
+        self._dropped = False
+        self._woken = trio.Event()
+
+    def wake(self) -> None:
+        """A pull's model became known, or it ended: note it soon."""
+        self._woken.set()
+
+    def note(self) -> bool:
+        """Remember the pulls that there are; whether that is news."""
+        before = dict(self._begun)
+        for transfer in reversed(self._transfers()):  # the oldest first, so that a name's newest pull decides
+            if transfer.direction != "in" or not transfer.blobs:
+                continue
+            name = str(parse_name(split_digest(transfer.model)[0]))
+            self._begun.pop(name, None)
+            if transfer.state != "done":
+                self._begun[name] = {blob.digest: blob.size for blob in transfer.blobs[:MAX_BLOBS]}
+        while len(self._begun) > MAX_NAMES:
+            del self._begun[next(iter(self._begun))]
+        return self._begun != before
+
+    async def list(self) -> tuple[Leftover, ...]:
+        """Those of which something is here."""
+        here, going = await self._here(), self._going()
+        found = []
+        for name, blobs in self._begun.items():
+            size = sum(here.get(digest, 0) for digest in blobs)
+            if size and not going & blobs.keys():
+                found.append(Leftover(name, size, sum(blobs.values())))
+        return tuple(found)
+
+    async def drop(self, name: str) -> bool:
+        """Delete what is here of the model ``name``, but for what a pull needs now; whether there was something.
+
+        Raises InvalidName, StoreError.
+        """
+        key = parse_name(name).key
+        dropped, going = False, self._going()
+        for known in [known for known in self._begun if parse_name(known).key == key]:
+            blobs = self._begun[known]
+            if going & blobs.keys():
+                continue
+            for digest, size in blobs.items():
+                dropped |= await self._drop(digest, size)
+            self._begun.pop(known, None)
+            self._dropped = True
+            self.wake()
+        return dropped
+
+    async def run_keeper(self) -> None:
+        """Save what is remembered whenever that changed, until cancelled."""
+        while True:
+            await self._woken.wait()
+            self._woken = trio.Event()
+            if self.note() or self._dropped:
+                self._dropped = False
+                begun = {name: dict(blobs) for name, blobs in self._begun.items()}
+                await isolate("leftovers", partial(self._save, begun))
+
+    def _going(self) -> frozenset[Sha256]:
+        """The blobs that pulls need now."""
+        running = (t for t in self._transfers() if t.direction == "in" and t.state not in _ENDED)
+        return frozenset(blob.digest for transfer in running for blob in transfer.blobs)
+
+
+def make_leftovers(
+    home: Path, store: Store, run_sync: RunSync, transfers: Callable[[], tuple[Transfer, ...]]
+) -> Leftovers:
+    """Those of one node. Blocks briefly."""
+
+    async def here() -> Mapping[Sha256, int]:
+        usage = await run_sync(partial(read_usage, store.blobs.layout))
+        return {each.digest: each.size for each in usage.partials} | usage.staged
+
+    async def drop(digest: Sha256, size: int) -> bool:
+        dropped = await store.blobs.drop_partial(digest)
+        if digest in (await run_sync(partial(read_usage, store.blobs.layout))).staged:
+            staged = await store.staging.open_download(digest, size)
+            await staged.discard()
+            return True
+        return dropped
+
+    async def save(begun: Begun) -> None:
+        await run_sync(partial(save_leftovers, home, begun))
+
+    return Leftovers(transfers, here, drop, save, load_leftovers(home))
+
+
+@asynccontextmanager
+async def open_leftovers(leftovers: Leftovers) -> AsyncIterator[Leftovers]:
+    """Remember while inside."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(leftovers.run_keeper)
+        try:
+            yield leftovers
+        finally:
+            nursery.cancel_scope.cancel()

@@ -127,7 +127,7 @@ class BundleWriter:
                     raise InvalidRequest(f"{final} is of another bundle: remove it, or export to another place")
             self._disk.replace(final, temp)
         try:
-            self._fd = os.open(temp, os.O_RDWR | os.O_CLOEXEC)
+            self._fd = os.open(temp, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             self._fd = self._disk.create(temp)
 

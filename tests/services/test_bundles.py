@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +19,7 @@ from meshmax.base.errors import (
     ManifestInvalid,
     MeshmaxError,
     ModelNotFound,
+    StoreError,
     StoreFull,
 )
 from meshmax.base.ids import Sha256
@@ -25,7 +28,7 @@ from meshmax.base.units import MIB
 from meshmax.wire import bundle as wire
 from meshmax.wire.chunkmap import chunk_map_of_bytes
 from meshmax.wire.have import HaveList, decode_have, encode_have
-from tests.services.bundle_site import BundleSite, model_data, open_site
+from tests.services.bundle_site import BundleSite, QuickDisk, model_data, open_site
 from tests.store.fakes import DyingDisk, FullDisk, PowerCut, flip
 
 DATA = model_data(5)
@@ -399,3 +402,23 @@ async def test_an_import_that_is_cancelled_keeps_its_chunks(tmp_path: Path) -> N
         assert (await have(site)).partials[0].haves.total > 0
         await site.import_(tmp_path / "stick")
         assert await is_here(site)
+
+
+async def test_a_file_system_that_takes_no_long_files_is_told_with_what_to_do(tmp_path: Path) -> None:
+    async with open_site(tmp_path / "a", bundle_disk=ShortFiles()) as site:
+        await site.add("small", DATA)
+        with pytest.raises(StoreError, match="--split 4GB"):
+            await site.export(tmp_path / "stick")
+        await site.export(tmp_path / "stick2", part_bytes=2 * MIB + 100_000)
+    async with open_site(tmp_path / "b", 2) as site:
+        await site.import_(tmp_path / "stick2")
+        assert await is_here(site)
+
+
+class ShortFiles(QuickDisk):
+    """Takes 3 MiB a file, as FAT32 takes 4 GiB."""
+
+    def write_at(self, fd: int, data: bytes | memoryview, offset: int) -> None:
+        if offset + len(data) > 3 * MIB:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        super().write_at(fd, data, offset)

@@ -71,6 +71,7 @@ async def test_notes_come_from_any_thread_and_none_is_lost(autojump_clock: Clock
         thread.start()
     for thread in threads:
         thread.join()
+    await trio.lowlevel.checkpoint()
     (sent,) = outflow.transfers()
     assert sent.bytes_done == 4 * 2000 * 3
 

@@ -112,7 +112,7 @@ async def test_two_peers_with_parts_that_were_both_restarted_complete_each_other
             stored = await a.hold(data)
             await b.pulls.start_download(NAME)
             await until(lambda: bool(b.pulls.partials()))
-            await trio.sleep(0)
+            await trio.lowlevel.checkpoint()
         assert b.kept[0].manifest == stored.manifest.raw  # nobody else is left who could tell what it consists of
         halves = (set(range(30)), set(range(30, 60)))
         peers = []

@@ -350,17 +350,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
         open_upstream(world.open_registry, store.staging, node.catalog, config, world.random, throttle)
     )
     local = LocalSources()
-    leftovers = make_leftovers(
-        node.home.path,
-        store,
-        world.run_sync,
-        lambda: node.pulls.transfers(),  # noqa: PLW0108  pulls are opened after this
-    )
-
-    def pulls_changed() -> None:
-        node.changed()
-        leftovers.wake()
-
+    leftovers = make_leftovers(node, world.run_sync)
     node.pulls = pulls = await enter(
         open_pulls(
             node.swarm,
@@ -370,7 +360,7 @@ async def _open_services(node: Node, stack: AsyncExitStack) -> None:
             random=world.random,
             run_sync=world.run_sync,
             on_stored=stored,
-            on_change=pulls_changed,
+            on_change=leftovers.before(node.changed),
             outflow=outflow,
             downloads=load_downloads(node.home.path),
             keep=keep,

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import trio
@@ -18,8 +17,9 @@ import trio
 from meshmax.base.events import Transfer
 from meshmax.base.ids import Sha256
 from meshmax.base.names import parse_name, split_digest
-from meshmax.ports import RunSync
+from meshmax.ports import Pulls, RunSync
 from meshmax.store import Store
+from meshmax.store.home import Home
 from meshmax.store.leftovers_file import load_leftovers, save_leftovers
 from meshmax.store.usage import read_usage
 from meshmax.telemetry.isolate import isolate
@@ -58,6 +58,15 @@ class Leftovers:
     def wake(self) -> None:
         """A pull's model became known, or it ended: note it soon."""
         self._woken.set()
+
+    def before(self, on_change: Callable[[], None]) -> Callable[[], None]:
+        """Both: `wake`, and ``on_change``."""
+
+        def both() -> None:
+            self.wake()
+            on_change()
+
+        return both
 
     def note(self) -> bool:
         """Remember the pulls that there are; whether that is news."""
@@ -117,10 +126,17 @@ class Leftovers:
         return frozenset(blob.digest for transfer in running for blob in transfer.blobs)
 
 
-def make_leftovers(
-    home: Path, store: Store, run_sync: RunSync, transfers: Callable[[], tuple[Transfer, ...]]
-) -> Leftovers:
+class HasPulls(Protocol):
+    """A node, as far as its leftovers go; ``pulls`` are looked up late."""
+
+    home: Home
+    store: Store
+    pulls: Pulls
+
+
+def make_leftovers(node: HasPulls, run_sync: RunSync) -> Leftovers:
     """Those of one node. Blocks briefly."""
+    home, store = node.home.path, node.store
 
     async def here() -> Mapping[Sha256, int]:
         usage = await run_sync(partial(read_usage, store.blobs.layout))
@@ -136,6 +152,9 @@ def make_leftovers(
 
     async def save(begun: Begun) -> None:
         await run_sync(partial(save_leftovers, home, begun))
+
+    def transfers() -> tuple[Transfer, ...]:
+        return node.pulls.transfers()
 
     return Leftovers(transfers, here, drop, save, load_leftovers(home))
 

@@ -2,7 +2,8 @@
 
 A peer's failure, or a programming error that one request ran into, ends that request; it is logged and counted. The
 errors of our tree are logged as one line, others with their traceback. Cancellation passes through. Strangers can make
-us fail as often as they like, so a boundary logs at most LINES a window and then how many it kept to itself.
+us fail as often as they like, so a boundary logs at most LINES a window and then how many it kept to itself. That somebody
+left is how connections end and no failure to a person: it is counted, and logged for who debugs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from meshmax.telemetry.metrics import FAILURES
 LINES: Final = 50  # logged for one boundary in one window; a person reads no more
 WINDOW_S: Final = 10.0
 
+_LEFT: Final = frozenset({"peer_gone", "connect"})
 _log = get_logger("isolate")
 
 
@@ -62,6 +64,9 @@ async def isolate(what: str, work: Callable[[], Awaitable[object]], **context: A
 
 def _report(what: str, code: str, error: Exception, text: str, context: dict[str, Any]) -> None:
     FAILURES.labels(what=what, code=code).inc()
+    if code in _LEFT:
+        _log.debug("failed", what=what, code=code, error=text, **context)
+        return
     if not _spigots.setdefault(what, _Spigot()).open(what):
         return
     if code == "unexpected":

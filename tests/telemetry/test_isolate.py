@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import trio
 
-from meshmax.base.errors import PeerGone
+from meshmax.base.errors import PeerGone, RemoteProtocolError
 from meshmax.telemetry.isolate import LINES, WINDOW_S, isolate
 from meshmax.telemetry.log import configure
 from meshmax.telemetry.metrics import REGISTRY
@@ -15,6 +15,11 @@ from meshmax.telemetry.metrics import REGISTRY
 async def gone() -> None:
     await trio.lowlevel.checkpoint()
     raise PeerGone("it left")
+
+
+async def rude() -> None:
+    await trio.lowlevel.checkpoint()
+    raise RemoteProtocolError
 
 
 async def broken() -> None:
@@ -59,13 +64,26 @@ async def test_failures_without_end_are_counted_and_not_all_logged(
     monkeypatch.setattr("meshmax.telemetry.isolate.time", SimpleNamespace(monotonic=lambda: now_s))
     monkeypatch.setattr("meshmax.telemetry.isolate._spigots", {})
     configure("info", json_lines=True)
-    before = count("peer_gone")
+    before = count("remote_protocol")
     for _ in range(10 * LINES):
-        await isolate("test", gone)
-    assert count("peer_gone") == before + 10 * LINES
+        await isolate("test", rude)
+    assert count("remote_protocol") == before + 10 * LINES
     assert len(capsys.readouterr().err.splitlines()) == LINES
     now_s += WINDOW_S
-    await isolate("test", gone)
+    await isolate("test", rude)
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["event"], first["count"]) == ("more failures than are logged", 9 * LINES)
     assert second["event"] == "failed"
+
+
+async def test_that_somebody_left_is_no_failure_to_a_person(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("info", True)
+    before = count("peer_gone")
+    for _ in range(LINES + 1):
+        assert not await isolate("test", gone)
+    assert count("peer_gone") == before + LINES + 1
+    assert capsys.readouterr().err == ""
+    configure("debug", True)
+    await isolate("test", gone)
+    assert json.loads(capsys.readouterr().err)["code"] == "peer_gone"
+    configure("info", True)

@@ -134,7 +134,7 @@ class _Import:
         await self._tell(_introduction(self._reader))
         whole: list[str] = []
         for model, manifest in zip(index.models, manifests_of(index), strict=True):
-            if self._mesh is not None and (entry := _remote(self._mesh, manifest)):
+            if self._mesh is not None and (entry := _remote(self._mesh, model, manifest)):
                 await self._pull(self._mesh, entry)
             lacking = [blob.digest for blob in manifest.blobs if not await self._blob(blob.digest)]
             if lacking:
@@ -342,12 +342,13 @@ async def _opened(blobs: BlobStore, chunk_map: ChunkMap) -> AsyncIterator[Partia
             await blob.aclose()
 
 
-def _remote(mesh: Mesh, manifest: Manifest) -> CatalogEntry | None:
-    """The model as other peers have it whole, if it is not here yet."""
+def _remote(mesh: Mesh, model: BundleModel, manifest: Manifest) -> CatalogEntry | None:
+    """The model as other peers have it whole, under this name, if it is not here yet under any."""
     entries = [entry for entry in mesh.entries() if entry.digest == manifest.digest]
     if any(entry.local for entry in entries):
         return None
-    return next((entry for entry in entries if entry.holders), None)
+    key = parse_name(model.name).key
+    return next((entry for entry in entries if entry.holders and parse_name(entry.name).key == key), None)
 
 
 def _introduction(reader: BundleReader) -> dict[str, Any]:

@@ -39,7 +39,9 @@ from meshmax.wire.chunkmap import decode_map
 
 INCOMPLETE: Final = ".incomplete"
 STEP_CHUNKS: Final = 32  # 32 MiB: under 0.1 s a step, but on a slow stick
-SYNC_BYTES: Final = 256 * MIB  # written between two syncs, so that progress is that of the stick and not of the cache
+SYNC_BYTES: Final = (
+    64 * MIB
+)  # written between two syncs, so that progress is the stick's and not the cache's; 10 s if slow
 
 ReadChunk = Callable[[Sha256, int, memoryview], int]  # ports.ChunkReader.read_chunk_into
 ReadMap = Callable[[MapAddress], bytes | None]

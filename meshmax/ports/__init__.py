@@ -1,0 +1,68 @@
+"""The Protocols between services and the world, and between faces and services: three to six methods each.
+
+Adapters (net, store, engine) and fakes (testing) satisfy the first group and are held to one contract suite per port
+(tests/contracts). Services satisfy the second group; node.py joins them. An async method may be cancelled at any await
+and then leaves nothing half done that a later call cannot see. Errors are those of base.errors only.
+"""
+
+from __future__ import annotations
+
+from meshmax.ports.common import Progress, RunSync, Signer, Throttle
+from meshmax.ports.engine import Engine, LoadedFacts, LoadedModel
+from meshmax.ports.lanes import (
+    ExpectedLane,
+    FetchLane,
+    LaneArrived,
+    LaneBad,
+    LaneBusy,
+    LaneCancelled,
+    LaneEvent,
+    LaneLacking,
+    Lanes,
+    LaneStoreFailed,
+    ServeLane,
+)
+from meshmax.ports.net import ConnectionView, Discovery, Sighting, Stream, Swarm, SwarmEvent
+from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
+from meshmax.ports.store import BlobStore, ChunkReader, ChunkSource, ChunkWriter, ModelStore, Naming, Partial
+
+__all__ = [
+    "Answer",
+    "BlobStore",
+    "Catalog",
+    "ChunkReader",
+    "ChunkSource",
+    "ChunkWriter",
+    "ConnectionView",
+    "Discovery",
+    "Distribution",
+    "Engine",
+    "ExpectedLane",
+    "FetchLane",
+    "LaneArrived",
+    "LaneBad",
+    "LaneBusy",
+    "LaneCancelled",
+    "LaneEvent",
+    "LaneLacking",
+    "LaneStoreFailed",
+    "Lanes",
+    "LoadedFacts",
+    "LoadedModel",
+    "ModelStore",
+    "Naming",
+    "Partial",
+    "Presence",
+    "Progress",
+    "Pulls",
+    "Residency",
+    "Router",
+    "RunSync",
+    "ServeLane",
+    "Sighting",
+    "Signer",
+    "Stream",
+    "Swarm",
+    "SwarmEvent",
+    "Throttle",
+]

@@ -1,0 +1,61 @@
+"""What runs models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import msgspec
+
+from meshmax.base.catalog import ModelFile
+from meshmax.base.inference import Event, InferRequest
+from meshmax.base.status import Device, Gpu
+
+
+class LoadedFacts(msgspec.Struct, frozen=True):
+    """How a model was loaded. Sizes in bytes; ``parallel`` answers at once."""
+
+    size: int
+    size_vram: int
+    context_length: int
+    device: Device
+    parallel: int
+
+
+class LoadedModel(Protocol):
+    """A model in memory."""
+
+    @property
+    def facts(self) -> LoadedFacts:
+        """How it was loaded."""
+        ...
+
+    @property
+    def alive(self) -> bool:
+        """False once the engine's process has ended."""
+        ...
+
+    def answer(self, request: InferRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """The answer's events; the last is a Finish. Leaving the block early stops the engine's work within a second.
+
+        Raises CapabilityMissing, ContextTooLong, InvalidRequest before the first event, EngineCrashed at any time.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """Something that runs models."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and messages."""
+        ...
+
+    async def devices(self) -> tuple[Gpu, ...]:
+        """The GPUs that this engine can really use; () is an answer."""
+        ...
+
+    def open_model(self, model: ModelFile) -> AbstractAsyncContextManager[LoadedModel]:
+        """Load a model; leaving the block unloads it and ends every process it had. Raises EngineUnavailable, EngineCrashed."""
+        ...

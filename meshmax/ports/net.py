@@ -1,0 +1,122 @@
+"""The network: streams, connections, and how peers are found."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+import msgspec
+import trio
+
+from meshmax.base.ids import PeerId
+
+
+class Stream(Protocol):
+    """A byte stream to a peer whose PeerId the connection has proved. One reader and one writer at a time."""
+
+    @property
+    def peer(self) -> PeerId:
+        """Whose stream this is."""
+        ...
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """1 to ``max_bytes`` bytes, or b"" at the end. Raises PeerGone when the stream was reset or the peer is lost."""
+        ...
+
+    async def send_all(self, data: bytes) -> None:
+        """Send everything. Cancelling it may cost this stream (reset it then), never the connection. Raises PeerGone."""
+        ...
+
+    async def send_eof(self) -> None:
+        """We send no more; the other direction stays open."""
+        ...
+
+    async def reset(self) -> None:
+        """Give the stream up in both directions at once; idempotent, never raises."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close both directions in order; idempotent, never raises; does not block for long on a stalled peer."""
+        ...
+
+
+class ConnectionView(msgspec.Struct, frozen=True):
+    """A connection as it is: the remote's address (multiaddr without /p2p), who dialled, since when (Unix time)."""
+
+    peer_id: PeerId
+    address: str
+    direction: Literal["in", "out"]
+    opened_at_s: float
+
+
+class SwarmEvent(msgspec.Struct, frozen=True):
+    """A peer got its first connection to us, or lost its last one."""
+
+    peer_id: PeerId
+    kind: Literal["connected", "disconnected"]
+
+
+class Swarm(Protocol):
+    """Authenticated connections to peers and streams over them. The only place that knows libp2p is its adapter."""
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who this is."""
+        ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Dialable multiaddrs of ours, each ending in /p2p/<PeerId>."""
+        ...
+
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """Connect, racing ``addresses`` (at most 16; the first to authenticate wins); returns at once if connected.
+
+        Raises ConnectError with every attempt. A peer that failed before is tried again. Deadlines are the caller's.
+        """
+        ...
+
+    async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
+        """A new stream on an existing connection. Raises PeerGone, VersionMismatch if the peer does not serve ``protocol``."""
+        ...
+
+    def serve(self, protocol: str, answer: Callable[[Stream], Awaitable[None]]) -> None:
+        """Run ``answer`` in a task of its own for each stream that peers open; its errors are logged, the stream then reset.
+
+        Streams at once are bounded per peer and in all; those beyond are reset.
+        """
+        ...
+
+    async def disconnect(self, peer_id: PeerId) -> None:
+        """Close every connection to the peer; stalled writers included. No error if there is none."""
+        ...
+
+    def connections(self) -> Mapping[PeerId, ConnectionView]:
+        """One connection per peer that is connected now."""
+        ...
+
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
+        """Events from now on, peers that are connected already first, as "connected"; a slow reader misses none."""
+        ...
+
+
+class Sighting(msgspec.Struct, frozen=True):
+    """Somebody said that a peer can be reached at these multiaddrs (each may end in /p2p/<PeerId>). Not yet believed."""
+
+    peer_id: PeerId
+    addresses: tuple[str, ...]
+    source: Literal["mdns", "static", "cached", "gossip", "rendezvous", "dht"]
+
+
+class Discovery(Protocol):
+    """One rung of the discovery ladder."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in logs and messages."""
+        ...
+
+    async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
+        """Look for peers, and let ourselves be found, until cancelled. Repeats itself; recovers from network errors."""
+        ...

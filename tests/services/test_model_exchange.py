@@ -134,6 +134,7 @@ async def test_the_map_of_a_whole_blob_can_be_asked_for_by_its_sha256_alone(auto
 
 async def test_a_peer_that_is_asked_to_pull_decides_itself(autojump_clock: Clock) -> None:
     async with open_pair() as (a, c):
+        ModelServer(a.store.models, a.store.blobs).register(a.swarm)
         with pytest.raises(NotOffered):
             await ask_download(c.swarm, a.peer_id, "small", OTHER)
         asked: list[tuple[PeerId, str, Sha256]] = []

@@ -295,7 +295,9 @@ async def test_a_place_without_a_bundle_is_told(tmp_path: Path, where: str) -> N
 # --- interruptions -----------------------------------------------------------------------------------------------------
 
 
-async def test_an_export_that_dies_at_any_change_goes_on_and_makes_the_same_files(tmp_path: Path) -> None:
+async def test_an_export_that_dies_at_any_change_goes_on_and_makes_the_same_files(
+    tmp_path: Path, mock_clock: object
+) -> None:
     files = await exported(tmp_path / "a", tmp_path / "right", 2 * MIB + 100_000)
     right = [file.read_bytes() for file in files]
     counting = DyingDisk()
@@ -343,7 +345,7 @@ async def test_another_bundle_of_that_name_is_not_overwritten(tmp_path: Path) ->
     assert file.read_bytes() == before
 
 
-async def test_an_import_that_dies_at_any_change_goes_on(tmp_path: Path) -> None:
+async def test_an_import_that_dies_at_any_change_goes_on(tmp_path: Path, mock_clock: object) -> None:
     data = model_data(2)
     await exported(tmp_path / "a", tmp_path / "stick", 0, data)
     counting = DyingDisk()

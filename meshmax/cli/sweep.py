@@ -55,7 +55,7 @@ def sweep(
     """
     body = {"dry_run": dry_run, "free": parse_bytes(free) if free else 0, "last_copies": last_copies}
     with open_client(target) as client:
-        answer = client.call("POST", "/api/v1/sweep", body)
+        answer = client.call_slowly("POST", "/api/v1/sweep", body)  # peers are asked
     if as_json:
         emit_json(answer)
     else:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 
+import msgspec
 import trio
 
 from meshmax.base.catalog import Listed
@@ -85,7 +86,7 @@ class SweepPeer:
         """Have a model whole, last used ``age_s`` ago."""
         stored = await self.models.add_model(name, model_bytes(name))
         digest = stored.manifest.digest
-        self.stored[digest] = stored
+        self.stored[digest] = msgspec.structs.replace(stored, modified_at_s=NOW_S - 10 * age_s)
         self.claims.add(digest)
         self.used_s[digest] = NOW_S - age_s
         self.sweeper = self.new_sweeper()

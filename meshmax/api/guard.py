@@ -101,13 +101,20 @@ async def _hang_up(_scope: Scope, receive: Receive, send: Send) -> None:
 
 def _refusal(verdict: Verdict, method: str, path: str) -> ASGIApp | None:
     if verdict in ("host", "origin"):
-        return Response(status_code=403)
+        dialect = dialect_of(path)  # Ollama's own refusal is empty
+        return (
+            Response(status_code=403) if dialect == "ollama" else error_reply(Forbidden(_WHY_REFUSED[verdict]), dialect)
+        )
     if method == "OPTIONS":  # a browser asks without credentials; the call itself is checked in full
         return Response(status_code=204, headers=_PREFLIGHT)
     refused: dict[str, MeshmaxError] = {"token": Unauthorized(), "cross-origin": Forbidden()}
     return error_reply(refused[verdict], dialect_of(path)) if verdict in refused else None
 
 
+_WHY_REFUSED: Final = {
+    "host": "this API does not serve that Host header: use localhost or the peer's address",
+    "origin": "calls from pages of that origin are not allowed: `origins` in the configuration lists further ones",
+}
 _PREFLIGHT: Final = {
     "access-control-allow-methods": ALLOWED_METHODS,
     "access-control-allow-headers": ALLOWED_HEADERS,

@@ -178,3 +178,16 @@ async def test_a_configured_origin_may_call(node: Any) -> None:
     node.config = Config(origins=("https://chat.example.org",))
     async with open_client(node) as client:
         assert (await client.get("/api/tags", headers={"origin": "https://chat.example.org"})).is_success
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"), [({"host": "evil.com"}, "Host header"), ({"origin": "http://evil.com"}, "`origins`")]
+)
+@pytest.mark.parametrize("path", ["/api/v1/status", "/v1/models"])
+async def test_beside_ollamas_paths_a_refusal_says_why(
+    client: httpx.AsyncClient, headers: dict[str, str], said: str, path: str
+) -> None:
+    reply = await client.get(path, headers=headers)
+    assert reply.status_code == 403
+    assert said in reply.text
+    assert "access-control-allow-origin" not in reply.headers

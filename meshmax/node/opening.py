@@ -1,0 +1,253 @@
+"""The composition root: everything is joined here. `async with open_node(config) as node`.
+
+One tree of tasks; what is opened first is closed last:
+
+    home (lock) > store > swarm > residency (engine processes) > catalog > presence > pulls > router > background
+                                                                                                       (scrub, GPU facts)
+
+A simulated node is the same tree over another `World`. Not here: faces (api, cli), decisions (core).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from meshmax.base.config import Config
+from meshmax.base.events import Download
+from meshmax.base.ids import Sha256
+from meshmax.base.model import StoredModel
+from meshmax.base.names import parse_name
+from meshmax.core.catalog import FirstSeen
+from meshmax.core.limits import Override, Plan
+from meshmax.core.mirror import MirrorPlan
+from meshmax.node.running import Node
+from meshmax.node.world import World, real_world
+from meshmax.services.adopt import Adoption, run_watch
+from meshmax.services.blob_server import BlobServer
+from meshmax.services.bundle_source import LocalSources
+from meshmax.services.bundles import make_bundles
+from meshmax.services.catalog import CatalogService, open_catalog
+from meshmax.services.distribute import Distribution
+from meshmax.services.fsck import Fsck
+from meshmax.services.garbage import Garbage, Kept
+from meshmax.services.infer_server import InferServer
+from meshmax.services.lane_client import LaneOpener
+from meshmax.services.lane_server import LaneServer, open_lane_server
+from meshmax.services.leftovers import make_leftovers, open_leftovers
+from meshmax.services.mirror import Mirror
+from meshmax.services.model_exchange import ModelServer
+from meshmax.services.model_exchange import describe as ask_description
+from meshmax.services.offers import Offers
+from meshmax.services.outflow import Outflow
+from meshmax.services.presence import open_presence
+from meshmax.services.pull import open_pulls
+from meshmax.services.registries import open_served, open_upstream
+from meshmax.services.residency import open_residency
+from meshmax.services.router import open_router
+from meshmax.services.scrub import run_scrub
+from meshmax.services.throttle import open_throttle
+from meshmax.store import open_store
+from meshmax.store.downloads import load_downloads, save_downloads
+from meshmax.store.first_seen import load_first_seen, save_first_seen
+from meshmax.store.home import open_home
+from meshmax.store.identity import load_identity
+from meshmax.store.limits_file import load_override, save_override
+from meshmax.telemetry.isolate import isolate
+
+
+@asynccontextmanager
+async def open_node(config: Config, world: World | None = None) -> AsyncIterator[Node]:
+    """A node, running: it listens, discovers and answers. Leaving the block ends everything that it started.
+
+    Raises ConfigError (home in use or not writable, bad addresses), StoreError.
+    """
+    world = world or real_world()
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        home = await enter(open_home(Path(config.home).expanduser()))
+        node = Node(config, home, world)
+        identity = load_identity(home.path)
+        node.signer = identity
+        models = Path(config.models).expanduser() if config.models else home.path / "models"
+        node.store = await enter(open_store(models, home.path / "state", world.run_sync))
+        node.swarm = await enter(world.open_swarm(config, identity.private_bytes))
+        node.engine = world.engine(config, home.path / "logs")
+
+        async def save_limits(override: Override) -> None:
+            await world.run_sync(partial(save_override, home.path, override))
+
+        node.limits = await enter(open_throttle(Plan(config.limits), load_override(home.path), save_limits))
+        await _Opening(node, stack).run()
+        node.state = "running"
+        node.changed()
+        yield node
+
+
+class _Opening:
+    """The steps of opening a node's services, in their order, and what they hand on to each other."""
+
+    def __init__(self, node: Node, stack: AsyncExitStack) -> None:
+        self.node, self.world, self.config, self.store = node, node.world, node.config, node.store
+        self.enter = stack.enter_async_context
+        self.first_seen = FirstSeen(load_first_seen(node.home.path))
+        self.kept = Kept(node.home.path, node.world.unix_now)
+        self.outflow, self.offers = Outflow(partial(_owner, node)), Offers(time.monotonic)
+        self.throttle = node.limits.throttle
+        self.opener: LaneOpener | None = None
+
+    async def run(self) -> None:
+        """All of them."""
+        await self._open_models()
+        await self._open_serving()
+        await self._open_pulls()
+        await self._open_prompts()
+        await self.enter(_open_background(self.node, self.first_seen))
+
+    async def _open_models(self) -> None:
+        node, world, store = self.node, self.world, self.store
+        node.residency = await self.enter(
+            open_residency(
+                node.engine,
+                node.model_file,
+                self.config.engine,
+                world.unix_now,
+                on_change=node.changed,
+                on_use=self.kept.used,
+            )
+        )
+        node.catalog = CatalogService(
+            store.models,
+            store.blobs,
+            node.signer,
+            world.unix_now,
+            lambda: node.presence.peers(),  # noqa: PLW0108  presence is opened after the catalog that it tells about
+            lambda: {part.digest: part.fraction for part in node.partials()},
+            lambda peer_id, digest: ask_description(node.swarm, peer_id, digest),
+            self.first_seen,
+            node.changed,
+            self.kept.pins,
+        )
+        await self.enter(open_catalog(node.catalog))
+        node.fsck = Fsck(store.models.listing, store.blobs, node.catalog.refresh, lambda: node.pulls)
+        node.adoption = Adoption(store.models.adopt, node.catalog.refresh, world.run_sync)
+
+    async def _open_serving(self) -> None:
+        """Protocols are served before anybody can know our address, so that no early peer is refused."""
+        node, world, store = self.node, self.world, self.store
+        if world.open_lanes is not None and self.config.lanes_per_peer:
+            lanes = await self.enter(world.open_lanes(self.config, node.peer_id))
+            lane_server = LaneServer(store.blobs, lanes, self.outflow, self.offers, self.throttle)
+            await self.enter(open_lane_server(lane_server, node.swarm, lanes))
+            self.opener = LaneOpener(node.swarm, lanes, self.config.lanes_per_peer)
+        node.garbage = Garbage(node, self.kept, self.outflow, world.run_sync)
+        # Pulls are opened after this, hence the looking up at each call.
+        ModelServer(store.models, store.blobs, lambda digest: node.pulling(digest), node.accept).register(node.swarm)  # noqa: PLW0108
+        BlobServer(store.blobs, outflow=self.outflow, offers=self.offers, throttle=self.throttle).register(node.swarm)
+        InferServer(node.residency, self.throttle.precedence).register(node.swarm)
+        rungs = world.rungs(self.config, node.swarm)
+        node.presence = await self.enter(
+            open_presence(node.swarm, node.signer, self.config, node.describe, rungs, world.unix_now, world.random)
+        )
+
+    async def _open_pulls(self) -> None:
+        node, world, store, config = self.node, self.world, self.store, self.config
+        opened = open_upstream(world.open_registry, store.staging, node.catalog, config, world.random, self.throttle)
+        upstream = await self.enter(opened)
+        local, leftovers = LocalSources(), make_leftovers(node, world.run_sync)
+        node.pulls = pulls = await self.enter(
+            open_pulls(
+                node.swarm,
+                store,
+                node.catalog,
+                node.presence,
+                random=world.random,
+                run_sync=world.run_sync,
+                on_stored=self._stored,
+                on_change=leftovers.before(node.changed),
+                outflow=self.outflow,
+                downloads=load_downloads(node.home.path),
+                keep=self._keep_downloads,
+                accept=config.accept_distribute,
+                upstream=upstream,
+                local=local.of,
+                opener=self.opener,
+                throttle=self.throttle,
+                room=node.garbage.sweeper.room,
+                naming=node.catalog,
+            )
+        )
+        node.partials, node.pulling, node.accept_pull = pulls.partials, pulls.pulling, pulls.accept
+        await self.enter(node.garbage.open(pulls))
+        node.leftovers = await self.enter(open_leftovers(leftovers))
+        node.bundles = make_bundles(node, world.run_sync, local, pulls.held, self._stored)
+        node.distribution = Distribution(node.swarm, node.catalog, node.presence, pulls.start_download)
+        served = open_served(store, node.catalog, node.swarm, node.presence, pulls, upstream)
+        node.repositories, node.uploads = await self.enter(served)
+
+    async def _open_prompts(self) -> None:
+        node = self.node
+        precedence = self.throttle.precedence
+        node.router = await self.enter(
+            open_router(node.swarm, node.residency, node.catalog, node.presence, node.peer_id, precedence)
+        )
+
+    async def _stored(self, model: StoredModel) -> None:
+        await self.node.catalog.refresh()
+        if model.record is None:  # nobody vouched for it; its digests were computed here, so we can
+            await self.node.catalog.sign_missing_records()
+        self.node.garbage.sweeper.wake()
+
+    async def _keep_downloads(self, downloads: tuple[Download, ...]) -> None:
+        await self.world.run_sync(partial(save_downloads, self.node.home.path, downloads))
+
+
+def _owner(node: Node, blob: Sha256) -> tuple[Sha256, str] | None:
+    """The model of ours, whole or in parts, that a blob which we send belongs to."""
+    for stored in node.catalog.local():
+        if any(layer.digest == blob for layer in stored.manifest.blobs):
+            return stored.manifest.digest, stored.name
+    for part in node.partials():
+        model = node.pulling(part.digest)
+        if model and any(layer.digest == blob for layer in model.manifest.blobs):
+            return part.digest, str(parse_name(part.names[0]))
+    return None
+
+
+@asynccontextmanager
+async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[None]:
+    """What goes on by itself: GPU facts, scrubbing, keeping what names meant."""
+    noted = trio.Event()
+
+    def on_news() -> None:
+        if node.catalog.note_names():
+            noted.set()
+
+    async def keep_names() -> None:
+        nonlocal noted
+        while True:
+            await noted.wait()
+            noted = trio.Event()
+            save = partial(save_first_seen, node.home.path, first_seen.items())
+            await isolate("names", partial(node.world.run_sync, save))
+
+    node.presence.watch(on_news)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(isolate, "gpus", node.find_gpus)
+        nursery.start_soon(keep_names)
+        if node.config.mirror:
+            mirror = Mirror(MirrorPlan(node.config.mirror), node.pulls, node.presence.peers, node.catalog.local)
+            nursery.start_soon(mirror.run)
+        nursery.start_soon(run_watch, node.catalog.refresh_if_changed)
+        nursery.start_soon(
+            run_scrub, node.store.blobs, node.catalog.local, node.catalog.refresh, node.config.scrub_interval_s
+        )
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()

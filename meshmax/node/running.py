@@ -1,0 +1,207 @@
+"""Node: a running node as faces see it, and what it says of itself. Not here: how it is opened (node.opening)."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+import msgspec
+import trio
+
+from meshmax import __version__
+from meshmax.base.catalog import ModelFile
+from meshmax.base.config import Config
+from meshmax.base.errors import Busy, EngineUnavailable
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.inference import Options
+from meshmax.base.model import MODEL_MEDIA_TYPE, StoredModel
+from meshmax.base.names import parse_name
+from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.node.world import World
+from meshmax.ports import Engine, Pulls, Router, Signer, Swarm
+from meshmax.services.adopt import Adoption
+from meshmax.services.bundles import Bundles
+from meshmax.services.catalog import CatalogService
+from meshmax.services.distribute import Distribution
+from meshmax.services.fsck import Fsck
+from meshmax.services.garbage import Garbage
+from meshmax.services.leftovers import Leftovers
+from meshmax.services.model_exchange import FetchedModel
+from meshmax.services.presence import PresenceService
+from meshmax.services.pull import PartialModel
+from meshmax.services.repositories import Repositories
+from meshmax.services.residency import ModelResidency
+from meshmax.services.throttle import Limits
+from meshmax.services.uploads import Uploads
+from meshmax.store import Store
+from meshmax.store.home import Home
+from meshmax.telemetry.meter import Meter
+
+State = Literal["starting", "running", "draining"]
+
+
+class Node:
+    """A running node; made by `open_node`. Attributes are the ports that faces use."""
+
+    def __init__(self, config: Config, home: Home, world: World) -> None:
+        self.config = config
+        self.home = home
+        self.world = world
+        self.state: State = "starting"
+        self.name = (config.name or socket.gethostname().split(".")[0])[:MAX_PEER_NAME]
+        self.token = config.token
+        self.started_at_s = world.unix_now()
+        self.gpus: tuple[Gpu, ...] = ()
+        self.signer: Signer
+        self.swarm: Swarm
+        self.store: Store
+        self.engine: Engine
+        self.catalog: CatalogService
+        self.presence: PresenceService
+        self.residency: ModelResidency
+        self.limits: Limits
+        self.fsck: Fsck
+        self.adoption: Adoption
+        self.bundles: Bundles
+        self.garbage: Garbage
+        self.leftovers: Leftovers
+        self.pulls: Pulls
+        self.distribution: Distribution
+        self.router: Router
+        self.repositories: Repositories
+        self.uploads: Uploads
+        self.accept_pull: Callable[[PeerId, str, Sha256], Awaitable[str]] = _starting  # likewise
+        self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
+        self.pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None  # likewise
+        self._meter = Meter(home.path)
+
+    def now(self) -> float:
+        """Unix time in seconds."""
+        return self.world.unix_now()
+
+    @property
+    def peer_id(self) -> PeerId:
+        """Who we are."""
+        return self.signer.peer_id
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where we can be dialled."""
+        return self.swarm.addresses
+
+    def resources(self) -> dict[str, Any]:
+        """The machine now, in the shape of the status interface."""
+        reading = self._meter.read(trio.current_time())
+        return {
+            "cpu_percent": reading.cpu_percent,
+            "memory_bytes": reading.memory_bytes,
+            "memory_total_bytes": reading.memory_total_bytes,
+            "disk_free_bytes": reading.disk_free_bytes,
+            "gpus": [
+                {"name": gpu.name, "memory_bytes": gpu.memory_bytes, "memory_total_bytes": gpu.memory_total_bytes}
+                for gpu in self.gpus
+            ],
+        }
+
+    async def accept(self, peer: PeerId, name: str, digest: Sha256) -> str:
+        """A peer asks us to pull a model: see services.pull. Raises Busy until we are running."""
+        return await self.accept_pull(peer, name, digest)
+
+    # --- what we say of ourselves ------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Something that our status tells has changed: let the mesh know soon. Cheap."""
+        if self.state != "starting":
+            self.presence.changed()
+
+    def describe(self) -> PeerStatus:
+        """Our status, but for what presence fills in (sequence, time, addresses)."""
+        reading = self._meter.read(trio.current_time())
+        return PeerStatus(
+            self.signer.peer_id,
+            0,
+            0,
+            self.name,
+            __version__,
+            engine=self.engine.name,
+            models=self._models(),
+            gpus=self.gpus,
+            load=self.residency.load(),
+            cpu_percent=reading.cpu_percent,
+            memory_bytes=reading.memory_bytes,
+            memory_total_bytes=reading.memory_total_bytes,
+            draining=self.state == "draining",
+        )
+
+    def _models(self) -> tuple[ModelPresence, ...]:
+        by_digest: dict[Sha256, list[StoredModel]] = {}
+        for stored in self.catalog.local():
+            by_digest.setdefault(stored.manifest.digest, []).append(stored)
+        whole = [self._presence(models) for models in by_digest.values()]
+        partial = [
+            ModelPresence(part.digest, part.names, "partial", part.size)
+            for part in self.partials()
+            if part.digest not in by_digest
+        ]
+        return tuple((whole + partial)[:MAX_MODELS])
+
+    def _presence(self, models: list[StoredModel]) -> ModelPresence:
+        stored = models[0]
+        details = stored.details
+        loaded = next((view for view in self.residency.loaded() if view.digest == stored.manifest.digest), None)
+        speed = self.residency.speed(stored.manifest.digest)
+        return ModelPresence(
+            stored.manifest.digest,
+            tuple(parse_name(model.name).full for model in models[:64]),
+            "loaded" if loaded else "disk",
+            stored.manifest.size,
+            device=loaded.device if loaded else "gpu" if self.gpus else "cpu",
+            family=details.family,
+            parameter_size=details.parameter_size,
+            quantization_level=details.quantization_level,
+            context_length=details.context_length,
+            embedding_length=details.embedding_length,
+            capabilities=details.capabilities,
+            modified_at_s=int(min(model.modified_at_s for model in models)),  # a further name changes nothing
+            prefill_per_s=speed.prefill_per_s,
+            decode_per_s=speed.decode_per_s,
+            load_s=speed.load_s,
+        )
+
+    async def model_file(self, digest: Sha256) -> ModelFile:
+        """What the engine needs to load a model of ours. Raises ModelNotFound, BlobNotFound, StoreCorrupt."""
+        stored = self.catalog.by_digest(digest)
+        layer = stored.manifest.layer(MODEL_MEDIA_TYPE)
+        if layer is None:
+            raise EngineUnavailable(f"'{stored.name}' has no GGUF layer; models of other formats cannot be run yet")
+        path = await self.store.blobs.path(layer.digest)
+        description = await self.store.models.describe(digest)
+        return ModelFile(
+            digest,
+            stored.name,
+            str(path),
+            layer.size,
+            stored.details,
+            description.system,
+            _parameters(description.parameters),
+        )
+
+    async def find_gpus(self) -> None:
+        """Ask the engine for its GPUs; tells the mesh when there are some."""
+        self.gpus = await self.engine.devices()
+        self.presence.changed()
+
+
+async def _starting(_peer: PeerId, _name: str, _digest: Sha256) -> str:
+    await trio.lowlevel.checkpoint()
+    raise Busy("this peer is starting")
+
+
+def _parameters(raw: dict[str, Any]) -> Options:
+    """The params layer of a model as options; what this version does not know is left out."""
+    known = {key: value for key, value in raw.items() if key in Options.__struct_fields__}
+    try:
+        return msgspec.convert(known, Options, strict=False)
+    except msgspec.ValidationError as error:
+        raise EngineUnavailable(f"the model's own parameters are not valid: {error}") from None

@@ -1,0 +1,101 @@
+"""What a node takes from outside: the network, the engine, threads, the clock, chance; and the real ones of all.
+
+The only module that names concrete adapters of net and engine. A simulated node is the same node over another World.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import trio
+
+from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
+from meshmax.base.ids import PeerId
+from meshmax.core.backoff import Random
+from meshmax.engine.echo import EchoEngine
+from meshmax.engine.llamacpp import LlamaCppEngine
+from meshmax.engine.none import NoEngine
+from meshmax.net.addresses import is_lan_address
+from meshmax.net.lanes import open_lanes
+from meshmax.net.mdns import Mdns
+from meshmax.net.registry_client import open_registry_client
+from meshmax.net.static import Static
+from meshmax.net.swarm import open_swarm
+from meshmax.ports import Discovery, Engine, Lanes, RunSync, Swarm
+from meshmax.services.registries import OpenRegistry
+
+# More would only queue at one disk. The limiter is its own, so that a stuck disk blocks nothing else.
+DISK_THREADS: Final = 4
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """What a node takes from outside: the network, the engine, threads, the clock, chance."""
+
+    open_swarm: Callable[[Config, bytes], AbstractAsyncContextManager[Swarm]]
+    rungs: Callable[[Config, Swarm], Sequence[Discovery]]
+    engine: Callable[[Config, Path], Engine]
+    run_sync: RunSync
+    unix_now: Callable[[], float]
+    random: Random
+    open_registry: OpenRegistry | None = None  # None: no upstream registries
+    open_lanes: Callable[[Config, PeerId], AbstractAsyncContextManager[Lanes]] | None = None  # None: no blob lanes
+
+
+def real_world() -> World:
+    """libp2p, mDNS, llama.cpp, threads, the system's clock."""
+    system_random = random.SystemRandom()
+    return World(
+        _open_swarm, _rungs, _engine, _disk_threads(), time.time, system_random, open_registry_client, _open_lanes
+    )
+
+
+def _listen(config: Config) -> list[tuple[str, int]]:
+    if config.listen:
+        return [parse_host_port(text) for text in config.listen]
+    # Without a LAN to take part in, only this machine may reach us unless --listen says otherwise.
+    hosts = ("0.0.0.0", "::") if config.lan else ("127.0.0.1",)  # noqa: S104
+    return [(host, DEFAULT_CONTROL_PORT) for host in hosts]
+
+
+def _open_swarm(config: Config, private_bytes: bytes) -> AbstractAsyncContextManager[Swarm]:
+    return open_swarm(private_bytes, _listen(config), allow=is_lan_address)
+
+
+def _open_lanes(config: Config, peer_id: PeerId) -> AbstractAsyncContextManager[Lanes]:
+    hosts = dict.fromkeys(host for host, _ in _listen(config))
+    return open_lanes(peer_id, [(host, config.lane_port) for host in hosts], allow=is_lan_address)
+
+
+def _rungs(config: Config, swarm: Swarm) -> tuple[Discovery, ...]:
+    static = Static(config.join)
+    if not config.lan:
+        return (static,)
+    return (static, Mdns(swarm.peer_id, lambda: swarm.addresses, config.lan_interfaces))
+
+
+def _engine(config: Config, logs: Path) -> Engine:
+    match config.engine.kind:
+        case "echo":
+            return EchoEngine(config.engine)
+        case "none":
+            return NoEngine()
+        case _:
+            return LlamaCppEngine(config.engine, logs)
+
+
+def _disk_threads() -> RunSync:
+    limiter = trio.CapacityLimiter(DISK_THREADS)
+
+    async def run_sync(work: Callable[[], T], /) -> T:
+        return await trio.to_thread.run_sync(work, limiter=limiter)
+
+    return run_sync

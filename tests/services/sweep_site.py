@@ -17,6 +17,7 @@ from meshmax.base.names import parse_name
 from meshmax.core.pins import Pins
 from meshmax.core.sweep import Budget, Leftover
 from meshmax.core.uses import Uses
+from meshmax.ports import Stream
 from meshmax.services.leases import Leases
 from meshmax.services.sweep import Ground, Report, Sweeper
 from meshmax.store.usage import PartialUse, Usage
@@ -151,6 +152,11 @@ async def open_sweep_site() -> AsyncIterator[SweepSite]:
     """A site; ends with the block."""
     async with AsyncExitStack() as stack:
         yield SweepSite(stack)
+
+
+async def mute(stream: Stream) -> None:
+    """A peer that takes a stream and says nothing."""
+    await trio.sleep_forever()
 
 
 def gone(report: Report) -> list[str]:

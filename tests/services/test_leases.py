@@ -17,7 +17,7 @@ from meshmax.services.leases import ASK_TIMEOUT_S, DISTRUST_S, MAX_ANSWERS_PER_P
 from meshmax.wire import lease as wire
 from meshmax.wire.failure import Failure
 from meshmax.wire.protocols import LEASE
-from tests.services.sweep_site import SweepPeer, SweepSite, gone, open_sweep_site, why
+from tests.services.sweep_site import SweepPeer, SweepSite, gone, mute, open_sweep_site, why
 
 
 async def get(asker: SweepPeer, holder: SweepPeer, digest: Sha256) -> str | None:
@@ -93,7 +93,7 @@ async def test_a_silent_holder_costs_its_time_once_and_counts_for_nothing(
             name = f"further{number}"
             await a.hold(name)
             await b.hold(name)
-        b.swarm.serve(LEASE, lambda stream: trio.sleep_forever())
+        b.swarm.serve(LEASE, mute)
         began_s = trio.current_time()
         assert gone(await a.sweep()) == []
         assert trio.current_time() - began_s < ASK_TIMEOUT_S + 1
@@ -162,7 +162,8 @@ async def test_probes_of_blobs_that_are_not_the_models_are_refused(autojump_cloc
         await a.swarm.dial(b.peer_id, b.swarm.addresses)
         frames = FrameStream(await a.swarm.open_stream(b.peer_id, LEASE))
         await frames.send(wire.FROM_ASKER, wire.LeaseAsk(digest, b"n" * 32, (probe,)))
-        assert isinstance(await frames.receive(wire.FROM_HOLDER), Failure)
+        reply = await frames.receive(wire.FROM_HOLDER)
+        assert isinstance(reply, Failure)
 
 
 async def test_asks_at_once_are_bounded(autojump_clock: trio.testing.MockClock) -> None:

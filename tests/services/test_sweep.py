@@ -16,7 +16,7 @@ from meshmax.core.sweep import ALONE, ENOUGH, YOUNG, Budget
 from meshmax.services.sweep import ASK_AGAIN_S, RECENT_S, SAVE_INTERVAL_S, SWEEP_INTERVAL_S, open_sweeper
 from meshmax.store.usage import PartialUse
 from meshmax.wire.protocols import LEASE
-from tests.services.sweep_site import NOW_S, SweepPeer, gone, open_sweep_site, why
+from tests.services.sweep_site import NOW_S, SweepPeer, gone, mute, open_sweep_site, why
 
 BLOB = Sha256("cd" * 32)
 MB = 10**6
@@ -79,7 +79,7 @@ async def test_what_comes_into_use_while_its_lease_is_asked_for_stays(autojump_c
 async def test_a_dry_run_changes_nothing_and_asks_nobody(autojump_clock: trio.testing.MockClock) -> None:
     async with open_sweep_site() as site:
         (a, b), digest = await site.sharing(2)
-        b.swarm.serve(LEASE, lambda stream: trio.sleep_forever())
+        b.swarm.serve(LEASE, mute)
         alone = await a.hold("alone")
         report = await a.sweep(dry_run=True)
         assert gone(report) == ["m:latest"]

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshmax.base.errors import Busy, ModelNotFound, Refused
@@ -97,46 +97,76 @@ class Peer:
     """A holder that may sweep; forgets its table when it restarts."""
 
     def __init__(self, name: PeerId) -> None:
-        self.name, self.table, self.holds = name, LeaseTable(name), True
+        self.name, self.table, self.holds, self.dropping = name, LeaseTable(name), True, False
         self.token: int | None = None
 
-    def drops(self, until_s: float, token: int, now: float) -> None:
-        if self.holds and self.token == token and self.table.commit(M, token, until_s, now):
-            self.holds = False
+    def commits(self, until_s: float, token: int, now: float) -> None:
+        if self.holds and not self.dropping and self.table.commit(M, token, until_s, now):
+            self.dropping, self.token = True, token
+
+    def drops(self) -> None:
+        if self.dropping and self.token is not None:
+            self.holds = self.dropping = False
+            self.table.end(M, self.token)
 
 
-@given(st.integers(2, 5), st.integers(0, 2**32), st.integers(20, 200))
-def test_whatever_messages_clocks_and_restarts_do_one_copy_stays(count: int, seed: int, steps: int) -> None:
-    chance = random.Random(seed)
-    peers = [Peer(PeerId(f"p{number}")) for number in range(count)]
-    asks: list[tuple[Peer, Peer, int, float]] = []
-    grants: list[tuple[Peer, int, float]] = []
-    clocks = {peer.name: 0.0 for peer in peers}  # each goes as it likes
-    for _ in range(steps):
-        peer = chance.choice(peers)
-        clocks[peer.name] += chance.choice([0.0, 0.5, LEASE_S / 2, LEASE_S + REST_S])
-        now = clocks[peer.name]
-        what = chance.random()
-        if what < 0.3 and peer.holds:
+class Mesh:
+    """Peers, and messages that arrive in any order, or never. ``timed`` False: clocks say nothing, leases never end there."""
+
+    def __init__(self, count: int, chance: random.Random, timed: bool) -> None:
+        self.peers = [Peer(PeerId(f"p{number}")) for number in range(count)]
+        self.clocks = {peer.name: 0.0 for peer in self.peers}
+        self.chance, self.timed = chance, timed
+        self.asks: list[tuple[Peer, Peer, int, float]] = []
+        self.grants: list[tuple[Peer, int, float]] = []
+
+    def step(self) -> None:
+        """Something happens."""
+        peer = self.chance.choice(self.peers)
+        if self.chance.random() < 0.1:
+            self.clocks[peer.name] += self.chance.choice([LEASE_S / 2, LEASE_S + REST_S])
+        events = [self._intend, self._restart, self._ask, self._ask, self._grant, self._grant, Peer.drops]
+        self.chance.choice(events)(peer)
+
+    def _intend(self, peer: Peer) -> None:
+        if peer.holds and not peer.dropping:
             try:
-                peer.token = peer.table.begin(M, now)
+                token = peer.table.begin(M, self.clocks[peer.name])
             except Refused:
-                continue
-            asks += [(peer, other, peer.token, now) for other in peers if other is not peer]
-        elif what < 0.4:
-            peer.table, peer.token = LeaseTable(peer.name), None
-        elif what < 0.7 and asks:
-            asker, holder, token, asked_s = asks.pop(chance.randrange(len(asks)))
-            if holder.holds:
-                try:
-                    lasts_s = holder.table.on_ask(M, asker.name, clocks[holder.name])
-                except (Refused, ModelNotFound):
-                    continue
-                grants.append((asker, token, asked_s + lasts_s))
-        elif grants:
-            asker, token, until_s = grants.pop(chance.randrange(len(grants)))
-            asker.drops(until_s, token, clocks[asker.name])
-        assert any(peer.holds for peer in peers)
+                return
+            self.asks += [(peer, other, token, self.clocks[peer.name]) for other in self.peers if other is not peer]
+
+    def _restart(self, peer: Peer) -> None:
+        peer.table, peer.dropping = LeaseTable(peer.name), False
+        self.grants = [grant for grant in self.grants if grant[0] is not peer]
+        self.asks = [ask for ask in self.asks if ask[0] is not peer]
+
+    def _ask(self, _peer: Peer) -> None:
+        if not self.asks:
+            return
+        asker, holder, token, asked_s = self.asks.pop(self.chance.randrange(len(self.asks)))
+        if holder.holds:
+            try:
+                lasts_s = holder.table.on_ask(M, asker.name, self.clocks[holder.name])
+            except (Refused, ModelNotFound):
+                return
+            self.grants.append((asker, token, asked_s + lasts_s if self.timed else float("inf")))
+
+    def _grant(self, _peer: Peer) -> None:
+        if self.grants:
+            asker, token, until_s = self.grants.pop(self.chance.randrange(len(self.grants)))
+            asker.commits(until_s, token, self.clocks[asker.name])
+
+
+@settings(max_examples=200)
+@given(st.integers(2, 4), st.booleans(), st.integers(0, 2**32))
+def test_whatever_messages_clocks_and_restarts_do_one_copy_stays(count: int, timed: bool, seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(40):
+        mesh = Mesh(count, chance, timed)
+        for _ in range(40):
+            mesh.step()
+            assert any(peer.holds and not peer.dropping for peer in mesh.peers)
 
 
 @given(st.permutations([ANN, BOB]), st.permutations(range(4)))
@@ -158,5 +188,6 @@ def test_of_two_that_sweep_at_once_exactly_one_drops_in_whatever_order_messages_
     for asker, until_s in answers.items():
         token = peers[asker].token
         if until_s is not None and token is not None:
-            peers[asker].drops(until_s, token, 0.0)
+            peers[asker].commits(until_s, token, 0.0)
+            peers[asker].drops()
     assert [name for name, peer in peers.items() if not peer.holds] == [ANN]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from meshmax.base.errors import NotFound
 from meshmax.cli.models import AsJson
 from meshmax.cli.output import emit, emit_json
 
 
-def docs(page: str = "", /, *, as_json: AsJson = False) -> None:
+def docs(
+    page: Annotated[str, Parameter(help="Its name, or how that begins, like 0002.")] = "", /, *, as_json: AsJson = False
+) -> None:
     """Read a page of the documentation; without a name, list the pages."""
     pages = find_pages(files("meshmax") / "docs")
     if not page:
@@ -22,13 +28,20 @@ def docs(page: str = "", /, *, as_json: AsJson = False) -> None:
             width = max(map(len, titles), default=0)
             emit("\n".join(f"{name:<{width}}  {title}" for name, title in titles.items()) or "no pages")
         return
-    text = pages.get(page.removesuffix(".md"))
+    page = _full_name(page.removesuffix(".md"), pages)
+    text = pages.get(page)
     if text is None:
         raise NotFound(f"there is no page '{page[:80]}': `meshmax docs` lists the pages")
     if as_json:
         emit_json({"page": page, "text": text})
     else:
         _print_page(text)
+
+
+def _full_name(page: str, pages: Iterable[str]) -> str:
+    """``page``, or the one page whose name, without its folder, begins so: ``0002`` is enough."""
+    found = [name for name in pages if name.rpartition("/")[2].startswith(page)]
+    return found[0] if len(found) == 1 and page not in pages else page
 
 
 def find_pages(folder: Traversable, prefix: str = "") -> dict[str, str]:

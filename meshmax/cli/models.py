@@ -30,12 +30,20 @@ from meshmax.cli.progress import show_progress
 
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 HERE: Final = Target()
+Model = Annotated[str, Parameter(help="A model's name: NAME, NAME:TAG or NAME@DIGEST.")]
+MoreModels = Annotated[str, Parameter(help="More of them.")]
 NO_MANIFEST: Final = "file does not exist"  # in Ollama's words: nobody has the model
 FACT_COLUMNS: Final = 30  # Ollama's, of a list in `show --verbose`
 ID_CHARACTERS: Final = 12  # of a digest, in tables
 
 
-def list_models(prefix: str = "", /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+def list_models(
+    prefix: Annotated[str, Parameter(help="Only names that begin so.")] = "",
+    /,
+    *,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
     """List the models that this peer can use: its own, and, with a PEER that has them, those that are not here."""
     with open_client(target) as client:
         found = [m for m in client.get("/api/tags")["models"] if m["name"].lower().startswith(prefix.lower())]
@@ -77,15 +85,15 @@ def _ps_row(model: dict[str, Any], now_s: float) -> tuple[str, ...]:
 
 
 def show(
-    model: str,
+    model: Model,
     /,
     *,
-    license: bool = False,  # noqa: A002 (the flag is Ollama's)
-    modelfile: bool = False,
-    parameters: bool = False,
-    template: bool = False,
-    system: bool = False,
-    verbose: Annotated[bool, Parameter(name=("--verbose", "-v"))] = False,
+    license: Annotated[bool, Parameter(help="Only the license.")] = False,  # noqa: A002 (the flag is Ollama's)
+    modelfile: Annotated[bool, Parameter(help="Only a Modelfile to make it from again.")] = False,
+    parameters: Annotated[bool, Parameter(help="Only its parameters.")] = False,
+    template: Annotated[bool, Parameter(help="Only its prompt template.")] = False,
+    system: Annotated[bool, Parameter(help="Only its system message.")] = False,
+    verbose: Annotated[bool, Parameter(name=("--verbose", "-v"), help="Every figure, and the tensors.")] = False,
     as_json: AsJson = False,
     target: Target = HERE,
 ) -> None:
@@ -167,7 +175,14 @@ def _first_lines(text: str, count: int) -> list[tuple[str]]:
     return [(line.strip(),) for line in lines[:count]] + ([("...",)] if len(lines) > count else [])
 
 
-def cp(source: str, destination: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+def cp(
+    source: Annotated[str, Parameter(help="A model of this peer: NAME or NAME@DIGEST.")],
+    destination: Annotated[str, Parameter(help="Its new name.")],
+    /,
+    *,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
     """Give a model of this peer a second name."""
     body = {"source": source, "destination": destination}
     with open_client(target) as client, client.open_answer("POST", "/api/copy", body, timed=True) as answer:
@@ -180,7 +195,7 @@ def cp(source: str, destination: str, /, *, as_json: AsJson = False, target: Tar
         emit(f"'{destination}' meant another model, which is kept as '{kept}'")
 
 
-def rm(model: str, /, *more: str, as_json: AsJson = False, target: Target = HERE) -> None:
+def rm(model: Model, /, *more: MoreModels, as_json: AsJson = False, target: Target = HERE) -> None:
     """Delete models from this peer; other peers keep theirs."""
     with open_client(target) as client:
         for name in (model, *more):  # the peer frees the memory, too, when no other name means the same
@@ -191,7 +206,7 @@ def rm(model: str, /, *more: str, as_json: AsJson = False, target: Target = HERE
         emit_json({"deleted": [model, *more]})
 
 
-def stop(model: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+def stop(model: Model, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
     """Unload a model from this peer's memory; one that only other peers hold stays loaded there."""
     with open_client(target) as client:
         try:
@@ -207,13 +222,13 @@ def stop(model: str, /, *, as_json: AsJson = False, target: Target = HERE) -> No
 
 
 def pull(
-    model: str,
+    model: Model,
     /,
-    *more: str,
+    *more: MoreModels,
     detach: Annotated[
         bool, Parameter(help="Return at once; the peer goes on in the background, over restarts.")
     ] = False,
-    insecure: bool = False,
+    insecure: Annotated[bool, Parameter(show=False)] = False,
     as_json: AsJson = False,
     target: Target = HERE,
 ) -> None:
@@ -249,8 +264,8 @@ def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = F
 
 
 def add(
-    name: str = "",
-    file: Path | None = None,
+    name: Annotated[str, Parameter(help="What it is to be called: NAME or NAME:TAG.")] = "",
+    file: Annotated[Path | None, Parameter(help="A GGUF file on the machine of the peer.")] = None,
     /,
     *,
     link: Annotated[bool, Parameter(help="Hard link instead of a copy: the file must then never be edited.")] = False,

@@ -16,7 +16,7 @@ from meshmax.base.inference import MAX_PROMPT_BYTES
 from meshmax.base.units import parse_duration_s
 from meshmax.cli.answer import AnswerWriter, timings, write_out
 from meshmax.cli.client import PeerClient, Target, open_client
-from meshmax.cli.models import HERE, AsJson, pull_model
+from meshmax.cli.models import HERE, AsJson, Model, pull_model
 from meshmax.cli.output import emit, emit_json
 
 ThinkFlag = Literal["true", "false", "low", "medium", "high", "max"]
@@ -24,9 +24,9 @@ _EMBEDDING_ONLY: Final = frozenset({"embedding"})
 
 
 def run(
-    model: str,
+    model: Model,
     /,
-    *prompt: str,
+    *prompt: Annotated[str, Parameter(help="What to ask; without it, and without piped text, a conversation.")],
     pull: Annotated[bool, Parameter(help="Bring the model to this peer first.")] = False,
     keepalive: Annotated[str | None, Parameter(help="How long the model stays loaded, like 5m.")] = None,
     verbose: Annotated[bool, Parameter(name=("--verbose", "-v"), help="Show timings, and who answered.")] = False,

@@ -1,7 +1,7 @@
 """The Protocols between services and the world, and between faces and services: three to six methods each.
 
 Adapters (net, store, engine) and fakes (testing) satisfy the first group and are held to one contract suite per port
-(tests/contracts). Services satisfy the second group; node.py joins them. An async method may be cancelled at any await
+(tests/contracts). Services satisfy the second group; meshmax.node joins them. An async method may be cancelled at any await
 and then leaves nothing half done that a later call cannot see. Errors are those of base.errors only.
 """
 

@@ -1,4 +1,4 @@
-"""Services as faces and other services see them. Services satisfy these; node.py joins them."""
+"""Services as faces and other services see them. Services satisfy these; meshmax.node joins them."""
 
 from __future__ import annotations
 

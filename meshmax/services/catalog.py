@@ -164,7 +164,7 @@ class CatalogService:
             await self._models.delete(name)
         await self.refresh()
 
-    # --- for node.py -------------------------------------------------------------------------------------------------
+    # --- for meshmax.node -------------------------------------------------------------------------------------------------
 
     def local(self) -> tuple[StoredModel, ...]:
         """The models that are whole in our store, newest first."""
@@ -197,7 +197,12 @@ class CatalogService:
 
     def note_names(self) -> bool:
         """Remember what each name of the mesh means when it is first seen; True if one was new."""
-        new = [entry for entry in self.entries() if self._first_seen.note(parse_name(entry.name).key, entry.digest)]
+        new = [
+            entry
+            for entry in self.entries()
+            # Of several that have it the nearest is taken for the one that offered it.
+            if self._first_seen.note(parse_name(entry.name).key, entry.digest, "" if entry.local else entry.holders[0])
+        ]
         return bool(new)
 
     async def sign_missing_records(self) -> None:

@@ -1,4 +1,4 @@
-"""Pins, last uses, leases and the sweeper of one node, put together. For node.py.
+"""Pins, last uses, leases and the sweeper of one node, put together. For meshmax.node.
 
 `Kept` is read before anything else, since names and the store heed pins; the sweeper is made before pulls, which ask it for
 room, and begins when they are open. Not here: what each part decides (core.pins, core.uses, core.lease, core.sweep).

@@ -99,7 +99,7 @@ class PresenceService:
         entry = self._table.entry(peer_id)
         return self._view(entry) if entry else None
 
-    # --- for node.py -------------------------------------------------------------------------------------------------
+    # --- for meshmax.node -------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """What our status tells (models, load, draining) has changed; it is issued anew soon. Cheap; call it freely."""

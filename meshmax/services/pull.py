@@ -143,7 +143,7 @@ class PullService:
                 return InvalidRequest(f"the transfer has ended already ({transfer.state})")
         return NotFound(f"no transfer '{transfer_id[:100]}' is known here: `meshmax transfers` lists those that are")
 
-    # --- for node.py and other services ------------------------------------------------------------------------------
+    # --- for meshmax.node and other services ------------------------------------------------------------------------------
 
     def partials(self) -> tuple[PartialModel, ...]:
         """The models that are being pulled and whose size is known: we serve what we have of them. What comes from a

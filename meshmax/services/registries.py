@@ -1,4 +1,4 @@
-"""Registries both ways, opened: upstream ones for pulls, and this node as one. For node.py.
+"""Registries both ways, opened: upstream ones for pulls, and this node as one. For meshmax.node.
 
 Not here: what each part decides (services.upstream, repositories, pull_through, uploads).
 """

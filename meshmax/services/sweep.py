@@ -191,15 +191,21 @@ class Sweeper:
         by_digest: dict[Sha256, list[StoredModel]] = {}
         for stored in self._ground.local():
             by_digest.setdefault(stored.manifest.digest, []).append(stored)
-        return [self._copy(models, usage, needed, now_s) for models in by_digest.values()]
+        in_use = self._ground.in_use()
+        return [self._copy(models, usage, needed, in_use, now_s) for models in by_digest.values()]
 
     def _copy(
-        self, models: list[StoredModel], usage: Usage, needed: frozenset[Sha256] | set[Sha256], now_s: float
+        self,
+        models: list[StoredModel],
+        usage: Usage,
+        needed: frozenset[Sha256] | set[Sha256],
+        in_use: Mapping[Sha256, str],
+        now_s: float,
     ) -> Copy:
         manifest = models[0].manifest
         came_s = max(model.modified_at_s for model in models)
         last_s = self.uses.last_s(manifest.digest, came_s, now_s)
-        kept = self._kept(models[0], needed)
+        kept = self._kept(models[0], needed, in_use)
         if not kept and 0 <= now_s - last_s < RECENT_S:
             kept = "it was used a moment ago"
         return Copy(
@@ -212,12 +218,11 @@ class Sweeper:
             len(self._ground.holders(manifest.digest)),
         )
 
-    def _kept(self, stored: StoredModel, needed: frozenset[Sha256] | set[Sha256]) -> str:
+    def _kept(self, stored: StoredModel, needed: frozenset[Sha256] | set[Sha256], in_use: Mapping[Sha256, str]) -> str:
         """Why a model must stay whatever else, or ''."""
         manifest = stored.manifest
         if self._pins.keeps(manifest.digest):
             return "it is pinned"
-        in_use = self._ground.in_use()
         for digest in (manifest.digest, *(blob.digest for blob in manifest.blobs)):
             if digest in in_use:
                 return in_use[digest]
@@ -265,7 +270,7 @@ class Sweeper:
             raise NoProviders(reason)
         try:
             async with self._leases.open(stored.manifest, holders) as lease:
-                if reason := self._kept(stored, self._needed() | coming.keys()):
+                if reason := self._kept(stored, self._needed() | coming.keys(), self._ground.in_use()):
                     raise _InUse(reason)
                 if not lease.commit():
                     raise _InUse("another peer drops its copy and relies on this one")

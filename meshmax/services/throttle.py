@@ -10,7 +10,6 @@ the longer wait counts. What a command sets is kept over restarts by ``save``. N
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -129,11 +128,11 @@ async def open_throttle(
     plan: Plan,
     override: Override,
     save: Callable[[Override], Awaitable[None]],
-    clock: Callable[[], float] = time.monotonic,
-    local_time: LocalTime | None = None,
+    clock: Callable[[], float],
+    local_time: LocalTime,
 ) -> AsyncIterator[Limits]:
     """Limits that follow their schedule until the block is left. ``clock`` is read in any thread."""
-    throttle = RateThrottle(plan, override, clock, local_time or _local_time)
+    throttle = RateThrottle(plan, override, clock, local_time)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_run_refresh, throttle)
         yield Limits(throttle, save)
@@ -144,8 +143,3 @@ async def _run_refresh(throttle: RateThrottle) -> None:
     while True:
         await trio.sleep(REFRESH_S)
         throttle.refresh()
-
-
-def _local_time() -> tuple[int, int]:
-    now = time.localtime()
-    return now.tm_wday, now.tm_hour * 60 + now.tm_min

@@ -89,6 +89,8 @@ def _capabilities(client: PeerClient, model: str) -> frozenset[str]:
     try:
         return frozenset(client.call("POST", "/api/show", {"model": model}).get("capabilities") or ())
     except NotFound as error:
+        if not error.message.endswith("' not found"):
+            raise  # it says already who has it, or had it
         raise ModelNotFound(
             f"{error.message}: no peer of the mesh has it. `meshmax list` shows the models there are,"
             f" `meshmax add {model} FILE.gguf` adds one"

@@ -157,3 +157,10 @@ def test_a_terminal_that_lacks_a_letter_is_no_failure(peer: FakePeer, monkeypatc
 def test_v_is_verbose_here(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "m", "-v", "hi"]) == 0
     assert "eval count" in capsys.readouterr().err
+
+
+def test_who_had_a_model_is_not_contradicted(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "model 'm' not found: desktop had it, and has been gone for 12 s"
+    peer.on("POST", "/api/show", {"error": said, "code": "not_found"}, 404)
+    assert main(["run", "m", "hi"]) == 3
+    assert capsys.readouterr().err == f"Error: {said}\n"

@@ -20,10 +20,11 @@ MAX_PINS: Final = 4096  # names; a person pins dozens
 class Pins:
     """What is pinned: a name's key -> digest."""
 
-    __slots__ = ("_digests",)
+    __slots__ = ("_digests", "_kept")
 
     def __init__(self, digests: Mapping[str, Sha256] | None = None) -> None:
         self._digests = dict(digests or {})
+        self._kept = frozenset(self._digests.values())  # looked up for every model of every list
 
     def pin(self, name: ModelName, digest: Sha256) -> None:
         """Tie ``name`` to ``digest``; again is no error. Raises InvalidRequest (another digest is pinned, too many)."""
@@ -31,10 +32,13 @@ class Pins:
         if name.key not in self._digests and len(self._digests) >= MAX_PINS:
             raise InvalidRequest(f"{MAX_PINS} names are pinned already: unpin one first")
         self._digests[name.key] = digest
+        self._kept = frozenset(self._digests.values())
 
     def unpin(self, name: ModelName) -> bool:
         """Let go of ``name``; whether it was pinned."""
-        return self._digests.pop(name.key, None) is not None
+        was_pinned = self._digests.pop(name.key, None) is not None
+        self._kept = frozenset(self._digests.values())
+        return was_pinned
 
     def of(self, key: str) -> Sha256 | None:
         """The digest that the name with ``key`` is tied to, or None."""
@@ -42,7 +46,7 @@ class Pins:
 
     def keeps(self, digest: Sha256) -> bool:
         """Whether a name is tied to ``digest``."""
-        return digest in self._digests.values()
+        return digest in self._kept
 
     def require_free(self, name: ModelName, digest: Sha256 | None) -> None:
         """Raise InvalidRequest if ``name`` is pinned and is to mean ``digest``, which is another one, or nothing (None)."""

@@ -150,14 +150,10 @@ class Sweep:
                 return leftover, False
         if not self.lacking:
             return None
-        for copy in self._copies:
-            if copy.digest not in self._stays and copy.holders and self._gain(copy, last=False):
-                return copy, True
-        if self._last_copies:
-            for copy in self._copies:
-                if not copy.kept and self._gain(copy, last=True):
-                    return copy, False
-        return None
+        if (copy := self._oldest(last=False)) is not None:
+            return copy, True
+        copy = self._oldest(last=True) if self._last_copies else None
+        return (copy, copy.digest not in self._stays and copy.holders > 0) if copy is not None else None
 
     def gone(self, candidate: Candidate) -> None:
         """It has been removed."""
@@ -178,18 +174,19 @@ class Sweep:
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """What went, in order, then what stays, what was used longest ago first."""
-        copies = [Verdict(copy, "stays", self._why(copy)) for copy in self._copies]
+        staying = self._staying(last=True)
+        copies = [Verdict(copy, "stays", self._why(copy, staying)) for copy in self._copies]
         leftovers = [Verdict(leftover, "stays", leftover.kept or YOUNG) for leftover in self._leftovers]
         return (*self._verdicts, *copies, *leftovers)
 
-    def _why(self, copy: Copy) -> str:
+    def _why(self, copy: Copy, staying: set[Sha256]) -> str:
         if copy.kept:
             return copy.kept
         if copy.digest in self._stays and self.lacking:
             return self._stays[copy.digest]
         if not self.lacking:
             return ENOUGH
-        return SHARED if not self._gain(copy, last=True) else ALONE
+        return ALONE if _gain(copy, staying) else SHARED
 
     def _drop(self, candidate: Candidate) -> int:
         if isinstance(candidate, Leftover):
@@ -199,10 +196,19 @@ class Sweep:
         left = {digest for copy in self._copies for digest, _ in copy.blobs}
         return sum(size for digest, size in dict(candidate.blobs).items() if digest not in left)
 
-    def _gain(self, copy: Copy, *, last: bool) -> int:
-        """What its going can free, now or together with others that may go; ``last``: last copies among them."""
-        staying = {digest for other in self._copies if self._must_stay(other, last) for digest, _ in other.blobs}
-        return sum(size for digest, size in dict(copy.blobs).items() if digest not in staying)
+    def _oldest(self, *, last: bool) -> Copy | None:
+        """The copy used longest ago that may go and whose going can free something; ``last``: last copies may."""
+        staying = self._staying(last=last)
+        return next((copy for copy in self._copies if not self._must_stay(copy, last) and _gain(copy, staying)), None)
+
+    def _staying(self, *, last: bool) -> set[Sha256]:
+        """The blobs of copies that must stay."""
+        return {digest for copy in self._copies if self._must_stay(copy, last) for digest, _ in copy.blobs}
 
     def _must_stay(self, copy: Copy, last: bool) -> bool:
         return bool(copy.kept) or (not last and (copy.digest in self._stays or not copy.holders))
+
+
+def _gain(copy: Copy, staying: set[Sha256]) -> int:
+    """What its going can free, now or together with others that may go."""
+    return sum(size for digest, size in dict(copy.blobs).items() if digest not in staying)

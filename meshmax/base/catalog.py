@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -30,6 +30,13 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     fraction: float = 0.0
     partial_holders: tuple[PeerId, ...] = ()
     pinned: bool = False
+
+
+class FirstOffer(msgspec.Struct, frozen=True):
+    """What a name meant when it was first heard of, and who offered it; ``origin`` is '' for ourselves or unknown."""
+
+    digest: Sha256
+    origin: PeerId | Literal[""] = ""
 
 
 class Resolved(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 Rules (a name means, in this order): what it is pinned to; what is present here; then, of the digests that online peers
 offer under that name, the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a
-name over). Two digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make
+name over, nor push names of others out by offering many). Two digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make
 nobody a holder: they are listed apart, and a model that is nowhere whole is an entry only for who wants to pull it.
 Not here: fetching, files, who answers a prompt.
 """
@@ -10,11 +10,11 @@ Not here: fetching, files, who answers a prompt.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
-from meshmax.base.catalog import CatalogEntry, Resolved
+from meshmax.base.catalog import CatalogEntry, FirstOffer, Resolved
 from meshmax.base.errors import InvalidName, ModelNotFound
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ModelDetails, StoredModel
@@ -23,37 +23,58 @@ from meshmax.base.status import ModelPresence, PeerView
 
 KEPT_DIGEST: Final = 12  # digits of a digest in the name of a model that lost its name
 MAX_TAG_KEPT: Final = 80 - KEPT_DIGEST - 1  # characters of its tag that fit before them
-MAX_FIRST_SEEN: Final = 4096  # names remembered; the oldest is forgotten first
+MAX_FIRST_SEEN: Final = 4096  # names remembered, of all peers
 
 
 class FirstSeen:
-    """The digest that each name had when this node first heard of it."""
+    """The digest that each name had when this node first heard of it, and from whom.
 
-    __slots__ = ("_digests",)
+    When it is full, the oldest name of the peer that offered the most goes, so that one peer with many names pushes out
+    its own. What we named ourselves goes only where nothing else is left.
+    """
 
-    def __init__(self, digests: Mapping[str, Sha256] | None = None) -> None:
-        self._digests = dict(digests or {})
+    __slots__ = ("_offers", "_origins")
 
-    def note(self, key: str, digest: Sha256) -> bool:
-        """Remember ``digest`` for the name with ``key`` unless there is one; True if it was new."""
-        if key in self._digests:
+    def __init__(self, offers: Mapping[str, FirstOffer] | None = None) -> None:
+        self._offers: dict[str, FirstOffer] = {}
+        self._origins: dict[str, dict[str, None]] = {}  # names by who offered them, oldest first
+        for key, offer in (offers or {}).items():
+            self.note(key, offer.digest, offer.origin)
+
+    def note(self, key: str, digest: Sha256, origin: PeerId | Literal[""] = "") -> bool:
+        """Remember ``digest``, offered by ``origin``, for the name with ``key`` unless there is one; True if it was new."""
+        if key in self._offers:
             return False
-        while len(self._digests) >= MAX_FIRST_SEEN:
-            del self._digests[next(iter(self._digests))]
-        self._digests[key] = digest
+        while len(self._offers) >= MAX_FIRST_SEEN:
+            self.forget(self._least(origin))
+        self._offers[key] = FirstOffer(digest, origin)
+        self._origins.setdefault(origin, {})[key] = None
         return True
+
+    def _least(self, newcomer: str) -> str:
+        """The name to forget when ``newcomer`` offers one more."""
+        # Of two that offered equally many it is the newcomer's that goes.
+        crowds = {origin: (len(keys), origin == newcomer) for origin, keys in self._origins.items() if origin}
+        largest = max(crowds, key=crowds.__getitem__, default="")
+        return next(iter(self._origins[largest]))
 
     def get(self, key: str) -> Sha256 | None:
         """The digest first seen under the name, or None."""
-        return self._digests.get(key)
+        offer = self._offers.get(key)
+        return offer.digest if offer else None
 
     def forget(self, key: str) -> None:
         """The person chose another meaning for this name (added, copied or deleted it here)."""
-        self._digests.pop(key, None)
+        offer = self._offers.pop(key, None)
+        if offer is not None:
+            keys = self._origins[offer.origin]
+            del keys[key]
+            if not keys:
+                del self._origins[offer.origin]
 
-    def items(self) -> dict[str, Sha256]:
-        """All of it, for keeping."""
-        return dict(self._digests)
+    def items(self) -> dict[str, FirstOffer]:
+        """All of it, oldest first, for keeping."""
+        return dict(self._offers)
 
 
 def merge(

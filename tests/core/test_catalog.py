@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshmax.base.catalog import CatalogEntry
+from meshmax.base.catalog import CatalogEntry, FirstOffer
 from meshmax.base.errors import InvalidName, ModelNotFound
 from meshmax.base.ids import PeerId, Sha256, peer_id_of
 from meshmax.base.model import Layer, Manifest, ModelDetails, StoredModel
@@ -78,7 +78,7 @@ def test_a_newcomer_cannot_take_a_name_over() -> None:
 
 
 def test_when_only_another_digest_is_left_the_error_says_how_to_choose_it() -> None:
-    first_seen = FirstSeen({FULL: OLD})
+    first_seen = FirstSeen({FULL: FirstOffer(OLD)})
     with pytest.raises(ModelNotFound, match=f"use llama3:latest@{NEW[:12]}"):
         resolve("llama3", listed(peer(KITCHEN, has(NEW))), (), first_seen)
 
@@ -98,6 +98,27 @@ def test_what_was_first_seen_is_bounded_and_can_be_forgotten() -> None:
     assert first_seen.get("0") is None
     first_seen.forget("1")
     assert first_seen.get("1") is None
+
+
+def test_a_peer_that_offers_many_names_pushes_out_none_but_its_own() -> None:
+    first_seen = FirstSeen()
+    first_seen.note("ours", OLD)
+    first_seen.note(FULL, OLD, KITCHEN)
+    for n in range(2 * MAX_FIRST_SEEN):
+        first_seen.note(str(n), NEW, ATTIC)
+    assert len(first_seen.items()) == MAX_FIRST_SEEN
+    assert first_seen.get(FULL) == first_seen.get("ours") == OLD
+    assert first_seen.get("0") is None
+    assert first_seen.note("later", OLD, KITCHEN)  # and there is room for others yet
+    assert first_seen.get("later") == first_seen.get(FULL) == OLD
+
+
+def test_who_offered_a_name_is_remembered_when_it_is_loaded_again() -> None:
+    first_seen = FirstSeen({FULL: FirstOffer(OLD, KITCHEN)})
+    for n in range(MAX_FIRST_SEEN):
+        first_seen.note(str(n), NEW, ATTIC)
+    assert FirstSeen(first_seen.items()).items() == first_seen.items()
+    assert first_seen.items()[FULL] == FirstOffer(OLD, KITCHEN)
 
 
 def test_newest_models_come_first() -> None:

@@ -12,7 +12,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ModelDetails, ModelRecord
 from meshmax.base.names import parse_name
 from meshmax.base.status import ModelPresence, PeerStatus, PeerView
-from meshmax.core.catalog import FirstSeen
+from meshmax.core.catalog import MAX_FIRST_SEEN, FirstSeen
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.testing.gguf import build_gguf
 from meshmax.testing.memory_store import MemoryBlobStore, MemoryModelStore
@@ -191,3 +191,16 @@ async def test_what_is_put_by_a_pull_keeps_the_last_copy_too(tiny: Path, other: 
         stored = await catalog.put(parse_name("tiny"), second.manifest.raw, None)
         await catalog.refresh()
         assert catalog.resolve(stored.kept).digest == first.manifest.digest
+
+
+async def test_a_peer_that_offers_thousands_of_names_takes_over_no_name_of_another() -> None:
+    async with open_world() as (world, catalog):
+        world.views = (holder(KITCHEN),)
+        assert catalog.note_names()
+        for batch in range(2):
+            names = tuple(f"h/n/m{batch}-{n}:t" for n in range(MAX_FIRST_SEEN - 1))
+            mine = ModelPresence(Sha256("e" * 64), (parse_name("far").full, *names), "disk", 7)
+            attic = PeerView(ATTIC, "online", "direct", PeerStatus(ATTIC, 1, 0, "x", "0", models=(mine,)))
+            world.views = (attic, holder(KITCHEN))
+            assert catalog.note_names()
+        assert catalog.resolve("far").digest == REMOTE

@@ -20,6 +20,7 @@ from meshmax.base.errors import (
     MeshmaxError,
     ModelNotFound,
     StoreError,
+    StoreCorrupt,
     StoreFull,
 )
 from meshmax.base.ids import Sha256
@@ -356,7 +357,7 @@ async def test_an_import_that_dies_at_any_change_goes_on(tmp_path: Path, mock_cl
         with pytest.raises(BaseExceptionGroup) as death:
             async with open_site(folder, 2, DyingDisk(dies_at)) as site:
                 await site.import_(tmp_path / "stick")
-        assert death.value.subgroup(PowerCut)
+        assert death.value.subgroup((PowerCut, StoreCorrupt))  # the last write is torn, and may be read before the end
         async with open_site(folder, 2) as site:
             await site.import_(tmp_path / "stick")
             assert await is_here(site, data)

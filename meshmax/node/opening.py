@@ -11,7 +11,7 @@ A simulated node is the same tree over another `World`. Not here: faces (api, cl
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -82,7 +82,8 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
         async def save_limits(override: Override) -> None:
             await world.run_sync(partial(save_override, home.path, override))
 
-        node.limits = await enter(open_throttle(Plan(config.limits), load_override(home.path), save_limits))
+        override, local_time = load_override(home.path), partial(_local_time, world.unix_now)
+        node.limits = await enter(open_throttle(Plan(config.limits), override, save_limits, world.clock, local_time))
         await _Opening(node, stack).run()
         node.state = "running"
         node.changed()
@@ -97,7 +98,7 @@ class _Opening:
         self.enter = stack.enter_async_context
         self.first_seen = FirstSeen(load_first_seen(node.home.path))
         self.kept = Kept(node.home.path, node.world.unix_now)
-        self.outflow, self.offers = Outflow(partial(_owner, node)), Offers(time.monotonic)
+        self.outflow, self.offers = Outflow(partial(_owner, node)), Offers(node.world.clock)
         self.throttle = node.limits.throttle
         self.opener: LaneOpener | None = None
 
@@ -179,6 +180,7 @@ class _Opening:
                 opener=self.opener,
                 throttle=self.throttle,
                 room=node.garbage.sweeper.room,
+                guard=self.kept.pins.require_free,
                 naming=node.catalog,
             )
         )
@@ -205,6 +207,12 @@ class _Opening:
 
     async def _keep_downloads(self, downloads: tuple[Download, ...]) -> None:
         await self.world.run_sync(partial(save_downloads, self.node.home.path, downloads))
+
+
+def _local_time(unix_now: Callable[[], float]) -> tuple[int, int]:
+    """Weekday (0 Monday) and minutes after midnight, where this machine is."""
+    now = time.localtime(unix_now())
+    return now.tm_wday, now.tm_hour * 60 + now.tm_min
 
 
 def _owner(node: Node, blob: Sha256) -> tuple[Sha256, str] | None:

@@ -48,6 +48,7 @@ class World:
     random: Random
     open_registry: OpenRegistry | None = None  # None: no upstream registries
     open_lanes: Callable[[Config, PeerId], AbstractAsyncContextManager[Lanes]] | None = None  # None: no blob lanes
+    clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
 
 
 def real_world() -> World:

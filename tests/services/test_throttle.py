@@ -91,7 +91,7 @@ async def test_what_a_command_sets_holds_at_once_and_is_kept(autojump_clock: tri
         await trio.lowlevel.checkpoint()
         saved.append(override)
 
-    async with open_throttle(Plan(LimitsConfig()), Override(), save, trio.current_time) as limits:
+    async with open_throttle(Plan(LimitsConfig()), Override(), save, trio.current_time, lambda: (0, 0)) as limits:
         await limits.set(Override(down=5 * MB))
         assert limits.rates.down == 5 * MB
         limits.throttle.reserve(ANN, "in", 5 * MB)

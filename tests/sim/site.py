@@ -45,6 +45,7 @@ class Site:
             run_sync=in_place,
             unix_now=lambda: STARTED_AT_S + trio.current_time(),
             random=random.Random(name),
+            clock=trio.current_time,
         )
         node = await self._stack.enter_async_context(open_node(config, world))
         self.nodes.append(node)

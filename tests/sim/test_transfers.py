@@ -8,6 +8,7 @@ import trio.testing
 
 from meshmax.base.errors import ModelNotFound
 from meshmax.base.events import Transfer
+from meshmax.core.limits import Override
 from meshmax.node import Node
 from meshmax.store.downloads import load_downloads
 from tests.sim.site import online, open_site, until
@@ -66,3 +67,18 @@ async def test_a_peer_that_is_asked_downloads_and_who_gives_sees_it(
         assert out.model == "big:latest"
         assert out.peers[b.peer_id].bytes == out.bytes_done >= SIZE
         assert await a.distribution.replicate("big", 1) == {}
+
+
+async def test_limits_of_simulated_peers_hold_in_virtual_time(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a, b = [await site.node(name) for name in ("a", "b")]
+        await until(lambda: all(len(online(node)) == 1 for node in (a, b)))
+        await site.add(a, "big", SIZE)
+        await until(lambda: any(entry.name == "big:latest" for entry in b.catalog.entries()))
+        await a.limits.set(Override(up=4_000_000))
+        began_s = trio.current_time()
+        begun = await b.pulls.start_download("big")
+        await until(lambda: shown(b, begun.id).state == "done", 60)
+        assert 0.95 <= (trio.current_time() - began_s) / (SIZE / 4_000_000) <= 1.1

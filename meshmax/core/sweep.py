@@ -155,12 +155,13 @@ class Sweep:
         copy = self._oldest(last=True) if self._last_copies else None
         return (copy, copy.digest not in self._stays and copy.holders > 0) if copy is not None else None
 
-    def gone(self, candidate: Candidate) -> None:
-        """It has been removed."""
+    def gone(self, candidate: Candidate) -> int:
+        """It has been removed: how many bytes that freed."""
         frees = self._drop(candidate)
         self._freed += frees
         reason = "nobody wants it" if isinstance(candidate, Leftover) else "used longest ago"
         self._verdicts.append(Verdict(candidate, "goes", reason, frees))
+        return frees
 
     def refuse(self, candidate: Candidate, reason: str, *, for_good: bool = False) -> None:
         """It stays, for ``reason``; ``for_good``: even where last copies may go."""

@@ -249,7 +249,8 @@ class PullService:
     def _join(
         self, digest: Sha256, name: ModelName, detached: bool, asked_by: str = "", origin: UpstreamPull | None = None
     ) -> Job:
-        """The pull of ``digest``, begun if there is none, also under ``name``."""
+        """The pull of ``digest``, begun if there is none, also under ``name``. Raises InvalidRequest (a pinned name)."""
+        self._world.guard(name, digest)
         job = self._under_way(digest) or self._start(
             Job(
                 self._world,
@@ -359,6 +360,7 @@ async def open_pulls(
     naming: Naming | None = None,
     local: LocalSources = lambda digest: (),
     room: Room = lambda layers: nullcontext(),
+    guard: Callable[[ModelName, Sha256], None] = lambda name, digest: None,
 ) -> AsyncIterator[PullService]:
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
 
@@ -382,6 +384,7 @@ async def open_pulls(
             throttle=throttle,
             local=local,
             room=room,
+            guard=guard,
         )
         pulls = PullService(world, catalog, nursery, outflow, on_change, keep, accept)
         pulls.take_up(downloads)

@@ -17,6 +17,7 @@ import trio
 from meshmax.base.errors import BlobNotFound, StoreCorrupt
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Layer, StoredModel
+from meshmax.base.names import ModelName
 from meshmax.core.backoff import Random
 from meshmax.ports import BlobStore, ChunkSource, ModelStore, Naming, Presence, RunSync, Swarm, Throttle
 from meshmax.services.lane_client import LaneOpener
@@ -45,7 +46,8 @@ class World(msgspec.Struct, frozen=True):
     """What every pull uses. ``locks``: one a blob; ``fetching``: the fetch of each blob that is under way; ``wanted``:
     the models (and how many pulls of each) for which a blob is wanted now; ``upstream``: asked for what no peer has;
     ``opener`` None: no lanes, chunks ride the control connections; ``local``: sources of a blob on this machine;
-    ``room``: entered while blobs are fetched, raises StoreFull where the store has no room for them."""
+    ``room``: entered while blobs are fetched, raises StoreFull where the store has no room for them; ``guard`` raises
+    where a name must not come to mean a model."""
 
     swarm: Swarm
     blobs: BlobStore
@@ -62,6 +64,7 @@ class World(msgspec.Struct, frozen=True):
     throttle: Throttle | None = None
     local: LocalSources = lambda digest: ()
     room: Room = lambda layers: nullcontext()
+    guard: Callable[[ModelName, Sha256], None] = lambda name, digest: None
 
     def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
         """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""

@@ -28,6 +28,7 @@ from meshmax.services.leases import Leases
 from meshmax.store.usage import Usage
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
+from meshmax.telemetry.metrics import SWEPT
 
 SWEEP_INTERVAL_S: Final = 300.0
 RECENT_S: Final = 60.0  # a model used so lately is in use: whoever pulled it is about to ask it something
@@ -248,7 +249,8 @@ class Sweeper:
         except MeshmaxError as error:
             sweep.refuse(candidate, error.message)
         else:
-            sweep.gone(candidate)
+            freed = sweep.gone(candidate)
+            SWEPT.labels(what="model" if isinstance(candidate, Copy) else "partial").inc(freed)
 
     async def _drop_leftover(self, leftover: Leftover, coming: dict[Sha256, int]) -> None:
         with trio.move_on_after(HELD_TIMEOUT_S) as scope:

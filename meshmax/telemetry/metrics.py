@@ -17,6 +17,7 @@ CHUNKS: Final = Counter(
     "meshmax_chunks_total", "Chunks moved, by direction and outcome", ["direction", "outcome"], registry=REGISTRY
 )
 BYTES: Final = Counter("meshmax_blob_bytes_total", "Bytes of blobs moved", ["direction"], registry=REGISTRY)
+SWEPT: Final = Counter("meshmax_swept_bytes_total", "Bytes freed by sweeps", ["what"], registry=REGISTRY)
 HTTP_REQUESTS: Final = Counter(
     "meshmax_http_requests_total", "HTTP requests, by interface and status", ["interface", "status"], registry=REGISTRY
 )

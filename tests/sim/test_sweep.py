@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshmax.base.errors import InvalidRequest
+from meshmax.base.errors import InvalidRequest, NoProviders
 from meshmax.core.sweep import ALONE, Budget
 from meshmax.node import Node
 from meshmax.services.sweep import RECENT_S, Report
@@ -153,3 +153,22 @@ async def test_last_uses_survive_a_restart(tmp_path: Path, autojump_clock: trio.
     async with open_site(tmp_path) as site:
         a = await site.node("a")
         assert a.garbage.sweeper.uses.items() == {digest: used_s}
+
+
+async def test_a_pinned_name_is_not_pulled_as_another_model(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a, b = [await site.node(name) for name in "ab"]
+        await until(lambda: len(online(a)) == len(online(b)) == 1)
+        await site.add(a, "m")
+        await until(lambda: len(b.catalog.entries()) == 1)
+        await b.garbage.pinning.pin("m")
+        assert b.catalog.resolve("m").entry.pinned
+        await site.add(a, "m", SIZE + 4096)
+        await until(lambda: len(b.catalog.entries()) == 2)
+        other = next(entry.digest for entry in b.catalog.entries() if not entry.pinned)
+        with pytest.raises(InvalidRequest, match="is pinned to model"):
+            await pull(b, f"m@{other}")
+        with pytest.raises(NoProviders):
+            await pull(b, "m")

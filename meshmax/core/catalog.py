@@ -2,8 +2,9 @@
 
 Rules (a name means, in this order): what it is pinned to; what is present here; then, of the digests that online peers
 offer under that name, the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a
-name over, nor push names of others out by offering many). Two digests under one name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make
-nobody a holder: they are listed apart, and a model that is nowhere whole is an entry only for who wants to pull it.
+name over, nor push names of others out by offering many). Two digests under one name are two entries and are never mixed;
+``NAME@DIGEST`` chooses. Partial copies make nobody a holder: they are listed apart, and a model that is nowhere whole is
+an entry only for who wants to pull it.
 Not here: fetching, files, who answers a prompt.
 """
 
@@ -194,11 +195,16 @@ def resolve(
     """
     name_text, digest = split_digest(text)
     name = parse_name(name_text)
+    entries = tuple(entries)
     named = [entry for entry in entries if parse_name(entry.name).key == name.key]
     if digest is not None:
         named = [entry for entry in named if entry.digest.startswith(digest)]
     elif pinned is not None:
-        named = [entry for entry in named if entry.digest == pinned]
+        same = [entry for entry in entries if entry.digest == pinned]
+        # Where nobody calls it so any more, it is what it is under another name.
+        named = [entry for entry in named if entry.digest == pinned] or [
+            msgspec.structs.replace(entry, name=str(name), local=False) for entry in same[:1]
+        ]
         if not named:
             raise ModelNotFound(
                 f"model '{text}' not found: it is pinned to {pinned[:12]}, which nobody who is online has;"

@@ -148,3 +148,22 @@ def test_who_has_parts_is_listed_apart_from_who_has_it_whole(parts_first: bool) 
 def test_ours_lists_who_is_still_fetching_it() -> None:
     (entry,) = listed(peer(KITCHEN, has(OLD, state="partial")), local=(here(OLD),))
     assert (entry.holders, entry.partial_holders) == ((OWN,), (KITCHEN,))
+
+
+def test_a_pinned_name_means_its_digest_though_it_is_neither_first_nor_here() -> None:
+    local = (here(OLD),)
+    entries = listed(peer(KITCHEN, has(NEW)), local=local)
+    resolved = resolve("llama3", entries, local, FirstSeen(), NEW)
+    assert (resolved.digest, resolved.stored) == (NEW, None)
+    assert resolve("llama3@" + OLD[:12], entries, local, FirstSeen(), NEW).digest == OLD
+
+
+def test_a_pinned_model_that_others_call_otherwise_is_found_under_its_pinned_name() -> None:
+    entries = listed(peer(KITCHEN, has(OLD)), peer(ATTIC, has(NEW, FULL.replace("llama3", "renamed"))))
+    resolved = resolve("llama3", entries, (), FirstSeen(), NEW)
+    assert (resolved.name, resolved.digest, resolved.entry.holders) == ("llama3:latest", NEW, (ATTIC,))
+
+
+def test_a_pinned_model_that_nobody_has_is_not_found_and_the_error_says_how_to_let_go() -> None:
+    with pytest.raises(ModelNotFound, match="meshmax unpin llama3:latest"):
+        resolve("llama3", listed(peer(KITCHEN, has(OLD))), (), FirstSeen(), NEW)

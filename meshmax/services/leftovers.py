@@ -25,6 +25,8 @@ from meshmax.store.usage import read_usage
 from meshmax.telemetry.isolate import isolate
 
 MAX_NAMES: Final = 256  # remembered; the oldest is forgotten first
+LET_GO_S: Final = 10.0  # for a cancelled pull to let go of its files, which it syncs first
+LOOK_S: Final = 0.1
 MAX_BLOBS: Final = 64  # of one model that are remembered; models have under 10
 
 Begun = Mapping[str, Mapping[Sha256, int]]  # name -> its blobs' digests and sizes
@@ -40,7 +42,7 @@ class Leftover(msgspec.Struct, frozen=True):
 
 
 class Leftovers:
-    """``here``: bytes of every partial in the store. ``drop``: delete one that is at rest; whether there was one."""
+    """``here``: bytes that were fetched of each partial. ``drop``: delete one that is at rest; whether there was one."""
 
     def __init__(
         self,
@@ -98,16 +100,21 @@ class Leftovers:
         Raises InvalidName, StoreError.
         """
         key = parse_name(name).key
+        left: set[Sha256] = set()
         dropped, going = False, self._going()
         for known in [known for known in self._begun if parse_name(known).key == key]:
             blobs = self._begun[known]
             if going & blobs.keys():
                 continue
-            for digest, size in blobs.items():
-                dropped |= await self._drop(digest, size)
-            self._begun.pop(known, None)
-            self._dropped = True
-            self.wake()
+            with trio.move_on_after(LET_GO_S):
+                while left := blobs.keys() & (await self._here()).keys():
+                    for digest in left:
+                        dropped |= await self._drop(digest, blobs[digest])
+                    await trio.sleep(LOOK_S)  # a pull that was just cancelled still closes its files
+            if not left:
+                self._begun.pop(known, None)
+                self._dropped = True
+                self.wake()
         return dropped
 
     async def run_keeper(self) -> None:
@@ -140,7 +147,12 @@ def make_leftovers(node: HasPulls, run_sync: RunSync) -> Leftovers:
 
     async def here() -> Mapping[Sha256, int]:
         usage = await run_sync(partial(read_usage, store.blobs.layout))
-        return {each.digest: each.size for each in usage.partials} | usage.staged
+        fetched = dict(usage.staged)
+        for each in usage.partials:  # whose files are as large as their blobs from the beginning
+            if known := await store.blobs.haves(each.digest):
+                chunk_map, haves = known
+                fetched[each.digest] = sum(chunk_map.span(at)[1] for at in range(chunk_map.count) if at in haves)
+        return fetched
 
     async def drop(digest: Sha256, size: int) -> bool:
         dropped = await store.blobs.drop_partial(digest)

@@ -41,7 +41,7 @@ class World:
         self.saved.append(begun)
 
 
-async def test_what_an_interrupted_pull_left_is_shown_by_its_models_name_and_freed() -> None:
+async def test_what_an_interrupted_pull_left_is_shown_by_its_models_name_and_freed(autojump_clock: Clock) -> None:
     world = World()
     world.here = {BIG: 300, OTHER: 7}
     world.transfers = [transfer("big", "running", BIG, SMALL)]
@@ -59,7 +59,9 @@ async def test_what_an_interrupted_pull_left_is_shown_by_its_models_name_and_fre
         await world.leftovers.drop("../big")
 
 
-async def test_a_pull_that_was_completed_leaves_nothing_and_a_blob_that_another_pull_needs_stays() -> None:
+async def test_a_pull_that_was_completed_leaves_nothing_and_a_blob_that_another_pull_needs_stays(
+    autojump_clock: Clock,
+) -> None:
     world = World()
     world.here = {BIG: 300}
     world.transfers = [transfer("big", "done", BIG), transfer("big", "failed", BIG)]  # newest first

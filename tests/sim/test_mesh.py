@@ -92,6 +92,27 @@ async def test_a_peer_that_is_still_pulling_serves_onward_what_it_has(
         assert served_while_incomplete >= 1 << 20
 
 
+async def test_what_an_interrupted_pull_left_is_known_by_name_and_can_be_freed(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a, b = [await site.node(name) for name in NAMES[:2]]
+        await site.add(a, "m", 24 << 20)
+        await until(lambda: len(b.catalog.entries()) == 1)
+        site.network.wires.latency_s = 0.1
+        async with b.pulls.open_pull("m") as progress:
+            async for transfer in progress:
+                if transfer.bytes_done > 4 << 20:
+                    break
+            assert await b.leftovers.list() == ()
+        (left,) = await b.leftovers.list()
+        assert left.name == "m:latest"
+        assert 4 << 20 <= left.here_bytes < 24 << 20 <= left.size_bytes
+        assert await b.leftovers.drop("m")  # which waits for the pull to let go of its files
+        assert await b.leftovers.list() == ()
+        assert list(b.store.blobs.layout.partials.glob("*.data")) == []
+
+
 async def test_a_prompt_goes_to_the_next_peer_when_the_best_one_is_cut_off_before_it_spoke(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -5,8 +5,10 @@ somebody named) makes a peer worth dialling; of two peers that see each other at
 first and the other waits a moment, so that they seldom cross. Failed dials back off, and so do connections on which no
 heartbeat ever came back (another libp2p program on the LAN does not speak our protocols); a new address starts afresh. A peer
 is online while it is connected, and is shown as offline for a minute after it left. Statuses of peers that are not
-connected serve for their addresses only. When the table is full, the peer that was longest without a sign goes; never a
-connected one. Not here: heartbeats and streams (services.presence), what peers are good for (core.routing).
+connected serve for their addresses only. Peers of which only others speak may be made up, by the thousand: at most
+GOSSIP_DIALS of them are dialled at once, after those that we have seen ourselves, the least failed ones first. When the table
+is full, the peer that was longest without a sign goes, those of hearsay first and for no other reason than a better one;
+never a connected one. Not here: heartbeats and streams (services.presence), what peers are good for (core.routing).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ FORGET_AFTER_S: Final = 600.0  # a peer with no sign of life and no sighting for
 YIELD_S: Final = 1.0  # the larger PeerId waits that long for the smaller one to dial
 FIRST_BACKOFF_S: Final = 1.0
 MAX_BACKOFF_S: Final = 60.0
+GOSSIP_DIALS: Final = 4  # at once, of peers known by hearsay; a quarter of what is dialled at once
 RTT_WEIGHT: Final = 0.3  # of a new round trip in the smoothed one
 
 
@@ -44,6 +47,7 @@ class PeerEntry(msgspec.Struct):
     addresses: tuple[str, ...] = ()
     signed: Signed | None = None
     status: PeerStatus | None = None
+    seen: bool = False  # a rung of ours saw it, or it was connected; else we know it by hearsay
     connected: bool = False
     left_at: float | None = None
     address: str = ""
@@ -67,9 +71,12 @@ class PeerTable:
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def on_sighting(self, peer_id: PeerId, addresses: Iterable[str], now: float) -> None:
-        """Somebody says that the peer is at these addresses; the newest named come first, at most MAX_ADDRESSES are kept."""
-        if peer_id == self._own or not (entry := self._entry(peer_id, now)):
+    def on_sighting(self, peer_id: PeerId, addresses: Iterable[str], now: float, hearsay: bool = False) -> None:
+        """Somebody says that the peer is at these addresses; the newest named come first, at most MAX_ADDRESSES are kept.
+
+        ``hearsay``: another peer says so.
+        """
+        if peer_id == self._own or not (entry := self._entry(peer_id, now, seen=not hearsay)):
             return
         fresh = tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES]
         news = not set(fresh) <= set(entry.addresses)
@@ -83,7 +90,7 @@ class PeerTable:
 
     def on_connected(self, peer_id: PeerId, address: str, now: float) -> None:
         """A first connection to the peer stands, whoever dialled."""
-        if entry := self._entry(peer_id, now, connected=True):
+        if entry := self._entry(peer_id, now, seen=True, connected=True):
             entry.connected, entry.dialing, entry.dial_at = True, False, None
             entry.address, entry.left_at, entry.last_sign_at = address, None, now
             entry.knows.clear()
@@ -112,7 +119,8 @@ class PeerTable:
 
     def on_status(self, status: PeerStatus, signed: Signed, bearer: PeerId, now: float) -> bool:
         """A verified status, brought by ``bearer``; True if it was news."""
-        if status.peer_id == self._own or not (entry := self._entry(status.peer_id, now)):
+        hearsay = bearer != status.peer_id
+        if status.peer_id == self._own or not (entry := self._entry(status.peer_id, now, seen=not hearsay)):
             return False
         if carrier := self._entries.get(bearer):
             carrier.knows[status.peer_id] = max(status.sequence, carrier.knows.get(status.peer_id, -1))
@@ -120,7 +128,7 @@ class PeerTable:
             return False
         entry.status, entry.signed = status, signed
         if status.addresses:
-            self.on_sighting(status.peer_id, status.addresses, now)
+            self.on_sighting(status.peer_id, status.addresses, now, hearsay)
         return True
 
     def is_known(self, signed: Signed, bearer: PeerId) -> bool:
@@ -135,20 +143,25 @@ class PeerTable:
     # --- what to do --------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Dial]:
-        """The dials that are due; each peer is dialled once at a time. Forgets whom nobody has seen for long."""
+        """The dials that are due; each peer is dialled once at a time. Forgets whom nobody has seen for long.
+
+        Those of hearsay come last and are few; what is left over is due as soon as one of them ends: tick then.
+        """
         for entry in list(self._entries.values()):
             if not (entry.connected or entry.dialing) and now - entry.last_sign_at > FORGET_AFTER_S:
                 self._forget(entry.peer_id)
-        due = [entry for entry in self._entries.values() if self._waits(entry) and (entry.dial_at or 0.0) <= now]
+        waiting = [entry for entry in self._entries.values() if self._waits(entry) and (entry.dial_at or 0.0) <= now]
+        told = sorted((e for e in waiting if not e.seen), key=lambda entry: (entry.failures, entry.dial_at))
+        due = [entry for entry in waiting if entry.seen] + told[: self._gossip_room()]
         for entry in due:
             entry.dialing, entry.dial_at = True, None
         return [Dial(entry.peer_id, entry.addresses) for entry in due]
 
     def deadline(self) -> float | None:
         """When `tick` is due next; None: when something happens."""
-        return min(
-            (entry.dial_at for entry in self._entries.values() if self._waits(entry) and entry.dial_at), default=None
-        )
+        room = self._gossip_room()
+        waiting = (entry for entry in self._entries.values() if self._waits(entry) and (entry.seen or room))
+        return min((entry.dial_at for entry in waiting if entry.dial_at is not None), default=None)
 
     def news_for(self, neighbour: PeerId, most: int, most_bytes: int) -> list[Signed]:
         """Statuses of others that the neighbour is not known to have, its own never; counted as known from now on."""
@@ -188,17 +201,25 @@ class PeerTable:
     def _waits(self, entry: PeerEntry) -> bool:
         return not entry.connected and not entry.dialing and entry.dial_at is not None
 
-    def _entry(self, peer_id: PeerId, now: float, connected: bool = False) -> PeerEntry | None:
+    def _gossip_room(self) -> int:
+        dialling = sum(entry.dialing and not entry.seen for entry in self._entries.values())
+        return max(GOSSIP_DIALS - dialling, 0)
+
+    def _entry(self, peer_id: PeerId, now: float, seen: bool, connected: bool = False) -> PeerEntry | None:
         entry = self._entries.get(peer_id)
-        if entry is None and (len(self._entries) < self._limit or self._evict() or connected):
+        if entry is None and (len(self._entries) < self._limit or self._evict(seen) or connected):
             entry = self._entries[peer_id] = PeerEntry(peer_id, now)
+        if entry is not None:
+            entry.seen = entry.seen or seen
         return entry
 
-    def _evict(self) -> bool:
-        idle = [entry for entry in self._entries.values() if not entry.connected and not entry.dialing]
+    def _evict(self, seen: bool) -> bool:
+        """Make room for a peer; one of hearsay takes it only from its like."""
+        entries = self._entries.values()
+        idle = [e for e in entries if not (e.connected or e.dialing) and (seen or not e.seen)]
         if not idle:
             return False
-        self._forget(min(idle, key=lambda entry: entry.last_sign_at).peer_id)
+        self._forget(min(idle, key=lambda entry: (entry.seen, entry.last_sign_at)).peer_id)
         return True
 
     def _forget(self, peer_id: PeerId) -> None:

@@ -143,10 +143,14 @@ class LibrarySwarm:
             CONNECTIONS.set(len(self._links))
             self._announcer.disconnected(peer_id)
 
-    async def disconnect(self, peer_id: PeerId) -> None:
+    async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """See ports.Swarm."""
+        links = tuple(self._links.get(peer_id, ()))
+        if last is not None:
+            views = [link.view for link in links]
+            links = links[: views.index(last) + 1] if last in views else ()
         # The library's own close would first wait to say good-bye behind the stalled writer that we want to be rid of.
-        for link in tuple(self._links.get(peer_id, ())):
+        for link in links:
             link.wire.cut()
         await trio.lowlevel.checkpoint()
 

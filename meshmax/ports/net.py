@@ -88,8 +88,11 @@ class Swarm(Protocol):
         """
         ...
 
-    async def disconnect(self, peer_id: PeerId) -> None:
-        """Close every connection to the peer; stalled writers included. No error if there is none."""
+    async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
+        """Close every connection to the peer; stalled writers included. No error if there is none.
+
+        With ``last`` (of `connections`) only that one and older ones: what the peer has opened since may be good.
+        """
         ...
 
     def connections(self) -> Mapping[PeerId, ConnectionView]:

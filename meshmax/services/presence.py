@@ -1,9 +1,10 @@
 """Who is there: runs the rungs of discovery, dials, beats, and spreads statuses. Owns one core.peers.PeerTable.
 
 Tasks: one a rung (restarted with backoff when it fails), one for sightings, one that dials, one for our own status, and
-for each connected peer one that beats. A peer whose echo does not come within ``heartbeat_timeout_s`` is disconnected:
-libp2p by itself never notices a frozen process. Our own status is issued anew when something changed (at most once in
-STATUS_PAUSE_S) and every STATUS_REFRESH_S, and sent at once; what we know of others goes along with regular beats.
+for each connected peer one that beats. A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p
+by itself never notices a frozen process); one that the peer has opened since, as one that moves does, is beaten on
+instead. Our own status is issued anew when something changed (at most once in STATUS_PAUSE_S) and every STATUS_REFRESH_S,
+and sent at once; what we know of others goes along with regular beats.
 Not here: what a status says (the ``describe`` that is passed in), whom to dial when (core.peers).
 """
 
@@ -24,7 +25,7 @@ from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus, PeerView
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.peers import Dial, PeerEntry, PeerTable
-from meshmax.ports import Discovery, Sighting, Signer, Stream, Swarm
+from meshmax.ports import ConnectionView, Discovery, Sighting, Signer, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -182,24 +183,31 @@ class PresenceService:
             await trio.sleep(BEAT_PACE_S)
 
     async def _beat(self, peer_id: PeerId) -> None:
-        """Beat until the peer's connection is gone; disconnect it when it does not answer."""
+        """Beat until the peer's connections are gone; cut those on which it does not answer."""
         with trio.CancelScope() as scope:
             self._beats[peer_id] = scope
             try:
-                with trio.fail_after(self._config.heartbeat_timeout_s):
-                    stream = await self._swarm.open_stream(peer_id, STATUS)
-                try:
-                    await self._beat_on(FrameStream(stream), peer_id)
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await stream.reset()
-            except (trio.TooSlowError, MeshmaxError) as error:
-                why = error.message if isinstance(error, MeshmaxError) else "its heartbeat stopped"
-                _log.info("peer lost", peer=peer_id, why=why)
-                await self._swarm.disconnect(peer_id)
+                while (connection := self._swarm.connections().get(peer_id)) is not None:
+                    await self._beat_over(connection)
             finally:
                 if self._beats.get(peer_id) is scope:
                     del self._beats[peer_id]
+
+    async def _beat_over(self, connection: ConnectionView) -> None:
+        """Beat on the peer's newest connection, which is this one, until it fails; then cut it and older ones."""
+        peer_id = connection.peer_id
+        try:
+            with trio.fail_after(self._config.heartbeat_timeout_s):
+                stream = await self._swarm.open_stream(peer_id, STATUS)
+            try:
+                await self._beat_on(FrameStream(stream), peer_id)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await stream.reset()
+        except (trio.TooSlowError, MeshmaxError) as error:
+            why = error.message if isinstance(error, MeshmaxError) else "its heartbeat stopped"
+            _log.info("connection lost", peer=peer_id, why=why)
+            await self._swarm.disconnect(peer_id, connection)
 
     async def _beat_on(self, frames: FrameStream, peer_id: PeerId) -> None:
         nonce, told = 0, -1
@@ -290,7 +298,8 @@ class PresenceService:
     async def run_sightings(self, found: trio.MemoryReceiveChannel[Sighting]) -> None:
         """Let the table know whom the rungs see."""
         async for sighting in found:
-            self._table.on_sighting(sighting.peer_id, sighting.addresses, trio.current_time())
+            hearsay = sighting.source == "gossip"
+            self._table.on_sighting(sighting.peer_id, sighting.addresses, trio.current_time(), hearsay)
             self._dial_soon.set()
 
     # --- views -------------------------------------------------------------------------------------------------------

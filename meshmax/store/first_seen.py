@@ -14,8 +14,8 @@ from typing import Final
 
 import msgspec
 
-from meshmax.base.errors import InvalidRequest
 from meshmax.base.catalog import FirstOffer
+from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import parse_peer_id, parse_sha256
 from meshmax.store.disk import Disk, translated, try_read
 from meshmax.telemetry.log import get_logger

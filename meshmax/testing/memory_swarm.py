@@ -361,10 +361,10 @@ class MemorySwarm:
         """See ports.Swarm."""
         self._answers[protocol] = answer
 
-    async def disconnect(self, peer_id: PeerId) -> None:
+    async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """See ports.Swarm."""
         connection = self._connections.get(peer_id)
-        if connection is not None:
+        if connection is not None and last in (None, connection.views[self.peer_id]):
             connection.close()
         await trio.lowlevel.checkpoint()
 

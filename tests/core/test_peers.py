@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus
-from meshmax.core.peers import MAX_BACKOFF_S, SHOWN_AFTER_LEAVING_S, YIELD_S, Dial, PeerTable
+from meshmax.core.peers import GOSSIP_DIALS, MAX_BACKOFF_S, SHOWN_AFTER_LEAVING_S, YIELD_S, Dial, PeerTable
 
 IDS = sorted(peer_id_of(bytes([n]) * 32) for n in range(1, 40))
 LOW, HIGH = IDS[0], IDS[-1]
@@ -185,3 +185,45 @@ def test_round_trips_are_smoothed() -> None:
 
 def test_dials_are_plain_values() -> None:
     assert msgspec.structs.asdict(Dial(LOW, (ADDRESS,))) == {"peer_id": LOW, "addresses": (ADDRESS,)}
+
+
+def hear(peers: PeerTable, count: int, now: float = 0.0, first: int = 50) -> list[PeerId]:
+    """Let a neighbour tell of ``count`` peers."""
+    made_up = [peer_id_of(bytes([n]) * 32) for n in range(first, first + count)]
+    for peer in made_up:
+        peers.on_status(*status(peer, 1, ADDRESS), HIGH, now)
+    return made_up
+
+
+def test_who_was_seen_is_dialled_at_once_whatever_others_make_up() -> None:
+    peers = table(LOW, limit=200)
+    made_up = hear(peers, 100)
+    assert len(peers.tick(YIELD_S)) == GOSSIP_DIALS
+    assert not peers.tick(YIELD_S)
+    assert peers.deadline() is None  # nobody spins until one of those dials ends
+    peers.on_sighting(HIGH, [ADDRESS], 2.0)
+    assert [dial.peer_id for dial in peers.tick(2.0)] == [HIGH]
+    peers.on_sighting(made_up[-1], [ADDRESS], 3.0)  # seen by ourselves now: no hearsay any more
+    assert [dial.peer_id for dial in peers.tick(3.0)] == [made_up[-1]]
+
+
+def test_of_those_that_others_speak_of_the_least_failed_are_dialled_first() -> None:
+    peers = table(LOW, limit=200)
+    hear(peers, GOSSIP_DIALS)
+    for dial in peers.tick(YIELD_S):
+        peers.on_dial_failed(dial.peer_id, YIELD_S)
+    (fresh,) = hear(peers, 1, now=100.0, first=40)
+    assert peers.tick(200.0)[0].peer_id == fresh
+
+
+def test_made_up_peers_push_none_out_of_the_table_that_was_seen() -> None:
+    peers = table(LOW, limit=4)
+    peers.on_sighting(IDS[1], [ADDRESS], 0.0)
+    made_up = hear(peers, 20, now=5.0)
+    assert peers.entry(IDS[1])
+    assert peers.entry(made_up[-1])
+    for peer in IDS[2:5]:
+        peers.on_sighting(peer, [ADDRESS], 6.0)
+    assert all(peers.entry(peer) for peer in IDS[1:5])
+    hear(peers, 1, now=7.0)
+    assert all(peers.entry(peer) for peer in IDS[1:5])

@@ -1,16 +1,21 @@
 """The real swarm against peers that keep to no limit, on a simulated cable in simulated time."""
 
+import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 
 import pytest
 import trio
 import trio.testing
 
+from meshmax.base.config import Config
 from meshmax.base.errors import MeshmaxError, PeerGone
+from meshmax.base.status import PeerStatus
 from meshmax.net import limits
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import Stream
+from meshmax.services.presence import open_presence
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.testing.sim_network import CONTROL_PORT, SimNetwork
 
@@ -146,3 +151,60 @@ async def test_ten_thousand_half_open_dials_stay_within_bounds_and_honest_peers_
         await trio.sleep(2 * limits.HANDSHAKE_TIMEOUT_S)
         assert not server.door.half_open
         assert trio.lowlevel.current_statistics().tasks_living - tasks_before < 20
+
+
+async def test_only_the_connection_that_failed_is_cut_where_the_peer_has_made_a_new_one(autojump_clock: Clock) -> None:
+    async with open_swarms(2) as (server, mover):
+        old = mover.connections()[server.peer_id]
+        await trio.sleep(1)
+        await mover._dialler.dial(server.peer_id, server.addresses, lambda: False)  # as from a new network
+        new = mover.connections()[server.peer_id]
+        assert new != old
+        async with mover.subscribe() as events:
+            assert (await events.receive()).kind == "connected"
+            await mover.disconnect(server.peer_id, old)
+            assert await open_and_use(mover, server) == b"hello"
+            await mover.disconnect(server.peer_id, old)  # gone already: nothing else is cut for it
+            assert mover.connections() == {server.peer_id: new}
+            with pytest.raises(trio.WouldBlock):
+                events.receive_nowait()
+            await mover.disconnect(server.peer_id, new)
+            assert (await events.receive()).kind == "disconnected"
+
+
+async def test_a_peer_that_moved_is_not_lost_when_its_old_connection_dies(autojump_clock: Clock) -> None:
+    async def nothing(data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async with AsyncExitStack() as stack:
+        server, mover = await stack.enter_async_context(open_swarms(2))
+        presences = [
+            await stack.enter_async_context(
+                open_presence(
+                    swarm,
+                    SeededSigner(seed),
+                    Config(),
+                    partial(PeerStatus, swarm.peer_id, 0, 0, "x", "0"),
+                    [],
+                    lambda: 1e9 + trio.current_time(),
+                    random.Random(seed),
+                )
+            )
+            for seed, swarm in sorted((1 if s.peer_id == SeededSigner(1).peer_id else 2, s) for s in (server, mover))
+        ]
+        await trio.sleep(5)
+        old = [swarm._links[other.peer_id][0] for swarm, other in ((server, mover), (mover, server))]
+        await mover._dialler.dial(server.peer_id, server.addresses, lambda: False)
+        for link in old:
+            link.wire.write = nothing  # type: ignore[method-assign]  # the network that it left takes nothing any more
+        async with server.subscribe() as events:
+            assert (await events.receive()).kind == "connected"
+            await trio.sleep(30)
+            with pytest.raises(trio.WouldBlock):
+                events.receive_nowait()
+        assert all(link.wire.cut_off for link in old)
+        for presence in presences:
+            assert [view.state for view in presence.peers()] == ["self", "online"]
+            assert (
+                trio.current_time() - (presence.peers()[1].last_seen_s - 1e9) < 10
+            )  # it is beaten with on the new one

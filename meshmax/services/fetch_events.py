@@ -89,6 +89,11 @@ class Inbox:
         self._events.append(event)
         self._some.set()
 
+    def rest(self) -> list[SourceEvent]:
+        """What has not been taken, at the end of a fetch."""
+        events, self._events = self._events, []
+        return events
+
     async def take(self) -> list[SourceEvent]:
         """Wait until there is something, then all of it, in order."""
         await self._some.wait()

@@ -9,6 +9,7 @@ to ask of whom (core.fetch), how chunks come (services.blob_client) and are writ
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from random import Random as Quick
@@ -87,6 +88,7 @@ class BlobFetch:
         # A generator of its own: it is asked for every chunk, and the system's is a call into the kernel each time.
         self._core = core.Fetch(partial.haves, Quick(random.random()))
         self._inbox = Inbox()
+        self._taken: deque[SourceEvent] = deque()  # out of the inbox, in work
         self._landing = Landing(partial, self._inbox, self._core.needs, throttle)
         self._opener = opener
         self._local = local
@@ -118,14 +120,23 @@ class BlobFetch:
     async def run(self) -> None:
         """Until every chunk is in place. Raises NoProviders, StoreFull, StoreError; what came is kept."""
         failure: MeshmaxError | None = None
-        async with trio.open_nursery() as nursery:
-            try:
-                await self._fetch(nursery)
-            except MeshmaxError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await self._fetch(nursery)
+                except MeshmaxError as error:
+                    failure = error
+                nursery.cancel_scope.cancel()
+        finally:
+            self._keep_the_rest()
         if failure:
             raise failure
+
+    def _keep_the_rest(self) -> None:
+        """Mark the chunks that were written while the fetch came to its end, by an error or a cancellation."""
+        for event in (*self._taken, *self._inbox.rest()):
+            if isinstance(event, Stored) and self._core.needs(event.index):
+                self._stored(event, trio.current_time())
 
     async def _fetch(self, nursery: trio.Nursery) -> None:
         began_s = hopeful_s = seek_at_s = trio.current_time()
@@ -150,8 +161,9 @@ class BlobFetch:
         with trio.move_on_at(until_s) as scope:
             events = await self._inbox.take()
         if not scope.cancelled_caught:
-            for event in events:
-                self._perform(self._take(event))
+            self._taken.extend(events)
+            while self._taken:
+                self._perform(self._take(self._taken.popleft()))
             self._flush()
         due_s, now = self._core.deadline(), trio.current_time()
         if due_s is not None and now >= due_s:  # a steady stream of events must not hide a silent source

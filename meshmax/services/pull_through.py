@@ -29,6 +29,7 @@ class Hold:
     def __init__(self, name: str) -> None:
         self.name = name
         self.readers = 0
+        self.left_s = 0.0  # when the last one let go
         self.failure: MeshmaxError | None = None
         self.over = False
         self.scope = trio.CancelScope()
@@ -56,7 +57,8 @@ class PullThrough:
         finally:
             hold.readers -= 1
             if not hold.readers:
-                self._nursery.start_soon(self._linger, hold)
+                hold.left_s = trio.current_time()
+                self._nursery.start_soon(self._linger, model, hold)
 
     async def read_chunk(self, hold: Hold, digest: Sha256, index: int) -> bytes:
         """A chunk of a blob of the model, when it is here. Raises what the pull failed with, BlobNotFound."""
@@ -76,8 +78,7 @@ class PullThrough:
         hold.over = True
         if not ended_well and hold.failure is None:
             hold.failure = BlobNotFound("the pull ended before the blob was here")
-        if self._holds.get(model) is hold:
-            del self._holds[model]
+        self._let_go(model, hold)
 
     async def _watch(self, hold: Hold) -> None:
         try:
@@ -89,10 +90,15 @@ class PullThrough:
         except MeshmaxError as error:
             hold.failure = error
 
-    async def _linger(self, hold: Hold) -> None:
+    async def _linger(self, model: Sha256, hold: Hold) -> None:
         await trio.sleep(LINGER_S)
-        if not hold.readers:
+        if not hold.readers and trio.current_time() - hold.left_s >= LINGER_S:
+            self._let_go(model, hold)  # at once: who comes while it ends begins anew
             hold.scope.cancel()
+
+    def _let_go(self, model: Sha256, hold: Hold) -> None:
+        if self._holds.get(model) is hold:
+            del self._holds[model]
 
 
 @asynccontextmanager

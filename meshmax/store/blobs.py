@@ -9,6 +9,7 @@ throw the work away. Blocking work goes through RunSync in steps, so that nothin
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, TypeVar
@@ -41,7 +42,8 @@ class FileBlobStore:
         self._nursery: trio.Nursery | None = None  # until `start`
         self._token: trio.lowlevel.TrioToken | None = None  # likewise
         self._partials: dict[Sha256, PartialFile] = {}
-        self._bad: dict[Sha256, set[int]] = {}
+        self._bad: dict[Sha256, frozenset[int]] = {}  # replaced as a whole: lanes' threads read and add
+        self._bad_lock = threading.Lock()  # held while one is replaced
         self._rotten: set[Sha256] = set()  # adopted blobs whose bytes are not what their name says
         self._mapping: dict[Sha256, trio.Event] = {}
         self._one_pass = trio.Lock()  # one full reading of a blob at a time: they compete for one disk
@@ -246,7 +248,8 @@ class FileBlobStore:
             if self._token is not None:  # its bitmap belongs to the store's task
                 self._token.run_sync_soon(partial.drop_chunk, index)
             return
-        self._bad.setdefault(digest, set()).add(index)
+        with self._bad_lock:
+            self._bad[digest] = self._bad.get(digest, frozenset()) | {index}
         _log.warning("blob is damaged on disk", blob=digest[:12], chunk=index)
         with translated(f"blob {digest[:12]} was not put in doubt"):
             self.maps.unseal(digest)

@@ -15,6 +15,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES, ChunkMap, Haves
 from meshmax.ports import ChunkSource, Throttle
 from meshmax.services.blob_server import BlobServer
+from meshmax.services.fetch_events import SourceEvent, Stored, Unwritten
 from meshmax.services.lane_client import RETRY_S, LaneOpener, try_ip
 from meshmax.services.lane_server import LaneServer
 from meshmax.services.local_source import name_of
@@ -262,6 +263,27 @@ async def test_a_cancelled_fetch_leaves_no_lane_open_on_either_end(autojump_cloc
         await trio.sleep(0.1)
         assert not site.lanes.open
         assert fetch.done_bytes <= site.partial.haves.total * CHUNK_BYTES
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_chunks_that_were_written_while_a_fetch_ended_are_kept(full: bool) -> None:
+    async with open_site() as site:
+        fetch = await site.fetch(chunk_map_of_bytes(LARGE))
+        (peer,) = site.servers
+        for index in range(3):  # as the thread of a lane does
+            site.partial.write_blocking(index, LARGE[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
+        told: list[SourceEvent] = [Stored(peer, index, CHUNK_BYTES) for index in range(3)]
+        for event in [Unwritten(peer, StoreFull()), *told] if full else told:
+            fetch._inbox.put(event)
+        with trio.CancelScope() as scope:
+            if full:
+                with pytest.raises(StoreFull):
+                    await fetch.run()
+            else:
+                scope.cancel()
+                await fetch.run()
+        assert site.partial.haves.total == 3
+        assert fetch.done_bytes == 3 * CHUNK_BYTES
 
 
 async def test_lanes_end_with_the_control_connection(autojump_clock: trio.testing.MockClock) -> None:

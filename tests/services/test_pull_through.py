@@ -32,6 +32,8 @@ class SteppedPulls:
         self.running = 0
         self.ends: TransferState = "done"
         self.refuses = False
+        self.endless = False
+        self.ending_s = 0.0  # that letting go of a pull takes
 
     @asynccontextmanager
     async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
@@ -48,8 +50,12 @@ class SteppedPulls:
             finally:
                 self.running -= 1
                 nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(self.ending_s)
 
     async def _bring(self, send: trio.MemorySendChannel[Transfer]) -> None:
+        if self.endless:
+            await trio.sleep_forever()
         partial = await self.blobs.open_partial(MAP)
         async with send:
             for index in range(MAP.count):
@@ -124,6 +130,33 @@ async def test_a_reader_that_comes_back_in_time_keeps_the_pull(autojump_clock: M
             await trio.sleep(2 * LINGER_S)
             await through.read_chunk(hold, MAP.sha256, 3)
         assert len(pulls.names) == 1
+
+
+async def test_each_leaving_of_the_last_reader_begins_the_wait_anew(autojump_clock: MockClock) -> None:
+    async with opened() as (through, pulls):
+        pulls.endless = True
+        with through.hold(MODEL, "m:latest"):
+            await trio.sleep(0.1)
+        await trio.sleep(LINGER_S - 1)
+        with through.hold(MODEL, "m:latest"):
+            await trio.sleep(0.5)
+        await trio.sleep(LINGER_S - 1)
+        assert pulls.running == 1
+        await trio.sleep(1.1)
+        assert pulls.running == 0
+
+
+async def test_who_comes_while_a_pull_is_being_ended_begins_anew(autojump_clock: MockClock) -> None:
+    async with opened() as (through, pulls):
+        pulls.endless = True
+        pulls.ending_s = 5.0
+        with through.hold(MODEL, "m:latest"):
+            await trio.sleep(0.1)
+        await trio.sleep(LINGER_S + 0.1)
+        pulls.ending_s, pulls.endless = 0.0, False
+        with through.hold(MODEL, "m:latest") as hold:
+            await through.read_chunk(hold, MAP.sha256, 3)
+        assert len(pulls.names) == 2
 
 
 async def test_a_pull_that_fails_fails_its_readers_and_the_next_begins_anew(autojump_clock: MockClock) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -322,3 +324,26 @@ async def test_space_that_somebody_else_took_meanwhile_is_told_by_the_next_write
         partial = await store.blobs.open_partial(LARGE)
         await partial.write(1, bytes(MIB))
         await partial.aclose()
+
+
+async def test_chunks_may_turn_out_bad_in_threads_while_it_is_asked_what_is_here(store: Store) -> None:
+    chunk_map = await fetch(store)
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        numbers = range(100_000, 102_000)  # of no chunk there is: only the table grows
+        threads = [threading.Thread(target=_doubt, args=(store, chunk_map, numbers)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            store.blobs._without_bad(chunk_map.sha256, Haves.all(200_000))
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before_s)
+    assert len(store.blobs._bad[chunk_map.sha256]) == len(numbers)
+
+
+def _doubt(store: Store, chunk_map: ChunkMap, numbers: range) -> None:
+    for number in numbers:
+        store.blobs._doubt(chunk_map.sha256, number)

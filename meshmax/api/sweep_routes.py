@@ -20,7 +20,7 @@ from meshmax.api.table import route
 from meshmax.api.transfer_routes import MAX_EMPTY_BYTES, NoBody
 from meshmax.base.errors import ModelNotFound
 from meshmax.base.units import parse_bytes
-from meshmax.core.sweep import Leftover, Verdict
+from meshmax.core.sweep import PartialCopy, Verdict
 from meshmax.services.garbage import Garbage
 from meshmax.services.sweep import Report
 
@@ -84,8 +84,8 @@ class SweepFace:
 
 def report_json(report: Report) -> dict[str, Any]:
     """The reply of a sweep."""
-    models = [v for v in report.verdicts if not isinstance(v.candidate, Leftover)]
-    partials = [v for v in report.verdicts if isinstance(v.candidate, Leftover)]
+    models = [v for v in report.verdicts if not isinstance(v.candidate, PartialCopy)]
+    partials = [v for v in report.verdicts if isinstance(v.candidate, PartialCopy)]
     return {
         "dry_run": report.dry_run,
         "disk_budget_bytes": report.budget.limit_bytes,
@@ -109,7 +109,7 @@ def _verdict_json(verdict: Verdict) -> dict[str, Any]:
         "reason": verdict.reason,
         "freed_bytes": verdict.frees,
     }
-    if isinstance(one, Leftover):
+    if isinstance(one, PartialCopy):
         return shown | {"touched": rfc3339(one.touched_s)}
     return shown | {"names": list(one.names), "last_used": rfc3339(one.last_use_s), "holders": one.holders}
 

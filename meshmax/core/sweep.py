@@ -73,7 +73,7 @@ class Copy(msgspec.Struct, frozen=True):
     holders: int = 0
 
 
-class Leftover(msgspec.Struct, frozen=True):
+class PartialCopy(msgspec.Struct, frozen=True):
     """A partial on disk. ``kept``: who needs it, or ''."""
 
     digest: Sha256
@@ -82,7 +82,7 @@ class Leftover(msgspec.Struct, frozen=True):
     kept: str = ""
 
 
-Candidate: TypeAlias = Copy | Leftover
+Candidate: TypeAlias = Copy | PartialCopy
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -101,9 +101,9 @@ class Sweep:
         "_copies",
         "_freed",
         "_last_copies",
-        "_leftovers",
         "_need",
         "_now_s",
+        "_partials",
         "_stays",
         "_verdicts",
         "_young_s",
@@ -112,21 +112,21 @@ class Sweep:
     def __init__(
         self,
         copies: Iterable[Copy],
-        leftovers: Iterable[Leftover],
+        partials: Iterable[PartialCopy],
         need_bytes: int,
         now_s: float,
-        leftovers_kept_s: float,
+        partials_kept_s: float,
         *,
         last_copies: bool = False,
     ) -> None:
-        """``leftovers_kept_s``: how long a partial that nobody wants stays; ``last_copies``: they may go, too."""
+        """``partials_kept_s``: how long a partial that nobody wants stays; ``last_copies``: they may go, too."""
         self._need = need_bytes
         self._now_s = now_s
-        self._young_s = leftovers_kept_s
+        self._young_s = partials_kept_s
         self._last_copies = last_copies
         self._freed = 0
         self._verdicts: list[Verdict] = []
-        self._leftovers = sorted(leftovers, key=lambda one: (one.touched_s, one.digest))
+        self._partials = sorted(partials, key=lambda one: (one.touched_s, one.digest))
         self._copies = sorted(copies, key=lambda one: (one.last_use_s, one.digest))
         self._stays: dict[Sha256, str] = {copy.digest: copy.kept for copy in self._copies if copy.kept}
 
@@ -145,9 +145,9 @@ class Sweep:
 
         The same one again until its fate is told.
         """
-        for leftover in self._leftovers:
-            if not leftover.kept and self._now_s - leftover.touched_s >= self._young_s:
-                return leftover, False
+        for partial in self._partials:
+            if not partial.kept and self._now_s - partial.touched_s >= self._young_s:
+                return partial, False
         if not self.lacking:
             return None
         if (copy := self._oldest(last=False)) is not None:
@@ -159,14 +159,14 @@ class Sweep:
         """It has been removed: how many bytes that freed."""
         frees = self._drop(candidate)
         self._freed += frees
-        reason = "nobody wants it" if isinstance(candidate, Leftover) else "used longest ago"
+        reason = "nobody wants it" if isinstance(candidate, PartialCopy) else "used longest ago"
         self._verdicts.append(Verdict(candidate, "goes", reason, frees))
         return frees
 
     def refuse(self, candidate: Candidate, reason: str, *, for_good: bool = False) -> None:
         """It stays, for ``reason``; ``for_good``: even where last copies may go."""
-        if isinstance(candidate, Leftover):
-            self._leftovers.remove(candidate)
+        if isinstance(candidate, PartialCopy):
+            self._partials.remove(candidate)
             self._verdicts.append(Verdict(candidate, "stays", reason))
             return
         self._stays[candidate.digest] = reason
@@ -177,8 +177,8 @@ class Sweep:
         """What went, in order, then what stays, what was used longest ago first."""
         staying = self._staying(last=True)
         copies = [Verdict(copy, "stays", self._why(copy, staying)) for copy in self._copies]
-        leftovers = [Verdict(leftover, "stays", leftover.kept or YOUNG) for leftover in self._leftovers]
-        return (*self._verdicts, *copies, *leftovers)
+        partials = [Verdict(partial, "stays", partial.kept or YOUNG) for partial in self._partials]
+        return (*self._verdicts, *copies, *partials)
 
     def _why(self, copy: Copy, staying: set[Sha256]) -> str:
         if copy.kept:
@@ -190,8 +190,8 @@ class Sweep:
         return ALONE if _gain(copy, staying) else SHARED
 
     def _drop(self, candidate: Candidate) -> int:
-        if isinstance(candidate, Leftover):
-            self._leftovers.remove(candidate)
+        if isinstance(candidate, PartialCopy):
+            self._partials.remove(candidate)
             return candidate.size
         self._copies.remove(candidate)
         left = {digest for copy in self._copies for digest, _ in copy.blobs}

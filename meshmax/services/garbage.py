@@ -118,9 +118,11 @@ class Garbage:
         return await self._run_sync(partial(read_usage, self._node.store.blobs.layout))
 
     def _holders(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
+        # A peer that drains is asked last: it may be about to leave.
+        views = sorted(self._node.presence.peers(), key=lambda view: view.state == "draining")
         return {
             view.peer_id: view.status.addresses
-            for view in self._node.presence.peers()
+            for view in views
             if view.status and view.state in ("online", "draining")
             if any(model.digest == digest and model.state != "partial" for model in view.status.models)
         }

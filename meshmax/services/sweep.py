@@ -22,7 +22,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Layer, StoredModel
 from meshmax.base.units import format_bytes
 from meshmax.core.pins import Pins
-from meshmax.core.sweep import Budget, Candidate, Copy, Leftover, Sweep, Verdict
+from meshmax.core.sweep import Budget, Candidate, Copy, PartialCopy, Sweep, Verdict
 from meshmax.core.uses import Uses
 from meshmax.services.leases import Leases
 from meshmax.store.usage import Usage
@@ -166,11 +166,12 @@ class Sweeper:
         named = {digest for model in listed for digest, _ in model.blobs}
         # Nothing is awaited from here on until the first candidate is tried.
         needed = self._needed() | coming.keys()
-        leftovers = [
-            Leftover(one.digest, one.size, one.touched_s, _wanted(one.digest, needed, named)) for one in usage.partials
+        partials = [
+            PartialCopy(one.digest, one.size, one.touched_s, _wanted(one.digest, needed, named))
+            for one in usage.partials
         ]
         sweep = Sweep(
-            self._copies(usage, needed, now_s), leftovers, need, now_s, self._partials_kept_s, last_copies=last_copies
+            self._copies(usage, needed, now_s), partials, need, now_s, self._partials_kept_s, last_copies=last_copies
         )
         while (candidate := sweep.next()) is not None:
             await self._try(sweep, *candidate, coming, dry_run)
@@ -240,8 +241,8 @@ class Sweeper:
             sweep.gone(candidate)
             return
         try:
-            if isinstance(candidate, Leftover):
-                await self._drop_leftover(candidate, coming)
+            if isinstance(candidate, PartialCopy):
+                await self._drop_partial(candidate, coming)
             else:
                 await self._drop_copy(candidate, confirm, coming)
         except (Refused, _InUse) as error:
@@ -252,16 +253,16 @@ class Sweeper:
             freed = sweep.gone(candidate)
             SWEPT.labels(what="model" if isinstance(candidate, Copy) else "partial").inc(freed)
 
-    async def _drop_leftover(self, leftover: Leftover, coming: dict[Sha256, int]) -> None:
+    async def _drop_partial(self, partial: PartialCopy, coming: dict[Sha256, int]) -> None:
         with trio.move_on_after(HELD_TIMEOUT_S) as scope:
-            async with self._held(leftover.digest):
-                if leftover.digest in self._needed() | coming.keys():
+            async with self._held(partial.digest):
+                if partial.digest in self._needed() | coming.keys():
                     raise _InUse("a pull needs it")
-                if not await self._ground.drop_partial(leftover.digest):
+                if not await self._ground.drop_partial(partial.digest):
                     raise _InUse("it is being fetched")
         if scope.cancelled_caught:
             raise _InUse("it is being worked on")
-        _log.info("swept a partial", blob=leftover.digest[:12], bytes=leftover.size)
+        _log.info("swept a partial", blob=partial.digest[:12], bytes=partial.size)
 
     async def _drop_copy(self, copy: Copy, confirm: bool, coming: dict[Sha256, int]) -> None:
         stored = next((one for one in self._ground.local() if one.manifest.digest == copy.digest), None)

@@ -9,7 +9,7 @@ import trio
 
 from meshmax.base.errors import ModelNotFound
 from meshmax.base.names import parse_name
-from meshmax.core.sweep import Budget, Copy, Leftover, Verdict
+from meshmax.core.sweep import Budget, Copy, PartialCopy, Verdict
 from meshmax.services.pins import Pinned
 from meshmax.services.sweep import Report
 from tests.api.fake_node import BLOB, DIGEST, NOW_S
@@ -36,7 +36,7 @@ class FakeGarbage:
         self.asked.append(options)
         copy = Copy(DIGEST, ("echo:latest",), 1000, ((BLOB, 900),), NOW_S, "it is pinned", 2)
         verdicts = (
-            Verdict(Leftover(BLOB, 900, NOW_S), "goes", "nobody wants it", 900),
+            Verdict(PartialCopy(BLOB, 900, NOW_S), "goes", "nobody wants it", 900),
             Verdict(copy, "stays", "it is pinned"),
         )
         return Report(verdicts, Budget(5000, 0), 6000, 7000, 1000, 900, 100, options["dry_run"])

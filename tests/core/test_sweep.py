@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from meshmax.base.errors import ConfigError
 from meshmax.base.ids import Sha256
-from meshmax.core.sweep import ALONE, ENOUGH, SHARED, YOUNG, Budget, Candidate, Copy, Leftover, Sweep, parse_budget
+from meshmax.core.sweep import ALONE, ENOUGH, SHARED, YOUNG, Budget, Candidate, Copy, PartialCopy, Sweep, parse_budget
 
 GB = 10**9
 
@@ -102,8 +102,8 @@ def test_a_model_whose_going_frees_nothing_stays() -> None:
 
 
 def test_old_partials_go_without_need_and_before_models_and_young_or_wanted_ones_stay() -> None:
-    old, young = Leftover(digest("old"), 10, 0.0), Leftover(digest("young"), 10, 950.0)
-    wanted = Leftover(digest("wanted"), 10, 0.0, "a pull needs it")
+    old, young = PartialCopy(digest("old"), 10, 0.0), PartialCopy(digest("young"), 10, 950.0)
+    wanted = PartialCopy(digest("wanted"), 10, 0.0, "a pull needs it")
     sweep = Sweep([copy("m")], [young, old, wanted], 0, 1000.0, 100.0)
     assert run(sweep) == [name_of(old)]
     assert reasons(sweep) == {"m": ENOUGH, name_of(young): YOUNG, name_of(wanted): "a pull needs it"}

@@ -15,7 +15,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
 from meshmax.base.names import parse_name
 from meshmax.core.pins import Pins
-from meshmax.core.sweep import Budget, Leftover
+from meshmax.core.sweep import Budget, PartialCopy
 from meshmax.core.uses import Uses
 from meshmax.ports import Stream
 from meshmax.services.leases import Leases
@@ -162,7 +162,7 @@ async def mute(stream: Stream) -> None:
 def gone(report: Report) -> list[str]:
     """Names of the models that went, in order; partials as 'partial'."""
     return [
-        "partial" if isinstance(v.candidate, Leftover) else v.candidate.names[0]
+        "partial" if isinstance(v.candidate, PartialCopy) else v.candidate.names[0]
         for v in report.verdicts
         if v.action == "goes"
     ]

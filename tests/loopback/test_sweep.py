@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def holders(peer: PeerProcess, name: str) -> int:
     return len(peer.get(f"/api/v1/models/{name}")["holders"])
 
 
+def shared(peer: PeerProcess, name: str) -> bool:
+    """Whether it knows two that have it."""
+    return holders(peer, name) == 2
+
+
 def sweep(peer: PeerProcess, *words: str) -> subprocess.CompletedProcess[str]:
     return peer.run("sweep", "--json", *words, check=False)
 
@@ -62,7 +68,7 @@ def test_two_peers_that_sweep_at_the_same_moment_leave_one_copy_of_each_model(tm
         meet(one, two)
         for peer in (one, two):
             for name in names:
-                until("both are known as holders", lambda peer=peer, name=name: holders(peer, name) == 2)
+                until("both are known as holders", partial(shared, peer, name))
         threads = [threading.Thread(target=sweep, args=(peer, "--free", "1GB")) for peer in (one, two)]
         for thread in threads:
             thread.start()
@@ -79,7 +85,7 @@ def test_a_peer_that_is_killed_in_the_middle_of_its_sweep_loses_no_pin_and_no_la
         meet(one, two)
         one.run("pin", "pinned")
         for name in names:
-            until("both are known as holders", lambda name=name: holders(one, name) == 2)
+            until("both are known as holders", partial(shared, one, name))
         began = threading.Thread(target=sweep, args=(one, "--free", "1GB"))
         began.start()
         until("the sweep is under way", lambda: len(local(one)) < 7, every_s=0.001)

@@ -6,11 +6,17 @@ PCI bus id, else by name in order; a GPU that NVML does not know keeps the engin
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import msgspec
+import trio
 
 from meshmax.base.status import MAX_GPUS, Gpu
+from meshmax.telemetry.log import get_logger
+
+DRIVER_DEADLINE_S: Final = 5.0  # it answers in milliseconds; one that resets a GPU takes seconds
+_log = get_logger("gpu")
 
 
 class EngineDevice(msgspec.Struct, frozen=True):
@@ -45,6 +51,28 @@ def nvml_gpus() -> tuple[DriverGpu, ...]:
         return ()
     finally:
         pynvml.nvmlShutdown()
+
+
+class Driver:
+    """Asks NVML in a thread with a deadline: a driver that hangs must not hang the node."""
+
+    def __init__(self, ask: Callable[[], tuple[DriverGpu, ...]] = nvml_gpus) -> None:
+        self._ask = ask
+        self._last: tuple[DriverGpu, ...] = ()
+        # One thread, which may stay in the driver for good: as long as it does, no other is sent after it.
+        self._limiter = trio.CapacityLimiter(1)
+
+    async def gpus(self) -> tuple[DriverGpu, ...]:
+        """What the driver tells now; what it told last where it does not answer within DRIVER_DEADLINE_S."""
+        with trio.move_on_after(DRIVER_DEADLINE_S) as scope:
+            self._last = await trio.to_thread.run_sync(
+                self._ask,
+                abandon_on_cancel=True,  # type: ignore[call-arg]  # the stubs are of an older trio
+                limiter=self._limiter,
+            )
+        if scope.cancelled_caught:
+            _log.warning("the GPU driver does not answer", deadline_s=DRIVER_DEADLINE_S)
+        return self._last
 
 
 def usable_gpus(devices: tuple[EngineDevice, ...], driver: tuple[DriverGpu, ...]) -> tuple[Gpu, ...]:

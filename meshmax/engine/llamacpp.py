@@ -49,7 +49,7 @@ from meshmax.base.inference import (
 )
 from meshmax.base.status import Gpu
 from meshmax.engine import llamacpp_words as words
-from meshmax.engine.gpu import EngineDevice, nvml_gpus, usable_gpus
+from meshmax.engine.gpu import Driver, EngineDevice, usable_gpus
 from meshmax.engine.llamacpp_process import EngineProcess, open_process
 from meshmax.engine.loopback_http import LoopbackHttp
 from meshmax.ports import LoadedFacts
@@ -75,6 +75,7 @@ class LlamaCppEngine:
         self._folder = folder
         self._devices: tuple[EngineDevice, ...] | None = None
         self._looking = trio.Lock()
+        self._driver = Driver()
 
     async def devices(self) -> tuple[Gpu, ...]:
         """The GPUs that llama.cpp can use here, with the driver's figures of now; () is an answer. Never raises."""
@@ -83,7 +84,7 @@ class LlamaCppEngine:
                 self._devices = await self._look()
         if not self._devices:
             return ()
-        return usable_gpus(self._devices, await trio.to_thread.run_sync(nvml_gpus))
+        return usable_gpus(self._devices, await self._driver.gpus())
 
     async def _look(self) -> tuple[EngineDevice, ...]:
         try:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Final, NoReturn
 
 import trio
 
@@ -26,6 +27,7 @@ from meshmax.base.names import parse_name
 from meshmax.core.catalog import FirstSeen
 from meshmax.core.limits import Override, Plan
 from meshmax.core.mirror import MirrorPlan
+from meshmax.core.sequence import StatusSequence
 from meshmax.node.running import Node
 from meshmax.node.world import World, real_world
 from meshmax.services.adopt import Adoption, run_watch
@@ -58,7 +60,10 @@ from meshmax.store.first_seen import load_first_seen, save_first_seen
 from meshmax.store.home import open_home
 from meshmax.store.identity import load_identity
 from meshmax.store.limits_file import load_override, save_override
+from meshmax.store.sequence_file import load_sequence, save_sequence
 from meshmax.telemetry.isolate import isolate
+
+GPU_REFRESH_S: Final = 15.0  # as often as a status goes out by itself
 
 
 @asynccontextmanager
@@ -153,7 +158,17 @@ class _Opening:
         InferServer(node.residency, self.throttle.precedence).register(node.swarm)
         rungs = world.rungs(self.config, node.swarm)
         node.presence = await self.enter(
-            open_presence(node.swarm, node.signer, self.config, node.describe, rungs, world.unix_now, world.random)
+            open_presence(
+                node.swarm,
+                node.signer,
+                self.config,
+                node.describe,
+                rungs,
+                world.unix_now,
+                world.random,
+                StatusSequence(load_sequence(node.home.path)),
+                self._keep_sequence,
+            )
         )
 
     async def _open_pulls(self) -> None:
@@ -205,6 +220,9 @@ class _Opening:
             await self.node.catalog.sign_missing_records()
         self.node.garbage.sweeper.wake()
 
+    async def _keep_sequence(self, bound: int) -> None:
+        await self.world.run_sync(partial(save_sequence, self.node.home.path, bound))
+
     async def _keep_downloads(self, downloads: tuple[Download, ...]) -> None:
         await self.world.run_sync(partial(save_downloads, self.node.home.path, downloads))
 
@@ -227,6 +245,12 @@ def _owner(node: Node, blob: Sha256) -> tuple[Sha256, str] | None:
     return None
 
 
+async def _watch_gpus(node: Node) -> NoReturn:
+    while True:
+        await isolate("gpus", node.find_gpus)
+        await trio.sleep(GPU_REFRESH_S)
+
+
 @asynccontextmanager
 async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[None]:
     """What goes on by itself: GPU facts, scrubbing, keeping what names meant."""
@@ -246,7 +270,7 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
 
     node.presence.watch(on_news)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(isolate, "gpus", node.find_gpus)
+        nursery.start_soon(_watch_gpus, node)
         nursery.start_soon(keep_names)
         if node.config.mirror:
             mirror = Mirror(MirrorPlan(node.config.mirror), node.pulls, node.presence.peers, node.catalog.local)

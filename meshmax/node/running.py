@@ -188,9 +188,10 @@ class Node:
         )
 
     async def find_gpus(self) -> None:
-        """Ask the engine for its GPUs; tells the mesh when there are some."""
-        self.gpus = await self.engine.devices()
-        self.presence.changed()
+        """Ask the engine for its GPUs and their figures of now; tells the mesh at once when there are others."""
+        before, self.gpus = self.gpus, await self.engine.devices()
+        if [gpu.name for gpu in before] != [gpu.name for gpu in self.gpus]:
+            self.presence.changed()  # memory and load go along with the next status
 
 
 async def _starting(_peer: PeerId, _name: str, _digest: Sha256) -> str:

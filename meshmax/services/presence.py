@@ -11,8 +11,9 @@ Not here: what a status says (the ``describe`` that is passed in), whom to dial 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final, NoReturn
 
 import msgspec
@@ -25,6 +26,7 @@ from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus, PeerView
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.peers import Dial, PeerEntry, PeerTable
+from meshmax.core.sequence import StatusSequence
 from meshmax.ports import ConnectionView, Discovery, Sighting, Signer, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.telemetry.isolate import isolate
@@ -56,6 +58,7 @@ RUNG_MAX_BACKOFF_S: Final = 30.0
 SILENCE_FACTOR: Final = 15.0
 
 _log = get_logger("presence")
+Keep = Callable[[int], Awaitable[None]]  # writes a bound of the sequence down
 
 
 class PresenceService:
@@ -69,6 +72,8 @@ class PresenceService:
         describe: Callable[[], PeerStatus],
         unix_now: Callable[[], float],
         random: Random,
+        sequence: StatusSequence | None = None,
+        keep: Keep | None = None,
     ) -> None:
         self._swarm = swarm
         self._signer = signer
@@ -77,7 +82,7 @@ class PresenceService:
         self._unix_now = unix_now
         self._random = random
         self._table = PeerTable(signer.peer_id, config.max_peers, random)
-        self._sequence = 0
+        self._sequence, self._keep = sequence or StatusSequence(), keep
         self._own: tuple[PeerStatus, Signed] = self._issue()
         self._beats: dict[PeerId, trio.CancelScope] = {}
         self._answering: Counter[PeerId] = Counter()
@@ -113,22 +118,28 @@ class PresenceService:
     # --- status ------------------------------------------------------------------------------------------------------
 
     def _issue(self) -> tuple[PeerStatus, Signed]:
-        """Our status, signed, with the next sequence: of the clock, so that it grows over restarts too."""
-        self._sequence = max(self._sequence + 1, int(self._unix_now() * 1000))
+        """Our status, signed, with the next sequence."""
         status = msgspec.structs.replace(
             self._describe(),
-            sequence=self._sequence,
+            sequence=self._sequence.next(int(self._unix_now() * 1000)),
             issued_at_s=int(self._unix_now()),
             addresses=self._swarm.addresses,
         )
         status = fitted(status)
         return status, sign(STATUS_DOMAIN, status, self._signer.peer_id, self._signer.sign)
 
+    async def reserve(self) -> None:
+        """Keep how far our sequence may come, if it is time; a disk that takes it not is logged and costs no status."""
+        bound = self._sequence.to_keep(int(self._unix_now() * 1000))
+        if self._keep is not None and bound is not None and await isolate("sequence", partial(self._keep, bound)):
+            self._sequence.kept(bound)
+
     async def run_status(self) -> NoReturn:
         """Issue our own status anew when it changed, and now and then."""
         while True:
             with trio.move_on_after(STATUS_REFRESH_S):
                 await self._changed.wait()
+            await self.reserve()
             self._changed = trio.Event()
             self._own = self._issue()
             reissued, self._reissued = self._reissued, trio.Event()
@@ -324,9 +335,15 @@ async def open_presence(
     rungs: Sequence[Discovery],
     unix_now: Callable[[], float],
     random: Random,
+    sequence: StatusSequence | None = None,
+    keep: Keep | None = None,
 ) -> AsyncIterator[PresenceService]:
-    """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick."""
-    presence = PresenceService(swarm, signer, config, describe, unix_now, random)
+    """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
+
+    ``sequence`` goes on where this peer was before it was started anew; ``keep`` writes down how far it may come.
+    """
+    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep)
+    await presence.reserve()
     swarm.serve(STATUS, presence.answer)
     send, receive = trio.open_memory_channel[Sighting](SIGHTINGS_WAITING)
     async with trio.open_nursery() as nursery:

@@ -4,6 +4,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -14,6 +15,7 @@ from meshmax.base.errors import PeerGone
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Signed
 from meshmax.base.status import Load, ModelPresence, PeerStatus
+from meshmax.core.sequence import StatusSequence
 from meshmax.ports import Sighting, Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.presence import BEAT_PACE_S, MAX_STATUS_STREAMS, PresenceService, open_presence
@@ -268,3 +270,33 @@ async def test_a_program_that_does_not_speak_our_protocols_is_left_in_peace(
         await trio.sleep(600)
         assert 3 <= visits <= 25  # soon at first, then about once a minute
         assert online(a) == set()
+
+
+async def test_a_peer_that_comes_back_with_an_earlier_clock_is_heard(autojump_clock: trio.testing.MockClock) -> None:
+    kept: list[int] = []
+
+    async def keep(bound: int) -> None:
+        await trio.lowlevel.checkpoint()
+        kept.append(bound)
+
+    async with open_site() as site:
+        watcher = await site.peer()
+        for clock_s in (1_800_000_000.0, 1_700_000_000.0):  # a hundred million seconds are lost
+            async with AsyncExitStack() as life:
+                signer = SeededSigner(9)
+                swarm = await life.enter_async_context(site.network.open_swarm(signer))
+                opened = open_presence(
+                    swarm,
+                    signer,
+                    Config(),
+                    partial(PeerStatus, signer.peer_id, 0, 0, f"at {clock_s:g}", "0"),
+                    [Told(Sighting(site.swarms[0].peer_id, site.swarms[0].addresses, "static"))],
+                    lambda clock_s=clock_s: clock_s + trio.current_time(),  # type: ignore[misc]
+                    random.Random(9),
+                    StatusSequence(kept[-1] if kept else 0),
+                    keep,
+                )
+                await life.enter_async_context(opened)
+                await trio.sleep(60)
+                assert online(watcher) == {f"at {clock_s:g}"}
+    assert 2 <= len(kept) <= 4

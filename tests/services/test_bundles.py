@@ -19,8 +19,8 @@ from meshmax.base.errors import (
     ManifestInvalid,
     MeshmaxError,
     ModelNotFound,
-    StoreError,
     StoreCorrupt,
+    StoreError,
     StoreFull,
 )
 from meshmax.base.ids import Sha256

@@ -109,7 +109,7 @@ async def _first_answer(process: trio.Process, words: dict[str, Any], log: Path)
     if answer is None:
         with trio.move_on_after(1):  # its pipe closes a moment before its exit status is there
             await process.wait()
-        raise _not_loaded(f"its engine's process ended with status {process.returncode}", log)
+        raise _not_loaded(f"its process ended while loading, with status {process.returncode}", log)
     if "error" in answer:
         raise _not_loaded(str(answer["error"]).rstrip("."), log)
     return answer

@@ -56,6 +56,9 @@ _CUT_OFF: Final = "the engine's answer ended before it was finished"
 MAX_REASON: Final = 200  # characters of llama.cpp's own words on why it did not load a model
 _CAUSE: Final = re.compile(r"^\S* E \S+: +(?:error loading model(?: [a-z]+)?: )+(.+)$", re.MULTILINE)
 
+_NO_CAUSE: Final = "failed to load model from"
+_BAD_FILE: Final = re.compile(r"^\S* E gguf_\S+: +(.+)$", re.MULTILINE)
+
 
 def sampling(asked: Options, model: Options) -> dict[str, Any]:
     """The sampling part of a body."""
@@ -243,6 +246,10 @@ def reason_in_log(text: str) -> str:
     found = _CAUSE.search(text)
     if found is None:
         return ""
+    if _NO_CAUSE in found[1]:  # that names a path of this machine, and the cause stands before it, if anywhere
+        found = _BAD_FILE.search(text)
+        if found is None:
+            return "its file cannot be read"
     return "".join(c for c in found[1].strip() if c.isprintable())[:MAX_REASON]
 
 

@@ -125,7 +125,7 @@ async def test_what_is_no_model_is_refused_with_the_engines_own_words(content: b
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     file = ModelFile(Sha256("b" * 64), "bad", str(path), len(content))
-    with pytest.raises(EngineUnavailable, match=r"could not load the model.*last words"):
+    with pytest.raises(EngineUnavailable, match=r"cannot load the model: (?!Failed to init).*more in .*log\)"):
         async with LlamaCppEngine(CONFIG, tmp_path).open_model(file):
             pass
     assert engine_processes() == []
@@ -135,7 +135,7 @@ async def test_half_a_model_is_refused(tmp_path: Path) -> None:
     whole = Path(small_model().path)
     path = tmp_path / "half.gguf"
     path.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with pytest.raises(EngineUnavailable, match="could not load"):
+    with pytest.raises(EngineUnavailable, match="cannot load the model: "):
         async with LlamaCppEngine(CONFIG, tmp_path).open_model(ModelFile(Sha256("c" * 64), "half", str(path), 1)):
             pass
 

@@ -14,11 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import httpx
 
@@ -28,10 +28,37 @@ STOP_DEADLINE_S: Final = 10.0
 T = TypeVar("T")
 
 
+class Process(Protocol):
+    """What is used of subprocess.Popen; testing.fork_server has another."""
+
+    pid: int
+    returncode: Any
+
+    def poll(self) -> int | None:
+        """None while it runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it has ended."""
+        ...
+
+    def send_signal(self, sig: int) -> None:
+        """Send it a signal."""
+        ...
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        ...
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        ...
+
+
 class PeerProcess:
     """One `meshmax peer`. ``api`` is its base URL."""
 
-    def __init__(self, process: subprocess.Popen[bytes], home: Path, log: Path) -> None:
+    def __init__(self, process: Process, home: Path, log: Path) -> None:
         self.process = process
         self.home = home
         self.log = log
@@ -118,7 +145,18 @@ def until(what: str, ask: Callable[[], T], deadline_s: float = 20.0, every_s: fl
         time.sleep(every_s)
 
 
-def start_peer(home: Path, *flags: str, wait: bool = True, **settings: str) -> PeerProcess:
+Spawn = Callable[[Sequence[str], dict[str, str], Path], Process]  # arguments, environment, log
+
+
+def spawn(arguments: Sequence[str], env: dict[str, str], log: Path) -> Process:
+    """The usual way to start `meshmax`."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "meshmax.cli.main", *arguments], env=env, stdout=output, stderr=output
+        )
+
+
+def start_peer(home: Path, *flags: str, wait: bool = True, spawned_by: Spawn = spawn, **settings: str) -> PeerProcess:
     """Start a peer on loopback only; ``settings`` are further MESHMAX_* variables, lower case without the prefix."""
     home.mkdir(parents=True, exist_ok=True)
     defaults = {
@@ -134,11 +172,7 @@ def start_peer(home: Path, *flags: str, wait: bool = True, **settings: str) -> P
     env = {key: value for key, value in os.environ.items() if not key.startswith("MESHMAX_")}
     env |= {f"MESHMAX_{key.upper()}": value for key, value in {**defaults, **settings}.items()}
     log = home / "peer.log"
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "meshmax.cli.main", "peer", *flags], env=env, stdout=output, stderr=output
-        )
-    peer = PeerProcess(process, home, log)
+    peer = PeerProcess(spawned_by(["peer", *flags], env, log), home, log)
     if wait:
         wait_for_api(peer)
     return peer
@@ -164,7 +198,9 @@ def peers(folder: Path, *names: str, **settings: str) -> Iterator[list[PeerProce
     """Peers of these names, each with a home below ``folder``, all ended afterwards whatever happens."""
     started: list[PeerProcess] = []
     try:
-        started.extend(start_peer(folder / name, "--name", name, wait=False, **settings) for name in names)
+        started.extend(
+            start_peer(folder / name, "--name", name, wait=False, spawned_by=spawn, **settings) for name in names
+        )
         for peer in started:
             wait_for_api(peer)
         yield started

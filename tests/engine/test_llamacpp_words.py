@@ -230,7 +230,7 @@ def test_errors_of_the_server_become_errors_of_our_tree(
         ),
         ("0.1 E srv init: exiting\n", ""),
         (
-            "0.1 E gguf_init_from_reader: invalid magic\n0.2 E llama_model_load: error loading model: x: failed to load model from /a\n",
+            "0.1 E gguf_init: invalid magic\n0.2 E load: error loading model: x: failed to load model from /a\n",
             "invalid magic",
         ),
         ("0.2 E l: error loading model: x: failed to load model from /a/b\n", "its file cannot be read"),

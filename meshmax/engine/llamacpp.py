@@ -36,6 +36,7 @@ from meshmax.base.errors import (
     EngineError,
     EngineUnavailable,
     InvalidRequest,
+    MeshmaxError,
 )
 from meshmax.base.inference import (
     ChatRequest,
@@ -53,9 +54,11 @@ from meshmax.engine.gpu import Driver, EngineDevice, usable_gpus
 from meshmax.engine.llamacpp_process import EngineProcess, open_process
 from meshmax.engine.loopback_http import LoopbackHttp
 from meshmax.ports import LoadedFacts
+from meshmax.telemetry.log import get_logger
 
 DEFAULT_CONTEXT_TOKENS: Final = 4096  # as Ollama's on a small machine
 MAX_CONTEXT_TOKENS: Final = 1 << 22  # where the model does not say what it was trained for; as options take it
+CONTEXT_DEADLINE_S: Final = 5.0  # tokenising takes milliseconds; a process that hangs must not hold a whole answer back
 MAX_GPU_LAYERS: Final = 10_000  # as options take it: more than any model has, so all of them
 MIN_CONTEXT_TOKENS: Final = 64  # less holds no template
 BATCH_TOKENS: Final = 512  # Ollama's num_batch; the compute buffer grows with it
@@ -63,6 +66,8 @@ MAX_EMBED_TOKENS: Final = 8192  # one batch of an embedding model holds a whole 
 EMBED_TEXTS: Final = 16  # texts a call to the engine: vectors come soon, and leaving costs at most these
 _CALL_ID_LETTERS: Final = string.ascii_lowercase + string.digits
 CRASH_SEEN_S: Final = 2.0  # after a broken connection, how long the process may take to be seen dead
+
+_log = get_logger("engine")
 
 
 class LlamaCppEngine:
@@ -231,8 +236,17 @@ class LlamaCppModel:
             yield Delta(tool_calls=tuple(msgspec.structs.replace(call, id=new_call_id()) for call in calls))
         finish = reader.finish()
         if isinstance(request, GenerateRequest) and not request.raw and not request.suffix:
-            finish = msgspec.structs.replace(finish, context=await self._context(request, reader.text))
+            finish = msgspec.structs.replace(finish, context=await self._try_context(request, reader.text))
         yield finish
+
+    async def _try_context(self, request: GenerateRequest, answer: str) -> tuple[int, ...]:
+        """The conversation in tokens, () where it cannot be had in time: the answer is whole without it."""
+        with trio.move_on_after(CONTEXT_DEADLINE_S):
+            try:
+                return await self._context(request, answer)
+            except MeshmaxError as error:
+                _log.warning("an answer goes without its context", error=error.message)
+        return ()
 
     async def _context(self, request: GenerateRequest, answer: str) -> tuple[int, ...]:
         """The conversation in tokens. The answer is tokenised anew: chunks leave out tokens that are half a character."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 import trio
@@ -15,7 +15,7 @@ from meshmax.base.config import Config
 from meshmax.base.errors import Busy, EngineUnavailable
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Options
-from meshmax.base.model import MODEL_MEDIA_TYPE, StoredModel
+from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE, Manifest, StoredModel
 from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
 from meshmax.node.world import World
@@ -37,6 +37,8 @@ from meshmax.services.uploads import Uploads
 from meshmax.store import Store
 from meshmax.store.home import Home
 from meshmax.telemetry.meter import Meter
+
+MAX_SYSTEM_BYTES: Final = 4 << 20  # of a model's system text; a longer one fits no context
 
 State = Literal["starting", "running", "draining"]
 
@@ -183,9 +185,17 @@ class Node:
             str(path),
             layer.size,
             stored.details,
-            description.system,
+            await self._system(stored.manifest) or description.system,
             _parameters(description.parameters),
         )
+
+    async def _system(self, manifest: Manifest) -> str:
+        """The whole system text, which a description cuts; '' if there is none."""
+        layer = manifest.layer(SYSTEM_MEDIA_TYPE)
+        if layer is None or layer.size > MAX_SYSTEM_BYTES:
+            return ""
+        chunks = [await self.store.blobs.read_chunk(layer.digest, n) for n in range(-(-layer.size // CHUNK_BYTES))]
+        return b"".join(chunks).decode("utf-8", "replace")
 
     async def find_gpus(self) -> None:
         """Ask the engine for its GPUs and their figures of now; tells the mesh at once when there are others."""

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import trio
@@ -31,6 +32,9 @@ from meshmax.telemetry.log import get_logger
 from meshmax.wire.chunkmap import encode_map, map_address
 from meshmax.wire.manifest import parse_manifest
 from meshmax.wire.signed import MODEL_RECORD_DOMAIN, sign
+
+HOLDER_DEADLINE_S: Final = 5.0  # to describe a model; one that lives answers in milliseconds
+DESCRIBE_DEADLINE_S: Final = 15.0  # for all holders: a person waits for it
 
 _log = get_logger("catalog")
 AskPeer = Callable[[PeerId, Sha256], Awaitable[ModelDescription]]
@@ -85,11 +89,13 @@ class CatalogService:
         resolved = self.resolve(name)
         if resolved.stored:
             return await self._models.describe(resolved.digest, verbose)
-        for holder in resolved.entry.holders:
-            try:
-                return await self._ask_peer(holder, resolved.digest)
-            except MeshmaxError:
-                continue  # the next holder may answer; when none does, the caller is told below
+        with trio.move_on_after(DESCRIBE_DEADLINE_S):
+            for holder in resolved.entry.holders:
+                try:
+                    with trio.move_on_after(HOLDER_DEADLINE_S):
+                        return await self._ask_peer(holder, resolved.digest)
+                except MeshmaxError:
+                    continue  # the next holder may answer; when none does, the caller is told below
         raise NoProviders(f"no peer that has '{name}' answered")
 
     async def copy(self, source: str, destination: str) -> StoredModel:

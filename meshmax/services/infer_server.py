@@ -3,8 +3,11 @@
 A request lives as long as its stream: the moment the requester closes or resets it, says another word, or is lost, the
 work is cancelled and the engine stops. Three tasks a request, in one nursery: one makes events, one sends them
 (those that are ready together in one frame, a KeepAlive when there are none), one watches the requester. Requests at
-once and bytes held for them are bounded, in all and per peer; beyond that the answer is Busy. Neither prompts nor
-answers are logged. Not here: queues and slots of a model (services.residency).
+once and bytes held for them are bounded, in all and per peer; beyond that the answer is Busy.
+
+How a model is loaded here (num_ctx, num_gpu, num_thread) is for this node's own requests, its configuration and the model
+to say: a peer's words on it are passed over, and its request is answered with what there is. Neither prompts nor answers
+are logged. Not here: queues and slots of a model (services.residency).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Final
 
+import msgspec
 import structlog
 import trio
 
@@ -81,7 +85,7 @@ class InferServer:
     async def _serve(self, frames: FrameStream) -> None:
         assembly = AskAssembly()
         try:
-            ask = await self._receive_ask(frames, assembly)
+            ask = _without_load_options(await self._receive_ask(frames, assembly))
             with structlog.contextvars.bound_contextvars(request_id=ask.request_id, peer=frames.peer):
                 _log.debug("request taken", digest=ask.digest)
                 await _send(frames, REPLY.encode(Accepted()))
@@ -105,6 +109,11 @@ class InferServer:
                 self.held_bytes += assembly.held_bytes - before
             if ask is not None:
                 return ask
+
+
+def _without_load_options(ask: Ask) -> Ask:
+    options = msgspec.structs.replace(ask.request.options, num_ctx=None, num_gpu=None, num_thread=None)
+    return msgspec.structs.replace(ask, request=msgspec.structs.replace(ask.request, options=options))
 
 
 class _Exchange:

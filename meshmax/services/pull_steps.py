@@ -31,6 +31,7 @@ from meshmax.telemetry.log import get_logger
 
 ROUNDS: Final = 3  # how often all holders are asked for a record or a map before that step fails
 ROUND_PAUSE_S: Final = 1.0
+VANISHED_ROUNDS: Final = 2  # how often a pull begins anew because a blob that was here is not any more
 TRIAL_WAIT_S: Final = 15.0  # as long a blob on trial may lack sources when some sent what its map does not know
 CLOSE_TIMEOUT_S: Final = 10.0  # for a partial's last sync when the pull was cancelled
 
@@ -88,6 +89,19 @@ class Steps:
 
     async def run(self) -> None:
         """Until the model is here under its names. Raises NoProviders, IntegrityError, StoreFull, StoreError."""
+        for _ in range(VANISHED_ROUNDS):
+            try:
+                await self._run()
+                return
+            except BlobNotFound as error:
+                # It was here when we looked, and somebody deleted the last other model that needs it before ours had a name.
+                _log.info("a blob vanished and is fetched again", error=error.message)
+                for layer in self._tally.layers:
+                    if not await self._world.is_whole(layer.digest):
+                        self._tally.place(layer.digest, 0)
+        await self._run()
+
+    async def _run(self) -> None:
         if (origin := await self._try_origin()) is not None:
             await self._take(origin)
             return

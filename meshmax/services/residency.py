@@ -3,7 +3,8 @@
 A model's task holds the engine's block open, so that closing the residency ends every engine process. Answers run in the
 task of whoever asked; leaving an answer frees its slot and stops the engine's work. A model whose process has ended is
 seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx, num_gpu and num_thread count when
-it is the one that loads the model; a model that is loaded already answers as it was loaded. Not here: what may run where.
+it is the one that loads the model (of our own requests: services.infer_server takes them out of peers'); a model that is
+loaded already answers as it was loaded. Not here: what may run where.
 """
 
 from __future__ import annotations

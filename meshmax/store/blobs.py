@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -50,18 +51,28 @@ class FileBlobStore:
         self._dirty = trio.Event()
 
     def load_partials(self) -> None:
-        """Take up what earlier runs left: partials with a map and a bitmap; files without them vouch for nothing and go."""
+        """Take up what earlier runs left: partials with a map and a bitmap; files without them vouch for nothing and go.
+
+        One that cannot be read is left where it is, with a warning: it must not keep the node from starting.
+        """
         for path in self.layout.partials.glob("*.data"):
-            digest = Sha256(path.stem)
-            chunk_map = self.maps.load(digest)
-            if chunk_map is None or not self.layout.bits(digest).exists():
-                self.disk.unlink(path)
-            else:
-                haves = load_bits(self.layout, digest, chunk_map)
-                self._adopt_partial(chunk_map, load_marked(self.layout, digest, chunk_map, haves))
+            try:
+                self._load_partial(path)
+            except OSError as error:
+                _log.warning("a partial cannot be read and is left out", path=str(path), error=error.strerror)
         for path in (*self.layout.partials.glob("*.bits"), *self.layout.partials.glob("*.marks")):
-            if Sha256(path.stem) not in self._partials:
-                self.disk.unlink(path)
+            if Sha256(path.stem) not in self._partials and not path.with_suffix(".data").exists():
+                with suppress(OSError):
+                    self.disk.unlink(path)
+
+    def _load_partial(self, path: Path) -> None:
+        digest = Sha256(path.stem)
+        chunk_map = self.maps.load(digest)
+        if chunk_map is None or not self.layout.bits(digest).exists():
+            self.disk.unlink(path)
+        else:
+            haves = load_bits(self.layout, digest, chunk_map)
+            self._adopt_partial(chunk_map, load_marked(self.layout, digest, chunk_map, haves))
 
     def start(self, nursery: trio.Nursery) -> None:
         """Begin to sync dirty partials and to make maps of adopted blobs, in tasks of ``nursery``."""

@@ -134,8 +134,8 @@ def describe(
 ) -> ModelDescription:
     """What /api/show tells. ``texts``: the layers "template", "system", "license", "params" that there are.
 
-    The encoding stays under MAX_DESCRIPTION_BYTES: long texts are cut, and key-values left out from the end. That of a
-    header that was read whole does not: it goes to who asked here, and to no peer.
+    The JSON, as which it travels, stays under MAX_DESCRIPTION_BYTES: long texts are cut, and key-values left out from the
+    end. That of a header that was read whole does not: it goes to who asked here, and to no peer.
     """
     chat = header.text("tokenizer.chat_template") if header else ""
     description = ModelDescription(
@@ -151,9 +151,17 @@ def describe(
     )
     if description.tensors:
         return description
-    while len(msgspec.msgpack.encode(description)) > MAX_DESCRIPTION_BYTES and description.model_info:
-        kept = dict(list(description.model_info.items())[: len(description.model_info) // 2])
-        description = msgspec.structs.replace(description, model_info=kept)
+    most = MAX_TEXT_BYTES
+    while len(msgspec.json.encode(description)) > MAX_DESCRIPTION_BYTES:
+        if description.model_info:
+            kept = dict(list(description.model_info.items())[: len(description.model_info) // 2])
+            description = msgspec.structs.replace(description, model_info=kept)
+        elif most > 1:  # JSON writes some characters in six bytes
+            most //= 2
+            texts = {key: _cut(getattr(description, key), most) for key in ("template", "system", "license")}
+            description = msgspec.structs.replace(description, **texts)
+        else:
+            description = msgspec.structs.replace(description, parameters={})
     return description
 
 
@@ -179,6 +187,6 @@ def _shown(value: Any) -> Any:
     return value[:MAX_VALUE_TEXT] if isinstance(value, str) else value
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, most: int = MAX_TEXT_BYTES) -> str:
     data = text.encode("utf-8", "replace")
-    return text if len(data) <= MAX_TEXT_BYTES else data[:MAX_TEXT_BYTES].decode("utf-8", "ignore") + "\n[cut]"
+    return text if len(data) <= most else data[:most].decode("utf-8", "ignore") + "\n[cut]"

@@ -5,6 +5,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from meshmax.base.catalog import ModelDescription
 from meshmax.base.errors import InvalidName, ModelNotFound, NoProviders, PeerGone
@@ -13,7 +15,7 @@ from meshmax.base.model import ModelDetails, ModelRecord
 from meshmax.base.names import parse_name
 from meshmax.base.status import ModelPresence, PeerStatus, PeerView
 from meshmax.core.catalog import MAX_FIRST_SEEN, FirstSeen
-from meshmax.services.catalog import CatalogService, open_catalog
+from meshmax.services.catalog import DESCRIBE_DEADLINE_S, CatalogService, open_catalog
 from meshmax.testing.gguf import build_gguf
 from meshmax.testing.memory_store import MemoryBlobStore, MemoryModelStore
 from meshmax.testing.memory_swarm import SeededSigner
@@ -32,6 +34,7 @@ class World:
         self.views: tuple[PeerView, ...] = ()
         self.changes = 0
         self.gone: set[PeerId] = set()
+        self.mute: set[PeerId] = set()
 
     def peers(self) -> tuple[PeerView, ...]:
         return (PeerView(OWN.peer_id, "self", "self", None), *self.views)
@@ -40,6 +43,8 @@ class World:
         self.changes += 1
 
     async def ask(self, peer: PeerId, digest: Sha256) -> ModelDescription:
+        if peer in self.mute:
+            await trio.sleep_forever()
         if peer in self.gone:
             raise PeerGone
         return ModelDescription(digest, ModelDetails(), template=peer)
@@ -204,3 +209,14 @@ async def test_a_peer_that_offers_thousands_of_names_takes_over_no_name_of_anoth
             world.views = (attic, holder(KITCHEN))
             assert catalog.note_names()
         assert catalog.resolve("far").digest == REMOTE
+
+
+async def test_holders_that_do_not_answer_are_not_waited_for_long(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_world() as (world, catalog):
+        world.views = (*(holder(SeededSigner(seed).peer_id) for seed in range(20, 30)), holder(KITCHEN))
+        world.mute = {view.peer_id for view in world.views} - {KITCHEN}
+        with pytest.raises(NoProviders):
+            await catalog.describe("far")
+        assert trio.current_time() == DESCRIBE_DEADLINE_S
+        world.views = world.views[-2:]
+        assert (await catalog.describe("far")).template == KITCHEN

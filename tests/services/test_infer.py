@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshmax.base.errors import Busy, ModelNotFound, PeerGone, RemoteProtocolError
-from meshmax.base.inference import ChatRequest, Delta, EmbedRequest, Event, Finish, GenerateRequest, Message
+from meshmax.base.inference import ChatRequest, Delta, EmbedRequest, Event, Finish, GenerateRequest, Message, Options
 from meshmax.ports import Stream
 from meshmax.services import infer_server
 from meshmax.services.frames import FrameStream
@@ -313,3 +313,18 @@ async def test_vectors_are_answered_with_vectors(autojump_clock: Clock, events: 
         with pytest.raises(RemoteProtocolError):
             await remote(site, EmbedRequest(("a",)))
         assert MODEL in site[1].has
+
+
+async def test_how_a_model_is_loaded_is_not_for_a_peer_to_say(autojump_clock: Clock) -> None:
+    greedy = GenerateRequest(WORDS, options=Options(num_ctx=1 << 20, num_gpu=999, num_thread=1, seed=7))
+    async with open_site(2, echo_tokens_per_s=1e9) as site:
+        await remote(site, greedy)
+        (loaded,) = site[1].residency.loaded()
+        default = loaded.context_length
+        assert default < 1 << 20
+        await site[1].residency.unload(MODEL)
+        await trio.sleep(1)
+        async with site[1].residency.open_answer(ask(greedy)) as events:
+            assert [event async for event in events]
+        (loaded,) = site[1].residency.loaded()
+        assert loaded.context_length == 1 << 20

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 import trio
 import trio.testing
 
 from meshmax.base.events import Transfer
 from meshmax.base.ids import Sha256
-from meshmax.base.model import CHUNK_BYTES
-from meshmax.base.names import parse_name
+from meshmax.base.model import CHUNK_BYTES, Signed, StoredModel
+from meshmax.base.names import ModelName, parse_name
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.pull_job import FULL_WAIT_S, WATCHED_WAIT_S
@@ -421,3 +422,27 @@ async def test_a_peer_that_sends_what_was_not_asked_for_is_passed_over(autojump_
         assert last.state == "done"
         assert a.peer_id not in last.peers or last.peers[a.peer_id].bytes == 0
         assert len(c.swarm.connections()) == 2
+
+
+async def test_a_blob_that_was_here_and_is_deleted_before_the_model_has_its_name_is_fetched_after_all(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_site() as site:
+        a, c = await site.peer(), await site.peer()
+        data, extra = model_bytes(4), model_bytes(2, seed=9)
+        await a.hold_two_layers(data, extra, NAME)
+        await c.hold(data, "mine:latest")
+        put = c.store.models.put
+        deleted: list[str] = []
+
+        async def put_late(name: ModelName, raw: bytes, record: Signed | None) -> StoredModel:
+            if not deleted:
+                deleted.append("mine")
+                await c.store.models.delete(parse_name("mine"))
+                assert not c.store.blobs.whole(sha256_of(data))
+            return await put(name, raw, record)
+
+        monkeypatch.setattr(c.store.models, "put", put_late)
+        last = (await c.pull())[-1]
+        assert (deleted, last.state, last.bytes_done) == (["mine"], "done", last.bytes_total)
+        assert c.store.blobs.whole(sha256_of(data))

@@ -161,3 +161,25 @@ async def test_a_chunk_that_was_written_but_not_synced_counts_only_if_it_is_real
             found = await store.blobs.haves(MAP.sha256)
             assert found is not None
             assert found[1].total == total
+
+
+async def test_a_partial_that_cannot_be_read_does_not_keep_the_store_from_opening(
+    tmp_path: Path, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
+        partial = await store.blobs.open_partial(MAP)
+        await partial.write(0, BLOB[:MIB])
+        await partial.aclose()
+
+    def unreadable(*_args: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("meshmax.store.blobs.load_marked", unreadable)
+        async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
+            assert await store.blobs.haves(MAP.sha256) is None
+            await add(store, tmp_path, NEW)
+    async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
+        known = await store.blobs.haves(MAP.sha256)
+        assert known is not None
+        assert 0 in known[1]  # nothing of it was thrown away

@@ -21,6 +21,7 @@ from meshmax.store.details import (
 )
 from meshmax.testing.gguf import build_gguf
 from meshmax.wire.gguf import GgufHeader, try_parse_header
+from meshmax.wire.model import describe_reply
 
 DIGEST = Sha256("d" * 64)
 
@@ -128,3 +129,10 @@ def test_a_description_always_fits_one_frame() -> None:
     told = describe(DIGEST, ModelDetails(), header_of(values), texts, 0.0)
     assert len(msgspec.msgpack.encode(told)) < MIB - 4096
     assert told.license.endswith("[cut]")
+
+
+def test_a_description_fits_as_json_too_whatever_its_texts_are() -> None:
+    texts = dict.fromkeys(("template", "system", "license"), "\x01" * MIB)  # six bytes each in JSON
+    told = describe(DIGEST, ModelDetails(), header_of({"x.y": "z"}), texts, 0.0)
+    assert len(describe_reply(told).description) < MIB - 4096
+    assert told.system.startswith("\x01" * 1000)

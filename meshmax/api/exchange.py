@@ -101,6 +101,7 @@ class PromptReply:
         self._dialect = dialect
         self._open_answers = open_answers
         self._begun = False
+        self._route: Route | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; returns when the last byte is sent or the client is gone."""
@@ -113,6 +114,7 @@ class PromptReply:
         try:
             with self._open_answers.held() as waiting:
                 async with self._open_answer() as answer:
+                    self._route = answer.route
                     form = self._form_for(answer.route)
                     if self._stream:
                         self._open_answers.release(waiting)
@@ -127,7 +129,9 @@ class PromptReply:
             if self._begun:
                 _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
             else:
-                await error_reply(self._reword(ours), self._dialect)(scope, receive, send)
+                reply = error_reply(self._reword(ours), self._dialect)
+                reply.headers.update(route_headers(self._route) if self._route else {})  # who failed, where it is known
+                await reply(scope, receive, send)
 
     async def _send_stream(self, answer: Answer, form: Form, send: Send) -> None:
         self._begun = True

@@ -306,6 +306,8 @@ async def test_a_failure_before_the_first_token_has_its_own_status(
     node.router.refuse = error
     reply = await client.post("/api/generate", json={"model": "echo", "prompt": "x"})
     assert (reply.status_code, reply.json()) == (status, {"error": message, "code": code})
+    assert reply.headers["x-request-id"]
+    assert "x-meshmax-peer" not in reply.headers  # nobody took it
     assert reply.headers.get("retry-after") == ("3" if status == 503 else None)
 
 
@@ -324,6 +326,8 @@ async def test_a_failure_in_mid_stream_is_its_last_line(client: httpx.AsyncClien
     assert lines(reply)[1:] == [{"error": "it fell over", "code": "engine_crashed"}]
     reply = await client.post("/api/generate", json={"model": "echo", "prompt": "a b c", "stream": False})
     assert (reply.status_code, reply.json()) == (500, {"error": "it fell over", "code": "engine_crashed"})
+    assert reply.headers["x-meshmax-peer"] == OURS  # who failed
+    assert reply.headers["x-request-id"]
 
 
 async def test_a_programming_error_is_told_as_one_and_the_node_lives_on(client: httpx.AsyncClient, node: Any) -> None:

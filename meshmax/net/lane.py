@@ -28,6 +28,8 @@ from meshmax.base.errors import (
     StoreError,
 )
 from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.model import CHUNK_BYTES
+from meshmax.base.units import KIB
 from meshmax.net.lane_socket import LaneSocket
 from meshmax.ports import (
     LaneArrived,
@@ -37,6 +39,8 @@ from meshmax.ports import (
     LaneEvent,
     LaneLacking,
     LaneStoreFailed,
+    Pace,
+    at_once,
 )
 from meshmax.wire.lane import MAX_WANTS
 from meshmax.wire.lane_frames import MAX_INDEXES, Frame, Kind, Opener, Sealer
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from outcome import Outcome
 
 GATHER_S: Final = 0.004  # how long what has happened on a fetching lane may wait to be told; three chunks at 800 MB/s
+PIECE_BYTES: Final = 256 * KIB  # of a chunk that comes slowly, so that its source is not taken for silent meanwhile
+SLOW_CHUNK_S: Final = 0.5  # what a chunk takes that comes slowly
 GATHER_WANTS: Final = 8  # only while so many chunks are due that the lane will not fall idle meanwhile
 
 Chunk: TypeAlias = tuple[Sha256, int]
@@ -146,6 +152,7 @@ class TcpFetchLane(_Lane):
         self._due: set[Chunk] = set()
         self._events: deque[LaneEvent] = deque()  # at most one a want
         self._waking = False
+        self._piece_bytes = PIECE_BYTES  # until a chunk has come quickly
         self._wake: Callable[[], None] = lambda: None
 
     def want(self, digest: Sha256, indexes: Sequence[int]) -> None:
@@ -166,7 +173,12 @@ class TcpFetchLane(_Lane):
         if self.open and (digest, index) in self._due:
             self._say(self._sealer.seal(Kind.CANCEL, index, 0, digest))
 
-    async def run(self, sink: Callable[[Sha256, int, memoryview], None], tell: Callable[[LaneEvent], None]) -> None:
+    async def run(
+        self,
+        sink: Callable[[Sha256, int, memoryview], None],
+        tell: Callable[[LaneEvent], None],
+        pace: Pace = at_once,
+    ) -> None:
         """See ports.FetchLane."""
         token = trio.lowlevel.current_trio_token()
 
@@ -178,7 +190,7 @@ class TcpFetchLane(_Lane):
                 tell(self._events.popleft())
 
         self._wake = wake
-        await self._drive(lambda: self._work(sink), tell_all)
+        await self._drive(lambda: self._work(sink, pace), tell_all)
 
     def _require_open(self) -> None:
         if not self.open:
@@ -205,14 +217,14 @@ class TcpFetchLane(_Lane):
 
     # --- the worker thread ---------------------------------------------------------------------------------------------
 
-    def _work(self, sink: Callable[[Sha256, int, memoryview], None]) -> None:
+    def _work(self, sink: Callable[[Sha256, int, memoryview], None], pace: Pace) -> None:
         opener, sock = self._opener, self._socket
         while True:
             if not sock.fill(opener.first, idle=True):
                 raise PeerGone("the peer left the lane without a word")
             rest = opener.rest()
             if rest:
-                sock.fill(rest)
+                self._fill(rest, pace)
             frame = opener.open()
             if frame.kind is Kind.END:
                 return
@@ -222,6 +234,16 @@ class TcpFetchLane(_Lane):
             if not self._waking:
                 self._waking = True
                 self._wake()
+
+    def _fill(self, chunk: memoryview, pace: Pace) -> None:
+        at, size, moving_s = 0, len(chunk), 0.0
+        while at < size:
+            piece = chunk[at : at + pace(min(size - at, self._piece_bytes))]
+            began_s = time.monotonic()
+            self._socket.fill(piece)
+            moving_s += time.monotonic() - began_s
+            at += len(piece)
+        self._piece_bytes = PIECE_BYTES if moving_s >= SLOW_CHUNK_S else CHUNK_BYTES
 
     def _taken(self, frame: Frame, sink: Callable[[Sha256, int, memoryview], None]) -> LaneEvent:
         digest, index = frame.digest, frame.index
@@ -259,25 +281,33 @@ class TcpServeLane(_Lane):
         self._queue: dict[Chunk, None] = {}  # wanted, in the order of asking; the worker's own
         self.sending_s = 0.0
 
-    async def run(self, read: Callable[[Sha256, int, memoryview], int]) -> None:
+    async def run(self, read: Callable[[Sha256, int, memoryview], int], pace: Pace = at_once) -> None:
         """See ports.ServeLane."""
-        await self._drive(lambda: self._work(read), lambda: None)
+        await self._drive(lambda: self._work(read, pace), lambda: None)
 
     # --- the worker thread ---------------------------------------------------------------------------------------------
 
-    def _work(self, read: Callable[[Sha256, int, memoryview], int]) -> None:
+    def _work(self, read: Callable[[Sha256, int, memoryview], int], pace: Pace) -> None:
         while self._listen():
             if self._sealer.last:
                 break
             if self._queue:
                 digest, index = chunk = next(iter(self._queue))
                 del self._queue[chunk]
-                self._send(self._answer(digest, index, read))
+                self._answer(digest, index, read, pace)
         self._socket.send(self._sealer.seal(Kind.END))
 
-    def _send(self, frame: memoryview) -> None:
+    def _send(self, frame: memoryview, size: int = 0, pace: Pace = at_once) -> None:
+        """Send a frame, the ``size`` bytes of its chunk as ``pace`` has it."""
         began_s = time.monotonic()
-        self._socket.send(frame)
+        at = len(frame) - size  # what is not chunk goes with its first piece
+        sent = 0
+        while at < len(frame):
+            at += pace(len(frame) - at)
+            self._socket.send(frame[sent:at])
+            sent = at
+        if sent < at:
+            self._socket.send(frame)
         self.sending_s += time.monotonic() - began_s
 
     def _listen(self) -> bool:
@@ -314,11 +344,12 @@ class TcpServeLane(_Lane):
             self._socket.send(self._sealer.seal(Kind.CANCELLED, frame.index, 0, frame.digest))
         return self._sealer.last
 
-    def _answer(self, digest: Sha256, index: int, read: Callable[[Sha256, int, memoryview], int]) -> memoryview:
+    def _answer(self, digest: Sha256, index: int, read: Callable[[Sha256, int, memoryview], int], pace: Pace) -> None:
         try:
             size = read(digest, index, self._sealer.room)
         except Busy as error:
-            return self._sealer.seal_busy(digest, index, error.retry_after_s)
+            self._send(self._sealer.seal_busy(digest, index, error.retry_after_s))
         except (BlobNotFound, StoreError):
-            return self._sealer.seal(Kind.LACKING, index, 0, digest)
-        return self._sealer.seal_chunk(digest, index, size)
+            self._send(self._sealer.seal(Kind.LACKING, index, 0, digest))
+        else:
+            self._send(self._sealer.seal_chunk(digest, index, size), size, pace)

@@ -20,7 +20,9 @@ from meshmax.ports.lanes import (
     LaneLacking,
     Lanes,
     LaneStoreFailed,
+    Pace,
     ServeLane,
+    at_once,
 )
 from meshmax.ports.net import ConnectionView, Discovery, Sighting, Stream, Swarm, SwarmEvent
 from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
@@ -51,6 +53,7 @@ __all__ = [
     "LoadedModel",
     "ModelStore",
     "Naming",
+    "Pace",
     "Partial",
     "Presence",
     "Progress",
@@ -65,4 +68,5 @@ __all__ = [
     "Swarm",
     "SwarmEvent",
     "Throttle",
+    "at_once",
 ]

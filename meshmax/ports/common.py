@@ -40,3 +40,7 @@ class Throttle(Protocol):
     def reserve(self, peer: PeerId, direction: Literal["in", "out"], size: int) -> float:
         """Seconds to wait before ``size`` bytes may move; they count at once. 0.0 while nothing is limited. Any thread, cheap."""
         ...
+
+    def piece(self, direction: Literal["in", "out"]) -> int:
+        """How many bytes to reserve at once, 1 at least, so that a low limit is held evenly. Any thread, cheap."""
+        ...

@@ -59,7 +59,15 @@ class LaneStoreFailed(msgspec.Struct, frozen=True):
     error: StoreError
 
 
+# How many of the next bytes of a chunk (1 at least) may move now: called in the worker thread, where it may `pause`.
+Pace: TypeAlias = Callable[[int], int]
+
 LaneEvent: TypeAlias = LaneArrived | LaneBad | LaneLacking | LaneBusy | LaneCancelled | LaneStoreFailed
+
+
+def at_once(size: int) -> int:
+    """The pace of a lane that keeps to no limit."""
+    return size
 
 
 class FetchLane(Protocol):
@@ -88,15 +96,21 @@ class FetchLane(Protocol):
         ...
 
     def pause(self, seconds: float) -> None:
-        """Worker thread only (a sink that keeps to a limit): wait. Raises PeerGone at once when the lane is closed."""
+        """Worker thread only (a pace that keeps to a limit): wait. Raises PeerGone at once when the lane is closed."""
         ...
 
-    async def run(self, sink: Callable[[Sha256, int, memoryview], None], tell: Callable[[LaneEvent], None]) -> None:
+    async def run(
+        self,
+        sink: Callable[[Sha256, int, memoryview], None],
+        tell: Callable[[LaneEvent], None],
+        pace: Pace = at_once,
+    ) -> None:
         """Fetch until the lane is closed by either end in order (returns) or lost. Once only; `close` is implied.
 
         ``sink(digest, index, data)`` runs in the worker thread: verifies and writes, keeps no reference to ``data``; raises
-        ChunkMismatch or StoreError. ``tell`` runs in this task, in order. Raises PeerGone, RemoteProtocolError. Cancelling
-        ends the thread before it returns, in milliseconds if ``sink`` takes no longer.
+        ChunkMismatch or StoreError. ``pace`` is asked there before each piece of a chunk is received. ``tell`` runs in this
+        task, in order. Raises PeerGone, RemoteProtocolError. Cancelling ends the thread before it returns, in milliseconds
+        if ``sink`` takes no longer.
         """
         ...
 
@@ -111,7 +125,7 @@ class ServeLane(Protocol):
 
     @property
     def sending_s(self) -> float:
-        """Seconds spent so far in sending, as against reading and waiting for wants: how loaded our end is."""
+        """Seconds spent so far in sending, limits included, as against reading and waiting for wants: how loaded our end is."""
         ...
 
     def close(self) -> None:
@@ -119,15 +133,15 @@ class ServeLane(Protocol):
         ...
 
     def pause(self, seconds: float) -> None:
-        """As FetchLane.pause, for a ``read`` that keeps to a limit."""
+        """As FetchLane.pause."""
         ...
 
-    async def run(self, read: Callable[[Sha256, int, memoryview], int]) -> None:
+    async def run(self, read: Callable[[Sha256, int, memoryview], int], pace: Pace = at_once) -> None:
         """Serve until the lane is closed by either end in order (returns) or lost. Once only; `close` is implied.
 
         ``read(digest, index, buffer)`` runs in the worker thread: puts a verified chunk into ``buffer`` (1 MiB) and returns its
-        length; raises BlobNotFound or StoreError (told as lacking) or Busy. Raises PeerGone, RemoteProtocolError. Cancelling:
-        as FetchLane.run.
+        length; raises BlobNotFound or StoreError (told as lacking) or Busy. ``pace`` is asked there before each piece of it
+        is sent. Raises PeerGone, RemoteProtocolError. Cancelling: as FetchLane.run.
         """
         ...
 

@@ -65,10 +65,9 @@ class Session:
         """Lanes that are open."""
         return self._lanes.count if self._lanes else 0
 
-    @property
-    def held(self) -> bool:
-        """Whether something has come that we keep waiting: the source is not silent."""
-        return self._held or (self._lanes is not None and self._lanes.held)
+    def alive(self) -> bool:
+        """Whether something has come since this was asked last that was not told, or is kept waiting by us."""
+        return self._held or (self._lanes is not None and self._lanes.alive())
 
     def want(self, index: int) -> None:
         """Ask for a chunk at the next `flush`; at most wire.MAX_WANTS at once."""

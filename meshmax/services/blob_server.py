@@ -230,8 +230,11 @@ class _Session:
 
     async def _send_chunk(self, index: int, chunk: bytes) -> bool:
         """Send it in parts; False if it was cancelled in the middle."""
-        for offset in range(0, len(chunk), wire.PART_BYTES):
-            part = wire.ChunkPart(index, offset, chunk[offset : offset + wire.PART_BYTES])
+        end = 0
+        while end < len(chunk):
+            offset = end
+            end += min(wire.PART_BYTES, self._throttle.piece("out")) if self._throttle else wire.PART_BYTES
+            part = wire.ChunkPart(index, offset, chunk[offset:end])
             if self._throttle and (wait_s := self._throttle.reserve(self._peer, "out", len(part.data))):
                 await trio.sleep(wait_s)
             if index in self._cancelled:
@@ -239,7 +242,7 @@ class _Session:
                 return False
             BYTES.labels(direction="out").inc(len(part.data))
             self._outflow.note(self._peer, self._digest, len(part.data))
-            if offset + wire.PART_BYTES < len(chunk):
+            if end < len(chunk):
                 await self._send(part)
         CHUNKS.labels(direction="out", outcome="ok").inc()
         await self._last_word(part)

@@ -59,10 +59,17 @@ class Landing:
                 event = Unwritten(peer, error)
         self.inbox.put(event)
 
-    def land_in_thread(self, lane: FetchLane, index: int, data: memoryview) -> None:
-        """A whole chunk came over ``lane``, in its thread. Raises ChunkMismatch, StoreError, PeerGone (it was closed)."""
-        if self._throttle and (wait_s := self._throttle.reserve(lane.peer, "in", len(data))):
-            lane.pause(wait_s)
+    def admit_in_thread(self, lane: FetchLane, size: int) -> int:
+        """How many of the next ``size`` bytes may come over ``lane``, in its thread, after waiting for our limits. Raises
+        PeerGone (it was closed)."""
+        if self._throttle:
+            size = min(size, self._throttle.piece("in"))
+            if wait_s := self._throttle.reserve(lane.peer, "in", size):
+                lane.pause(wait_s)
+        return size
+
+    def land_in_thread(self, index: int, data: memoryview) -> None:
+        """A whole chunk came over a lane, in its thread; it was admitted. Raises ChunkMismatch, StoreError."""
         if self.needs(index):
             self._partial.write_blocking(index, data)
 

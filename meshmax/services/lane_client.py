@@ -107,6 +107,7 @@ class SourceLanes:
         self._unsaid: dict[FetchLane, list[int]] = {}  # asked for, not told to the lane yet
         self._withdrawn: set[int] = set()
         self._held: set[FetchLane] = set()  # those whose thread is at work or waits for our limits
+        self._moved = False  # a piece of a chunk has come; threads set it, `alive` takes it back
         self._lost = trio.Event()
 
     @property
@@ -114,10 +115,10 @@ class SourceLanes:
         """Lanes that are open."""
         return len(self._owed)
 
-    @property
-    def held(self) -> bool:
-        """Whether a chunk has come that we keep waiting, for our own limits or our disk."""
-        return bool(self._held)
+    def alive(self) -> bool:
+        """Whether a piece of a chunk has come since this was asked last, or one is kept waiting, by our limits or our disk."""
+        moved, self._moved = self._moved, False
+        return moved or bool(self._held)
 
     def want(self, index: int) -> bool:
         """Ask for a chunk at the next `flush`; False where no lane is open."""
@@ -196,7 +197,7 @@ class SourceLanes:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_with, stream, lane)
             try:
-                await lane.run(partial(self._sink, lane), partial(self._told, lane))
+                await lane.run(partial(self._sink, lane), partial(self._told, lane), partial(self._pace, lane))
             except MeshmaxError as error:
                 failure = error
             nursery.cancel_scope.cancel()
@@ -206,7 +207,15 @@ class SourceLanes:
     def _sink(self, lane: FetchLane, digest: Sha256, index: int, data: memoryview) -> None:
         self._held.add(lane)
         try:
-            self._landing.land_in_thread(lane, index, data)
+            self._landing.land_in_thread(index, data)
+        finally:
+            self._held.discard(lane)
+
+    def _pace(self, lane: FetchLane, size: int) -> int:
+        self._moved = True
+        self._held.add(lane)
+        try:
+            return self._landing.admit_in_thread(lane, size)
         finally:
             self._held.discard(lane)
 

@@ -2,8 +2,8 @@
 
 Rules: a peer asks on a stream of the control connection and gets the grant of one lane; the stream stays open as long as the
 lane does, so the lane ends when the connection does, or the membership that it stands for. The task that answers the
-stream owns the lane's thread. A chunk is promised (core.offer), read and verified, counted against our limits, and only
-then sent. Not here: sockets, threads, how many lanes a peer may have (net.lane), what is a good chunk (store).
+stream owns the lane's thread. A chunk is promised (core.offer), read and verified, and sent in pieces as our
+limits allow. Not here: sockets, threads, how many lanes a peer may have (net.lane), what is a good chunk (store).
 """
 
 from __future__ import annotations
@@ -76,10 +76,11 @@ class LaneServer:
     async def _serve(self, lane: ServeLane, stream: Stream) -> None:
         failure: MeshmaxError | None = None
         served: set[Sha256] = set()
+        pace = _Pace()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_with, stream, lane)
             try:
-                await lane.run(partial(self._read, lane, served, _Pace()))
+                await lane.run(partial(self._read, lane, served, pace), partial(self._pace, lane, pace))
             except MeshmaxError as error:
                 failure = error
             nursery.cancel_scope.cancel()
@@ -91,7 +92,7 @@ class LaneServer:
     def _read(
         self, lane: ServeLane, served: set[Sha256], pace: _Pace, digest: Sha256, index: int, buffer: memoryview
     ) -> int:
-        """In the lane's thread: the chunk's length, once it may be sent. Raises Busy, BlobNotFound, StoreError, PeerGone."""
+        """In the lane's thread: the chunk's length. Raises Busy, BlobNotFound, StoreError."""
         peer = lane.peer
         began_s = time.monotonic()
         if retry_after_s := self._offers.ask(digest, peer, index):
@@ -99,16 +100,23 @@ class LaneServer:
         served.add(digest)
         try:
             size = self._blobs.read_chunk_into(digest, index, buffer)
-            if self._throttle and (wait_s := self._throttle.reserve(peer, "out", size)):
-                lane.pause(wait_s)
         except (BlobNotFound, StoreError) as error:
             self._offers.lost(digest, peer, index)
             CHUNKS.labels(direction="out", outcome=error.code).inc()
             raise
         self._offers.sent(digest, time.monotonic() - began_s + pace.sent_s(lane))
-        self._outflow.note(peer, digest, size)
-        _bytes_out.inc(size)
+        pace.digest = digest
         _chunks_ok.inc()
+        return size
+
+    def _pace(self, lane: ServeLane, pace: _Pace, size: int) -> int:
+        """In the lane's thread: how many of a chunk's next ``size`` bytes may be sent, after waiting. Raises PeerGone."""
+        if self._throttle:
+            size = min(size, self._throttle.piece("out"))
+            if wait_s := self._throttle.reserve(lane.peer, "out", size):
+                lane.pause(wait_s)
+        self._outflow.note(lane.peer, pace.digest, size)
+        _bytes_out.inc(size)
         return size
 
 
@@ -130,9 +138,10 @@ async def open_lane_server(server: LaneServer, swarm: Swarm, lanes: Lanes) -> As
 
 
 class _Pace:
-    """What sending the chunk before took, on one lane: this one is not sent yet when its reader returns."""
+    """Of one lane: what is being sent (``digest``), and what sending the chunk before took."""
 
     def __init__(self) -> None:
+        self.digest = Sha256("")
         self._sending_s = 0.0
 
     def sent_s(self, lane: ServeLane) -> float:

@@ -34,11 +34,15 @@ class LocalSession:
     def __init__(self, source: ChunkSource, landing: Landing) -> None:
         self.peer = name_of(source)
         self.haves = Haves.none(landing.chunk_map.count)
-        self.held = False
+        self._held = False
         self._source, self._landing = source, landing
         self._scope = trio.CancelScope()
         self._wanted: deque[int] = deque()  # bounded by the window
         self._wake = trio.Event()
+
+    def alive(self) -> bool:
+        """Whether it is at work."""
+        return self._held
 
     def want(self, index: int) -> None:
         """Read a chunk."""
@@ -80,7 +84,7 @@ class LocalSession:
                 self._wake = trio.Event()
                 await self._wake.wait()
             index = self._wanted.popleft()
-            self.held = True  # a slow medium is not a silent one
+            self._held = True  # a slow medium is not a silent one
             try:
                 data = await self._source.read_chunk(digest, index)
             except (BlobNotFound, StoreCorrupt):
@@ -88,4 +92,4 @@ class LocalSession:
             else:
                 await self._landing.land(self.peer, index, data)
             finally:
-                self.held = False
+                self._held = False

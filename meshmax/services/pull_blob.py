@@ -165,11 +165,12 @@ class BlobFetch:
             while self._taken:
                 self._perform(self._take(self._taken.popleft()))
             self._flush()
-        due_s, now = self._core.deadline(), trio.current_time()
+        now = trio.current_time()
+        for peer, session in self._sessions.items():
+            if session.alive():
+                self._core.on_part(peer, now)
+        due_s = self._core.deadline()
         if due_s is not None and now >= due_s:  # a steady stream of events must not hide a silent source
-            for peer, session in self._sessions.items():
-                if session.held:
-                    self._core.on_part(peer, now)
             self._perform(self._core.tick(now))
             self._flush()
 

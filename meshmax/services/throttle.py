@@ -18,6 +18,8 @@ from typing import Final, Literal
 import trio
 
 from meshmax.base.ids import PeerId
+from meshmax.base.model import CHUNK_BYTES
+from meshmax.base.units import KIB
 from meshmax.core.bucket import Bucket
 from meshmax.core.limits import Override, Plan, Rates
 from meshmax.telemetry.log import get_logger
@@ -25,6 +27,8 @@ from meshmax.telemetry.log import get_logger
 REFRESH_S: Final = 5.0  # how late a window of the schedule may begin or end
 YIELD_S: Final = 0.05  # 1 MiB a lane in that time: blobs go on, at a tenth of their speed
 MAX_YIELD_S: Final = 5.0  # a prompt that waits for longer waits for something else than the processor or the wire
+PIECE_S: Final = 0.05  # of the lowest limit in one piece: half a percent of the ten seconds over which it is to be held
+MIN_PIECE_BYTES: Final = 4 * KIB  # a packet or three
 MAX_BUCKETS: Final = 1024  # peers with a limit of their own; the one used longest ago is forgotten, with what it owes
 
 Direction = Literal["in", "out"]
@@ -46,7 +50,7 @@ class RateThrottle:
         self.refresh()
 
     def limited(self, direction: Direction) -> bool:
-        """Whether any limit holds; while none does, pieces need not be small."""
+        """Whether any limit holds."""
         rates = self.rates
         return bool(rates.up or rates.peer_up) if direction == "out" else bool(rates.down or rates.peer_down)
 
@@ -59,6 +63,13 @@ class RateThrottle:
             now = self._clock()
             wait_s = self._all[direction].reserve(size, now)
             return max(yield_s, wait_s, self._bucket(peer, direction).reserve(size, now))
+
+    def piece(self, direction: Direction) -> int:
+        """See ports.Throttle: 4 KiB to a chunk, which it is while nothing is limited."""
+        rates = self.rates
+        limits = (rates.up, rates.peer_up) if direction == "out" else (rates.down, rates.peer_down)
+        lowest = min((limit for limit in limits if limit), default=0)
+        return min(max(int(lowest * PIECE_S), MIN_PIECE_BYTES), CHUNK_BYTES) if lowest else CHUNK_BYTES
 
     @contextmanager
     def precedence(self) -> Iterator[None]:

@@ -25,6 +25,8 @@ from meshmax.ports import (
     LaneEvent,
     LaneLacking,
     LaneStoreFailed,
+    Pace,
+    at_once,
 )
 from meshmax.wire.lane import AES_128_GCM, LANE_ID_BYTES, MAX_WANTS, SECRET_BYTES, LaneAsk, LaneGrant
 
@@ -118,7 +120,12 @@ class MemoryFetchLane(_End):
             self._wire.answers.append(LaneCancelled(digest, index))
             self._wire.change()
 
-    async def run(self, sink: Callable[[Sha256, int, memoryview], None], tell: Callable[[LaneEvent], None]) -> None:
+    async def run(
+        self,
+        sink: Callable[[Sha256, int, memoryview], None],
+        tell: Callable[[LaneEvent], None],
+        pace: Pace = at_once,
+    ) -> None:
         """See ports.FetchLane."""
         wire = self._wire
         try:
@@ -127,7 +134,11 @@ class MemoryFetchLane(_End):
                     await wire.changed.wait()
                     continue
                 answer = wire.answers.popleft()
-                event = self._sunk(sink, *answer) if isinstance(answer, tuple) else answer
+                if isinstance(answer, tuple):
+                    _paced(pace, len(answer[2]))
+                    event = self._sunk(sink, *answer)
+                else:
+                    event = answer
                 wire.due.discard((event.digest, event.index))
                 tell(event)
                 await self._wait()
@@ -153,7 +164,7 @@ class MemoryServeLane(_End):
 
     sending_s = 0.0  # sending takes no time of its own
 
-    async def run(self, read: Callable[[Sha256, int, memoryview], int]) -> None:
+    async def run(self, read: Callable[[Sha256, int, memoryview], int], pace: Pace = at_once) -> None:
         """See ports.ServeLane."""
         wire = self._wire
         try:
@@ -162,6 +173,8 @@ class MemoryServeLane(_End):
                     await wire.changed.wait()
                     continue
                 answer = self._answer(read, *wire.wants.popleft())
+                if isinstance(answer, tuple):
+                    _paced(pace, len(answer[2]))
                 await self._wait()
                 wire.answers.append(answer)
                 wire.change()
@@ -182,6 +195,11 @@ class MemoryServeLane(_End):
         if self._wire.server in self._wire.network.liars:
             buffer[0] ^= 1
         return digest, index, bytes(memoryview(buffer)[:size])
+
+
+def _paced(pace: Pace, size: int) -> None:
+    while size:
+        size -= pace(size)
 
 
 class MemoryExpected:

@@ -23,6 +23,7 @@ from meshmax.base.errors import (
 from meshmax.base.ids import Sha256
 from meshmax.base.units import MIB
 from meshmax.net import lanes as net_lanes
+from meshmax.net.lane import PIECE_BYTES
 from meshmax.net.lanes import MAX_LANES_PER_PEER
 from meshmax.ports import (
     LaneArrived,
@@ -92,6 +93,50 @@ async def test_each_want_gets_one_last_word_whatever_becomes_of_it() -> None:
         LaneStoreFailed(DIGEST, 3, full),
         LaneArrived(DIGEST, 4, 1000),
     ]
+
+
+async def test_a_chunk_moves_in_pieces_as_the_pace_of_each_end_has_it() -> None:
+    sent: list[int] = []
+    received: list[int] = []
+
+    def piece(pieces: list[int], most: int, size: int) -> int:
+        pieces.append(min(size, most))
+        return pieces[-1]
+
+    async with site() as here:
+        lane, served = await here.pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(quietly, partial(served.run, read, partial(piece, sent, 50_000)))
+            nursery.start_soon(quietly, partial(lane.run, here.sink, here.tell, partial(piece, received, 30_000)))
+            lane.want(DIGEST, [1, 4, 2])
+            await here.hear(3)
+            lane.close()
+    assert here.sunk == {index: chunk_of(index) for index in (1, 4, 2)}
+    assert sum(sent) == sum(received) == 2 * MIB + 1000
+    assert len(sent) == 2 * -(-MIB // 50_000) + 1
+    assert len(received) == 2 * -(-MIB // 30_000) + 1
+
+
+async def test_a_chunk_that_comes_slowly_is_seen_to_come() -> None:
+    seen: list[int] = []
+
+    def slowly(size: int) -> int:
+        time.sleep(0.08)
+        return min(size, 100_000)
+
+    def pace(size: int) -> int:
+        seen.append(size)
+        return size
+
+    async with site() as here:
+        lane, served = await here.pair()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(quietly, partial(served.run, read, slowly))
+            nursery.start_soon(quietly, partial(lane.run, here.sink, here.tell, pace))
+            lane.want(DIGEST, [1, 2])
+            await here.hear(2)
+            lane.close()
+    assert seen == [PIECE_BYTES] * 8
 
 
 async def test_a_cancelled_chunk_that_was_not_sent_does_not_come() -> None:

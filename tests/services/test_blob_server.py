@@ -222,6 +222,9 @@ class Drip:
         self.free_s = 0.0
         self.reserved: list[int] = []
 
+    def piece(self, direction: str) -> int:
+        return CHUNK_BYTES
+
     def reserve(self, peer: PeerId, direction: str, size: int) -> float:
         assert direction == "out"
         self.reserved.append(size)

@@ -306,6 +306,9 @@ class Metered:
         self._rate = rate
         self._free_s: dict[str, float] = {}
 
+    def piece(self, direction: str) -> int:
+        return CHUNK_BYTES
+
     def reserve(self, peer: PeerId, direction: str, size: int) -> float:
         now = trio.current_time()
         begins_s = max(now, self._free_s.get(direction, 0.0))

@@ -22,6 +22,9 @@ class SlowUplink:
         self.sent_bytes = 0
         self._free_s = 0.0
 
+    def piece(self, direction: str) -> int:
+        return CHUNK_BYTES
+
     def reserve(self, peer: PeerId, direction: str, size: int) -> float:
         self.sent_bytes += size
         start_s = max(trio.current_time(), self._free_s)

@@ -9,8 +9,17 @@ import trio.testing
 
 from meshmax.base.config import LimitsConfig, LimitWindow
 from meshmax.base.ids import PeerId
+from meshmax.base.model import CHUNK_BYTES
 from meshmax.core.limits import Override, Plan
-from meshmax.services.throttle import MAX_BUCKETS, MAX_YIELD_S, REFRESH_S, YIELD_S, RateThrottle, open_throttle
+from meshmax.services.throttle import (
+    MAX_BUCKETS,
+    MAX_YIELD_S,
+    MIN_PIECE_BYTES,
+    REFRESH_S,
+    YIELD_S,
+    RateThrottle,
+    open_throttle,
+)
 
 ANN, BOB = PeerId("ann"), PeerId("bob")
 MB = 1_000_000
@@ -97,3 +106,11 @@ async def test_what_a_command_sets_holds_at_once_and_is_kept(autojump_clock: tri
         limits.throttle.reserve(ANN, "in", 5 * MB)
         assert limits.throttle.reserve(ANN, "in", 1) == 1.0
     assert saved == [Override(down=5 * MB)]
+
+
+def test_a_low_limit_is_reserved_in_small_pieces_and_none_in_chunks() -> None:
+    assert throttle_of(LimitsConfig()).piece("out") == CHUNK_BYTES
+    limited = throttle_of(LimitsConfig(up="40MB/s", peer_up="1MB/s", down="10kB/s"))
+    assert limited.piece("out") == 50_000
+    assert limited.piece("in") == MIN_PIECE_BYTES
+    assert throttle_of(LimitsConfig(up="400MB/s")).piece("out") == CHUNK_BYTES

@@ -145,9 +145,8 @@ def test_thirty_kills_at_random_moments_cost_no_more_than_the_chunks_in_flight(
             site.limit("source", chance.choice(RATES))
         site.limit("source", "off")
         until("it is whole", ledger.try_next_round, 30)
-        print(
-            f"{ledger.rounds} rounds, {ledger.middles} kills in a middle; lost by deaths of the fetcher, in chunks: {[round(b / MIB, 1) for b in ledger.lost]}"
-        )
+        print(f"{ledger.rounds} rounds, {ledger.middles} kills in a middle")
+        print(f"lost by each death of the fetcher, in chunks: {[round(lost / MIB, 1) for lost in ledger.lost]}")
     assert max(ledger.lost) <= IN_FLIGHT
     assert ledger.middles >= KILLS // 3
 
@@ -286,7 +285,7 @@ def test_a_full_disk_halts_a_pull_before_or_in_its_middle_until_there_is_room(
         fill(ballast)
         site.until_share("fetcher", 0.5)  # its room was reserved
         for action in ("pause", "resume"):  # opened anew, it has to write beside it
-            site.post("fetcher", f"/api/v1/transfers/{site.transfer('fetcher')['id']}/{action}")
+            site.steer("fetcher", action)
         until("it waits", lambda: site.state("fetcher") == "waiting")
         assert "full" in site.transfer("fetcher")["reason"]
         ballast.unlink()
@@ -339,7 +338,7 @@ def test_cancelled_pulls_leave_no_thread_no_open_file_and_no_memory(tmp_path: Pa
         def once(round_number: int) -> None:
             site.pull("fetcher")
             site.until_share("fetcher", min(0.9, 0.05 * (round_number + 1)))
-            site.post("fetcher", f"/api/v1/transfers/{site.transfer('fetcher')['id']}/cancel")
+            site.steer("fetcher", "cancel")
             until("it is cancelled", lambda: site.state("fetcher") == "cancelled")
 
         for round_number in range(3):  # pools and buffers come into being

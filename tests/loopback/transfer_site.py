@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -25,9 +25,9 @@ from meshmax.store.layout import Layout
 from meshmax.store.maps import MapFiles
 from meshmax.store.partials import load_bits, load_marked
 from meshmax.testing.faulty_peer import FAULT
-from meshmax.testing.fork_server import PROGRAM, Forked, ForkServer
+from meshmax.testing.fork_server import PROGRAM, ForkServer
 from meshmax.testing.gguf import build_gguf
-from meshmax.testing.process import PeerProcess, start_peer, until, wait_for_api
+from meshmax.testing.process import PeerProcess, Process, start_peer, until, wait_for_api
 
 NAME: Final = "big"
 
@@ -35,7 +35,7 @@ NAME: Final = "big"
 class Mesh:
     """Peers below ``folder`` that know each other's addresses, and are started, killed and started again by name."""
 
-    def __init__(self, folder: Path, forks: ForkServer, names: Sequence[str], **settings: str) -> None:
+    def __init__(self, folder: Path, forks: ForkServer | None, names: Sequence[str], **settings: str) -> None:
         self.folder, self.forks, self.settings = folder, forks, settings
         self.peers: dict[str, PeerProcess] = {}
         self.ids: dict[str, PeerId] = {}
@@ -48,25 +48,39 @@ class Mesh:
     def start(self, *names: str, fault: str = "", **settings: str) -> None:
         """Start (again) those that are named."""
         for name in names:
-            others = (other for other in self._ports if other != name)
+            ip, others = self.ip(name), (other for other in self._ports if other != name)
             known = {
                 "lan": "false",
                 "engine_kind": "none",
-                "listen": f"127.0.0.1:{self._ports[name]}",
+                "listen": f"{ip}:{self._ports[name]}",
                 "lane_port": "0",
                 "name": name,
-                "join": ",".join(f"/ip4/127.0.0.1/tcp/{self._ports[o]}/p2p/{self.ids[o]}" for o in others),
+                "join": ",".join(f"/ip4/{self.ip(o)}/tcp/{self._ports[o]}/p2p/{self.ids[o]}" for o in others),
                 **({"fault": fault} if fault else {}),
                 **self.settings,
                 **settings,
             }
             run_file = self.folder / name / "run.json"
             run_file.unlink(missing_ok=True)  # of the one that was killed
-            self.peers[name] = start_peer(self.folder / name, wait=False, spawned_by=self._spawn, **known)
+            with self.inside(name):
+                self.peers[name] = start_peer(self.folder / name, wait=False, spawned_by=self.spawn, **known)
         for name in names:
-            wait_for_api(self.peers[name])
+            with self.inside(name):
+                wait_for_api(self.peers[name])
 
-    def _spawn(self, arguments: Sequence[str], env: dict[str, str], log: Path) -> Forked:
+    # --- where they are ------------------------------------------------------------------------------------------------
+
+    def ip(self, name: str) -> str:
+        """Where it listens."""
+        return "127.0.0.1"
+
+    def inside(self, name: str) -> AbstractContextManager[None]:
+        """While inside, this thread is where that peer is."""
+        return nullcontext()
+
+    def spawn(self, arguments: Sequence[str], env: dict[str, str], log: Path) -> Process:
+        """Start one of them."""
+        assert self.forks is not None
         return self.forks.start(arguments, env, log, "meshmax.testing.faulty_peer" if FAULT in env else PROGRAM)
 
     def close(self) -> None:
@@ -78,25 +92,25 @@ class Mesh:
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
-    def get(self, name: str, path: str) -> Any:
-        reply = self._http.get(self.peers[name].api + path)
+    def call(self, name: str, method: str, path: str, body: Any = None) -> httpx.Response:
+        """What its API answers. Raises httpx.HTTPStatusError unless 2xx."""
+        with self.inside(name):
+            reply = self._http.request(method, self.peers[name].api + path, json=body)
         reply.raise_for_status()
-        return reply.json()
-
-    def post(self, name: str, path: str, /, **body: Any) -> Any:
-        reply = self._http.request("PUT" if path.endswith("limits") else "POST", self.peers[name].api + path, json=body)
-        assert reply.status_code < 300, reply.text
         return reply
+
+    def get(self, name: str, path: str) -> Any:
+        return self.call(name, "GET", path).json()
 
     def add(self, *names: str, path: Path, link: bool = False) -> None:
         """Let them have the file as NAME."""
         for name in names:
-            reply = self.post(name, "/api/v1/models/add", name=NAME, path=str(path), link=link)
+            reply = self.call(name, "POST", "/api/v1/models/add", {"name": NAME, "path": str(path), "link": link})
             assert "success" in reply.text, reply.text
 
     def delete(self, name: str) -> None:
         """Drop its copy."""
-        self._http.delete(f"{self.peers[name].api}/api/v1/models/{NAME}").raise_for_status()
+        self.call(name, "DELETE", f"/api/v1/models/{NAME}")
 
     def meet(self, *names: str) -> None:
         """Until each is connected to all the others."""
@@ -118,7 +132,7 @@ class Mesh:
     def pull(self, name: str, holders: int = 1) -> None:
         """Begin a pull that needs no watcher, once so many are known to have the model."""
         until("the holders are known", lambda: self.holders(name) >= holders)
-        self.post(name, f"/api/v1/models/{NAME}/download")
+        self.call(name, "POST", f"/api/v1/models/{NAME}/download", {})
 
     def transfer(self, name: str) -> dict[str, Any]:
         """The newest incoming one, {} if there is none."""
@@ -150,13 +164,17 @@ class Mesh:
 
     def moved(self, name: str, direction: str) -> int:
         """Bytes of blobs that it counted since it was started."""
-        text = self._http.get(self.peers[name].api + "/metrics").text
+        text = self.call(name, "GET", "/metrics").text
         line = next((one for one in text.splitlines() if f'blob_bytes_total{{direction="{direction}"}}' in one), "x 0")
         return int(float(line.split()[-1]))
 
     def limit(self, name: str, rate: str) -> None:
         """Let it give no faster."""
-        self.post(name, "/api/v1/limits", up=rate)
+        self.call(name, "PUT", "/api/v1/limits", {"up": rate})
+
+    def steer(self, name: str, action: str) -> None:
+        """Cancel, pause or resume its transfer."""
+        self.call(name, "POST", f"/api/v1/transfers/{self.transfer(name)['id']}/{action}", {})
 
     def log(self, name: str) -> str:
         return (self.folder / name / "peer.log").read_text(errors="replace")
@@ -185,11 +203,17 @@ class Mesh:
 @contextmanager
 def mesh(folder: Path, forks: ForkServer, *names: str, start: bool = True, **settings: str) -> Iterator[Mesh]:
     """Peers of these names, all ended afterwards. ``start``: and connected."""
-    made = Mesh(folder, forks, names, **settings)
-    try:
+    with ending(Mesh(folder, forks, names, **settings)) as made:
         if start:
             made.start(*names)
             made.meet(*names)
+        yield made
+
+
+@contextmanager
+def ending(made: Mesh) -> Iterator[Mesh]:
+    """All its peers are ended afterwards; the ends of their logs are printed if something went wrong."""
+    try:
         yield made
     except BaseException:
         for name, peer in made.peers.items():

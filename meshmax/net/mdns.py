@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import secrets
+import socket
 import string
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -86,12 +88,10 @@ class Mdns:
 
     async def _session(self, interfaces: list[str], found: trio.MemorySendChannel[Sighting]) -> None:
         """Announce and listen on ``interfaces`` until they change. Raises OSError, in a group or alone."""
-        from zeroconf.asyncio import AsyncZeroconf
-
         if not interfaces:
             raise OSError(f"no interface is up{' of ' + ', '.join(self._interfaces) if self._interfaces else ''}")
 
-        zeroconf = await make_in_asyncio(partial(AsyncZeroconf, interfaces=interfaces))
+        zeroconf = await make_in_asyncio(partial(_make_zeroconf, interfaces))
         sink, records = trio.open_memory_channel[tuple[str, bytes | None]](MAX_RECORDS)
         listener = _make_listener(sink)
         try:
@@ -163,6 +163,22 @@ class Mdns:
         if len(self._seen) > MAX_SEEN:
             del self._seen[next(iter(self._seen))]
         return True
+
+
+def _make_zeroconf(interfaces: Sequence[str]) -> Any:
+    """Where an asyncio loop runs. Raises OSError, RuntimeError; then no socket stays open."""
+    from zeroconf.asyncio import AsyncZeroconf
+
+    try:
+        return AsyncZeroconf(interfaces=list(interfaces))
+    except (OSError, RuntimeError) as error:
+        # The library forgets those that it has opened by then, one at each try.
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for value in frame.f_locals.values():
+                for item in value if isinstance(value, list) else [value]:
+                    if isinstance(item, socket.socket):
+                        item.close()
+        raise
 
 
 def _make_listener(sink: trio.MemorySendChannel[tuple[str, bytes | None]]) -> Any:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 GATHER_S: Final = 0.004  # how long what has happened on a fetching lane may wait to be told; three chunks at 800 MB/s
 PIECE_BYTES: Final = 256 * KIB  # of a chunk that comes slowly, so that its source is not taken for silent meanwhile
 SLOW_CHUNK_S: Final = 0.5  # what a chunk takes that comes slowly
+IDLE_S: Final = 120.0  # a serving lane of which nothing is wanted ends, in order: its place may be somebody else's
 GATHER_WANTS: Final = 8  # only while so many chunks are due that the lane will not fall idle meanwhile
 
 Chunk: TypeAlias = tuple[Sha256, int]
@@ -311,8 +312,11 @@ class TcpServeLane(_Lane):
         self.sending_s += time.monotonic() - began_s
 
     def _listen(self) -> bool:
-        """Take what the fetcher has said, waiting only if there is nothing else to do; False once it has said End."""
+        """Take what the fetcher has said, waiting only if there is nothing else to do; False once it has said End, or nothing
+        for IDLE_S."""
         while not self._queue or self._socket.readable():
+            if not self._queue and not self._socket.readable(IDLE_S):
+                return False
             if not self._socket.fill(self._opener.first, idle=True):
                 raise PeerGone("the peer left the lane without a word")
             rest = self._opener.rest()

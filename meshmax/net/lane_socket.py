@@ -73,11 +73,11 @@ class LaneSocket:
                 began_s = _in_time(began_s)
         return True
 
-    def readable(self) -> bool:
-        """Whether `fill` would get a byte, or the end, without waiting."""
+    def readable(self, within_s: float = 0.0) -> bool:
+        """Whether `fill` would get a byte, or the end, without waiting, now or ``within_s``. `shut` counts as the end."""
         if self._poll is not None:
-            return bool(self._poll.poll(0))
-        return bool(select.select([self._socket], [], [], 0)[0])
+            return bool(self._poll.poll(1000 * within_s))
+        return bool(select.select([self._socket], [], [], within_s)[0])
 
     def send(self, data: memoryview) -> None:
         """Send everything. Raises PeerGone: lost, or the peer does not read."""

@@ -50,6 +50,7 @@ MAX_LANES: Final = 64  # both directions; each is a thread and 1 to 2 MiB of buf
 MAX_LANES_PER_PEER: Final = (
     4  # in one direction; two keep two cores busy, four cost a third more processor time for nothing
 )
+FETCH_LANES: Final = 16  # of all, that only we ourselves may open: who fetches from us cannot keep us from fetching
 LANE_WAIT_S: Final = 10.0  # from the grant until the fetcher has come; an honest one needs two round trips
 
 MAX_ASKS: Final = 256  # asks that may still become a lane; older ones are forgotten, each was for one moment
@@ -219,7 +220,8 @@ class TcpLanes:
 
     def _take_place(self, peer: PeerId, way: Way) -> _Place:
         with_peer = sum(place.peer == peer and place.way == way for place in self._places)
-        if len(self._places) >= MAX_LANES or with_peer >= MAX_LANES_PER_PEER:
+        most = MAX_LANES if way == "fetch" else MAX_LANES - FETCH_LANES
+        if len(self._places) >= most or with_peer >= MAX_LANES_PER_PEER:
             raise Busy(f"no more lanes: at most {MAX_LANES_PER_PEER} with one peer each way, {MAX_LANES} in all")
         place = _Place(peer, way)
         self._places.add(place)

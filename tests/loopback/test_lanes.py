@@ -20,11 +20,12 @@ from meshmax.base.errors import (
     PeerGone,
     StoreFull,
 )
-from meshmax.base.ids import Sha256
+from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.units import MIB
+from meshmax.net import lane as net_lane
 from meshmax.net import lanes as net_lanes
 from meshmax.net.lane import PIECE_BYTES
-from meshmax.net.lanes import MAX_LANES_PER_PEER
+from meshmax.net.lanes import FETCH_LANES, MAX_LANES, MAX_LANES_PER_PEER
 from meshmax.ports import (
     LaneArrived,
     LaneBad,
@@ -313,6 +314,33 @@ async def test_lanes_are_bounded_by_peer_and_counted_until_they_have_ended() -> 
         for lane, served in pairs:
             lane.close()
             served.close()
+        assert here.server.count == here.fetcher.count == 0
+
+
+async def test_those_who_fetch_from_us_leave_us_lanes_to_fetch_by() -> None:
+    async with site() as here:
+        here.server._places |= {
+            net_lanes._Place(PeerId(f"p{number}"), "serve") for number in range(MAX_LANES - FETCH_LANES)
+        }
+        with pytest.raises(Busy), here.server.expect(FETCHER, here.fetcher.ask()):
+            pass
+        for number in range(FETCH_LANES):
+            here.server._take_place(PeerId(f"q{number}"), "fetch")
+        with pytest.raises(Busy):
+            here.server._take_place(OTHER, "fetch")
+        here.server._places.clear()
+
+
+async def test_a_lane_of_which_nothing_is_wanted_ends_in_order_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net_lane, "IDLE_S", 0.3)
+    async with site() as here:
+        lane, served = await here.pair()
+        lane.want(DIGEST, [1])
+        with trio.fail_after(10 * PROMPTLY_S):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(served.run, read)
+                nursery.start_soon(lane.run, here.sink, here.tell)  # neither raises
+        assert here.events == [LaneArrived(DIGEST, 1, MIB)]
         assert here.server.count == here.fetcher.count == 0
 
 

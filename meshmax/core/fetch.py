@@ -33,6 +33,7 @@ MAX_AHEAD: Final = 256  # chunks under way in all; windows hold half a second of
 MAX_KNOWN: Final = 1024  # sources remembered, gone and banned ones too, so that a liar is no stranger when it returns
 DOUBLE_SHARE: Final = 64  # a 64th of the chunks may be under way twice or have been wasted by the end game
 MIN_DOUBLES: Final = 3  # or so many, of a small blob
+UNTRIED_SILENCE_S: Final = 1.0  # of a source that has brought nothing yet, until one that was not tried is asked, too
 DOUBLE_CHECK_S: Final = 0.25  # how often the end game looks for a source that has fallen behind
 
 
@@ -385,8 +386,11 @@ class Fetch:
         worst: tuple[float, Source, int] | None = None
         missing = helper.askable & self._missing
         for source in self._active.values():
-            remaining_s = source.remaining_s(now)
-            if source is helper or (worst and worst[0] >= remaining_s) or remaining_s <= 2 * helper.due_s(now):
+            remaining_s, enough_s = source.remaining_s(now), 2 * helper.due_s(now)
+            if source.chunk_s.value is None and helper.chunk_s.value is None:
+                # A blob of a chunk or two: nothing is measured, and a mute source must not hold it for its whole patience.
+                remaining_s, enough_s = now - source.heard_s, UNTRIED_SILENCE_S
+            if source is helper or (worst and worst[0] >= remaining_s) or remaining_s <= enough_s:
                 continue
             for index in reversed(source.asked):
                 if len(self._ahead[index]) == 1 and missing >> index & 1:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId
 from meshmax.base.model import CHUNK_BYTES, Haves
 from meshmax.core import fetch
-from meshmax.core.fetch import Ban, Cancel, Demote, Done, Drop, Fetch, Request, Stuck
+from meshmax.core.fetch import UNTRIED_SILENCE_S, Ban, Cancel, Demote, Done, Drop, Fetch, Request, Stuck
 from meshmax.core.fetch_source import (
     BAN_STRIKES,
     FIRST_PATIENCE_S,
@@ -158,6 +158,20 @@ def test_a_silent_source_loses_its_chunks_and_is_dropped_after_a_few_silences() 
     assert len(dropped) == 1
     assert core.snapshot().sources[A].active is False
     assert now < 10 * MAX_TIMEOUTS * FIRST_PATIENCE_S
+
+
+def test_a_blob_of_one_chunk_is_asked_of_another_when_the_first_says_nothing_for_a_second() -> None:
+    core = new_fetch(1)
+    assert asked(core.on_source(A, Haves.all(1), 0.0), A) == [0]
+    assert asked(core.on_source(B, Haves.all(1), 0.0)) == []
+    now = 0.0
+    while not (actions := core.tick(now)):
+        due_s = core.deadline()
+        assert due_s is not None
+        now = due_s
+    assert asked(actions, B) == [0]
+    assert UNTRIED_SILENCE_S <= now < FIRST_PATIENCE_S / 4
+    assert core.on_chunk_ok(B, 0, 10, now) == [Cancel(A, 0), Done()]
 
 
 def test_a_source_that_is_slow_but_sends_is_not_silent() -> None:

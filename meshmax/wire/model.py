@@ -3,7 +3,8 @@
 The asker sends one request a stream and ends its side; the server answers and ends its own. GetModel: a RecordReply, then
 a ManifestReply (two frames, since each may take half a frame). GetMap and GetBlobMap: MapParts in order until ``last``.
 Describe: a DescribeReply, whose content is JSON, so that nothing but JSON's types comes out of it. Download: a
-DownloadReply. Anything may be answered with a Failure. Decided here: bounds and shapes. Not here: whether what was sent is what was asked (services.model_exchange).
+DownloadReply. Anything may be answered with a Failure. Decided here: bounds and shapes. Not here: whether what was sent
+is what was asked (services.model_exchange).
 """
 
 from __future__ import annotations

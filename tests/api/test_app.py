@@ -115,11 +115,17 @@ async def test_bodies_of_all_requests_together_are_bounded(node: Any, monkeypatc
     async with open_client(node) as client, trio.open_nursery() as nursery:
 
         async def ask() -> None:
-            told.append(await client.post("/api/generate", json={"model": "echo", "prompt": "word " * 140, "options": {"num_predict": 20}}))
+            told.append(
+                await client.post(
+                    "/api/generate", json={"model": "echo", "prompt": "word " * 140, "options": {"num_predict": 20}}
+                )
+            )
 
         nursery.start_soon(ask)
         await trio.sleep(1)
-        reply = await client.post("/api/generate", json={"model": "echo", "prompt": "word " * 140, "options": {"num_predict": 20}})
+        reply = await client.post(
+            "/api/generate", json={"model": "echo", "prompt": "word " * 140, "options": {"num_predict": 20}}
+        )
         assert (reply.status_code, reply.json()["code"]) == (503, "busy")
         assert "room" in reply.json()["error"]
         assert (await client.post("/api/show", json={"model": "echo"})).is_success
@@ -130,7 +136,9 @@ async def test_room_for_bodies_comes_back_when_requests_end(node: Any, monkeypat
     monkeypatch.setattr(guard, "MAX_HELD_BYTES", 1000)
     async with open_client(node) as client:
         for _ in range(3):
-            reply = await client.post("/api/generate", json={"model": "echo", "prompt": "word " * 140, "options": {"num_predict": 2}})
+            reply = await client.post(
+                "/api/generate", json={"model": "echo", "prompt": "word " * 140, "options": {"num_predict": 2}}
+            )
             assert reply.is_success
 
 

@@ -141,7 +141,7 @@ def test_mirror_rules_come_from_the_file_with_their_own_words(tmp_path: Path) ->
     assert (rule.models, rule.peer, rule.at, rule.days) == ("llama*", "site-b", "01:00-05:00", "mon-sun")
     for wrong in ("[{models: x}]", "[{from: a, at: soon}]", "[{from: a, until: b}]", "site-b"):
         file.write_text(f"mirror: {wrong}\n")
-        with pytest.raises(ConfigError, match="from|hours"):
+        with pytest.raises(ConfigError, match=r"from|hours"):
             load_config({}, {}, file)
 
 

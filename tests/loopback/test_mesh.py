@@ -218,7 +218,7 @@ def test_a_model_that_nobody_has_is_said_so_in_ollamas_words(tmp_path: Path) -> 
     with peers(tmp_path, "a") as (a,):
         reply = httpx.post(a.api + "/api/generate", json={"model": "nope", "prompt": "x"}, trust_env=False)
         assert reply.status_code == 404
-        assert reply.json() == {"error": "model 'nope' not found"}
+        assert reply.json() == {"error": "model 'nope' not found", "code": "not_found"}
         done = a.run("pull", "nope", check=False)
         assert done.returncode == 3
         assert "file does not exist" in done.stderr

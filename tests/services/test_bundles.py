@@ -354,7 +354,7 @@ async def test_an_import_that_dies_at_any_change_goes_on(tmp_path: Path, mock_cl
         await site.import_(tmp_path / "stick")
     for dies_at in range(counting.changes):
         folder = tmp_path / f"b{dies_at}"
-        with pytest.raises(BaseExceptionGroup) as death:
+        with pytest.raises(BaseExceptionGroup) as death:  # noqa: ASYNC401  of either of two
             async with open_site(folder, 2, DyingDisk(dies_at)) as site:
                 await site.import_(tmp_path / "stick")
         assert death.value.subgroup((PowerCut, StoreCorrupt))  # the last write is torn, and may be read before the end

@@ -81,6 +81,7 @@ async def test_a_window_of_the_schedule_begins_without_a_restart(autojump_clock:
     plan = Plan(LimitsConfig(schedule=(LimitWindow(hours="01:00-02:00", up="1MB/s"),)))
 
     async def save(_: Override) -> None:
+        await trio.lowlevel.checkpoint()
         raise AssertionError("nothing was set")
 
     async with open_throttle(plan, Override(), save, trio.current_time, lambda: (0, minute[0])) as limits:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,7 +54,7 @@ async def test_an_ollama_store_is_adopted_without_a_second_copy(tmp_path: Path) 
         (model,) = await store.models.models()
         assert model.name == "llama3:8b"
         for blob in model.manifest.blobs:
-            assert os.path.samefile(await store.blobs.path(blob.digest), ollama / "blobs" / f"sha256-{blob.digest}")
+            assert (await store.blobs.path(blob.digest)).samefile(ollama / "blobs" / f"sha256-{blob.digest}")
             known = await store.blobs.haves(blob.digest)
             assert known is not None
             assert known[1].whole

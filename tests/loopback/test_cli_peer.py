@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 
-from meshmax.testing.process import PeerProcess, peers, small_model, start_peer, until
+from meshmax.testing.process import PeerProcess, peers, small_model, spawn, start_peer, until
 
 pytestmark = pytest.mark.loopback
 
@@ -36,7 +36,7 @@ def peer(tmp_path: Path) -> Iterator[PeerProcess]:
 
 def refused(home: Path, *flags: str, **settings: str) -> tuple[int, str]:
     """The exit code and the last line of a peer that must not start."""
-    peer = start_peer(home, *flags, wait=False, **settings)
+    peer = start_peer(home, *flags, wait=False, spawned_by=spawn, **settings)
     try:
         return peer.process.wait(30), peer.tail(1)
     finally:

@@ -99,7 +99,7 @@ class Node:
     async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
         raise NotImplementedError
 
-    async def copy(self, source: str, destination: str) -> None:
+    async def copy(self, source: str, destination: str) -> StoredModel:
         raise NotImplementedError
 
     async def delete(self, name: str) -> None:

@@ -26,7 +26,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
         yield opened
 
 
-def test_blobs_of_our_own_count_and_shared_ones_free_nothing(store: Store, tmp_path: Path) -> None:
+async def test_blobs_of_our_own_count_and_shared_ones_free_nothing(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "models"
     blob_file(folder, A).write_bytes(DATA)
     blob_file(folder, B).write_bytes(DATA)
@@ -64,7 +64,7 @@ async def test_a_partial_that_was_forgotten_can_be_begun_anew(store: Store) -> N
         await store.blobs.drop_partial(MAP.sha256)
 
 
-def test_what_a_registrys_download_takes_counts(store: Store) -> None:
+async def test_what_a_registrys_download_takes_counts(store: Store) -> None:
     (store.blobs.layout.partials / f"{A}.download").write_bytes(DATA)
     usage = read_usage(store.blobs.layout)
     assert usage.staged[A] >= 2 * MIB

@@ -167,7 +167,7 @@ class MeshFace:
         if len(found) > 1:
             raise NotFound(f"{len(found)} nodes are named '{wanted[:100]}': use the PeerId of one of them")
         if not found:
-            raise NotFound(f"no node '{wanted[:100]}' is known here: /api/v1/nodes lists those that are")
+            raise NotFound(f"no node '{wanted[:100]}' is known here: `meshmax peers` lists those that are")
         return found[0]
 
     async def models(self, _request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
@@ -76,7 +77,8 @@ class Node:
         self.accept_pull: Callable[[PeerId, str, Sha256], Awaitable[str]] = _starting  # likewise
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
         self.pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None  # likewise
-        self._meter = Meter(home.path)
+        models = Path(config.models).expanduser() if config.models else home.path
+        self._meter = Meter(models if models.is_dir() else home.path)
 
     def now(self) -> float:
         """Unix time in seconds."""

@@ -7,15 +7,20 @@ no peer has that, it stays as it is and is told of. Not here: checking a blob (s
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+import trio
 
 from meshmax.base.catalog import Listed
 from meshmax.base.errors import BlobNotFound, MeshmaxError, StoreError
+from meshmax.base.events import Transfer
 from meshmax.base.ids import Sha256
 from meshmax.ports import BlobStore, Pulls
+
+REPAIR_WAIT_S: Final = 10.0  # for somebody who has what is missing; who runs fsck looks at it
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -86,7 +91,15 @@ class Fsck:
 
     async def _pull(self, name: str) -> str:
         """Why it did not end well, or ''."""
-        async with self._pulls().open_pull(name) as transfers:
-            async for transfer in transfers:
-                last = transfer
+        last: Transfer | None = None
+        with trio.CancelScope() as patience:
+            async with self._pulls().open_pull(name) as transfers:
+                async for transfer in transfers:
+                    if transfer.state != "waiting":
+                        patience.deadline = math.inf
+                    elif last is None or last.state != "waiting":
+                        patience.deadline = trio.current_time() + REPAIR_WAIT_S
+                    last = transfer
+        if last is None:
+            return "nobody answered"
         return "" if last.state == "done" else last.reason or last.state

@@ -17,7 +17,16 @@ from typing import Final, Literal
 import msgspec
 import trio
 
-from meshmax.base.errors import Busy, InvalidRequest, MeshmaxError, ModelNotFound, NoProviders, NotFound, Refused
+from meshmax.base.errors import (
+    Busy,
+    InvalidName,
+    InvalidRequest,
+    MeshmaxError,
+    ModelNotFound,
+    NoProviders,
+    NotFound,
+    Refused,
+)
 from meshmax.base.events import BlobProgress, Download, Transfer
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
@@ -119,7 +128,7 @@ class PullService:
 
     async def steer(self, transfer_id: str, action: Action) -> Transfer:
         """See ports.Pulls."""
-        job = next((job for job in self._jobs.values() if job.board.value.id == transfer_id), None)
+        job = self._job(transfer_id)
         if job is None:
             await trio.lowlevel.checkpoint()
             raise self._not_steered(transfer_id)
@@ -134,6 +143,18 @@ class PullService:
         if job.detached:
             await self._remember()
         return job.board.value
+
+    def _job(self, wanted: str) -> Job | None:
+        """The pull with this id, or of the model with this name where there is one."""
+        for job in self._jobs.values():
+            if job.board.value.id == wanted:
+                return job
+        try:
+            key = parse_name(split_digest(wanted)[0]).key
+        except InvalidName:
+            return None
+        named = [job for job in self._jobs.values() if key in job.names]
+        return named[0] if len(named) == 1 else None
 
     def _not_steered(self, transfer_id: str) -> MeshmaxError:
         for transfer in self.transfers():

@@ -83,6 +83,7 @@ class Job:
         self._paused = paused
         self._waits_for = ""
         self._nudged = trio.Event()
+        self._shown = False  # whether a chunk was, in this phase
         self._progress_s = trio.current_time()
         self._failures = 0  # in a row, without a byte in between
         self._rate = Rate()
@@ -172,7 +173,8 @@ class Job:
 
     async def _failed(self, error: MeshmaxError) -> None:
         """Wait until another try is worth it, or end."""
-        _log.info("pull failed", model=self.board.value.model, code=error.code, error=error.message)
+        if error.message != self._waits_for:  # else the same as at the try before
+            _log.info("pull failed", model=self.board.value.model, code=error.code, error=error.message)
         if not self._worth_waiting(error):
             self._end("failed", error.message, error.code)
             return
@@ -221,6 +223,7 @@ class Job:
     def on_phase(self, phase: str) -> None:
         """It goes on, with this."""
         self._waits_for = ""
+        self._shown = False
         self.board.value = msgspec.structs.replace(self.board.value, phase=phase)
         self._look()
 
@@ -229,7 +232,8 @@ class Job:
         self._waits_for = ""
         self._failures = 0
         self._progress_s = trio.current_time()
-        if self.board.due():
+        if self.board.due() or not self._shown:  # the first one at once: somebody waits for it to begin
+            self._shown = True
             self._look()
 
     def patience_s(self) -> float:

@@ -78,7 +78,7 @@ class BundleWriter:
         self.names = [part_name(self._stem, part.number, len(parts)) for part in parts]
         self.size = sum(part.size for part in parts)
         with self._words("the bundle was not begun"):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)  # its own parents may be a stick that is not there
             here = sum(self._size_of(name) for name in self.names)
             free = os.statvfs(self._folder)
             if self.size - here > free.f_bavail * free.f_frsize:

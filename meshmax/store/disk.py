@@ -82,7 +82,7 @@ class Disk:
         missing = size - os.fstat(fd).st_blocks * 512
         if missing > free.f_bavail * free.f_frsize:
             have = format_bytes(free.f_bavail * free.f_frsize)
-            raise StoreFull(f"{format_bytes(missing)} are needed and {have} are free: make room, then pull again")
+            raise StoreFull(f"{format_bytes(missing)} are needed and {have} are free: make room")
         os.ftruncate(fd, size)
         self.reserve(fd, 0, size if at_once is None else min(size, at_once))
 

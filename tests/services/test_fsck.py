@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import trio
+import trio.testing
 
 from meshmax.base.errors import NoProviders
 from meshmax.base.events import Transfer
 from meshmax.base.names import parse_name
-from meshmax.services.fsck import Checked, Fsck, Verdict
+from meshmax.services.fsck import REPAIR_WAIT_S, Checked, Fsck, Verdict
 from meshmax.store import Store, open_store
 from meshmax.testing.gguf import build_gguf
 from tests.store.fakes import in_place
@@ -122,6 +123,27 @@ async def test_where_nobody_has_the_model_it_stays_damaged_and_the_good_chunks_s
         known = await store.blobs.haves(largest)
         assert known is not None
         assert known[1].total == 3
+
+
+async def test_a_repair_that_only_waits_is_given_up_soon(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Waiting(MeshPulls):
+        @asynccontextmanager
+        async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
+            yield self._for_ever(Transfer("t", name, "in", "waiting", reason="no peer has the missing 1 of 4 chunks"))
+
+        async def _for_ever(self, value: Transfer) -> AsyncIterator[Transfer]:
+            while True:
+                await trio.sleep(1)
+                yield value
+
+    async with stored(tmp_path, flip) as (store, _):
+        results = await check(store, Waiting(store, None))
+        (verdict,) = [result for result in results if isinstance(result, Verdict)]
+        assert verdict.state == "damaged"
+        assert "no peer has the missing" in verdict.reason
+        assert trio.current_time() < REPAIR_WAIT_S + 5
 
 
 async def test_without_repair_damage_is_only_told(tmp_path: Path) -> None:

@@ -364,12 +364,12 @@ async def test_two_models_that_share_a_blob_fetch_it_once_from_the_holders_of_bo
 async def test_when_the_pull_that_fetches_a_shared_blob_is_paused_the_other_takes_it_over(
     autojump_clock: Clock,
 ) -> None:
-    async with open_site() as site:
+    async with open_site(latency_s=0.02) as site:
         data = model_bytes(80)
         a, b = await two_models(site, data)
         c = await site.peer()
         ids = [(await c.pulls.start_download(name)).id for name in ("one", "two")]
-        await fetched(c, ids[0], 30)
+        await fetched(c, ids[0], 3)
         await c.pulls.steer(ids[0], "pause")
         assert (await ended(c, ids[1])).state == "done"
         assert shown(c, ids[0]).state == "paused"
@@ -378,6 +378,17 @@ async def test_when_the_pull_that_fetches_a_shared_blob_is_paused_the_other_take
         await c.pulls.steer(ids[0], "resume")
         assert (await ended(c, ids[0])).state == "done"
         assert len(a.served(digest)) + len(b.served(digest)) <= 80 + 40
+
+
+async def test_a_pull_is_steered_by_its_models_name_too(autojump_clock: Clock) -> None:
+    async with open_site(latency_s=0.02) as site:
+        a, b = await site.peer(), await site.peer()
+        await a.hold(model_bytes(60))
+        begun = await b.pulls.start_download(NAME)
+        assert (await b.pulls.steer(NAME, "pause")).id == begun.id
+        assert shown(b, begun.id).state == "paused"
+        with pytest.raises(NotFound):
+            await b.pulls.steer("other", "pause")
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

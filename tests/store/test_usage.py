@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from meshmax.base.ids import Sha256
 from meshmax.base.units import MIB
@@ -27,6 +28,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 async def test_blobs_of_our_own_count_and_shared_ones_free_nothing(store: Store, tmp_path: Path) -> None:
+    await trio.lowlevel.checkpoint()
     folder = tmp_path / "models"
     blob_file(folder, A).write_bytes(DATA)
     blob_file(folder, B).write_bytes(DATA)
@@ -65,6 +67,7 @@ async def test_a_partial_that_was_forgotten_can_be_begun_anew(store: Store) -> N
 
 
 async def test_what_a_registrys_download_takes_counts(store: Store) -> None:
+    await trio.lowlevel.checkpoint()
     (store.blobs.layout.partials / f"{A}.download").write_bytes(DATA)
     usage = read_usage(store.blobs.layout)
     assert usage.staged[A] >= 2 * MIB

@@ -18,7 +18,7 @@ import trio
 from meshmax.base.errors import MeshmaxError, NotOffered, PeerGone
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.units import MIB
-from meshmax.ports import FetchLane, LaneEvent, Lanes, Stream, Swarm
+from meshmax.ports import FetchLane, LaneEvent, Lanes, ServeLane, Stream, Swarm
 from meshmax.services.fetch_events import Withdrawn
 from meshmax.services.frames import FrameStream
 from meshmax.services.landing import Landing, event_of
@@ -195,7 +195,7 @@ class SourceLanes:
     async def _use(self, lane: FetchLane, stream: Stream) -> None:
         failure: MeshmaxError | None = None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_with, stream, lane)
+            nursery.start_soon(end_with, stream, lane)
             try:
                 await lane.run(partial(self._sink, lane), partial(self._told, lane), partial(self._pace, lane))
             except MeshmaxError as error:
@@ -239,7 +239,7 @@ class SourceLanes:
         self._withdrawn -= set(orphans)
 
 
-async def _end_with(stream: Stream, lane: FetchLane) -> None:
+async def end_with(stream: Stream, lane: FetchLane | ServeLane) -> None:
     """Close the lane as soon as anything comes on its stream, its end above all: there is nothing more to be said."""
     with suppress(PeerGone):
         await stream.receive_some(1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
@@ -20,6 +20,7 @@ from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError, PeerGone, Remo
 from meshmax.base.ids import Sha256
 from meshmax.ports import ChunkReader, Lanes, ServeLane, Stream, Swarm, Throttle
 from meshmax.services.frames import FrameStream
+from meshmax.services.lane_client import end_with
 from meshmax.services.offers import Offers
 from meshmax.services.outflow import Outflow
 from meshmax.telemetry.log import get_logger
@@ -78,7 +79,7 @@ class LaneServer:
         served: set[Sha256] = set()
         pace = _Pace()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_with, stream, lane)
+            nursery.start_soon(end_with, stream, lane)
             try:
                 await lane.run(partial(self._read, lane, served, pace), partial(self._pace, lane, pace))
             except MeshmaxError as error:
@@ -148,13 +149,6 @@ class _Pace:
         """Seconds in sending since the last call."""
         before_s, self._sending_s = self._sending_s, lane.sending_s
         return self._sending_s - before_s
-
-
-async def _end_with(stream: Stream, lane: ServeLane) -> None:
-    """Close the lane as soon as anything comes on its stream, its end above all: there is nothing more to be said."""
-    with suppress(PeerGone):
-        await stream.receive_some(1)
-    lane.close()
 
 
 async def _send(frames: FrameStream, message: wire.FromServer) -> None:

@@ -212,6 +212,7 @@ class PartialFile:
                 await self.sync()
             except StoreError as error:
                 _log.warning("bitmap not saved", blob=self.digest[:12], error=error.message)
+                self.haves = _both(self.haves, self._synced)  # at rest nothing could vouch for the others any more
         self._close_file()
 
     def drop_chunk(self, index: int) -> None:
@@ -293,3 +294,8 @@ class PartialFile:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._marks_fd = -1
+
+
+def _both(one: Haves, other: Haves) -> Haves:
+    """The chunks that are in both."""
+    return Haves(one.count, bytes(a & b for a, b in zip(one.bits, other.bits, strict=True)))

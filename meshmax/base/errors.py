@@ -158,6 +158,20 @@ class Unauthorized(Refused):
     http_status = 401
 
 
+class NotAMember(Refused):
+    """The two peers are not in one mesh."""
+
+    code = "not_a_member"
+    retry = Retry.OTHER_PEER
+
+
+class OutOfScope(Refused):
+    """The member's certificate does not allow this: it lacks the scope."""
+
+    code = "out_of_scope"
+    retry = Retry.OTHER_PEER
+
+
 class QuotaExceeded(Refused):
     """A limit that was set for this peer is used up."""
 

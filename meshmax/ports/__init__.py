@@ -8,6 +8,7 @@ and then leaves nothing half done that a later call cannot see. Errors are those
 from __future__ import annotations
 
 from meshmax.ports.common import Progress, RunSync, Signer, Throttle
+from meshmax.ports.dht import Dht
 from meshmax.ports.engine import Engine, LoadedFacts, LoadedModel
 from meshmax.ports.lanes import (
     ExpectedLane,
@@ -24,11 +25,12 @@ from meshmax.ports.lanes import (
     ServeLane,
     at_once,
 )
-from meshmax.ports.net import ConnectionView, Discovery, Sighting, Stream, Swarm, SwarmEvent
+from meshmax.ports.net import Admission, ConnectionView, Datagrams, Discovery, Sighting, Stream, Swarm, SwarmEvent
 from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
 from meshmax.ports.store import BlobStore, ChunkReader, ChunkSource, ChunkWriter, ModelStore, Naming, Partial
 
 __all__ = [
+    "Admission",
     "Answer",
     "BlobStore",
     "Catalog",
@@ -36,6 +38,8 @@ __all__ = [
     "ChunkSource",
     "ChunkWriter",
     "ConnectionView",
+    "Datagrams",
+    "Dht",
     "Discovery",
     "Distribution",
     "Engine",

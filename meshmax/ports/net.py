@@ -70,10 +70,13 @@ class Swarm(Protocol):
         """Dialable multiaddrs of ours, each ending in /p2p/<PeerId>."""
         ...
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str], *, guest: bool = False) -> None:
         """Connect, racing ``addresses`` (at most 16; the first to authenticate wins); returns at once if connected.
 
-        Raises ConnectError with every attempt. A peer that failed before is tried again. Deadlines are the caller's.
+        Members of one mesh recognise each other before anything else (`Admission`); who is not admitted is refused.
+        ``guest``: do without: only protocols served to "anyone" work, as those of a bootstrap node, and the peer is neither in
+        `connections` nor in events. Raises ConnectError with every attempt, NotAMember. A peer that failed before is tried
+        again. Deadlines are the caller's.
         """
         ...
 
@@ -81,10 +84,17 @@ class Swarm(Protocol):
         """A new stream on an existing connection. Raises PeerGone, VersionMismatch if the peer does not serve ``protocol``."""
         ...
 
-    def serve(self, protocol: str, answer: Callable[[Stream], Awaitable[None]]) -> None:
+    def serve(
+        self,
+        protocol: str,
+        answer: Callable[[Stream], Awaitable[None]],
+        *,
+        to: Literal["members", "anyone"] = "members",
+    ) -> None:
         """Run ``answer`` in a task of its own for each stream that peers open; its errors are logged, the stream then reset.
 
-        Streams at once are bounded per peer and in all; those beyond are reset.
+        Streams at once are bounded per peer and in all; those beyond are reset. A stream of a peer that is not admitted (yet)
+        waits for its admission for a moment unless the protocol is served to "anyone".
         """
         ...
 
@@ -101,6 +111,39 @@ class Swarm(Protocol):
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
         """Events from now on, peers that are connected already first, as "connected"; a slow reader misses none."""
+        ...
+
+
+class Admission(Protocol):
+    """Whom a swarm takes for a member; asked by its adapter about each new connection."""
+
+    async def admit(self, stream: Stream, direction: Literal["in", "out"]) -> None:
+        """Settle it over ``stream``, which the dialling side ("out") opened for the protocol MEMBER.
+
+        Raises NotAMember (with the reason, for both ends), MeshmaxError; the connection is then closed. Deadlines are the
+        caller's.
+        """
+        ...
+
+    def check(self, peer_id: PeerId, protocol: str) -> None:
+        """May this admitted peer use ``protocol``? Raises OutOfScope, NotAMember. Cheap; asked for each stream."""
+        ...
+
+
+class Datagrams(Protocol):
+    """The UDP port of this node: several protocols share it, told apart by their first byte (RFC 7983)."""
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Bound (ip, port)s."""
+        ...
+
+    def send(self, data: bytes, to: tuple[str, int]) -> None:
+        """Send one datagram, now or never: what the kernel cannot take is dropped, as the network would. Any family bound."""
+        ...
+
+    def receive(self, first_bytes: range, on_datagram: Callable[[bytes, tuple[str, int]], None]) -> None:
+        """Call ``on_datagram(data, sender)`` in trio's thread for each datagram that begins so; it must not block."""
         ...
 
 

@@ -8,3 +8,7 @@ BLOB: Final = "/meshmax/blob/1.0.0"
 INFER: Final = "/meshmax/infer/1.0.0"
 LANE: Final = "/meshmax/lane/1.0.0"
 LEASE: Final = "/meshmax/lease/1.0.0"
+MEMBER: Final = "/meshmax/member/1.0.0"
+TICKET: Final = "/meshmax/ticket/1.0.0"
+LOOK_BACK: Final = "/meshmax/look-back/1.0.0"
+RENDEZVOUS: Final = "/rendezvous/1.0.0"  # libp2p's

@@ -1,0 +1,27 @@
+"""The ladder of discovery as people see it: what each rung does, found and suffers from.
+
+Not here: the rungs (net, services), their supervision (services.ladder), the doctor's findings (base.doctor).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+RungName = Literal["cached", "mdns", "static", "rendezvous", "dht"]
+RungState = Literal["working", "failing", "off"]
+
+
+class RungReport(msgspec.Struct, frozen=True):
+    """One rung now. ``problem`` is a sentence for people, '' when all is well; ``found`` peers named since the start.
+
+    ``first_found_s``: seconds from the rung's start to its first sighting; None while there was none.
+    """
+
+    name: str
+    state: RungState
+    problem: str = ""
+    found: int = 0
+    first_found_s: float | None = None
+    restarts: int = 0

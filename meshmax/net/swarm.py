@@ -79,8 +79,8 @@ class LibrarySwarm:
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
-        """See ports.Swarm."""
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str], *, guest: bool = False) -> None:
+        """See ports.Swarm. Without an admission everybody is a member."""
         await trio.lowlevel.checkpoint()
         if peer_id == self.peer_id:
             raise ConnectError("that is our own PeerId")
@@ -208,7 +208,13 @@ class LibrarySwarm:
 
     # --- streams that peers open -------------------------------------------------------------------------------------
 
-    def serve(self, protocol: str, answer: Callable[[Stream], Awaitable[None]]) -> None:
+    def serve(
+        self,
+        protocol: str,
+        answer: Callable[[Stream], Awaitable[None]],
+        *,
+        to: Literal["members", "anyone"] = "members",
+    ) -> None:
         """See ports.Swarm."""
         self._host.set_stream_handler(protocol, partial(self._serve_one, protocol, answer))
 

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -276,8 +276,8 @@ class MemorySwarm:
         self._answers: dict[str, Callable[[Stream], Awaitable[None]]] = {}
         self._serving: Counter[PeerId] = Counter()
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
-        """See ports.Swarm."""
+    async def dial(self, peer_id: PeerId, addresses: Sequence[str], *, guest: bool = False) -> None:
+        """See ports.Swarm. Without an admission everybody is a member."""
         await trio.lowlevel.checkpoint()
         if peer_id in self._connections:
             return
@@ -357,7 +357,13 @@ class MemorySwarm:
             stream.break_off()
             self._serving[stream.peer] -= 1
 
-    def serve(self, protocol: str, answer: Callable[[Stream], Awaitable[None]]) -> None:
+    def serve(
+        self,
+        protocol: str,
+        answer: Callable[[Stream], Awaitable[None]],
+        *,
+        to: Literal["members", "anyone"] = "members",
+    ) -> None:
         """See ports.Swarm."""
         self._answers[protocol] = answer
 

@@ -17,6 +17,8 @@ from meshmax.base.upstreams import DEFAULT_UPSTREAMS
 DEFAULT_API_PORT: Final = 11434
 DEFAULT_CONTROL_PORT: Final = 11435
 DEFAULT_LANE_PORT: Final = 11436
+DEFAULT_DHT_PORT: Final = 11435  # UDP; STUN answers on it, too
+DEFAULT_OBSERVER_PORT: Final = 11437
 PORT_TRIES: Final = 64  # "the next free one if taken" looks this far
 
 _HOST_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):(\d{1,5})")
@@ -89,6 +91,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
     ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
     only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
+    ``dht_port``: the UDP port (DHT, STUN), or the next free one.
     ``disk_budget``: how much models may take, like 200GB; ``keep_free``: how much of the disk stays free; '' is no bound. To
     keep to them, the models used longest ago are swept; ``sweep_last_copies``: those too that no other peer is known to
     have. ``partials_kept_days``: how long what a cancelled pull had fetched is kept.
@@ -118,6 +121,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accept_distribute: bool = True
     lane_port: Port = DEFAULT_LANE_PORT
     lanes_per_peer: Annotated[int, msgspec.Meta(ge=0, le=4)] = 2
+    dht_port: Port = DEFAULT_DHT_PORT
     disk_budget: str = ""
     keep_free: str = ""
     sweep_last_copies: bool = False

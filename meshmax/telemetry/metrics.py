@@ -16,6 +16,9 @@ CONNECTIONS: Final = Gauge("meshmax_connections", "Peers connected now", registr
 CHUNKS: Final = Counter(
     "meshmax_chunks_total", "Chunks moved, by direction and outcome", ["direction", "outcome"], registry=REGISTRY
 )
+DATAGRAMS: Final = Counter(
+    "meshmax_datagrams_total", "UDP datagrams, by direction and outcome", ["direction", "outcome"], registry=REGISTRY
+)
 BYTES: Final = Counter("meshmax_blob_bytes_total", "Bytes of blobs moved", ["direction"], registry=REGISTRY)
 SWEPT: Final = Counter("meshmax_swept_bytes_total", "Bytes freed by sweeps", ["what"], registry=REGISTRY)
 HTTP_REQUESTS: Final = Counter(

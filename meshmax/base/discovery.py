@@ -25,3 +25,11 @@ class RungReport(msgspec.Struct, frozen=True):
     found: int = 0
     first_found_s: float | None = None
     restarts: int = 0
+
+
+class SeenBy(msgspec.Struct, frozen=True):
+    """A rung named a peer at these multiaddrs, ``ago_s`` seconds ago."""
+
+    rung: str
+    addresses: tuple[str, ...]
+    ago_s: float

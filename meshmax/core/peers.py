@@ -111,6 +111,12 @@ class PeerTable:
             entry.failures += 1
             entry.dial_at = now + backoff_s(entry.failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
 
+    def on_network_change(self, now: float) -> None:
+        """Our own network changed: what failed before may work now, so whoever waits is dialled at once."""
+        for entry in self._entries.values():
+            if self._waits(entry):
+                entry.failures, entry.dial_at = 0, now
+
     def on_round_trip(self, peer_id: PeerId, rtt_s: float, now: float) -> None:
         """A heartbeat came back after ``rtt_s``."""
         if entry := self._entries.get(peer_id):

@@ -101,6 +101,28 @@ def interface_addresses() -> list[str]:
     return sorted(dict.fromkeys(found), key=_preference)
 
 
+def running_addresses() -> tuple[str, ...]:
+    """IP addresses of interfaces that are up and have a carrier, without loopback and IPv6 link-local ones, sorted.
+
+    Without those, what containers' virtual interfaces do is no news. Raises OSError.
+    """
+    import ifaddr
+    import psutil
+
+    running = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found = {
+        entry.ip if isinstance(entry.ip, str) else entry.ip[0]
+        for adapter in ifaddr.get_adapters()
+        if adapter.name in running
+        for entry in adapter.ips
+    }
+    return tuple(sorted(ip for ip in found if not _is_private_matter(ipaddress.ip_address(ip))))
+
+
+def _is_private_matter(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return address.is_loopback or (address.version == 6 and address.is_link_local)
+
+
 def concrete_addresses(host: str, interfaces: list[str]) -> list[str]:
     """The addresses at which somebody who bound ``host`` can be reached: itself, or every interface for 0.0.0.0 and ::.
 

@@ -28,6 +28,7 @@ from meshmax.core.catalog import FirstSeen
 from meshmax.core.limits import Override, Plan
 from meshmax.core.mirror import MirrorPlan
 from meshmax.core.sequence import StatusSequence
+from meshmax.node.discovering import open_discovery
 from meshmax.node.running import Node
 from meshmax.node.world import World, real_world
 from meshmax.services.adopt import Adoption, run_watch
@@ -156,20 +157,21 @@ class _Opening:
         ModelServer(store.models, store.blobs, lambda digest: node.pulling(digest), node.accept).register(node.swarm)  # noqa: PLW0108
         BlobServer(store.blobs, outflow=self.outflow, offers=self.offers, throttle=self.throttle).register(node.swarm)
         InferServer(node.residency, self.throttle.precedence).register(node.swarm)
-        rungs = world.rungs(self.config, node.swarm)
+        await self.enter(open_discovery(node))
         node.presence = await self.enter(
             open_presence(
                 node.swarm,
                 node.signer,
                 self.config,
                 node.describe,
-                rungs,
+                node.ladder,
                 world.unix_now,
                 world.random,
                 StatusSequence(load_sequence(node.home.path)),
                 self._keep_sequence,
             )
         )
+        node.network.watch(node.presence.on_network_change)
 
     async def _open_pulls(self) -> None:
         node, world, store, config = self.node, self.world, self.store, self.config

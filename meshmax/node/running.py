@@ -27,8 +27,10 @@ from meshmax.services.catalog import CatalogService
 from meshmax.services.distribute import Distribution
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
+from meshmax.services.ladder import Ladder
 from meshmax.services.leftovers import Leftovers
 from meshmax.services.model_exchange import FetchedModel
+from meshmax.services.network_watch import NetworkWatch
 from meshmax.services.presence import PresenceService
 from meshmax.services.pull import PartialModel
 from meshmax.services.repositories import Repositories
@@ -62,6 +64,8 @@ class Node:
         self.engine: Engine
         self.catalog: CatalogService
         self.presence: PresenceService
+        self.network: NetworkWatch
+        self.ladder: Ladder
         self.residency: ModelResidency
         self.limits: Limits
         self.fsck: Fsck

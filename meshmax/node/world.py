@@ -21,7 +21,7 @@ from meshmax.core.backoff import Random
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
-from meshmax.net.addresses import is_lan_address
+from meshmax.net.addresses import is_lan_address, running_addresses
 from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
 from meshmax.net.registry_client import open_registry_client
@@ -49,13 +49,24 @@ class World:
     open_registry: OpenRegistry | None = None  # None: no upstream registries
     open_lanes: Callable[[Config, PeerId], AbstractAsyncContextManager[Lanes]] | None = None  # None: no blob lanes
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
+    addresses: Callable[[], Sequence[str]] = (
+        tuple  # IP addresses of running interfaces; none ever: the network never changes
+    )
 
 
 def real_world() -> World:
     """libp2p, mDNS, llama.cpp, threads, the system's clock."""
     system_random = random.SystemRandom()
     return World(
-        _open_swarm, _rungs, _engine, _disk_threads(), time.time, system_random, open_registry_client, _open_lanes
+        _open_swarm,
+        _rungs,
+        _engine,
+        _disk_threads(),
+        time.time,
+        system_random,
+        open_registry_client,
+        _open_lanes,
+        addresses=running_addresses,
     )
 
 

@@ -25,7 +25,18 @@ from meshmax.ports.lanes import (
     ServeLane,
     at_once,
 )
-from meshmax.ports.net import Admission, ConnectionView, Datagrams, Discovery, Sighting, Stream, Swarm, SwarmEvent
+from meshmax.ports.net import (
+    Admission,
+    ConnectionView,
+    Datagrams,
+    Discovery,
+    LooksAgain,
+    Network,
+    Sighting,
+    Stream,
+    Swarm,
+    SwarmEvent,
+)
 from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
 from meshmax.ports.store import BlobStore, ChunkReader, ChunkSource, ChunkWriter, ModelStore, Naming, Partial
 
@@ -55,8 +66,10 @@ __all__ = [
     "Lanes",
     "LoadedFacts",
     "LoadedModel",
+    "LooksAgain",
     "ModelStore",
     "Naming",
+    "Network",
     "Pace",
     "Partial",
     "Presence",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 import trio
@@ -165,4 +165,26 @@ class Discovery(Protocol):
 
     async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
         """Look for peers, and let ourselves be found, until cancelled. Repeats itself; recovers from network errors."""
+        ...
+
+
+@runtime_checkable
+class LooksAgain(Protocol):
+    """What a rung may offer besides `Discovery`: to be told that now is a good moment."""
+
+    def look_again(self) -> None:
+        """The network changed, or a person asks: look at once, pauses afresh. Cheap, never raises, called from any task."""
+        ...
+
+
+class Network(Protocol):
+    """The networks that this machine is on."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """IP addresses of ours on interfaces that are up and running, without loopback."""
+        ...
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Call ``on_change`` soon after they changed, or after this machine slept. It must not block, and is kept for ever."""
         ...

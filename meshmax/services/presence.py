@@ -1,6 +1,6 @@
-"""Who is there: runs the rungs of discovery, dials, beats, and spreads statuses. Owns one core.peers.PeerTable.
+"""Who is there: dials whom discovery names, beats, and spreads statuses. Owns one core.peers.PeerTable.
 
-Tasks: one a rung (restarted with backoff when it fails), one for sightings, one that dials, one for our own status, and
+Tasks: one that runs discovery (services.ladder), one for sightings, one that dials, one for our own status, and
 for each connected peer one that beats. A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p
 by itself never notices a frozen process); one that the peer has opened since, as one that moves does, is beaten on
 instead. Our own status is issued anew when something changed (at most once in STATUS_PAUSE_S) and every STATUS_REFRESH_S,
@@ -24,7 +24,7 @@ from meshmax.base.errors import ManifestInvalid, MeshmaxError, RemoteProtocolErr
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus, PeerView
-from meshmax.core.backoff import Random, backoff_s
+from meshmax.core.backoff import Random
 from meshmax.core.peers import Dial, PeerEntry, PeerTable
 from meshmax.core.sequence import StatusSequence
 from meshmax.ports import ConnectionView, Discovery, Sighting, Signer, Stream, Swarm
@@ -53,7 +53,6 @@ STATUS_PAUSE_S: Final = 0.25  # load changes with every prompt; neighbours need 
 STATUS_REFRESH_S: Final = 15.0
 MAX_STATUS_STREAMS: Final = 4  # answered at once for one peer: one a connection, and those that are ending
 BEAT_PACE_S: Final = 0.1  # after each answer: checking 64 signatures takes about 20 ms, and nobody honest beats faster
-RUNG_MAX_BACKOFF_S: Final = 30.0
 # What the other side may be silent for before we give its status stream up; it beats every heartbeat_s.
 SILENCE_FACTOR: Final = 15.0
 
@@ -109,6 +108,12 @@ class PresenceService:
 
     def changed(self) -> None:
         """What our status tells (models, load, draining) has changed; it is issued anew soon. Cheap; call it freely."""
+        self._changed.set()
+
+    def on_network_change(self) -> None:
+        """Our addresses are others, or a cable is back: say so, and dial at once whom we could not reach before."""
+        self._table.on_network_change(trio.current_time())
+        self._dial_soon.set()
         self._changed.set()
 
     def watch(self, on_news: Callable[[], None]) -> None:
@@ -296,16 +301,6 @@ class PresenceService:
 
     # --- discovery ---------------------------------------------------------------------------------------------------
 
-    async def run_rung(self, rung: Discovery, found: trio.MemorySendChannel[Sighting]) -> None:
-        """Climb one rung again and again; its failure is its own."""
-        failures = 0
-        while True:
-            started = trio.current_time()
-            if await isolate(f"discovery {rung.name}", lambda: rung.run(found)):
-                return  # a rung with nothing to repeat is done
-            failures = 1 if trio.current_time() - started > RUNG_MAX_BACKOFF_S else failures + 1
-            await trio.sleep(backoff_s(failures, 1.0, RUNG_MAX_BACKOFF_S, self._random))
-
     async def run_sightings(self, found: trio.MemoryReceiveChannel[Sighting]) -> None:
         """Let the table know whom the rungs see."""
         async for sighting in found:
@@ -332,7 +327,7 @@ async def open_presence(
     signer: Signer,
     config: Config,
     describe: Callable[[], PeerStatus],
-    rungs: Sequence[Discovery],
+    discovery: Discovery,
     unix_now: Callable[[], float],
     random: Random,
     sequence: StatusSequence | None = None,
@@ -340,7 +335,8 @@ async def open_presence(
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
-    ``sequence`` goes on where this peer was before it was started anew; ``keep`` writes down how far it may come.
+    ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
+    writes down how far it may come.
     """
     presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep)
     await presence.reserve()
@@ -351,8 +347,7 @@ async def open_presence(
         nursery.start_soon(presence.run_connections, nursery)
         nursery.start_soon(presence.run_dials, nursery)
         nursery.start_soon(presence.run_sightings, receive)
-        for rung in rungs:
-            nursery.start_soon(presence.run_rung, rung, send.clone())
+        nursery.start_soon(discovery.run, send)
         try:
             yield presence
         finally:

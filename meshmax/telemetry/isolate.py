@@ -46,13 +46,25 @@ class _Spigot:
 _spigots: Final[dict[str, _Spigot]] = {}  # by boundary, of which there are few
 
 
-async def isolate(what: str, work: Callable[[], Awaitable[object]], **context: Any) -> bool:
-    """Run ``work``; True if it ended well. ``what`` names the boundary in log and metric: one of few words."""
+async def isolate(
+    what: str,
+    work: Callable[[], Awaitable[object]],
+    failed: Callable[[Exception], None] | None = None,
+    **context: Any,
+) -> bool:
+    """Run ``work``; True if it ended well. ``what`` names the boundary in log and metric: one of few words.
+
+    ``failed`` is shown the error besides.
+    """
     try:
         await work()
     except MeshmaxError as error:
+        if failed is not None:
+            failed(error)
         _report(what, error.code, error, error.message, context)
     except Exception as error:
+        if failed is not None:
+            failed(error)
         if isinstance(error, BaseExceptionGroup) and _only_ours(error):
             _report(what, "group", error, str(error.exceptions[0])[:300], context)
         else:

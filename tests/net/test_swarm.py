@@ -15,6 +15,7 @@ from meshmax.base.status import PeerStatus
 from meshmax.net import limits
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import Stream
+from meshmax.services.ladder import Ladder
 from meshmax.services.presence import open_presence
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.testing.sim_network import CONTROL_PORT, SimNetwork
@@ -185,7 +186,7 @@ async def test_a_peer_that_moved_is_not_lost_when_its_old_connection_dies(autoju
                     SeededSigner(seed),
                     Config(),
                     partial(PeerStatus, swarm.peer_id, 0, 0, "x", "0"),
-                    [],
+                    Ladder((), random.Random(seed)),
                     lambda: 1e9 + trio.current_time(),
                     random.Random(seed),
                 )

@@ -18,6 +18,7 @@ from meshmax.base.status import Load, ModelPresence, PeerStatus
 from meshmax.core.sequence import StatusSequence
 from meshmax.ports import Sighting, Stream
 from meshmax.services.frames import FrameStream
+from meshmax.services.ladder import Ladder
 from meshmax.services.presence import BEAT_PACE_S, MAX_STATUS_STREAMS, PresenceService, open_presence
 from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
 from meshmax.wire.protocols import STATUS
@@ -75,7 +76,7 @@ class Site:
                 lambda: PeerStatus(
                     signer.peer_id, 0, 0, f"peer{number}", "0", load=self.loads[number], models=self.models[number]
                 ),
-                [told, *rungs],
+                Ladder([told, *rungs], random.Random(number)),
                 lambda: 1_700_000_000.0 + trio.current_time(),
                 random.Random(number),
             )
@@ -290,7 +291,7 @@ async def test_a_peer_that_comes_back_with_an_earlier_clock_is_heard(autojump_cl
                     signer,
                     Config(),
                     partial(PeerStatus, signer.peer_id, 0, 0, f"at {clock_s:g}", "0"),
-                    [Told(Sighting(site.swarms[0].peer_id, site.swarms[0].addresses, "static"))],
+                    Told(Sighting(site.swarms[0].peer_id, site.swarms[0].addresses, "static")),
                     lambda clock_s=clock_s: clock_s + trio.current_time(),  # type: ignore[misc]
                     random.Random(9),
                     StatusSequence(kept[-1] if kept else 0),

@@ -8,6 +8,7 @@ start at a time. It has no threads when it forks. Linux only (pidfd).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 PROGRAM: Final = "meshmax.cli.main"
+_PR_SET_PDEATHSIG: Final = 1
 _EARLY: Final = (PROGRAM, "meshmax.cli.peer", "meshmax.node", "meshmax.api.server", "libp2p.stream_muxer.yamux.yamux")
 
 
@@ -72,9 +74,20 @@ class ForkServer:
         self._server = server
         self._lock = threading.Lock()
 
-    def start(self, arguments: Sequence[str], env: Mapping[str, str], log: Path, program: str = PROGRAM) -> Forked:
-        """Begin ``program`` with ``arguments`` and nothing but ``env``; its output is appended to ``log``."""
-        word = {"program": program, "arguments": list(arguments), "env": dict(env), "log": str(log)}
+    def start(
+        self, arguments: Sequence[str], env: Mapping[str, str], log: Path, program: str = PROGRAM, network: str = ""
+    ) -> Forked:
+        """Begin ``program`` with ``arguments`` and nothing but ``env``; its output is appended to ``log``.
+
+        ``network``: a file that stands for the network namespace where it shall be; it then ends with the server.
+        """
+        word = {
+            "program": program,
+            "arguments": list(arguments),
+            "env": dict(env),
+            "log": str(log),
+            "network": network,
+        }
         with self._lock:
             assert self._server.stdin is not None and self._server.stdout is not None
             self._server.stdin.write(json.dumps(word) + "\n")
@@ -117,9 +130,21 @@ def _become(word: dict[str, object]) -> int:
         os.dup2(fd, place)
     os.close(nothing)
     os.close(log)
+    if word["network"]:
+        _move(str(word["network"]))
     os.environ.clear()
     os.environ.update(dict(word["env"]))  # type: ignore[call-overload]
     return int(importlib.import_module(str(word["program"])).main(word["arguments"]))
+
+
+def _move(network: str) -> None:
+    """Into the network namespace, which must not outlive the tests that made it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    fd = os.open(network, os.O_RDONLY | os.O_CLOEXEC)
+    if libc.setns(fd, 0):  # Python has it from 3.12 on
+        raise OSError(ctypes.get_errno(), f"cannot enter {network}")
+    os.close(fd)
 
 
 if __name__ == "__main__":

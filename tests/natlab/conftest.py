@@ -1,0 +1,35 @@
+"""A laboratory for each test, and peers that begin in a moment."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from meshmax.testing.fork_server import ForkServer, open_fork_server
+from tests.natlab.lab import Lab, open_lab, why_not
+from tests.natlab.site import Site, open_site
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with open_lab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    if not hasattr(os, "pidfd_open"):
+        pytest.skip("forked processes are watched through pidfd, so Linux only")
+    if reason := why_not():
+        pytest.skip(reason)
+    with open_fork_server() as server:
+        yield server
+
+
+@pytest.fixture
+def site(lab: Lab, forks: ForkServer, tmp_path: Path) -> Iterator[Site]:
+    with open_site(tmp_path, forks) as site:
+        yield site

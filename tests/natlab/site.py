@@ -1,0 +1,173 @@
+"""Real peers on the hosts of a laboratory, asked over their HTTP interface."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from meshmax.base.ids import PeerId
+from meshmax.store.identity import load_identity
+from meshmax.testing.fork_server import PROGRAM, ForkServer
+from meshmax.testing.process import PeerProcess, Process, start_peer, until, wait_for_api
+from tests.natlab.lab import Host
+
+CONTROL_PORT: Final = 11435  # where peers listen that are told nothing else
+LOOK_EVERY_S: Final = 0.02
+
+
+class Site:
+    """Peers by the name of their host, one each, with homes below ``folder``. Made by `open_site`."""
+
+    def __init__(self, folder: Path, forks: ForkServer, **settings: str) -> None:
+        self.folder, self.forks, self.settings = folder, forks, settings
+        self.hosts: dict[str, Host] = {}
+        self.peers: dict[str, PeerProcess] = {}
+        self.ids: dict[str, PeerId] = {}
+        self._clients: dict[str, httpx.Client] = {}
+
+    def start(self, *hosts: Host, program: Sequence[str] = ("peer",), **settings: str) -> None:
+        """A peer on each host, started at once; all answer when this returns."""
+        for host in hosts:
+            home = self.folder / host.name
+            home.mkdir(exist_ok=True)
+            (home / "run.json").unlink(missing_ok=True)  # of one that was killed
+            self.hosts[host.name] = host
+            self.ids[host.name] = load_identity(home).peer_id
+            usual = {
+                "listen": f"0.0.0.0:{CONTROL_PORT},[::]:{CONTROL_PORT}",
+                "lan_interfaces": "",
+                "engine_kind": "none",
+                "name": host.name,
+            }
+            self.peers[host.name] = start_peer(
+                home, wait=False, spawned_by=partial(self._spawn, host), **{**usual, **self.settings, **settings}
+            )
+            if old := self._clients.pop(host.name, None):
+                old.close()
+        for host in hosts:
+            with host.inside():
+                wait_for_api(self.peers[host.name])
+
+    def _spawn(self, host: Host, arguments: Sequence[str], env: dict[str, str], log: Path) -> Process:
+        return self.forks.start(arguments, env, log, PROGRAM, host.path)
+
+    # --- asking ------------------------------------------------------------------------------------------------------
+
+    def call(self, name: str, method: str, path: str, body: Any = None, timeout_s: float = 10.0) -> httpx.Response:
+        """What its API answers. Raises httpx.HTTPStatusError unless 2xx."""
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = httpx.Client(base_url=self.peers[name].api, trust_env=False)
+        with self.hosts[name].inside():
+            reply = client.request(method, path, json=body, timeout=timeout_s)
+        reply.raise_for_status()
+        return reply
+
+    def get(self, name: str, path: str) -> Any:
+        """The JSON at ``path``."""
+        return self.call(name, "GET", path).json()
+
+    def online(self, name: str) -> set[PeerId]:
+        """The peers that it sees online; not itself."""
+        nodes = self.get(name, "/api/v1/nodes")["nodes"]
+        return {peer for peer, node in nodes.items() if node["status"] == "online"}
+
+    def sees(self, name: str, *others: str) -> bool:
+        """Whether it sees all of them."""
+        return {self.ids[other] for other in others} <= self.online(name)
+
+    def until_met(self, *names: str, within_s: float = 20.0) -> float:
+        """Until all see all others; how many seconds the last pair took."""
+        return max(self.until_pairs(*names, within_s=within_s).values())
+
+    def until_pairs(self, *names: str, within_s: float = 20.0) -> dict[tuple[str, str], float]:
+        """Until all see all others; after how many seconds each of them saw each other one."""
+        names = names or tuple(self.peers)
+        began_s, seen = time.monotonic(), dict[tuple[str, str], float]()
+        wanted = {(a, b) for a in names for b in names if a != b}
+        until(
+            "all see all others",
+            lambda: self._note(wanted, began_s, seen),
+            within_s,
+            LOOK_EVERY_S,
+        )
+        return seen
+
+    def _note(self, wanted: set[tuple[str, str]], began_s: float, seen: dict[tuple[str, str], float]) -> bool:
+        for name in {a for a, b in wanted - seen.keys()}:
+            online = self.online(name)
+            for pair in [(a, b) for a, b in wanted - seen.keys() if a == name and self.ids[b] in online]:
+                seen[pair] = time.monotonic() - began_s
+        return wanted == seen.keys()
+
+    def until_parted(self, *names: str, within_s: float = 20.0) -> None:
+        """Until none of them sees another one."""
+        for name in names:
+            others = {self.ids[other] for other in names if other != name}
+            until(f"{name} is alone", partial(self._sees_none, name, others), within_s)
+
+    def _sees_none(self, name: str, others: set[PeerId]) -> bool:
+        return not others & self.online(name)
+
+    def log(self, name: str) -> str:
+        """What it has logged."""
+        return self.peers[name].log.read_text(errors="replace")
+
+    def until_log(self, name: str, text: str, within_s: float = 10.0, after: int = 0) -> int:
+        """Until its log says ``text`` beyond the first ``after`` characters; where."""
+        return until(f"{name} logs '{text}'", partial(self._found, name, text, after), within_s)
+
+    def _found(self, name: str, text: str, after: int) -> int:
+        return self.log(name).find(text, after) + 1
+
+    def address(self, name: str, ip: str) -> str:
+        """The multiaddr of the peer on that host."""
+        kind = "ip6" if ":" in ip else "ip4"
+        return f"/{kind}/{ip}/tcp/{CONTROL_PORT}/p2p/{self.ids[name]}"
+
+    # --- ends --------------------------------------------------------------------------------------------------------
+
+    def stop(self, name: str) -> None:
+        """SIGTERM, and wait."""
+        self.peers.pop(name).stop()
+
+    def close(self) -> None:
+        """End all of them at once."""
+        for peer in self.peers.values():
+            peer.thaw()
+            peer.kill()
+        for client in self._clients.values():
+            client.close()
+
+
+@contextmanager
+def open_site(folder: Path, forks: ForkServer, **settings: str) -> Iterator[Site]:
+    """Peers that are all ended with the block; the ends of their logs are printed if something went wrong."""
+    site = Site(folder, forks, **settings)
+    try:
+        yield site
+    except BaseException:
+        for name, peer in site.peers.items():
+            print(f"--- {name}\n{peer.tail(60)}")
+        raise
+    finally:
+        site.close()
+
+
+def median(pairs: dict[tuple[str, str], float]) -> float:
+    """Of the seconds that the pairs took."""
+    return statistics.median(pairs.values())
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    began_s = time.monotonic()
+    work()
+    return time.monotonic() - began_s

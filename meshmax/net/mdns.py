@@ -60,6 +60,13 @@ class Mdns:
         self._peer_id, self._addresses, self._interfaces = peer_id, addresses, tuple(interfaces)
         self._seen: dict[PeerId, tuple[tuple[str, ...], float]] = {}
         self.problem = ""  # why it does not work at the moment, for people
+        self._again = trio.Event()
+
+    def look_again(self) -> None:
+        """See ports.LooksAgain: ask at once, tell what is known anew, look at the interfaces now."""
+        self._seen.clear()
+        self._again.set()
+        self._again = trio.Event()
 
     async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
         """See ports.Discovery."""
@@ -76,8 +83,14 @@ class Mdns:
                     if trio.current_time() - started_s > RETRY_S[1]:
                         pause_s = RETRY_S[0]
                     _log.warning("mDNS does not work for the moment", error=self.problem, retry_s=pause_s)
-                    await trio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, RETRY_S[1])
+                    pause_s = RETRY_S[0] if await self._pause(pause_s) else min(2 * pause_s, RETRY_S[1])
+
+    async def _pause(self, pause_s: float) -> bool:
+        """Wait; True as soon as it is to look again."""
+        with trio.move_on_after(pause_s):
+            await self._again.wait()
+            return True
+        return False
 
     def _chosen_interfaces(self) -> list[str]:
         up = self._up()
@@ -125,14 +138,13 @@ class Mdns:
                     announce = partial(registry.async_update_service, service)
                 await call_asyncio(announce)
                 announced = txt
-            await trio.sleep(CHECK_INTERVAL_S)
+            await self._pause(CHECK_INTERVAL_S)
 
     async def _ask(self, zeroconf: Any) -> None:
-        for delay_s in QUERY_DELAYS_S:
-            await trio.sleep(delay_s)
-            _send_question(zeroconf, SERVICE, "PTR")
+        asked = 0
         while True:
-            await trio.sleep(QUERY_INTERVAL_S)
+            delay_s = QUERY_DELAYS_S[asked] if asked < len(QUERY_DELAYS_S) else QUERY_INTERVAL_S
+            asked = 1 if await self._pause(delay_s) else asked + 1
             _send_question(zeroconf, SERVICE, "PTR")
 
     async def _report(

@@ -40,6 +40,7 @@ class Static:
     def __init__(self, addresses: Sequence[str], source: Literal["static", "cached"] = "static") -> None:
         self._peers: dict[PeerId, list[str]] = {}
         self._source = source
+        self._again = trio.Event()
         for text in addresses:
             peer_id, address = parse_join(text)
             self._peers.setdefault(peer_id, []).append(address)
@@ -49,4 +50,10 @@ class Static:
         while self._peers:
             for peer_id, addresses in self._peers.items():
                 await found.send(Sighting(peer_id, tuple(addresses), self._source))
-            await trio.sleep(REPEAT_S)
+            with trio.move_on_after(REPEAT_S):
+                await self._again.wait()
+
+    def look_again(self) -> None:
+        """See ports.LooksAgain."""
+        self._again.set()
+        self._again = trio.Event()

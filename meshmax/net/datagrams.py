@@ -311,5 +311,5 @@ def _is_any(ip: str) -> bool:
     return ipaddress.ip_address(ip.partition("%")[0]).is_unspecified
 
 
-async def _call(on_datagram: OnDatagram, data: bytes, sender: tuple[str, int]) -> None:
+async def _call(on_datagram: OnDatagram, data: bytes, sender: tuple[str, int]) -> None:  # noqa: ASYNC124 -- what `isolate` takes
     on_datagram(data, sender)

@@ -16,6 +16,7 @@ import trio
 from meshmax.base.errors import PeerGone
 from meshmax.base.ids import PeerId
 from meshmax.net import library, limits
+from meshmax.net.addresses import multiaddr_of
 
 _DRAIN_BYTES = 65536
 
@@ -39,6 +40,11 @@ class LibraryStream:
         self._wire = library.wire_of(net_stream.muxed_conn)
         self._over = False
         self._eof_sent = False
+
+    @property
+    def address(self) -> str:
+        """See ports.Stream."""
+        return multiaddr_of(*self._wire.remote)
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """See ports.Stream."""

@@ -20,6 +20,11 @@ class Stream(Protocol):
         """Whose stream this is."""
         ...
 
+    @property
+    def address(self) -> str:
+        """Where the connection comes from: a multiaddr without /p2p; not proved, a NAT may stand there."""
+        ...
+
     async def receive_some(self, max_bytes: int) -> bytes:
         """1 to ``max_bytes`` bytes, or b"" at the end. Raises PeerGone when the stream was reset or the peer is lost."""
         ...

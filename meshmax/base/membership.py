@@ -23,7 +23,7 @@ SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 
 MAX_CHAIN: Final = 4  # certificates from a member to the root's signature; more is nobody's household
 MAX_MESH_NAME: Final = 64  # characters
-MAX_REVOCATIONS: Final = 4096  # kept and spread; each has under 1 KB
+MAX_REVOCATIONS: Final = 4096  # kept and spread; each with its signer's chain has 1 KB, at most 4
 MAX_TICKET_ADDRESSES: Final = 8  # of the issuer, so that a ticket stays short enough for a QR code
 
 
@@ -47,6 +47,13 @@ class Revocation(msgspec.Struct, frozen=True):
     mesh: MeshId
     peer_id: PeerId
     issued_at_s: int
+
+
+class RevocationNotice(msgspec.Struct, frozen=True):
+    """A signed Revocation and the ``chain`` of who signed it, so that anybody can check its right to; () if the root signed."""
+
+    revocation: Signed
+    chain: Chain = ()
 
 
 class Ticket(msgspec.Struct, frozen=True):

@@ -18,6 +18,8 @@ NS_PER_S: Final = 1_000_000_000
 _DURATION_UNITS_S: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 MIN_RATE_BYTES_PER_S: Final = 10_000  # a slower transfer is silence to the other side
+_SPAN_UNITS_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_SPAN: Final = re.compile(r"(\d{1,9})([smhdw])")
 _BYTE_UNITS: Final = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40,
@@ -72,3 +74,19 @@ def parse_duration_s(text: str) -> float:
         )
     total_s = sum(float(number) * _DURATION_UNITS_S[unit] for number, unit in parts)
     return -total_s if text.startswith("-") else total_s
+
+
+def parse_span_s(text: str) -> int:
+    """Seconds in a length of time of one unit (``30m``, ``12h``, ``7d``, ``2w``), above zero. Raises InvalidRequest."""
+    match = _SPAN.fullmatch(text.strip().lower()) if len(text) <= _MAX_DURATION_TEXT else None
+    if match is None or not int(match[1]):
+        raise InvalidRequest(f"'{text[:_MAX_DURATION_TEXT]}' is no length of time: write it like 30m, 12h, 7d or 2w")
+    return int(match[1]) * _SPAN_UNITS_S[match[2]]
+
+
+def format_span(seconds: float) -> str:
+    """``seconds`` as people say it roughly: ``40 s``, ``12 min``, ``3 h``, ``2 days``."""
+    for factor, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= (1.95 if unit == "days" else 0.95) * factor:
+            return f"{round(seconds / factor)} {unit}"
+    return f"{max(0, round(seconds))} s"

@@ -9,6 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from meshmax.base.ids import PeerId
+
 RungName = Literal["cached", "mdns", "static", "rendezvous", "dht"]
 RungState = Literal["working", "failing", "off"]
 
@@ -33,3 +35,12 @@ class SeenBy(msgspec.Struct, frozen=True):
     rung: str
     addresses: tuple[str, ...]
     ago_s: float
+
+
+class KnownPeer(msgspec.Struct, frozen=True):
+    """A peer that we were connected with in ``mesh`` ('' the open one), and where it may be found. Unix seconds."""
+
+    peer_id: PeerId
+    addresses: tuple[str, ...]
+    last_seen_s: float
+    mesh: str = ""

@@ -87,10 +87,9 @@ class Mdns:
 
     async def _pause(self, pause_s: float) -> bool:
         """Wait; True as soon as it is to look again."""
-        with trio.move_on_after(pause_s):
+        with trio.move_on_after(pause_s) as scope:
             await self._again.wait()
-            return True
-        return False
+        return not scope.cancelled_caught
 
     def _chosen_interfaces(self) -> list[str]:
         up = self._up()

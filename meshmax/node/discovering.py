@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
+from meshmax.base.discovery import KnownPeer
+from meshmax.base.ids import PeerId
+from meshmax.base.status import PeerStatus
+from meshmax.core.known_peers import KnownPeers
 from meshmax.node.running import Node
+from meshmax.services.cached_peers import CachedPeers
 from meshmax.services.ladder import Ladder
 from meshmax.services.network_watch import NetworkWatch
+from meshmax.store.peers_file import load_peers, save_peers
 
 
 @asynccontextmanager
@@ -17,7 +24,7 @@ async def open_discovery(node: Node) -> AsyncIterator[None]:
     """Make ``node.network`` and ``node.ladder``; the ladder is climbed by presence."""
     world = node.world
     node.network = NetworkWatch(world.addresses, world.unix_now)
-    rungs = world.rungs(node.config, node.swarm)
+    rungs = (_cached(node), *world.rungs(node.config, node.swarm))
     off = {} if node.config.lan else {"mdns": "it is turned off (--no-lan, or lan: false)"}
     node.ladder = Ladder(rungs, world.random, node.network, off)
     async with trio.open_nursery() as nursery:
@@ -26,3 +33,17 @@ async def open_discovery(node: Node) -> AsyncIterator[None]:
             yield
         finally:
             nursery.cancel_scope.cancel()
+
+
+def _cached(node: Node) -> CachedPeers:
+    home, world = node.home.path, node.world
+    known = KnownPeers(load_peers(home), world.unix_now())
+
+    async def keep(peers: tuple[KnownPeer, ...]) -> None:
+        await world.run_sync(partial(save_peers, home, peers))
+
+    def status_of(peer_id: PeerId) -> PeerStatus | None:
+        view = node.presence.view(peer_id)
+        return view.status if view else None
+
+    return CachedPeers(known, node.swarm, status_of, lambda: "", world.unix_now, keep)

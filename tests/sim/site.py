@@ -37,6 +37,12 @@ class Site:
 
     async def node(self, name: str, engine: EngineConfig = EngineConfig(kind="echo")) -> Node:  # noqa: B008  frozen
         """Start a node called ``name``."""
+        node = await self._stack.enter_async_context(open_node(*self.parts(name, engine)))
+        self.nodes.append(node)
+        return node
+
+    def parts(self, name: str, engine: EngineConfig = EngineConfig(kind="echo")) -> tuple[Config, World]:  # noqa: B008
+        """What a node called ``name`` is opened with; each start is on a host with an address of its own."""
         config = Config(home=str(self._folder / name), name=name, engine=engine)
         world = World(
             open_swarm=lambda _config, private_bytes: self.network.open_swarm(private_bytes),
@@ -47,9 +53,7 @@ class Site:
             random=random.Random(name),
             clock=trio.current_time,
         )
-        node = await self._stack.enter_async_context(open_node(config, world))
-        self.nodes.append(node)
-        return node
+        return config, world
 
     async def add(self, node: Node, name: str, size: int = 4 << 20) -> None:
         """Give ``node`` a model of ``size`` bytes."""

@@ -148,13 +148,18 @@ class Disk:
         self.replace(source, destination)
         self.sync_folder(destination.parent)
 
-    def write_whole(self, path: Path, data: bytes, temp_folder: Path | None = None) -> None:
-        """Write a small file so that its name always stands for the old or the new content, whole."""
+    def write_whole(self, path: Path, data: bytes, temp_folder: Path | None = None, *, private: bool = False) -> None:
+        """Write a small file so that its name always stands for the old or the new content, whole.
+
+        ``private``: nobody but the owner may read it (mode 0600), from before there is anything in it.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = temp_name(temp_folder or path.parent)
         fd = self.create(temp)
         try:
             try:
+                if private:
+                    os.fchmod(fd, 0o600)
                 self.write_at(fd, data, 0)
                 self.sync(fd)
             finally:

@@ -57,25 +57,32 @@ def load_identity(home: Path) -> Identity:
     path = home / KEY_FILE
     try:
         if not path.exists():
-            _create(path)
-        _close_to_others(path)
+            create_key(path)
+    except OSError as error:
+        raise ConfigError(f"the identity {path} cannot be used: {error.strerror}; check its owner and mode") from None
+    return load_key(path, "identity", "put back a copy of it, or move it away to become a new peer with a new PeerId")
+
+
+def load_key(path: Path, what: str, remedy: str) -> Identity:
+    """The key at ``path``, closed to others. Raises ConfigError with ``what`` it is and the ``remedy`` for a damaged one."""
+    try:
+        _close_to_others(path, what)
         with path.open("rb") as file:
             pem = file.read(_MAX_KEY_BYTES)
     except OSError as error:
-        raise ConfigError(f"the identity {path} cannot be used: {error.strerror}; check its owner and mode") from None
+        raise ConfigError(f"the {what} {path} cannot be used: {error.strerror}; check its owner and mode") from None
     try:
         key = load_pem_private_key(pem, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(
-            f"the identity {path} is damaged: put back a copy of it, or move it away to become a new peer with a new PeerId"
-        )
+        raise ConfigError(f"the {what} {path} is damaged: {remedy}")
     return Identity(key)
 
 
-def _create(path: Path) -> None:
-    pem = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def create_key(path: Path, key: Ed25519PrivateKey | None = None) -> None:
+    """Write a key, a new one if none is given; what is there already stays. Raises OSError."""
+    pem = (key or Ed25519PrivateKey.generate()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     disk, temp = Disk(), temp_name(path.parent)
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -92,8 +99,8 @@ def _create(path: Path) -> None:
         disk.unlink(temp)
 
 
-def _close_to_others(path: Path) -> None:
+def _close_to_others(path: Path, what: str) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         path.chmod(0o600)
-        _log.warning("the identity could be read by others; its mode is 0600 now", path=str(path), mode=oct(mode))
+        _log.warning(f"the {what} could be read by others; its mode is 0600 now", path=str(path), mode=oct(mode))

@@ -2,12 +2,14 @@
 
 Rules: at most MAX_DIAL_ADDRESSES addresses of one peer and MAX_DIALS attempts at once; an address that may not be used, or
 that names another peer, is an attempt that failed. Two dials to one peer do not race each other: the second waits for the
-first. A peer that failed before is tried like any other. Not here: who should be dialled, and when again (services).
+first, which is over when its ``finish`` (the admission) is. A peer that failed before is tried like any other. Not here: who
+should be dialled, and when again (services).
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
@@ -20,57 +22,80 @@ from meshmax.net.wire import ByteStream, Transport
 Attempt = tuple[str, str, str]  # address, stage, cause
 
 
-class Dialler:
+class _Cuttable(Protocol):
+    def cut(self) -> None: ...
+
+
+L = TypeVar("L", bound=_Cuttable)
+
+
+class Dialler(Generic[L]):
     """Makes connections; ``secure`` takes a byte stream to the point where the peer has proved who it is."""
 
     def __init__(
         self,
         transport: Transport,
         allow: Callable[[str], bool],
-        secure: Callable[[ByteStream, PeerId], Awaitable[None]],
+        secure: Callable[[ByteStream, PeerId], Awaitable[L]],
     ) -> None:
         self._transport, self._allow, self._secure = transport, allow, secure
         self._dialling: dict[PeerId, trio.Event] = {}
         self._limiter = trio.CapacityLimiter(limits.MAX_DIALS)
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[str], connected: Callable[[], bool]) -> None:
-        """Connect to ``peer_id``. Raises ConnectError with every attempt, unless ``connected`` says that it came to us."""
+    async def dial(
+        self,
+        peer_id: PeerId,
+        addresses: Sequence[str],
+        connected: Callable[[], bool],
+        finish: Callable[[L], Awaitable[None]],
+    ) -> None:
+        """Connect to ``peer_id``. Raises ConnectError with every attempt, unless ``connected`` says that it came to us.
+
+        ``finish`` takes over the connection that won, and what it raises comes out.
+        """
         while peer_id in self._dialling and not connected():
             await self._dialling[peer_id].wait()
         if connected():
             return
         ended = self._dialling[peer_id] = trio.Event()
         try:
-            attempts = await self._race(peer_id, addresses)
+            won = await self._race(peer_id, addresses)
+            if not isinstance(won, list):
+                await finish(won)
+            elif not connected():
+                raise ConnectError("No connection to the peer could be made.", won)
         finally:
             del self._dialling[peer_id]
             ended.set()
-        if attempts is not None and not connected():
-            raise ConnectError("No connection to the peer could be made.", attempts)
 
-    async def _race(self, peer_id: PeerId, addresses: Sequence[str]) -> list[Attempt] | None:
-        """None if an address won, else why each lost."""
+    async def _race(self, peer_id: PeerId, addresses: Sequence[str]) -> L | list[Attempt]:
+        """The connection of the address that won, else why each lost."""
         chosen = list(dict.fromkeys(addresses))[: limits.MAX_DIAL_ADDRESSES]
         if not chosen:
             raise ConnectError("no address of the peer is known")
         attempts: list[Attempt] = []
-        won = False
+        made: list[L] = []
 
         async def run(address: str) -> None:
-            nonlocal won
-            failure = await self._try(peer_id, address)
+            failure = await self._try(peer_id, address, made)
             if failure is not None:
                 attempts.append((address[:200], *failure))
             else:
-                won = True
                 nursery.cancel_scope.cancel()
 
-        async with trio.open_nursery() as nursery:
-            for address in chosen:
-                nursery.start_soon(run, address)
-        return None if won else attempts
+        try:
+            async with trio.open_nursery() as nursery:
+                for address in chosen:
+                    nursery.start_soon(run, address)
+        except BaseException:
+            for link in made:
+                link.cut()
+            raise
+        for late in made[1:]:
+            late.cut()
+        return made[0] if made else attempts
 
-    async def _try(self, peer_id: PeerId, address: str) -> tuple[str, str] | None:
+    async def _try(self, peer_id: PeerId, address: str, made: list[L]) -> tuple[str, str] | None:
         stage = "address"
         try:
             endpoint = parse_endpoint(address)
@@ -82,7 +107,7 @@ class Dialler:
                     stream = await self._connect(endpoint)
                     stage = "authenticate"
                     try:
-                        await self._secure(stream, peer_id)
+                        made.append(await self._secure(stream, peer_id))
                     except BaseException:
                         stream.close()
                         raise

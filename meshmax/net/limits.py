@@ -35,3 +35,11 @@ ACCEPT_PACE_S: Final = (
     0.005  # pause after each accept while too many are half-open: the kernel's backlog holds the rest
 )
 LISTEN_BACKLOG: Final = 256  # connections that the kernel completes before we accept them
+
+MAX_ADMISSIONS: Final = 128  # incoming connections that are not admitted yet; as many as may be in the handshake
+ADMISSION_TIMEOUT_S: Final = 5.0  # for one admission, and for how long streams wait for it; it needs two round trips
+REFUSED_LINGER_S: Final = 1.0  # a refused peer's connection stays for so long, so that it can read why
+MAX_GUESTS: Final = 64  # connections of guests; who serves many (a bootstrap node) says so
+MAX_GUEST_STREAMS: Final = 16  # at once; a guest asks a question or two
+GUEST_IDLE_S: Final = 60.0  # without a stream; a bootstrap node is asked again sooner, or dialled anew
+MAX_GUEST_BUFFER_BYTES: Final = 2 << 20  # unread bytes of all streams of one connection before its admission

@@ -22,9 +22,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from meshmax.base.errors import Busy, ConnectError, PeerGone, VersionMismatch
 from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.net import limits
+from meshmax.net.admission import Answer, Gate, Passage, nothing_more
 from meshmax.net.announce import Announcer
-from meshmax.ports import ConnectionView, Stream, SwarmEvent
+from meshmax.ports import Admission, ConnectionView, Stream, SwarmEvent
 from meshmax.telemetry.isolate import isolate
+from meshmax.wire.protocols import MEMBER
 
 
 class SeededSigner:
@@ -57,10 +59,13 @@ class MemoryNetwork:
         self._healed = trio.Event()
 
     @asynccontextmanager
-    async def open_swarm(self, signer: HasPeerId) -> AsyncIterator[MemorySwarm]:
-        """A new peer, listening. Leaving the block ends its connections and tasks."""
+    async def open_swarm(
+        self, signer: HasPeerId, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
+    ) -> AsyncIterator[MemorySwarm]:
+        """A new peer, listening. Leaving the block ends its connections and tasks. ``admission``: see net.swarm."""
         async with trio.open_nursery() as nursery:
-            swarm = MemorySwarm(self, signer.peer_id, f"/memory/{len(self._swarms) + 1}", nursery)
+            gate = Gate(nursery, admission, max_guests)
+            swarm = MemorySwarm(self, signer.peer_id, f"/memory/{len(self._swarms) + 1}", nursery, gate)
             self._swarms[swarm.addresses[0]] = swarm
             try:
                 yield swarm
@@ -188,8 +193,10 @@ class _Pipe:
 class MemoryStream:
     """One end of a stream; satisfies ports.Stream."""
 
-    def __init__(self, peer: PeerId, incoming: _Pipe, outgoing: _Pipe, forget: Callable[[], None]) -> None:
-        self.peer = peer
+    def __init__(
+        self, peer: PeerId, incoming: _Pipe, outgoing: _Pipe, forget: Callable[[], None], address: str = ""
+    ) -> None:
+        self.peer, self.address = peer, address
         self._incoming, self._outgoing, self._forget = incoming, outgoing, forget
         self._closed = False
 
@@ -243,13 +250,18 @@ class _Connection:
     def __init__(self, dialler: MemorySwarm, listener: MemorySwarm, address: str) -> None:
         self.ends = {dialler.peer_id: dialler, listener.peer_id: listener}
         now_s = time.time()
-        base = address.partition("/p2p/")[0]
+        base, own_base = address.partition("/p2p/")[0], dialler.addresses[0].partition("/p2p/")[0]
         self.views = {
             dialler.peer_id: ConnectionView(listener.peer_id, base, "out", now_s),
-            listener.peer_id: ConnectionView(dialler.peer_id, dialler.addresses[0].partition("/p2p/")[0], "in", now_s),
+            listener.peer_id: ConnectionView(dialler.peer_id, own_base, "in", now_s),
         }
+        self.passages = {peer: self._passage(swarm, self.views[peer]) for peer, swarm in self.ends.items()}
         self.pipes: dict[_Pipe, None] = {}
         self.opened: Counter[PeerId] = Counter()
+
+    def _passage(self, swarm: MemorySwarm, view: ConnectionView) -> Passage:
+        welcome = partial(swarm.gained, view.peer_id, self)
+        return Passage(view.peer_id, view.address, view.direction, welcome, self.close)
 
     def other(self, peer_id: PeerId) -> MemorySwarm:
         return next(swarm for peer, swarm in self.ends.items() if peer != peer_id)
@@ -266,34 +278,42 @@ class _Connection:
 class MemorySwarm:
     """One peer on a MemoryNetwork; satisfies ports.Swarm."""
 
-    def __init__(self, network: MemoryNetwork, peer_id: PeerId, address: str, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, network: MemoryNetwork, peer_id: PeerId, address: str, nursery: trio.Nursery, gate: Gate
+    ) -> None:
         self.peer_id = peer_id
         self.addresses: tuple[str, ...] = (f"{address}/p2p/{peer_id}",)
         self.closed = False
+        self.gate = gate
         self._network, self._nursery = network, nursery
         self._announcer = Announcer(nursery)
-        self._connections: dict[PeerId, _Connection] = {}
-        self._answers: dict[str, Callable[[Stream], Awaitable[None]]] = {}
+        self._all: dict[_Connection, PeerId] = {}
+        self._connections: dict[PeerId, list[_Connection]] = {}  # of members, the newest last
+        self._dialling: dict[PeerId, trio.Lock] = {}
+        self._answers: dict[str, tuple[Literal["members", "anyone"], Answer]] = {}
+        if gate.checks:
+            self.serve(MEMBER, nothing_more)
         self._serving: Counter[PeerId] = Counter()
 
     async def dial(self, peer_id: PeerId, addresses: Sequence[str], *, guest: bool = False) -> None:
         """See ports.Swarm. Without an admission everybody is a member."""
         await trio.lowlevel.checkpoint()
-        if peer_id in self._connections:
-            return
         if peer_id == self.peer_id:
             raise ConnectError("that is our own PeerId")
-        if not addresses:
-            raise ConnectError("no address of the peer is known")
-        attempts: list[tuple[str, str, str]] = []
-        for address in addresses[: limits.MAX_DIAL_ADDRESSES]:
-            failure = await self._try_dial(peer_id, address)
-            if failure is None:
+        async with self._dialling.setdefault(peer_id, trio.Lock()):
+            if peer_id in self._connections or (guest and self._guests(peer_id)):
                 return
-            attempts.append((address, *failure))
+            if not addresses:
+                raise ConnectError("no address of the peer is known")
+            attempts: list[tuple[str, str, str]] = []
+            for address in addresses[: limits.MAX_DIAL_ADDRESSES]:
+                failure = await self._try_dial(peer_id, address, guest)
+                if failure is None:
+                    return
+                attempts.append((address, *failure))
         raise ConnectError(attempts=attempts)
 
-    async def _try_dial(self, peer_id: PeerId, address: str) -> tuple[str, str] | None:
+    async def _try_dial(self, peer_id: PeerId, address: str, guest: bool) -> tuple[str, str] | None:
         target = self._network.at(address)
         if target is None or target is self or self.closed:
             return "connect", "connection refused"
@@ -308,22 +328,36 @@ class MemorySwarm:
             return "authenticate", f"the peer there is {target.peer_id}"
         if peer_id not in self._connections:  # both may dial at once
             connection = _Connection(self, target, address)
-            self.gained(peer_id, connection)
-            target.gained(self.peer_id, connection)
+            self.connected(connection, peer_id, guest)
+            target.connected(connection, self.peer_id, guest=False)
+            open_member = partial(self._open_on, connection, peer_id, MEMBER)
+            await self.gate.ask(connection.passages[self.peer_id], open_member)
         return None
+
+    def _guests(self, peer_id: PeerId) -> list[_Connection]:
+        of_peer = (connection for connection, peer in self._all.items() if peer == peer_id)
+        return [connection for connection in of_peer if connection.passages[self.peer_id].state == "guest"]
+
+    def connected(self, connection: _Connection, peer_id: PeerId, guest: bool) -> None:
+        """A connection was made; who it is of is still to be seen."""
+        self._all[connection] = peer_id
+        self.gate.open(connection.passages[self.peer_id], guest=guest)
 
     async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
         """See ports.Swarm."""
-        connection = self._connections.get(peer_id)
-        if connection is None:
+        connections = self._connections.get(peer_id) or self._guests(peer_id)
+        if not connections:
             await trio.lowlevel.checkpoint()
             raise PeerGone("not connected to the peer")
+        return await self._open_on(connections[-1], peer_id, protocol)
+
+    async def _open_on(self, connection: _Connection, peer_id: PeerId, protocol: str) -> Stream:
         if connection.opened[self.peer_id] >= limits.MAX_STREAMS_PER_PEER:
             raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
         with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S) as scope:
             await self._network.travel(self.peer_id, peer_id)
             await self._network.travel(peer_id, self.peer_id)
-        if scope.cancelled_caught or self._connections.get(peer_id) is not connection:
+        if scope.cancelled_caught or connection not in self._all:
             raise PeerGone("the peer did not answer")
         there, back = _Pipe(self._network, self.peer_id, peer_id), _Pipe(self._network, peer_id, self.peer_id)
         other = connection.other(self.peer_id)
@@ -331,8 +365,10 @@ class MemorySwarm:
             raise VersionMismatch(f"the peer does not speak {protocol}")
         connection.pipes |= {there: None, back: None}
         connection.opened[self.peer_id] += 1
-        stream = MemoryStream(peer_id, back, there, partial(self._closed_stream, connection, there, back))
-        other.answer(protocol, MemoryStream(self.peer_id, there, back, lambda: None))
+        forget = partial(self._closed_stream, connection, there, back)
+        stream = MemoryStream(peer_id, back, there, forget, connection.views[self.peer_id].address)
+        answering = MemoryStream(self.peer_id, there, back, lambda: None, connection.views[peer_id].address)
+        other.answer(protocol, answering, connection.passages[peer_id])
         return stream
 
     def _closed_stream(self, connection: _Connection, there: _Pipe, back: _Pipe) -> None:
@@ -340,20 +376,23 @@ class MemorySwarm:
         connection.pipes.pop(there, None)
         connection.pipes.pop(back, None)
 
-    def answer(self, protocol: str, stream: MemoryStream) -> None:
+    def answer(self, protocol: str, stream: MemoryStream, passage: Passage) -> None:
         """A peer opened ``stream``: serve it, or reset it if too many are open."""
         peer = stream.peer
         if self._serving[peer] >= limits.MAX_STREAMS_PER_PEER or self._serving.total() >= limits.MAX_STREAMS:
             stream.break_off()
             return
         self._serving[peer] += 1
-        self._nursery.start_soon(self._serve_one, protocol, stream)
+        self._nursery.start_soon(self._serve_one, protocol, stream, passage)
 
-    async def _serve_one(self, protocol: str, stream: MemoryStream) -> None:
+    async def _serve_one(self, protocol: str, stream: MemoryStream, passage: Passage) -> None:
+        serve = partial(self.gate.serve, passage, stream, protocol, *self._answers[protocol])
+        welcome = self.gate.stream_opened(passage)
         try:
-            if await isolate("stream", partial(self._answers[protocol], stream), peer=stream.peer, protocol=protocol):
+            if welcome and await isolate("stream", serve, peer=stream.peer, protocol=protocol):
                 await stream.aclose()
         finally:
+            self.gate.stream_closed(passage)
             stream.break_off()
             self._serving[stream.peer] -= 1
 
@@ -365,36 +404,45 @@ class MemorySwarm:
         to: Literal["members", "anyone"] = "members",
     ) -> None:
         """See ports.Swarm."""
-        self._answers[protocol] = answer
+        self._answers[protocol] = (to, answer)
 
     async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """See ports.Swarm."""
-        connection = self._connections.get(peer_id)
-        if connection is not None and last in (None, connection.views[self.peer_id]):
+        connections = [connection for connection, peer in self._all.items() if peer == peer_id]
+        if last is not None:
+            views = [connection.views[self.peer_id] for connection in self._connections.get(peer_id, ())]
+            count = views.index(last) + 1 if last in views else 0
+            connections = self._connections.get(peer_id, [])[:count]
+        for connection in connections:
             connection.close()
         await trio.lowlevel.checkpoint()
 
     def connections(self) -> Mapping[PeerId, ConnectionView]:
         """See ports.Swarm."""
-        return {peer: connection.views[self.peer_id] for peer, connection in self._connections.items()}
+        return {peer: connections[-1].views[self.peer_id] for peer, connections in self._connections.items()}
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
         """See ports.Swarm."""
         return self._announcer.subscribe()
 
     def gained(self, peer_id: PeerId, connection: _Connection) -> None:
-        """A connection was made."""
-        self._connections[peer_id] = connection
+        """A connection is a member's."""
+        self._connections.setdefault(peer_id, []).append(connection)
         self._announcer.connected(peer_id)
 
     def lost(self, peer_id: PeerId, connection: _Connection) -> None:
         """A connection ended."""
-        if self._connections.get(peer_id) is connection:
-            del self._connections[peer_id]
-            self._announcer.disconnected(peer_id)
+        self._all.pop(connection, None)
+        self.gate.over(connection.passages[self.peer_id])
+        connections = self._connections.get(peer_id, [])
+        if connection in connections:
+            connections.remove(connection)
+            if not connections:
+                del self._connections[peer_id]
+                self._announcer.disconnected(peer_id)
 
     def close(self) -> None:
         """End every connection; idempotent."""
         self.closed = True
-        for connection in tuple(self._connections.values()):
+        for connection in tuple(self._all):
             connection.close()

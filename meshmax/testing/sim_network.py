@@ -12,8 +12,9 @@ from contextlib import asynccontextmanager
 import trio
 
 from meshmax.base.ids import PeerId
+from meshmax.net import limits
 from meshmax.net.swarm import LibrarySwarm, open_swarm
-from meshmax.ports import Sighting
+from meshmax.ports import Admission, Sighting
 from meshmax.testing.memory_transport import MemoryTransport, MemoryWires
 
 SIGHTING_DELAY_S = 0.1  # from opening a swarm to the others' sighting of it, as mDNS has
@@ -30,10 +31,19 @@ class SimNetwork:
         self._changed = trio.Event()
 
     @asynccontextmanager
-    async def open_swarm(self, private_bytes: bytes) -> AsyncIterator[LibrarySwarm]:
+    async def open_swarm(
+        self, private_bytes: bytes, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
+    ) -> AsyncIterator[LibrarySwarm]:
         """A real swarm on a host of its own, listening on its control port."""
         host = self.wires.attach()
-        async with open_swarm(private_bytes, [("0.0.0.0", CONTROL_PORT)], transport=host) as swarm:
+        opened = open_swarm(
+            private_bytes,
+            [("0.0.0.0", CONTROL_PORT)],
+            transport=host,
+            admission=admission,
+            max_guests=max_guests,
+        )
+        async with opened as swarm:
             self._hosts[swarm.peer_id] = host
             self._present[swarm.peer_id] = swarm.addresses
             self._wake()

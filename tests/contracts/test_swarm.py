@@ -13,7 +13,7 @@ from meshmax.base.errors import Busy, ConnectError, PeerGone, RemoteProtocolErro
 from meshmax.base.ids import PeerId
 from meshmax.net import limits
 from meshmax.net.swarm import open_swarm
-from meshmax.ports import Stream, Swarm
+from meshmax.ports import Admission, Stream, Swarm
 from meshmax.testing.memory_swarm import MemoryNetwork, SeededSigner
 from meshmax.testing.memory_transport import MemoryTransport
 from meshmax.testing.sim_network import SimNetwork
@@ -24,7 +24,9 @@ ECHO = "/meshmax/echo/1.0.0"
 class Lan(Protocol):
     dead: str  # an address at which nobody listens
 
-    def open(self, seed: int) -> AbstractAsyncContextManager[Swarm]: ...
+    def open(
+        self, seed: int, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
+    ) -> AbstractAsyncContextManager[Swarm]: ...
 
     async def send_garbage(self, address: str, data: bytes) -> None: ...
 
@@ -35,8 +37,10 @@ class MemoryLan:
     def __init__(self) -> None:
         self.network = MemoryNetwork()
 
-    def open(self, seed: int) -> AbstractAsyncContextManager[Swarm]:
-        return self.network.open_swarm(SeededSigner(seed))
+    def open(
+        self, seed: int, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
+    ) -> AbstractAsyncContextManager[Swarm]:
+        return self.network.open_swarm(SeededSigner(seed), admission, max_guests)
 
     async def send_garbage(self, address: str, data: bytes) -> None:
         await trio.lowlevel.checkpoint()
@@ -48,8 +52,10 @@ class SimLan:
     def __init__(self) -> None:
         self.network = SimNetwork()
 
-    def open(self, seed: int) -> AbstractAsyncContextManager[Swarm]:
-        return self.network.open_swarm(SeededSigner(seed).private_bytes)
+    def open(
+        self, seed: int, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
+    ) -> AbstractAsyncContextManager[Swarm]:
+        return self.network.open_swarm(SeededSigner(seed).private_bytes, admission, max_guests)
 
     async def send_garbage(self, address: str, data: bytes) -> None:
         await _send_and_wait(await MemoryTransport(self.network.wires, "10.0.9.9").connect(*_host_port(address)), data)
@@ -58,8 +64,11 @@ class SimLan:
 class LoopbackLan:
     dead = "/ip4/127.0.0.1/tcp/1"
 
-    def open(self, seed: int) -> AbstractAsyncContextManager[Swarm]:
-        return open_swarm(SeededSigner(seed).private_bytes, [("127.0.0.1", 0)])
+    def open(
+        self, seed: int, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
+    ) -> AbstractAsyncContextManager[Swarm]:
+        private_bytes = SeededSigner(seed).private_bytes
+        return open_swarm(private_bytes, [("127.0.0.1", 0)], admission=admission, max_guests=max_guests)
 
     async def send_garbage(self, address: str, data: bytes) -> None:
         await _send_and_wait(await trio.open_tcp_stream(*_host_port(address)), data)

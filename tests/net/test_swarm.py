@@ -4,6 +4,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
@@ -27,6 +28,15 @@ Clock = trio.testing.MockClock
 async def echo(stream: Stream) -> None:
     while data := await stream.receive_some(1000):
         await stream.send_all(data)
+
+
+async def dial_again(swarm: LibrarySwarm, peer: LibrarySwarm) -> None:
+    """Make one more connection, as a peer that moved does."""
+
+    async def finish(link: Any) -> None:
+        swarm._gate.open(link.passage)
+
+    await swarm._dialler.dial(peer.peer_id, peer.addresses, lambda: False, finish)
 
 
 @asynccontextmanager
@@ -158,7 +168,7 @@ async def test_only_the_connection_that_failed_is_cut_where_the_peer_has_made_a_
     async with open_swarms(2) as (server, mover):
         old = mover.connections()[server.peer_id]
         await trio.sleep(1)
-        await mover._dialler.dial(server.peer_id, server.addresses, lambda: False)  # as from a new network
+        await dial_again(mover, server)  # as from a new network
         new = mover.connections()[server.peer_id]
         assert new != old
         async with mover.subscribe() as events:
@@ -195,7 +205,7 @@ async def test_a_peer_that_moved_is_not_lost_when_its_old_connection_dies(autoju
         ]
         await trio.sleep(5)
         old = [swarm._links[other.peer_id][0] for swarm, other in ((server, mover), (mover, server))]
-        await mover._dialler.dial(server.peer_id, server.addresses, lambda: False)
+        await dial_again(mover, server)
         for link in old:
             link.wire.write = nothing  # type: ignore[method-assign]  # the network that it left takes nothing any more
         async with server.subscribe() as events:

@@ -1,0 +1,116 @@
+"""Agreeing on a stream's protocol: multistream-select 1.0, the opener's side.
+
+Decided here: both lines go out at once and both answers are read afterwards, which saves a round trip; who has the first
+message ready sends it along (`EagerStream`), which saves another. Not here: the answering side, which is the library's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import trio
+
+from meshmax.base.errors import ConfigError, PeerGone, RemoteProtocolError, VersionMismatch
+from meshmax.base.ids import PeerId
+from meshmax.ports import Stream
+
+_MULTISTREAM: Final = "/multistream/1.0.0"
+_MAX_LINE_BYTES: Final = 127  # what one byte of varint can say; ours are all that short
+
+
+async def negotiate(stream: Stream, protocol: str) -> None:
+    """Agree on ``protocol`` over a fresh ``stream``. Raises VersionMismatch, RemoteProtocolError, PeerGone."""
+    await propose(stream, protocol)
+    await hear(stream, protocol)
+
+
+async def propose(stream: Stream, protocol: str) -> None:
+    """Say that we want ``protocol``."""
+    await stream.send_all(_delimited(_MULTISTREAM) + _delimited(protocol))
+
+
+async def hear(stream: Stream, protocol: str) -> None:
+    """Read the peer's answers to `propose`. Raises VersionMismatch, RemoteProtocolError, PeerGone; the stream is reset."""
+    for expected in (_MULTISTREAM, protocol):
+        answer = await _read_line(stream)
+        if answer == "na":
+            await stream.reset()
+            raise VersionMismatch(f"the peer does not speak {protocol}")
+        if answer != expected:
+            await stream.reset()
+            raise RemoteProtocolError("the peer's answer is not multistream-select's")
+
+
+class EagerStream:
+    """A stream on which the protocol was proposed, but the answer not yet read; satisfies ports.Stream.
+
+    What is sent goes out at once; the first `receive_some` reads the answer and raises what `hear` raises.
+    """
+
+    def __init__(self, stream: Stream, protocol: str) -> None:
+        self._stream, self._protocol = stream, protocol
+        self._heard = False
+
+    @property
+    def peer(self) -> PeerId:
+        """See ports.Stream."""
+        return self._stream.peer
+
+    @property
+    def address(self) -> str:
+        """See ports.Stream."""
+        return self._stream.address
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """See ports.Stream. Cancelled before the answer was read whole, the stream is reset."""
+        if not self._heard:
+            try:
+                await hear(self._stream, self._protocol)
+                self._heard = True
+            finally:
+                if not self._heard:
+                    with trio.CancelScope(shield=True):
+                        await self._stream.reset()
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes) -> None:
+        """See ports.Stream."""
+        await self._stream.send_all(data)
+
+    async def send_eof(self) -> None:
+        """See ports.Stream."""
+        await self._stream.send_eof()
+
+    async def reset(self) -> None:
+        """See ports.Stream."""
+        await self._stream.reset()
+
+    async def aclose(self) -> None:
+        """See ports.Stream."""
+        await self._stream.aclose()
+
+
+def _delimited(line: str) -> bytes:
+    data = line.encode() + b"\n"
+    if len(data) > _MAX_LINE_BYTES:
+        raise ConfigError(f"a protocol id has at most {_MAX_LINE_BYTES - 1} bytes: {line[:100]}")
+    return bytes([len(data)]) + data
+
+
+async def _read_line(stream: Stream) -> str:
+    length = (await _read_exactly(stream, 1))[0]
+    if not 1 <= length <= _MAX_LINE_BYTES:
+        await stream.reset()
+        raise RemoteProtocolError("the peer's answer is not multistream-select's")
+    return (await _read_exactly(stream, length)).decode(errors="replace").rstrip("\n")
+
+
+async def _read_exactly(stream: Stream, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        part = await stream.receive_some(count - len(data))
+        if not part:
+            await stream.reset()
+            raise PeerGone("the peer closed the stream before it was open")
+        data += part
+    return data

@@ -107,7 +107,7 @@ class PartialFile:
         self._layout, self._disk, self._maps, self._run_sync = layout, disk, maps, run_sync
         self._fd = -1
         self._marks_fd = -1
-        self._synced = haves
+        self._synced = self._data_synced = haves  # by the bitmap on disk; by the data on disk
         self._syncing = trio.Lock()
         self._no_room: StoreError | None = None  # the space could not be reserved
 
@@ -212,7 +212,8 @@ class PartialFile:
                 await self.sync()
             except StoreError as error:
                 _log.warning("bitmap not saved", blob=self.digest[:12], error=error.message)
-                self.haves = _both(self.haves, self._synced)  # at rest nothing could vouch for the others any more
+                # Data that failed to sync may be lost without another word; where only the bitmap has no room, it is all there.
+                self.haves = _both(self.haves, self._data_synced)
         self._close_file()
 
     def drop_chunk(self, index: int) -> None:
@@ -242,12 +243,13 @@ class PartialFile:
                     with suppress(OSError):
                         self._disk.unlink(path)
                 raise
-            self._synced = self.haves
+            self._synced = self._data_synced = self.haves
 
     def _sync_file(self, haves: Haves) -> None:
         with translated(f"blob {self.digest[:12]} was not synced"):
             if self._fd >= 0:  # at rest a bitmap only loses chunks, and no data is behind
                 self._disk.sync(self._fd)
+                self._data_synced = haves
             address = self._maps.save(self.chunk_map)
             save_bits(self._layout, self._disk, self.digest, address, haves)
 

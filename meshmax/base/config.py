@@ -81,6 +81,19 @@ class MirrorRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
     days: str = "mon-sun"
 
 
+class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a peer that is reachable from outside does for others, whatever their mesh, as a bootstrap node does all of it.
+
+    ``rendezvous``: peers of one mesh find each other here. ``stun``, ``observer``: tell who asks, by UDP and by TCP, from
+    which address it comes. ``relay``: carry a little traffic between two peers that cannot reach each other.
+    """
+
+    rendezvous: bool = False
+    stun: bool = False
+    observer: bool = False
+    relay: bool = False
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One node's configuration. ``home`` and ``models`` are folders; ``models`` '' is ``<home>/models``.
 
@@ -91,7 +104,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
     ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
     only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
-    ``dht_port``: the UDP port (DHT, STUN), or the next free one.
+    ``dht_port``: the UDP port (DHT, STUN), or the next free one; ``observer_port`` likewise, of the TCP observer.
+    ``serve``: what is done for strangers; ``max_guests``: how many of them may be connected at once.
     ``disk_budget``: how much models may take, like 200GB; ``keep_free``: how much of the disk stays free; '' is no bound. To
     keep to them, the models used longest ago are swept; ``sweep_last_copies``: those too that no other peer is known to
     have. ``partials_kept_days``: how long what a cancelled pull had fetched is kept.
@@ -122,6 +136,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lane_port: Port = DEFAULT_LANE_PORT
     lanes_per_peer: Annotated[int, msgspec.Meta(ge=0, le=4)] = 2
     dht_port: Port = DEFAULT_DHT_PORT
+    observer_port: Port = DEFAULT_OBSERVER_PORT
+    serve: ServeConfig = ServeConfig()
+    max_guests: Count = 64
     disk_budget: str = ""
     keep_free: str = ""
     sweep_last_copies: bool = False

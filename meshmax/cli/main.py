@@ -48,6 +48,7 @@ _COMMANDS: Final = (
     ("export", "meshmax.cli.bundle:export", "Write models into files, to carry to another site."),
     ("import", "meshmax.cli.bundle:import_", "Take in the models that an export wrote."),
     ("have", "meshmax.cli.bundle:have", "Show what this site has, or list it for an export elsewhere."),
+    ("bootstrap", "meshmax.cli.bootstrap:bootstrap", "Run a bootstrap node: peers of any mesh find each other here."),
     ("docs", "meshmax.cli.docs:docs", "Read the documentation."),
 )
 

@@ -24,7 +24,7 @@ from meshmax.cli.output import emit, printable
 from meshmax.cli.settings import load_config
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     import trio
 
@@ -63,8 +63,8 @@ def peer(
     return start(load_config(flags, os.environ, config))
 
 
-def start(config: Config) -> int:
-    """Run a node until it is told to end. Returns the exit code. Raises MeshmaxError when it cannot start."""
+def start(config: Config, run: Callable[[Config], Awaitable[None]] | None = None) -> int:
+    """Run a node (``run``; a peer) until it is told to end. Returns the exit code. Raises MeshmaxError when it cannot start."""
     signal.signal(signal.SIGTERM, _end_before_start)
     import trio
 
@@ -72,7 +72,7 @@ def start(config: Config) -> int:
 
     configure(config.log_level, config.json_logs)
     try:
-        trio.run(run_peer, config)
+        trio.run(run or run_peer, config)
     except BaseExceptionGroup as group:
         raise _only_error(group) from None
     return 0
@@ -94,22 +94,33 @@ def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 async def run_peer(config: Config) -> None:
     """Run a node and its API until a signal comes."""
+    await run_until_signal(partial(_run, config))
+
+
+async def _run(config: Config, stage: list[trio.CancelScope]) -> None:
     import trio
 
     from meshmax.api.server import serve_api
     from meshmax.node import open_node
+
+    async with open_node(config) as node, trio.open_nursery() as nursery:
+        url = await nursery.start(partial(serve_api, node))
+        stage.append(nursery.cancel_scope)
+        node.home.write_run(str(url), node.peer_id, node.started_at_s)
+        emit(banner(node_facts(node), str(url), await who_holds_default_port(config, str(url))))
+        sys.stdout.flush()
+
+
+async def run_until_signal(run: Callable[[list[trio.CancelScope]], Awaitable[None]]) -> None:
+    """Run ``run(stage)`` until a signal cancels the last scope of ``stage``, which it extends as it gets on."""
+    import trio
 
     stage = [trio.CancelScope()]  # what the next signal ends: the API once it is up, before that everything
     with trio.open_signal_receiver(*ENDINGS) as signals:
         async with trio.open_nursery() as watch:
             watch.start_soon(_end_on_signal, signals, stage)
             with stage[0]:
-                async with open_node(config) as node, trio.open_nursery() as nursery:
-                    url = await nursery.start(partial(serve_api, node))
-                    stage.append(nursery.cancel_scope)
-                    node.home.write_run(str(url), node.peer_id, node.started_at_s)
-                    emit(banner(node_facts(node), str(url), await who_holds_default_port(config, str(url))))
-                    sys.stdout.flush()
+                await run(stage)
             watch.cancel_scope.cancel()
 
 

@@ -29,13 +29,23 @@ MAX_FILE_BYTES: Final = 1 << 20  # a person's file; anything larger is not a con
 _SHOWN_CHARACTERS: Final = 80  # of a wrong value in an error
 
 
-def load_config(flags: Mapping[str, Any], env: Mapping[str, str], file: Path | None = None) -> Config:
-    """The configuration from all four sources. ``flags``: keys of Config that were given. Raises ConfigError."""
+def load_config(
+    flags: Mapping[str, Any],
+    env: Mapping[str, str],
+    file: Path | None = None,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Config:
+    """The configuration from all four sources. ``flags``: keys of Config that were given. Raises ConfigError.
+
+    ``defaults``: of a command that has others than Config's.
+    """
     from_env = _environment(env)
-    outer = {**from_env, **flags}
+    outer = {**defaults, **from_env, **flags}
     in_home = file is None
     path = file or Path(outer.get("home") or Config().home).expanduser() / FILE_NAME
-    values = _merged(_file(path, in_home), _checked(from_env, ENV_PREFIX, lax=True), _checked(flags, "--", lax=False))
+    values = _merged(
+        defaults, _file(path, in_home), _checked(from_env, ENV_PREFIX, lax=True), _checked(flags, "--", lax=False)
+    )
     config = msgspec.convert(values, Config)
     _check_meaning(config)
     return msgspec.structs.replace(config, home=str(Path(config.home).expanduser().absolute()))

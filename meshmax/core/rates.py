@@ -1,31 +1,16 @@
 """How often strangers are served: so many events a second for each source, and so many in all.
 
-Rules: a source is an IPv4 address or an IPv6 network of 64 bits, since a household commands all addresses of one. Each may
-come ``burst`` times at once and ``per_s`` times a second from then on; all together ``total_per_s``, with a burst of one
-second. What is refused counts for nobody. Of more than ``max_sources`` the one that has waited longest is forgotten (and
-starts afresh), so a flood of addresses meets the bound of all together. Time is passed in. Not here: what is done for a
-source.
+Rules: a source (a subnet, a PeerId) may come ``burst`` times at once and ``per_s`` times a second from then on; all together
+``total_per_s``, with a burst of one second. What is refused counts for nobody. Of more than ``max_sources`` the one that was
+silent longest is forgotten (and starts afresh), so a flood of sources meets the bound of all together. Time is passed in.
+Not here: who counts as one source (core.subnets), what is done for it.
 """
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Final
 
 MAX_SOURCES: Final = 4096  # remembered at once, each about 200 bytes
-
-
-def source_of(ip: str) -> str:
-    """Who counts as one: the IPv4 address (also one mapped into IPv6), the first 64 bits of an IPv6 address."""
-    try:
-        address = ipaddress.ip_address(ip.partition("%")[0])
-    except ValueError:
-        return ip
-    if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.IPv6Address(int(address) >> 64 << 64))
 
 
 class Rates:

@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 import trio
 
 from meshmax.base.errors import ConfigError, RemoteProtocolError
-from meshmax.core.rates import source_of
+from meshmax.core.subnets import source_of
 from meshmax.net.door import listen_near
 from meshmax.net.tcp import TcpTransport
 from meshmax.net.wire import ByteStream, Listener, Transport

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Final
 
 from meshmax.base.errors import RemoteProtocolError
-from meshmax.core.rates import Rates, source_of
+from meshmax.core.rates import Rates
+from meshmax.core.subnets import source_of
 from meshmax.ports import Datagrams
 from meshmax.telemetry.metrics import STUN
 from meshmax.wire import stun
 
-PER_S: Final = 10.0  # for one source: an ICE agent asks once for each of its sockets, and repeats what is lost
-BURST: Final = 60.0  # several agents behind one NAT, each with some sockets
+PER_S: Final = 20.0  # for one subnet: an ICE agent asks once for each of its sockets, and repeats what is lost
+BURST: Final = 100.0  # several agents behind one NAT, each with some sockets
 TOTAL_PER_S: Final = 2000.0  # a few percent of one core, and 100 KB/s of answers at most
 
 

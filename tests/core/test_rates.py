@@ -1,23 +1,6 @@
 """How often strangers are served."""
 
-import pytest
-
-from meshmax.core.rates import Rates, source_of
-
-
-@pytest.mark.parametrize(
-    ("ip", "source"),
-    [
-        ("192.0.2.1", "192.0.2.1"),
-        ("::ffff:192.0.2.1", "192.0.2.1"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::"),
-        ("2001:db8:1:2::9", "2001:db8:1:2::"),
-        ("fe80::1%eth0", "fe80::"),
-        ("memory", "memory"),
-    ],
-)
-def test_a_source_is_an_ipv4_address_or_an_ipv6_network(ip: str, source: str) -> None:
-    assert source_of(ip) == source
+from meshmax.core.rates import Rates
 
 
 def test_a_source_has_its_burst_and_then_its_rate() -> None:

@@ -1,0 +1,75 @@
+"""What a node does for strangers: rendezvous, STUN, the TCP observer, relaying; a bootstrap node all, a willing peer some.
+
+Everything is served to anyone who proves a PeerId, or on open ports, and bounded by itself. Not here: the node around it
+(node.opening, node.bootstrap), which owns swarm and UDP port.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from meshmax.base.config import Config, ServeConfig
+from meshmax.ports import Datagrams, Swarm
+from meshmax.services.observe import ObserveServer
+from meshmax.services.rendezvous_server import open_rendezvous_server
+from meshmax.services.stun_server import StunServer
+
+Answer = Callable[[bytes, tuple[str, int]], bytes | None]
+
+
+class Bound(Protocol):
+    """What listens somewhere."""
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """Bound (ip, port)s."""
+        ...
+
+
+OpenObserver = Callable[[Config, Answer], AbstractAsyncContextManager[Bound]]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is served, by name, and at which ports (0: none)."""
+
+    services: tuple[str, ...] = ()
+    udp_port: int = 0
+    observer_port: int = 0
+
+
+@asynccontextmanager
+async def open_serving(
+    config: Config,
+    wanted: ServeConfig,
+    swarm: Swarm,
+    datagrams: Datagrams | None,
+    open_observer: OpenObserver | None,
+    clock: Callable[[], float],
+) -> AsyncIterator[Serving]:
+    """Serve what is ``wanted`` until the block ends. Raises ConfigError: a port is not to be had."""
+    async with AsyncExitStack() as stack:
+        stun = StunServer(clock)
+        services: list[str] = []
+        udp_port = _port_of(datagrams.addresses) if datagrams is not None else 0
+        observer_port = 0
+        if wanted.stun and datagrams is not None:
+            stun.register(datagrams)
+            services.append("stun")
+        if wanted.observer and open_observer is not None:
+            observer = await stack.enter_async_context(open_observer(config, stun.answer))
+            observer_port = _port_of(observer.addresses)
+            services.append("observer")
+        if wanted.rendezvous:
+            await stack.enter_async_context(open_rendezvous_server(swarm))
+            services.append("rendezvous")
+        if services:
+            ObserveServer(udp_port, observer_port, tuple(services)).register(swarm)
+        yield Serving(tuple(services), udp_port, observer_port)
+
+
+def _port_of(addresses: Sequence[tuple[str, int]]) -> int:
+    return addresses[0][1] if addresses else 0

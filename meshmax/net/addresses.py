@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import PeerId, parse_peer_id
+from meshmax.net.interfaces import is_zoned, running_interfaces
 
 MAX_MULTIADDR: Final = 400  # characters; a DNS name has at most 253, a PeerId 52
 _DNS_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
@@ -86,53 +88,45 @@ def allow_any(ip: str) -> bool:
 
 
 def interface_addresses() -> list[str]:
-    """IP addresses of the interfaces of this machine: IPv4 before IPv6, loopback last; IPv6 link-local ones with a zone."""
-    import ifaddr
-
-    found: list[str] = []
-    for adapter in ifaddr.get_adapters():
-        for entry in adapter.ips:
-            if isinstance(entry.ip, str):
-                found.append(entry.ip)
-            else:
-                ip, _flow, scope = entry.ip
-                local = ipaddress.IPv6Address(ip).is_link_local
-                found.append(f"{ip}%{adapter.name}" if local and scope else ip)
+    """IP addresses of the interfaces that run: IPv4 before IPv6, loopback last; IPv6 link-local ones with a zone."""
+    found = [
+        f"{ip}%{interface.name}" if is_zoned(ip) else ip for interface in running_interfaces() for ip in interface.ips
+    ]
     return sorted(dict.fromkeys(found), key=_preference)
 
 
 def running_addresses() -> tuple[str, ...]:
-    """IP addresses of interfaces that are up and have a carrier, without loopback and IPv6 link-local ones, sorted.
-
-    Without those, what containers' virtual interfaces do is no news. Raises OSError.
+    """IP addresses by which a change of the network is known, sorted: without loopback, and without interfaces that have
+    link-local IPv6 addresses only unless all are such. So what containers' virtual interfaces do is no news. Raises OSError.
     """
-    import ifaddr
-    import psutil
-
-    running = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    found = {
-        entry.ip if isinstance(entry.ip, str) else entry.ip[0]
-        for adapter in ifaddr.get_adapters()
-        if adapter.name in running
-        for entry in adapter.ips
-    }
-    return tuple(sorted(ip for ip in found if not _is_private_matter(ipaddress.ip_address(ip))))
-
-
-def _is_private_matter(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return address.is_loopback or (address.version == 6 and address.is_link_local)
+    interfaces = [interface for interface in running_interfaces() if not interface.loopback]
+    some = [interface for interface in interfaces if not interface.bare] or interfaces
+    return tuple(sorted({ip for interface in some for ip in interface.ips if interface.bare or not is_zoned(ip)}))
 
 
 def concrete_addresses(host: str, interfaces: list[str]) -> list[str]:
     """The addresses at which somebody who bound ``host`` can be reached: itself, or every interface for 0.0.0.0 and ::.
 
-    Loopback and IPv6 link-local ones (which need the reader's own zone) are included last and left out, respectively.
+    Loopback ones come last. IPv6 link-local ones only where there is nothing else, and without the zone, which each reader has
+    to know for itself.
     """
     if host == "0.0.0.0":  # noqa: S104 -- compared, not bound
         return [ip for ip in interfaces if ":" not in ip]
     if host == "::":
-        return [ip for ip in interfaces if ":" in ip and "%" not in ip]
+        bare = all("%" in ip or ipaddress.ip_address(ip).is_loopback for ip in interfaces)
+        return [ip.partition("%")[0] for ip in interfaces if ":" in ip and ("%" not in ip or bare)]
     return [host]
+
+
+def with_zones(multiaddr: str, zones: Sequence[str]) -> tuple[str, ...]:
+    """``multiaddr``, or, where it is IPv6 link-local and names no zone, one for each of ``zones`` (interface names)."""
+    try:
+        host = parse_endpoint(multiaddr).host
+        if "%" in host or not is_zoned(host):
+            return (multiaddr,)
+    except (InvalidRequest, ValueError):  # nothing that we could dial, or a DNS name
+        return (multiaddr,)
+    return tuple(f"/ip6zone/{zone}{multiaddr}" for zone in zones)
 
 
 _PRIVATE: Final = tuple(map(ipaddress.IPv4Network, ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")))

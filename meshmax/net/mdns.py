@@ -1,30 +1,35 @@
-"""Neighbours by multicast DNS, after the libp2p mDNS specification; satisfies ports.Discovery.
+"""Neighbours by multicast DNS, after the libp2p mDNS specification; satisfies ports.Discovery and ports.LooksAgain.
 
 Rules: we announce concrete addresses under a random name, without probing (a random name needs none), and ask at growing
-intervals, over IPv4 and, where an interface has an address that others can use, IPv6. Announcers that send PTR and TXT
-without SRV count. A session ends when the interfaces change or the network fails, and a new one begins, after a backoff
-where it failed. Sightings that say nothing new are told again only after REPEAT_S. Not here: the records (mdns_records),
-whether an address may be dialled (dialler).
+intervals, over IPv4 and IPv6. Announcers that send PTR and TXT without SRV count. A session ends when the interfaces change
+or the network fails, and a new one begins, after a backoff where it failed; `problem` tells people what does not work, and
+is '' again as soon as it does. What the system says to each question is how we know: an interface that refuses one
+costs the others nothing. Sightings that say nothing new are told again only after REPEAT_S. A link-local address that a peer
+tells is tried on every interface that it may be on. Not here: the records (mdns_records), the library (mdns_library), which
+interfaces (multicast), whether an address may be dialled (dialler).
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import secrets
-import socket
 import string
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
 import trio
 
 from meshmax.base.ids import PeerId
-from meshmax.net.addresses import interface_addresses
+from meshmax.base.status import MAX_ADDRESSES
+from meshmax.net.addresses import with_zones
 from meshmax.net.asyncio_bridge import call_asyncio, make_in_asyncio, open_asyncio
+from meshmax.net.interfaces import Interface, running_interfaces
+from meshmax.net.mdns_library import announcing, make_listener, make_service, make_zeroconf, send_question, unused
+from meshmax.net.mdns_problem import problem_of
 from meshmax.net.mdns_records import PEER_NAME_LENGTH, SERVICE, decode_txt, encode_txt
+from meshmax.net.multicast import Way, choose
 from meshmax.ports import Sighting
 from meshmax.telemetry.log import get_logger
 
@@ -32,13 +37,17 @@ _log = get_logger("mdns")
 
 QUERY_DELAYS_S: Final = (0.0, 0.25, 1.0, 2.0, 5.0, 15.0)  # between questions at first; answers to one may be lost
 QUERY_INTERVAL_S: Final = 60.0  # between questions later: newcomers announce themselves
-CHECK_INTERVAL_S: Final = 5.0  # between looks at interfaces and at our own addresses
+CHECK_INTERVAL_S: Final = 5.0  # between looks at interfaces and at our own addresses, and between questions that fail
+ANNOUNCE_PAUSE_S: Final = 1.0  # between announcements of the same (RFC 6762, section 8.3)
 REPEAT_S: Final = 30.0  # a peer seen unchanged is told again after this long
 RETRY_S: Final = (1.0, 60.0)  # first and longest pause after a network error
+PATIENCE_S: Final = (10.0, 600.0)  # with a session that does not work on an interface, before a new one is tried
 GOODBYE_S: Final = 1.0  # allowed for saying good-bye
 MAX_SEEN: Final = 1024  # peers remembered as told; beyond it the oldest are forgotten
 MAX_RECORDS: Final = 256  # TXT records waiting to be looked at; more are dropped, they are sent again
 MAX_TXT_QUESTIONS: Final = 64  # names whose TXT record is asked for between two looks
+MAX_ZONES: Final = 4  # interfaces on which a link-local address of a peer is tried
+NO_LAN: Final = "no network is up, so only peers on this machine are found"
 _LETTERS: Final = string.ascii_lowercase + string.digits
 
 
@@ -52,19 +61,23 @@ class Mdns:
         peer_id: PeerId,
         addresses: Callable[[], tuple[str, ...]],
         interfaces: Sequence[str],
-        up: Callable[[], list[str]] = interface_addresses,
+        up: Callable[[], Sequence[Interface]] = running_interfaces,
     ) -> None:
-        """``interfaces``: addresses of the interfaces to use; empty is every one that is up. ``up``: those of this machine."""
+        """``interfaces``: addresses of the interfaces to use; empty is every one that runs. ``up``: those of this machine."""
         self._up = up
         self._ipv6 = True
-        self._peer_id, self._addresses, self._interfaces = peer_id, addresses, tuple(interfaces)
+        self._peer_id, self._addresses, self._only = peer_id, addresses, tuple(interfaces)
         self._seen: dict[PeerId, tuple[tuple[str, ...], float]] = {}
-        self.problem = ""  # why it does not work at the moment, for people
         self._again = trio.Event()
+        self._zones: tuple[str, ...] = ()  # interfaces with IPv6
+        self._lame = False  # an interface does not work
+        self._patience_s = PATIENCE_S[0]
+        self.problem = ""  # why it does not work at the moment, for people
 
     def look_again(self) -> None:
-        """See ports.LooksAgain: ask at once, tell what is known anew, look at the interfaces now."""
+        """See ports.LooksAgain: ask and announce at once, tell what is known anew, look at the interfaces now."""
         self._seen.clear()
+        self._ipv6, self._patience_s = True, PATIENCE_S[0]
         self._again.set()
         self._again = trio.Event()
 
@@ -73,16 +86,16 @@ class Mdns:
         pause_s = RETRY_S[0]
         async with open_asyncio():
             while True:
-                started_s = trio.current_time()
+                started_s, failed = trio.current_time(), False
                 try:
-                    await self._session(self._chosen_interfaces(), found)
-                except* (OSError, RuntimeError) as errors:  # RuntimeError: zeroconf has no interface at all
+                    await self._session(self._choose(), found)
+                except* (OSError, RuntimeError) as errors:  # RuntimeError: an interface that zeroconf does not find
+                    failed = True
                     self._ipv6 = not self._ipv6  # IPv4 must not be lost where only IPv6 does not work
-                    self.problem = str(errors.exceptions[0])[:200] or type(errors.exceptions[0]).__name__
-                if self.problem:
+                    self._note(problem_of(_first(errors)))
+                if failed:
                     if trio.current_time() - started_s > RETRY_S[1]:
                         pause_s = RETRY_S[0]
-                    _log.warning("mDNS does not work for the moment", error=self.problem, retry_s=pause_s)
                     pause_s = RETRY_S[0] if await self._pause(pause_s) else min(2 * pause_s, RETRY_S[1])
 
     async def _pause(self, pause_s: float) -> bool:
@@ -91,29 +104,35 @@ class Mdns:
             await self._again.wait()
         return not scope.cancelled_caught
 
-    def _chosen_interfaces(self) -> list[str]:
-        up = self._up()
-        if self._interfaces:
-            return [ip for ip in up if ip in self._interfaces]
-        # IPv6 where there is an address worth telling: every virtual interface of a container has a link-local one.
-        return [ip for ip in up if ":" not in ip or (self._ipv6 and "%" not in ip and ip != "::1")]
+    def _choose(self) -> tuple[Way, ...]:
+        return choose(self._up(), self._only, self._ipv6)
 
-    async def _session(self, interfaces: list[str], found: trio.MemorySendChannel[Sighting]) -> None:
-        """Announce and listen on ``interfaces`` until they change. Raises OSError, in a group or alone."""
-        if not interfaces:
-            raise OSError(f"no interface is up{' of ' + ', '.join(self._interfaces) if self._interfaces else ''}")
+    def _note(self, problem: str) -> None:
+        """Keep what does not work, or '', and tell people once."""
+        if problem and problem != self.problem:
+            _log.warning("mDNS does not work for the moment", error=problem)
+        elif self.problem and not problem:
+            _log.info("mDNS works again")
+            self.look_again()
+        self.problem = problem
 
-        zeroconf = await make_in_asyncio(partial(_make_zeroconf, interfaces))
+    # --- a session ---------------------------------------------------------------------------------------------------
+
+    async def _session(self, ways: tuple[Way, ...], found: trio.MemorySendChannel[Sighting]) -> None:
+        """Announce and listen on ``ways`` until they change. Raises OSError, in a group or alone."""
+        if not ways:
+            raise OSError(f"no interface is up{' of ' + ', '.join(self._only) if self._only else ''}")
+        zeroconf = await make_in_asyncio(partial(make_zeroconf, ways))
         sink, records = trio.open_memory_channel[tuple[str, bytes | None]](MAX_RECORDS)
-        listener = _make_listener(sink)
+        listener = make_listener(sink)
+        self._zones = tuple(dict.fromkeys(way.interface for way in ways if way.ipv6 and not way.loopback))[:MAX_ZONES]
         try:
             await call_asyncio(zeroconf.zeroconf.async_wait_for_start)
-            self.problem = ""
             async with trio.open_nursery() as nursery:
                 zeroconf.zeroconf.async_add_listener(listener, None)
                 nursery.start_soon(self._report, zeroconf, records, found)
-                nursery.start_soon(self._ask, zeroconf)
-                await self._announce(zeroconf, interfaces)
+                nursery.start_soon(self._ask, zeroconf, ways)
+                await self._announce(zeroconf, ways)
                 nursery.cancel_scope.cancel()
         finally:
             with trio.CancelScope(deadline=trio.current_time() + GOODBYE_S, shield=True):
@@ -122,29 +141,41 @@ class Mdns:
             with trio.CancelScope(deadline=trio.current_time() + GOODBYE_S, shield=True):
                 await call_asyncio(zeroconf.async_close)
 
-    async def _announce(self, zeroconf: Any, interfaces: list[str]) -> None:
-        """Announce ourselves, again whenever our addresses change, until the interfaces have changed."""
+    async def _announce(self, zeroconf: Any, ways: tuple[Way, ...]) -> None:
+        """Announce ourselves, again when our addresses change or we look again, until a new session is due."""
         label = "".join(secrets.choice(_LETTERS) for _ in range(PEER_NAME_LENGTH))
-        announced: bytes | None = None
-        while interfaces == self._chosen_interfaces():
+        announced, told_s, again = b"", -math.inf, False
+        lame_at = trio.current_time() + self._patience_s
+        while ways == self._choose():
+            now_s = trio.current_time()
+            if self._lame and now_s >= lame_at:
+                self._patience_s = min(2 * self._patience_s, PATIENCE_S[1])
+                return
             txt = encode_txt(self._addresses())
-            if txt and txt != announced:
-                service, registry = _make_service(label, txt), zeroconf.zeroconf
-                if announced is None:
-                    # "Cooperating responders" is its word for not probing first, which would take 1.7 s.
-                    announce = partial(registry.async_register_service, service, cooperating_responders=True)
-                else:
-                    announce = partial(registry.async_update_service, service)
-                await call_asyncio(announce)
-                announced = txt
-            await self._pause(CHECK_INTERVAL_S)
+            if txt and (txt != announced or (again and now_s - told_s >= ANNOUNCE_PAUSE_S)):
+                await call_asyncio(announcing(zeroconf, make_service(label, txt), anew=bool(announced)))
+                announced, told_s = txt, now_s
+            again = await self._pause(CHECK_INTERVAL_S)
 
-    async def _ask(self, zeroconf: Any) -> None:
-        asked = 0
+    async def _ask(self, zeroconf: Any, ways: tuple[Way, ...]) -> None:
+        asked, missing = 0, {way.ip: OSError(errno.EADDRNOTAVAIL, "") for way in unused(zeroconf, ways)}
         while True:
             delay_s = QUERY_DELAYS_S[asked] if asked < len(QUERY_DELAYS_S) else QUERY_INTERVAL_S
+            if self._lame:
+                delay_s = min(delay_s, CHECK_INTERVAL_S)
             asked = 1 if await self._pause(delay_s) else asked + 1
-            _send_question(zeroconf, SERVICE, "PTR")
+            self._judge(ways, missing | send_question(zeroconf, SERVICE, "PTR"))
+
+    def _judge(self, ways: tuple[Way, ...], broken: Mapping[str, OSError]) -> None:
+        """Which interface works in neither family, if any; ``broken``: addresses from which nothing can be sent."""
+        lan = [way for way in ways if self._only or not way.loopback]
+        working = {way.interface for way in lan if way.ip not in broken}
+        bad = next((way for way in lan if way.interface not in working), None)
+        self._lame = bad is not None
+        if bad is not None:
+            self._note(problem_of(broken[bad.ip], f"{bad.interface} ({bad.ip})"))
+        else:
+            self._note("" if lan else NO_LAN)
 
     async def _report(
         self,
@@ -159,10 +190,11 @@ class Mdns:
                 asked = {key: at_s for key, at_s in asked.items() if now_s - at_s < 1.0}
                 if name not in asked and len(asked) < MAX_TXT_QUESTIONS:
                     asked[name] = now_s
-                    _send_question(zeroconf, name, "TXT")
+                    send_question(zeroconf, name, "TXT")
                 continue
-            for peer_id, addresses in decode_txt(txt).items():
-                if self._is_news(peer_id, addresses, now_s):
+            for peer_id, told in decode_txt(txt).items():
+                addresses = tuple(one for address in told for one in with_zones(address, self._zones))[:MAX_ADDRESSES]
+                if addresses and self._is_news(peer_id, addresses, now_s):
                     await found.send(Sighting(peer_id, addresses, "mdns"))
 
     def _is_news(self, peer_id: PeerId, addresses: tuple[str, ...], now_s: float) -> bool:
@@ -176,68 +208,8 @@ class Mdns:
         return True
 
 
-def _make_zeroconf(interfaces: Sequence[str]) -> Any:
-    """Where an asyncio loop runs. Raises OSError, RuntimeError; then no socket stays open."""
-    from zeroconf.asyncio import AsyncZeroconf
-
-    try:
-        return AsyncZeroconf(interfaces=list(interfaces))
-    except (OSError, RuntimeError) as error:
-        # The library forgets those that it has opened by then, one at each try.
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            for value in frame.f_locals.values():
-                for item in value if isinstance(value, list) else [value]:
-                    if isinstance(item, socket.socket):
-                        item.close()
-        raise
-
-
-def _make_listener(sink: trio.MemorySendChannel[tuple[str, bytes | None]]) -> Any:
-    from zeroconf import DNSPointer, DNSText, RecordUpdateListener
-
-    class Listener(RecordUpdateListener):  # type: ignore[misc]
-        """Passes on TXT records of our service, and names whose TXT record did not come along."""
-
-        def async_update_records(self, _zeroconf: Any, now: float, records: list[Any]) -> None:
-            """See zeroconf.RecordUpdateListener."""
-            texts: dict[str, bytes] = {}
-            names: set[str] = set()
-            for update in records:
-                record = update.new
-                if record.is_expired(now) or record.ttl == 0:
-                    continue
-                if isinstance(record, DNSText) and record.name.lower().endswith("." + SERVICE):
-                    texts[record.name.lower()] = record.text
-                elif isinstance(record, DNSPointer) and record.name.lower() == SERVICE:
-                    names.add(record.alias.lower())
-            for name, text in texts.items():
-                self._pass_on(name, text)
-            for name in names - texts.keys():
-                self._pass_on(name, None)
-
-        def async_update_records_complete(self) -> None:
-            """See zeroconf.RecordUpdateListener."""
-
-        @staticmethod
-        def _pass_on(name: str, text: bytes | None) -> None:
-            # A flood, or the end of the session: announcers repeat themselves.
-            with suppress(trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
-                sink.send_nowait((name, text))
-
-    return Listener()
-
-
-def _make_service(label: str, txt: bytes) -> Any:
-    from zeroconf import ServiceInfo
-
-    # The port stands in the multiaddrs; SRV needs one all the same, and other implementations announce 4001.
-    return ServiceInfo(SERVICE, f"{label}.{SERVICE}", port=4001, properties=txt, server=f"{label}.local.")
-
-
-def _send_question(zeroconf: Any, name: str, kind: str) -> None:
-    from zeroconf import DNSOutgoing, DNSQuestion
-
-    query, ptr, txt, internet = 0, 12, 16, 1  # RFC 1035: a query; record types and class by number
-    outgoing = DNSOutgoing(query)
-    outgoing.add_question(DNSQuestion(name, ptr if kind == "PTR" else txt, internet))
-    zeroconf.zeroconf.async_send(outgoing)
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

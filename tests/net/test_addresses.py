@@ -8,6 +8,7 @@ from meshmax.net.addresses import (
     is_lan_address,
     multiaddr_of,
     parse_endpoint,
+    with_zones,
 )
 from meshmax.testing.memory_swarm import SeededSigner
 
@@ -115,3 +116,30 @@ def test_a_wildcard_means_the_interfaces_of_its_family() -> None:
     assert concrete_addresses("0.0.0.0", interfaces) == ["192.168.1.5", "127.0.0.1"]
     assert concrete_addresses("::", interfaces) == ["fd00::5", "::1"]
     assert concrete_addresses("10.0.0.1", interfaces) == ["10.0.0.1"]
+
+
+def test_link_local_addresses_are_told_where_there_is_nothing_else() -> None:
+    assert concrete_addresses("::", ["fe80::5%eth0", "127.0.0.1", "::1"]) == ["fe80::5", "::1"]
+    assert concrete_addresses("::", ["10.0.0.1", "fe80::5%eth0", "127.0.0.1"]) == []
+
+
+def test_a_link_local_address_is_tried_on_every_interface_that_it_may_be_on() -> None:
+    assert with_zones("/ip6/fe80::1/tcp/5", ["eth0", "eth1"]) == (
+        "/ip6zone/eth0/ip6/fe80::1/tcp/5",
+        "/ip6zone/eth1/ip6/fe80::1/tcp/5",
+    )
+    assert with_zones("/ip6/fe80::1/tcp/5", []) == ()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/ip4/10.0.0.1/tcp/5",
+        "/ip6/fd00::1/tcp/5",
+        "/ip6zone/eth7/ip6/fe80::1/tcp/5",
+        "/dns/box.local/tcp/5",
+        "rubbish",
+    ],
+)
+def test_any_other_address_needs_no_interface(address: str) -> None:
+    assert with_zones(address, ["eth0"]) == (address,)

@@ -1,0 +1,19 @@
+from meshmax.net.interfaces import Interface, is_zoned, running_interfaces
+
+
+def test_loopback_runs_here_and_is_known_as_such() -> None:
+    loopback = [interface for interface in running_interfaces() if interface.loopback]
+    assert any("127.0.0.1" in interface.ips and interface.multicast for interface in loopback)
+    assert all(interface.ips for interface in running_interfaces())
+
+
+def test_an_interface_with_link_local_addresses_only_is_bare() -> None:
+    assert Interface("veth0", 1, ("fe80::1",)).bare
+    assert not Interface("eth0", 1, ("fe80::1", "fd00::1")).bare
+    assert not Interface("eth0", 1, ("169.254.1.1",)).bare
+
+
+def test_link_local_ipv6_addresses_need_a_zone() -> None:
+    assert is_zoned("fe80::1")
+    assert not is_zoned("fd00::1")
+    assert not is_zoned("169.254.1.1")

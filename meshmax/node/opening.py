@@ -30,6 +30,7 @@ from meshmax.core.mirror import MirrorPlan
 from meshmax.core.sequence import StatusSequence
 from meshmax.node.discovering import open_discovery
 from meshmax.node.running import Node
+from meshmax.node.serving import open_node_serving
 from meshmax.node.world import World, real_world
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
@@ -157,6 +158,7 @@ class _Opening:
         ModelServer(store.models, store.blobs, lambda digest: node.pulling(digest), node.accept).register(node.swarm)  # noqa: PLW0108
         BlobServer(store.blobs, outflow=self.outflow, offers=self.offers, throttle=self.throttle).register(node.swarm)
         InferServer(node.residency, self.throttle.precedence).register(node.swarm)
+        await self.enter(open_node_serving(node))
         await self.enter(open_discovery(node))
         node.presence = await self.enter(
             open_presence(

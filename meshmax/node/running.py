@@ -19,8 +19,9 @@ from meshmax.base.inference import Options
 from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE, Manifest, StoredModel
 from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.node.serving import Serving
 from meshmax.node.world import World
-from meshmax.ports import Engine, Pulls, Router, Signer, Swarm
+from meshmax.ports import Datagrams, Engine, Pulls, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
 from meshmax.services.catalog import CatalogService
@@ -60,6 +61,8 @@ class Node:
         self.gpus: tuple[Gpu, ...] = ()
         self.signer: Signer
         self.swarm: Swarm
+        self.datagrams: Datagrams | None = None  # the UDP port
+        self.serving = Serving()
         self.store: Store
         self.engine: Engine
         self.catalog: CatalogService

@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from meshmax.base.config import Config, ServeConfig
+from meshmax.base.errors import ConfigError
 from meshmax.ports import Datagrams, Swarm
 from meshmax.services.observe import ObserveServer
 from meshmax.services.rendezvous_server import open_rendezvous_server
 from meshmax.services.stun_server import StunServer
+from meshmax.telemetry.log import get_logger
+
+if TYPE_CHECKING:
+    from meshmax.node.running import Node
+
+_log = get_logger("serving")
 
 Answer = Callable[[bytes, tuple[str, int]], bytes | None]
 
@@ -69,6 +76,26 @@ async def open_serving(
         if services:
             ObserveServer(udp_port, observer_port, tuple(services)).register(swarm)
         yield Serving(tuple(services), udp_port, observer_port)
+
+
+@asynccontextmanager
+async def open_node_serving(node: Node) -> AsyncIterator[None]:
+    """Make ``node.datagrams`` and ``node.serving``: the UDP port of an ordinary peer, and what it is willing to serve.
+
+    Raises ConfigError: a port that is needed for what is served is not to be had.
+    """
+    config, world = node.config, node.world
+    async with AsyncExitStack() as stack:
+        if world.open_datagrams is not None:
+            try:
+                node.datagrams = await stack.enter_async_context(world.open_datagrams(config))
+            except ConfigError as error:
+                if config.serve.stun:
+                    raise
+                _log.warning("no UDP port: going on without", error=error.message)
+        opened = open_serving(config, config.serve, node.swarm, node.datagrams, world.open_observer, world.clock)
+        node.serving = await stack.enter_async_context(opened)
+        yield
 
 
 def _port_of(addresses: Sequence[tuple[str, int]]) -> int:

@@ -22,12 +22,15 @@ from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
 from meshmax.net.addresses import is_lan_address, running_addresses
+from meshmax.net.datagrams import open_datagrams
 from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
+from meshmax.net.observer import open_observer
 from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
-from meshmax.ports import Discovery, Engine, Lanes, RunSync, Swarm
+from meshmax.node.serving import Answer, Bound, OpenObserver
+from meshmax.ports import Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
 from meshmax.services.registries import OpenRegistry
 
 # More would only queue at one disk. The limiter is its own, so that a stuck disk blocks nothing else.
@@ -48,6 +51,8 @@ class World:
     random: Random
     open_registry: OpenRegistry | None = None  # None: no upstream registries
     open_lanes: Callable[[Config, PeerId], AbstractAsyncContextManager[Lanes]] | None = None  # None: no blob lanes
+    open_datagrams: Callable[[Config], AbstractAsyncContextManager[Datagrams]] | None = None  # None: no UDP port
+    open_observer: OpenObserver | None = None
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
     addresses: Callable[[], Sequence[str]] = (
         tuple  # IP addresses of running interfaces; none ever: the network never changes
@@ -66,6 +71,8 @@ def real_world() -> World:
         system_random,
         open_registry_client,
         _open_lanes,
+        _open_datagrams,
+        _open_observer,
         addresses=running_addresses,
     )
 
@@ -79,12 +86,23 @@ def _listen(config: Config) -> list[tuple[str, int]]:
 
 
 def _open_swarm(config: Config, private_bytes: bytes) -> AbstractAsyncContextManager[Swarm]:
-    return open_swarm(private_bytes, _listen(config), allow=is_lan_address)
+    return open_swarm(private_bytes, _listen(config), allow=is_lan_address, max_guests=config.max_guests)
 
 
 def _open_lanes(config: Config, peer_id: PeerId) -> AbstractAsyncContextManager[Lanes]:
-    hosts = dict.fromkeys(host for host, _ in _listen(config))
-    return open_lanes(peer_id, [(host, config.lane_port) for host in hosts], allow=is_lan_address)
+    return open_lanes(peer_id, [(host, config.lane_port) for host in _hosts(config)], allow=is_lan_address)
+
+
+def _open_datagrams(config: Config) -> AbstractAsyncContextManager[Datagrams]:
+    return open_datagrams([(host, config.dht_port) for host in _hosts(config)])
+
+
+def _open_observer(config: Config, answer: Answer) -> AbstractAsyncContextManager[Bound]:
+    return open_observer([(host, config.observer_port) for host in _hosts(config)], answer)
+
+
+def _hosts(config: Config) -> list[str]:
+    return list(dict.fromkeys(host for host, _ in _listen(config)))
 
 
 def _rungs(config: Config, swarm: Swarm) -> tuple[Discovery, ...]:

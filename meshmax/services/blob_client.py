@@ -21,7 +21,7 @@ from meshmax.ports import Stream, Swarm
 from meshmax.services.fetch_events import Gone, Lacking, Offered, Paused, Withdrawn
 from meshmax.services.frames import FrameStream
 from meshmax.services.landing import Landing
-from meshmax.services.lane_client import MIN_BLOB_BYTES, LaneOpener, SourceLanes
+from meshmax.services.lane_client import MIN_BLOB_BYTES, OpensLanes, SourceLanes
 from meshmax.services.lane_client import READY_TIMEOUT_S as LANE_TIMEOUT_S
 from meshmax.wire import blob as wire
 from meshmax.wire.failure import Failure, error_of
@@ -39,7 +39,7 @@ class Session:
         peer: PeerId,
         landing: Landing,
         heard: Callable[[], None],
-        opener: LaneOpener | None = None,
+        opener: OpensLanes | None = None,
         lane_goal: Callable[[], int] = lambda: 0,
     ) -> None:
         """``lane_goal``: how many lanes there should be now."""

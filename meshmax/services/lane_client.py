@@ -9,9 +9,9 @@ RETRY_S. Not here: which chunks (core.fetch), sockets and threads (net.lane), wh
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -87,12 +87,25 @@ def try_ip(address: str) -> str | None:
     return parts[2]
 
 
+class OpensLanes(Protocol):
+    """LaneOpener, or whatever keeps lanes of it in stock."""
+
+    @property
+    def per_peer(self) -> int:
+        """How many lanes a source gets that is the only one."""
+        ...
+
+    def open_lane(self, peer: PeerId) -> AbstractAsyncContextManager[tuple[FetchLane, Stream]]:
+        """See LaneOpener."""
+        ...
+
+
 class SourceLanes:
     """The lanes to ``peer`` for one blob. ``goal``: how many there should be now; ``again``: ask for these chunks anew."""
 
     def __init__(
         self,
-        opener: LaneOpener,
+        opener: OpensLanes,
         peer: PeerId,
         landing: Landing,
         goal: Callable[[], int],

@@ -34,6 +34,7 @@ from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.core.backoff import Random
 from meshmax.ports import Catalog, Naming, Presence, RunSync, Swarm, Throttle
 from meshmax.services.lane_client import LaneOpener
+from meshmax.services.lane_spares import LaneSpares
 from meshmax.services.model_exchange import FetchedModel, check_record
 from meshmax.services.outflow import Outflow
 from meshmax.services.pull_job import Job
@@ -401,7 +402,7 @@ async def open_pulls(
             run_sync,
             on_stored,
             upstream=upstream,
-            opener=opener,
+            opener=LaneSpares(opener, nursery) if opener else None,
             throttle=throttle,
             local=local,
             room=room,

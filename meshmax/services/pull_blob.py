@@ -36,7 +36,7 @@ from meshmax.services.fetch_events import (
     Withdrawn,
 )
 from meshmax.services.landing import Landing
-from meshmax.services.lane_client import LaneOpener
+from meshmax.services.lane_client import OpensLanes
 from meshmax.services.local_source import LocalSession, name_of
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import BYTES, CHUNKS
@@ -68,7 +68,7 @@ class BlobFetch:
         changed: Callable[[], None],
         patience_s: Callable[[], float] = lambda: SOURCE_WAIT_S,
         *,
-        opener: LaneOpener | None = None,
+        opener: OpensLanes | None = None,
         throttle: Throttle | None = None,
         local: Sequence[ChunkSource] = (),
     ) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, Protocol, TypeVar
 
 import msgspec
+import trio
 
 from meshmax.base.errors import IntegrityError, ManifestInvalid, NoProviders
 from meshmax.base.ids import MapAddress, PeerId, Sha256
@@ -62,18 +63,20 @@ class Maps:
         self._world = world
         self._ask = ask
         self._chosen: dict[Sha256, Choice] = {}
+        self._asking: dict[Sha256, trio.Lock] = {}  # one a blob of the model
         self._lies: dict[Sha256, set[MapAddress]] = {}  # bounded by MAX_LIES a blob
         self._aside: dict[Sha256, dict[MapAddress, Choice]] = {}  # likewise
         self._liars: set[PeerId] = set()  # bounded by the lies
 
     async def of(self, model: FetchedModel, layer: Layer) -> Choice:
         """The map to fetch a blob by. Raises NoProviders, IntegrityError (no holder's map is left)."""
-        chosen = self._chosen.get(layer.digest)
-        if chosen is None or chosen.trial is not (model.record is None):
-            record = model.record
-            chosen = await (self._signed(layer, record.chunk_maps[layer.digest]) if record else self._on_trial(layer))
-            self._chosen[layer.digest] = chosen
-        return chosen
+        async with self._asking.setdefault(layer.digest, trio.Lock()):  # nobody is asked twice for one map
+            chosen = self._chosen.get(layer.digest)
+            if chosen is None or chosen.trial is not (model.record is None):
+                record = model.record
+                asked = self._signed(layer, record.chunk_maps[layer.digest]) if record else self._on_trial(layer)
+                chosen = self._chosen[layer.digest] = await asked
+            return chosen
 
     def forget(self) -> None:
         """Another record is followed from now on."""

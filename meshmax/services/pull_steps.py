@@ -20,6 +20,7 @@ from meshmax.base.errors import BlobNotFound, IntegrityError, MeshmaxError, NoPr
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ChunkMap, Layer, StoredModel
 from meshmax.base.names import ModelName
+from meshmax.base.units import MIB
 from meshmax.services.model_exchange import FetchedModel, fetch_model
 from meshmax.services.pull_ask import first_answer
 from meshmax.services.pull_blob import BlobFetch
@@ -33,6 +34,7 @@ ROUNDS: Final = 3  # how often all holders are asked for a record or a map befor
 ROUND_PAUSE_S: Final = 1.0
 VANISHED_ROUNDS: Final = 2  # how often a pull begins anew because a blob that was here is not any more
 TRIAL_WAIT_S: Final = 15.0  # as long a blob on trial may lack sources when some sent what its map does not know
+AHEAD_BYTES: Final = 64 * MIB  # before a blob's end lanes for the next one are opened: a tenth of a second's worth
 CLOSE_TIMEOUT_S: Final = 10.0  # for a partial's last sync when the pull was cancelled
 
 T = TypeVar("T")
@@ -148,7 +150,9 @@ class Steps:
         await self._name(origin.publish)
 
     async def _know(self) -> FetchedModel:
-        known, model = self.model is not None and bool(self._tally.layers), self.model or await self._ask_model()
+        known = self.model is not None and bool(self._tally.layers)
+        self._world.prepare_lanes(self._digest)
+        model = self.model or await self._ask_model()
         self.model = model
         if not self._tally.layers:
             await self._survey(model)
@@ -221,6 +225,25 @@ class Steps:
     # --- blobs -------------------------------------------------------------------------------------------------------
 
     async def _fetch_blobs(self, model: FetchedModel) -> None:
+        failure: MeshmaxError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._look_ahead, model)
+            try:
+                await self._fetch_in_order(model)
+            except MeshmaxError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure:
+            raise failure
+
+    async def _look_ahead(self, model: FetchedModel) -> None:
+        """Have each blob's map at hand when its turn comes. What cannot be had now is asked for again then."""
+        for layer in self._tally.layers:
+            with suppress(MeshmaxError):
+                if not await self._world.is_whole(layer.digest):
+                    await self._maps.of(model, layer)
+
+    async def _fetch_in_order(self, model: FetchedModel) -> None:
         fetched: list[Layer] = []
         for layer in self._tally.layers:
             self._tally.turn_to(layer.digest)
@@ -261,7 +284,7 @@ class Steps:
                 partial,
                 lambda: world.sources_of_blob(layer.digest),
                 world.random,
-                self._watch.on_chunk,
+                lambda: self._on_chunk(layer, fetch),
                 lambda: self._patience_s(choice, fetch),
                 opener=world.opener,
                 throttle=world.throttle,
@@ -283,6 +306,11 @@ class Steps:
         finally:
             with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
                 await partial.aclose()
+
+    def _on_chunk(self, layer: Layer, fetch: BlobFetch) -> None:
+        if layer.size - fetch.done_bytes <= AHEAD_BYTES and layer != self._tally.layers[-1]:
+            self._world.prepare_lanes(self._digest)
+        self._watch.on_chunk()
 
     def _patience_s(self, choice: Choice, fetch: BlobFetch) -> float:
         return TRIAL_WAIT_S if _on_doubtful_trial(choice, fetch) else self._watch.patience_s()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 import trio
@@ -20,9 +20,12 @@ from meshmax.base.model import Layer, StoredModel
 from meshmax.base.names import ModelName
 from meshmax.core.backoff import Random
 from meshmax.ports import BlobStore, ChunkSource, ModelStore, Naming, Presence, RunSync, Swarm, Throttle
-from meshmax.services.lane_client import LaneOpener
+from meshmax.services.lane_client import MIN_BLOB_BYTES
+from meshmax.services.lane_spares import LaneSpares
 from meshmax.services.pull_blob import BlobFetch
 from meshmax.services.upstream_pull import UpstreamPulls
+
+PREPARED: Final = 4  # sources that lanes are opened to in advance; the others' are when their turn comes
 
 LocalSources = Callable[[Sha256], Sequence[ChunkSource]]
 Room = Callable[[Sequence[Layer]], AbstractAsyncContextManager[None]]
@@ -60,7 +63,7 @@ class World(msgspec.Struct, frozen=True):
     fetching: dict[Sha256, BlobFetch] = {}
     wanted: dict[Sha256, Counter[Sha256]] = {}
     upstream: UpstreamPulls | None = None
-    opener: LaneOpener | None = None
+    opener: LaneSpares | None = None
     throttle: Throttle | None = None
     local: LocalSources = lambda digest: ()
     room: Room = lambda layers: nullcontext()
@@ -84,6 +87,19 @@ class World(msgspec.Struct, frozen=True):
             if states:
                 (whole if states - {"partial"} else some)[view.peer_id] = view.status.addresses
         return whole | some
+
+    def prepare_lanes(self, digest: Sha256) -> None:
+        """Blobs of the model ``digest`` will be fetched soon: have lanes to its first holders at hand."""
+        holders = list(self.sources(digest))
+        if self.opener is None or self._size(digest) <= MIN_BLOB_BYTES:
+            return
+        for peer in holders[:PREPARED]:
+            self.opener.prepare(peer, self.opener.per_peer if len(holders) == 1 else 1)
+
+    def _size(self, digest: Sha256) -> int:
+        """Of a model, as its holders say."""
+        models = (model for view in self.presence.peers() if view.status for model in view.status.models)
+        return max((model.size for model in models if model.digest == digest), default=0)
 
     @contextmanager
     def wanting(self, blob: Sha256, model: Sha256) -> Iterator[None]:

@@ -18,10 +18,10 @@ MAP = chunk_map_of_bytes(DATA)
 class _BadDisk(Disk):
     bad = full = False
 
-    def write_whole(self, path: Path, data: bytes) -> None:
+    def write_whole(self, path: Path, data: bytes, temp_folder: Path | None = None, *, private: bool = False) -> None:
         if self.full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        super().write_whole(path, data)
+        super().write_whole(path, data, temp_folder, private=private)
 
     def sync(self, fd: int) -> None:
         if self.bad:

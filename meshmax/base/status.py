@@ -7,6 +7,7 @@ A PeerStatus is advertised by its peer, signed, newest (``sequence``) wins. Figu
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal
 
 import msgspec
@@ -77,7 +78,9 @@ class Speed(msgspec.Struct, frozen=True):
 class PeerStatus(msgspec.Struct, frozen=True):
     """One peer's word about itself. ``sequence`` grows with each issue, over restarts too; ``mesh`` is '' in an open mesh.
 
-    ``engine`` names what runs models there; a peer with NO_ENGINE stores and routes only.
+    ``engine`` names what runs models there; a peer with NO_ENGINE stores and routes only. ``instance`` is drawn at each start:
+    one PeerId with two of them at once is a copied identity. ``changed`` is the sequence of the issue at which lasting facts
+    last changed (`lasting`); what changes all the time (`Vitals`) is told beside it. ``leaving``: the last word before the end.
     """
 
     peer_id: PeerId
@@ -95,6 +98,68 @@ class PeerStatus(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     memory_total_bytes: int = 0
     draining: bool = False
+    instance: str = ""
+    changed: int = 0
+    leaving: bool = False
+
+
+class Vitals(msgspec.Struct, frozen=True):
+    """What changes all the time, told by a peer of itself on its own connection, so unsigned; fields as in PeerStatus.
+
+    ``sequence`` is drawn as for a status, so that the newer one of the two counts.
+    """
+
+    instance: str
+    sequence: int
+    issued_at_s: int
+    load: Load = Load()
+    cpu_percent: float = 0.0
+    memory_bytes: int = 0
+    memory_total_bytes: int = 0
+    gpus: tuple[Gpu, ...] = ()
+
+
+def lasting(status: PeerStatus) -> tuple[object, ...]:
+    """The facts of a status that are worth its being signed and spread anew; speeds count by powers of two."""
+    models = tuple(
+        (model.digest, model.names, model.state, model.device, _power(model.decode_per_s), _power(model.prefill_per_s))
+        for model in status.models
+    )
+    gpus = tuple((gpu.name, gpu.memory_total_bytes) for gpu in status.gpus)
+    facts = (status.name, status.version, status.mesh, status.engine, status.addresses, status.load.capacity)
+    return (*facts, status.draining, status.instance, status.leaving, models, gpus)
+
+
+def vitals_of(status: PeerStatus) -> Vitals:
+    """What of ``status`` changes all the time."""
+    return Vitals(
+        status.instance,
+        status.sequence,
+        status.issued_at_s,
+        status.load,
+        status.cpu_percent,
+        status.memory_bytes,
+        status.memory_total_bytes,
+        status.gpus,
+    )
+
+
+def with_vitals(status: PeerStatus, vitals: Vitals) -> PeerStatus:
+    """``status`` with what changed since."""
+    return msgspec.structs.replace(
+        status,
+        sequence=vitals.sequence,
+        issued_at_s=vitals.issued_at_s,
+        load=vitals.load,
+        cpu_percent=vitals.cpu_percent,
+        memory_bytes=vitals.memory_bytes,
+        memory_total_bytes=vitals.memory_total_bytes,
+        gpus=vitals.gpus,
+    )
+
+
+def _power(rate: float) -> int:
+    return math.frexp(rate)[1]
 
 
 class PeerView(msgspec.Struct, frozen=True):

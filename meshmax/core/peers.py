@@ -2,149 +2,217 @@
 
 Rules. Of one peer's statuses the one with the highest sequence wins, whoever brought it. A sighting (an address that
 somebody named) makes a peer worth dialling; of two peers that see each other at once the one with the smaller PeerId dials
-first and the other waits a moment, so that they seldom cross. Failed dials back off, and so do connections on which no
-heartbeat ever came back (another libp2p program on the LAN does not speak our protocols); a new address starts afresh. A peer
-is online while it is connected, and is shown as offline for a minute after it left. Statuses of peers that are not
-connected serve for their addresses only. Peers of which only others speak may be made up, by the thousand: at most
-GOSSIP_DIALS of them are dialled at once, after those that we have seen ourselves, the least failed ones first. When the table
-is full, the peer that was longest without a sign goes, those of hearsay first and for no other reason than a better one;
-never a connected one. Not here: heartbeats and streams (services.presence), what peers are good for (core.routing).
+first and the other waits a moment, so that they seldom cross. Enough neighbours are enough (core.neighbours): then only who was
+asked for by a person, or is tried as a better one, is dialled. Failed dials back off, and so do connections on which no
+heartbeat ever came back (another libp2p program on the LAN does not speak our protocols); a new address starts afresh. Of the
+peers that were lost last, CANARIES are dialled every few seconds for as long as they are gone; when one of them, or anybody
+lost, is met again, the network is back and all others are dialled again within SPREAD_S, each at a moment of its own. Who says
+that we are not of its mesh is dialled again rarely, and kept aside (`refused`).
+
+A peer is online while it is connected; after that it is shown as offline until GONE_AFTER_S after its last sign of life, and
+not at all if it said farewell or parted. What others tell never makes a peer online: only its own connection does. Peers of which
+only others speak may be made up, by the thousand: at most GOSSIP_DIALS of them are dialled at once, after those that we have seen
+ourselves, the least failed ones first, and they are forgotten as soon as no neighbour vouches for them. When the table is full,
+the peer that was longest without a sign goes, those of hearsay first and for no other reason than a better one, those that
+answered us once last; never a connected one. So the table holds ``limit`` peers, or as many as are connected.
+Not here: heartbeats and streams (services.heartbeat), who tells whom what (core.gossip), what peers are good for (core.routing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, ValuesView
 from typing import Final
-
-import msgspec
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.status import MAX_ADDRESSES, PeerStatus
+from meshmax.base.status import MAX_ADDRESSES, PeerStatus, Vitals, with_vitals
 from meshmax.core.backoff import Random, backoff_s
+from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS, TRIALS, candidate, surplus
+from meshmax.core.peer_entry import Dial, PeerEntry, Refusal
+from meshmax.wire.status import key_of
 
-SHOWN_AFTER_LEAVING_S: Final = 60.0
+GONE_AFTER_S: Final = (
+    12.0  # after the last sign of life; with a heartbeat every 2 s a dead peer is in no list after 15 s
+)
 FORGET_AFTER_S: Final = 600.0  # a peer with no sign of life and no sighting for that long is not worth a line
+FORGET_PROVEN_S: Final = 86400.0  # the same of one that was a neighbour: it may come back after a day
+FORGET_LEFT_S: Final = 120.0  # after a farewell; as long as anybody may still bring an earlier status
 YIELD_S: Final = 1.0  # the larger PeerId waits that long for the smaller one to dial
 FIRST_BACKOFF_S: Final = 1.0
 MAX_BACKOFF_S: Final = 60.0
+CANARIES: Final = (
+    8  # lost peers that are dialled at a quick pace: enough to notice that a network is back, cheap for ever
+)
+CANARY_BACKOFF_S: Final = 4.0  # with a dial's own 5 s under the 10 in which a partition heals
+SPREAD_S: Final = (
+    1.5  # over which all lost peers are dialled when the network is back: a thousand peers do the same then
+)
+AGAIN_S: Final = 3.0  # the network comes back at most that often
+REFUSED_S: Final = 300.0  # before who refused us is dialled again at the same address
+PARTED_S: Final = 120.0  # before who has too many neighbours is dialled again
+DIALS_AT_ONCE: Final = 16
 GOSSIP_DIALS: Final = 4  # at once, of peers known by hearsay; a quarter of what is dialled at once
+MAX_TELLERS: Final = 3  # remembered of one peer; when these lose it, the others tell of it again if they still have it
 RTT_WEIGHT: Final = 0.3  # of a new round trip in the smoothed one
 
-
-class Dial(msgspec.Struct, frozen=True):
-    """Connect to this peer at one of these addresses; report with on_connected or on_dial_failed."""
-
-    peer_id: PeerId
-    addresses: tuple[str, ...]
-
-
-class PeerEntry(msgspec.Struct):
-    """What the table knows of a peer. Times are monotonic seconds; only PeerTable writes."""
-
-    peer_id: PeerId
-    last_sign_at: float
-    addresses: tuple[str, ...] = ()
-    signed: Signed | None = None
-    status: PeerStatus | None = None
-    seen: bool = False  # a rung of ours saw it, or it was connected; else we know it by hearsay
-    connected: bool = False
-    left_at: float | None = None
-    address: str = ""
-    rtt_s: float | None = None
-    failures: int = 0
-    dial_at: float | None = None
-    dialing: bool = False
-    knows: dict[PeerId, int] = msgspec.field(default_factory=dict)  # sequences of statuses that this neighbour has
+__all__ = ["Dial", "PeerEntry", "PeerTable", "Refusal"]
 
 
 class PeerTable:
     """The table. Every method is O(table) at worst; the table holds ``limit`` peers."""
 
-    __slots__ = ("_entries", "_limit", "_own", "_random")
+    __slots__ = ("_back_at", "_by_key", "_entries", "_limit", "_own", "_random")
 
     def __init__(self, own: PeerId, limit: int, random: Random) -> None:
         self._own = own
         self._limit = limit
         self._random = random
         self._entries: dict[PeerId, PeerEntry] = {}
+        self._by_key: dict[bytes, PeerEntry] = {}
+        self._back_at = float("-inf")
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def on_sighting(self, peer_id: PeerId, addresses: Iterable[str], now: float, hearsay: bool = False) -> None:
+    def on_sighting(
+        self, peer_id: PeerId, addresses: Iterable[str], now: float, hearsay: bool = False, asked: bool = False
+    ) -> None:
         """Somebody says that the peer is at these addresses; the newest named come first, at most MAX_ADDRESSES are kept.
 
-        ``hearsay``: another peer says so.
+        ``hearsay``: another peer says so. ``asked``: a person gave the address.
         """
         if peer_id == self._own or not (entry := self._entry(peer_id, now, seen=not hearsay)):
             return
         fresh = tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES]
         news = not set(fresh) <= set(entry.addresses)
         entry.addresses = tuple(dict.fromkeys((*fresh, *entry.addresses)))[:MAX_ADDRESSES]
+        entry.asked = entry.asked or asked
+        if entry.leaving and hearsay:
+            return
         entry.last_sign_at = now
         if entry.connected or entry.dialing or not entry.addresses:
             return
         if news or entry.dial_at is None:
-            entry.failures = 0
+            entry.failures, entry.refusal, entry.parted = 0, None, False
             entry.dial_at = now + (0.0 if self._own < peer_id else YIELD_S)
+        elif entry.proven and not hearsay and not (entry.refusal or entry.parted):
+            self._hasten(entry, now)  # a rung of ours sees one of us again
 
-    def on_connected(self, peer_id: PeerId, address: str, now: float) -> None:
-        """A first connection to the peer stands, whoever dialled."""
+    def on_connected(self, peer_id: PeerId, address: str, now: float, chosen: bool = False) -> None:
+        """A first connection to the peer stands. ``chosen``: we dialled."""
         if entry := self._entry(peer_id, now, seen=True, connected=True):
-            entry.connected, entry.dialing, entry.dial_at = True, False, None
-            entry.address, entry.left_at, entry.last_sign_at = address, None, now
-            entry.knows.clear()
+            lost = entry.proven and not entry.connected and entry.failures > 0
+            if not entry.connected:
+                entry.connected_at, entry.leaving, entry.chosen = now, False, chosen
+            entry.connected, entry.dialing, entry.dial_at, entry.trial = True, False, None, False
+            entry.address = address
+            entry.last_sign_at = entry.alive_at = now
+            entry.refusal, entry.parted = None, False
+            if lost:
+                self.on_network_back(now)
 
     def on_disconnected(self, peer_id: PeerId, now: float) -> None:
         """The last connection is gone; the peer is dialled again soon, since most losses are of a network, not of a peer."""
         entry = self._entries.get(peer_id)
         if entry and entry.connected:
-            entry.connected, entry.left_at, entry.rtt_s = False, now, None
-            entry.failures += 1
-            if entry.addresses:
-                entry.dial_at = now + backoff_s(entry.failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+            entry.connected, entry.rtt_s = False, None
+            if entry.leaving:
+                entry.dial_at = None
+            elif entry.parted:
+                entry.dial_at = now + PARTED_S * (1.0 + self._random.random())
+            else:
+                self._back_off(entry, now)
 
     def on_dial_failed(self, peer_id: PeerId, now: float) -> None:
         """No address answered as that peer."""
         if (entry := self._entries.get(peer_id)) and entry.dialing:
-            entry.dialing = False
-            entry.failures += 1
-            entry.dial_at = now + backoff_s(entry.failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+            entry.dialing = entry.trial = False
+            self._back_off(entry, now)
 
-    def on_network_change(self, now: float) -> None:
-        """Our own network changed: what failed before may work now, so whoever waits is dialled at once."""
-        for entry in self._entries.values():
-            if self._waits(entry):
-                entry.failures, entry.dial_at = 0, now
+    def on_refused(self, peer_id: PeerId, address: str, reason: str, now: float) -> None:
+        """It answered that we are not of its mesh: it is tried again after minutes, or at a new address."""
+        if (entry := self._entries.get(peer_id)) and not entry.connected:
+            entry.dialing = entry.trial = False
+            entry.failures += 1
+            entry.refusal = Refusal(peer_id, address, reason, now)
+            entry.dial_at = now + REFUSED_S * (1.0 + 0.2 * self._random.random())
+
+    def on_parting(self, peer_id: PeerId) -> None:
+        """It has too many neighbours, or we have; the connection ends next, and neither is dead."""
+        if entry := self._entries.get(peer_id):
+            entry.parted = True
 
     def on_round_trip(self, peer_id: PeerId, rtt_s: float, now: float) -> None:
         """A heartbeat came back after ``rtt_s``."""
         if entry := self._entries.get(peer_id):
             entry.rtt_s = rtt_s if entry.rtt_s is None else entry.rtt_s + RTT_WEIGHT * (rtt_s - entry.rtt_s)
-            entry.last_sign_at, entry.failures = now, 0
+            entry.last_sign_at = entry.alive_at = now
+            entry.failures, entry.proven = 0, True
+
+    def on_used(self, peer_id: PeerId, now: float) -> None:
+        """There are streams beside the heartbeat."""
+        if entry := self._entries.get(peer_id):
+            entry.used_at = now
 
     def on_status(self, status: PeerStatus, signed: Signed, bearer: PeerId, now: float) -> bool:
         """A verified status, brought by ``bearer``; True if it was news."""
         hearsay = bearer != status.peer_id
         if status.peer_id == self._own or not (entry := self._entry(status.peer_id, now, seen=not hearsay)):
             return False
-        if carrier := self._entries.get(bearer):
-            carrier.knows[status.peer_id] = max(status.sequence, carrier.knows.get(status.peer_id, -1))
+        if hearsay:
+            self._add_teller(entry, bearer)
         if entry.status and entry.status.sequence >= status.sequence:
             return False
-        entry.status, entry.signed = status, signed
-        if status.addresses:
+        entry.status, entry.signed, entry.leaving = status, signed, status.leaving
+        if status.leaving:
+            entry.last_sign_at, entry.dial_at, entry.tellers = now, None, ()
+        elif status.addresses:
             self.on_sighting(status.peer_id, status.addresses, now, hearsay)
         return True
 
-    def is_known(self, signed: Signed, bearer: PeerId) -> bool:
-        """Whether this very status, brought by ``bearer``, is the one that we have: it needs no second check."""
-        entry = self._entries.get(signed.signer)
-        if entry is None or entry.status is None or entry.signed != signed:
+    def on_vitals(self, peer_id: PeerId, vitals: Vitals) -> bool:
+        """A neighbour's word of itself; True if it was news."""
+        entry = self._entries.get(peer_id)
+        if not entry or not entry.status or entry.leaving or entry.status.instance != vitals.instance:
             return False
-        if carrier := self._entries.get(bearer):
-            carrier.knows[signed.signer] = max(entry.status.sequence, carrier.knows.get(signed.signer, -1))
+        if entry.status.sequence >= vitals.sequence:
+            return False
+        entry.status = with_vitals(entry.status, vitals)
         return True
+
+    def on_told(self, entry: PeerEntry, teller: PeerId, there: bool) -> None:
+        """A neighbour says that the peer is its neighbour, or no more. Who nobody vouches for is forgotten."""
+        if there:
+            if not entry.leaving:
+                self._add_teller(entry, teller)
+        elif teller in entry.tellers:
+            entry.tellers = tuple(each for each in entry.tellers if each != teller)
+            if not (entry.tellers or entry.seen or entry.connected or entry.dialing):
+                self._forget(entry)
+
+    def on_teller_lost(self, teller: PeerId) -> None:
+        """A neighbour is one no more, or begins afresh: what it told is void."""
+        for entry in [entry for entry in self._entries.values() if teller in entry.tellers]:
+            self.on_told(entry, teller, there=False)
+
+    def on_network_back(self, now: float) -> None:
+        """Dial all again that we lost, soon and not all at once: somebody lost was met again, or our interfaces changed."""
+        if now - self._back_at >= AGAIN_S:
+            self._back_at = now
+            for entry in self._entries.values():
+                if entry.proven and self._waits(entry) and not (entry.refusal or entry.parted or entry.leaving):
+                    self._hasten(entry, now)
+
+    def on_network_change(self, now: float) -> None:
+        """Our own network changed: what failed before may work now, so whoever waits is dialled soon."""
+        for entry in self._entries.values():
+            if self._waits(entry) and not entry.parted:
+                entry.failures, entry.refusal = 0, None
+                entry.dial_at = now + SPREAD_S * self._random.random()
+
+    def clear(self) -> None:
+        """We are of another mesh now: nothing of what was known counts."""
+        self._entries.clear()
+        self._by_key.clear()
 
     # --- what to do --------------------------------------------------------------------------------------------------
 
@@ -153,68 +221,113 @@ class PeerTable:
 
         Those of hearsay come last and are few; what is left over is due as soon as one of them ends: tick then.
         """
-        for entry in list(self._entries.values()):
-            if not (entry.connected or entry.dialing) and now - entry.last_sign_at > FORGET_AFTER_S:
-                self._forget(entry.peer_id)
+        for entry in [entry for entry in self._entries.values() if self._is_stale(entry, now)]:
+            self._forget(entry)
+        due = []
+        at_once, room, told = self._rooms()
         waiting = [entry for entry in self._entries.values() if self._waits(entry) and (entry.dial_at or 0.0) <= now]
-        told = sorted((e for e in waiting if not e.seen), key=lambda entry: (entry.failures, entry.dial_at))
-        due = [entry for entry in waiting if entry.seen] + told[: self._gossip_room()]
-        for entry in due:
+        for entry in sorted(waiting, key=_preference) if len(waiting) > 1 else waiting:
+            if at_once <= 0 or not _has_room(entry, room, told):
+                continue
             entry.dialing, entry.dial_at = True, None
-        return [Dial(entry.peer_id, entry.addresses) for entry in due]
+            at_once, room, told = at_once - 1, room - 1, told - (not entry.seen)
+            due.append(Dial(entry.peer_id, entry.addresses))
+        return due
 
     def deadline(self) -> float | None:
         """When `tick` is due next; None: when something happens."""
-        room = self._gossip_room()
-        waiting = (entry for entry in self._entries.values() if self._waits(entry) and (entry.seen or room))
+        at_once, room, told = self._rooms()
+        if at_once <= 0:
+            return None
+        waiting = (entry for entry in self._entries.values() if self._waits(entry) and _has_room(entry, room, told))
         return min((entry.dial_at for entry in waiting if entry.dial_at is not None), default=None)
 
-    def news_for(self, neighbour: PeerId, most: int, most_bytes: int) -> list[Signed]:
-        """Statuses of others that the neighbour is not known to have, its own never; counted as known from now on."""
-        carrier = self._entries.get(neighbour)
-        news: list[Signed] = []
-        if not carrier:
-            return news
-        # Those it heard of longest ago first, so that a talkative few cannot crowd the others out.
-        for entry in sorted(self._entries.values(), key=lambda entry: carrier.knows.get(entry.peer_id, -1)):
-            if not (entry.status and entry.signed and entry.connected) or entry.peer_id == neighbour:
-                continue
-            size = len(entry.signed.payload)
-            if carrier.knows.get(entry.peer_id, -1) >= entry.status.sequence or size > most_bytes:
-                continue
-            if len(news) >= most:
-                break
-            carrier.knows[entry.peer_id] = entry.status.sequence
-            news.append(entry.signed)
-            most_bytes -= size
-        return news
+    def review(self, now: float) -> list[PeerId]:
+        """Whom to let go; and picks whom to try instead, which `tick` then dials. Due every REVIEW_S of the service."""
+        connected = [entry for entry in self._entries.values() if entry.connected]
+        if NEIGHBOURS <= len(connected) < NEIGHBOURS + TRIALS:
+            tried = candidate(self._entries.values(), connected, now, self._random)
+            if tried is not None:
+                tried.trial, tried.dial_at = True, now
+        gone = surplus(connected, self._limit, now)
+        for peer_id in gone:
+            self.on_parting(peer_id)
+        return gone
 
     # --- what is ------------------------------------------------------------------------------------------------------
 
     def shown(self, now: float) -> list[PeerEntry]:
-        """Connected peers by round trip, then those that left within SHOWN_AFTER_LEAVING_S. Read only."""
-        online = [entry for entry in self._entries.values() if entry.connected]
-        left = [e for e in self._entries.values() if e.left_at is not None and now - e.left_at <= SHOWN_AFTER_LEAVING_S]
+        """Connected peers by round trip, then those that were lost within GONE_AFTER_S of their last sign. Read only."""
+        online = [entry for entry in self._entries.values() if entry.connected and not entry.leaving]
         online.sort(key=lambda entry: (entry.rtt_s is None, entry.rtt_s or 0.0, entry.peer_id))
-        return online + sorted(left, key=lambda entry: entry.peer_id)
+        return online + sorted((e for e in self._entries.values() if _is_missed(e, now)), key=lambda e: e.peer_id)
 
     def entry(self, peer_id: PeerId) -> PeerEntry | None:
         """One peer. Read only."""
         return self._entries.get(peer_id)
 
+    def by_key(self, key: bytes) -> PeerEntry | None:
+        """The peer that a digest names so. Read only."""
+        return self._by_key.get(key)
+
+    def entries(self) -> ValuesView[PeerEntry]:
+        """All. Read only."""
+        return self._entries.values()
+
+    def is_full(self) -> bool:
+        """Whether a further peer takes another's place."""
+        return len(self._entries) >= self._limit
+
+    def refused(self) -> tuple[Refusal, ...]:
+        """Who takes us for none of its mesh."""
+        return tuple(entry.refusal for entry in self._entries.values() if entry.refusal)
+
     # --- inside ---------------------------------------------------------------------------------------------------------
 
-    def _waits(self, entry: PeerEntry) -> bool:
-        return not entry.connected and not entry.dialing and entry.dial_at is not None
+    def _back_off(self, entry: PeerEntry, now: float) -> None:
+        entry.failures += 1
+        most = CANARY_BACKOFF_S if self._is_canary(entry) else MAX_BACKOFF_S
+        if entry.addresses:
+            entry.dial_at = now + backoff_s(entry.failures, FIRST_BACKOFF_S, most, self._random)
 
-    def _gossip_room(self) -> int:
-        dialling = sum(entry.dialing and not entry.seen for entry in self._entries.values())
-        return max(GOSSIP_DIALS - dialling, 0)
+    def _is_canary(self, entry: PeerEntry) -> bool:
+        if not entry.proven or entry.alive_at is None:
+            return False
+        lost = (e for e in self._entries.values() if e.proven and not (e.connected or e.leaving or e is entry))
+        return sum((e.alive_at or 0.0) > entry.alive_at for e in lost) < CANARIES
+
+    def _hasten(self, entry: PeerEntry, now: float) -> None:
+        if entry.dial_at is None or entry.dial_at > now + SPREAD_S:
+            entry.dial_at = now + SPREAD_S * self._random.random()
+
+    def _waits(self, entry: PeerEntry) -> bool:
+        return entry.dial_at is not None and not entry.connected and not entry.dialing
+
+    def _rooms(self) -> tuple[int, int, int]:
+        """How many more dials there may be at once, until there are enough neighbours, and of peers of hearsay."""
+        connected = dialing = told = 0
+        for entry in self._entries.values():
+            connected += entry.connected
+            if entry.dialing:
+                dialing += 1
+                told += not entry.seen
+        return DIALS_AT_ONCE - dialing, NEIGHBOURS - connected - dialing, GOSSIP_DIALS - told
+
+    def _is_stale(self, entry: PeerEntry, now: float) -> bool:
+        if entry.connected or entry.dialing:
+            return False
+        most_s = FORGET_LEFT_S if entry.leaving else FORGET_PROVEN_S if entry.proven else FORGET_AFTER_S
+        return now - entry.last_sign_at > most_s
+
+    def _add_teller(self, entry: PeerEntry, teller: PeerId) -> None:
+        if teller not in entry.tellers and len(entry.tellers) < MAX_TELLERS:
+            entry.tellers = (*entry.tellers, teller)
 
     def _entry(self, peer_id: PeerId, now: float, seen: bool, connected: bool = False) -> PeerEntry | None:
         entry = self._entries.get(peer_id)
         if entry is None and (len(self._entries) < self._limit or self._evict(seen) or connected):
-            entry = self._entries[peer_id] = PeerEntry(peer_id, now)
+            entry = PeerEntry(peer_id, now, key_of(peer_id), self._random.random())
+            self._entries[peer_id] = self._by_key[entry.key] = entry
         if entry is not None:
             entry.seen = entry.seen or seen
         return entry
@@ -225,10 +338,28 @@ class PeerTable:
         idle = [e for e in entries if not (e.connected or e.dialing) and (seen or not e.seen)]
         if not idle:
             return False
-        self._forget(min(idle, key=lambda entry: (entry.seen, entry.last_sign_at)).peer_id)
+        self._forget(min(idle, key=lambda entry: (entry.proven, entry.seen, entry.last_sign_at)))
         return True
 
-    def _forget(self, peer_id: PeerId) -> None:
-        del self._entries[peer_id]
-        for entry in self._entries.values():
-            entry.knows.pop(peer_id, None)
+    def _forget(self, entry: PeerEntry) -> None:
+        del self._entries[entry.peer_id]
+        if self._by_key.get(entry.key) is entry:
+            del self._by_key[entry.key]
+
+
+def _preference(entry: PeerEntry) -> tuple[bool, bool, int, float]:
+    return (not entry.asked, not entry.seen, entry.failures, entry.dial_at or 0.0)
+
+
+def _has_room(entry: PeerEntry, room: int, told: int) -> bool:
+    """``room``: until there are NEIGHBOURS. ``told``: more dials of peers of hearsay."""
+    if not entry.seen and told <= 0:
+        return False
+    beyond = MAX_NEIGHBOURS - NEIGHBOURS if entry.asked else TRIALS if entry.trial else 0
+    return room + beyond > 0
+
+
+def _is_missed(entry: PeerEntry, now: float) -> bool:
+    if entry.connected or entry.leaving or entry.parted or entry.alive_at is None:
+        return False
+    return now - entry.alive_at <= GONE_AFTER_S

@@ -1,63 +1,45 @@
-"""Who is there: dials whom discovery names, beats, and spreads statuses. Owns one core.peers.PeerTable.
+"""Who is there: dials whom discovery names, follows connections, and beats with neighbours. Owns one core.peers.PeerTable.
 
-Tasks: one that runs discovery (services.ladder), one for sightings, one that dials, one for our own status, and
-for each connected peer one that beats. A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p
-by itself never notices a frozen process); one that the peer has opened since, as one that moves does, is beaten on
-instead. Our own status is issued anew when something changed (at most once in STATUS_PAUSE_S) and every STATUS_REFRESH_S,
-and sent at once; what we know of others goes along with regular beats.
-Not here: what a status says (the ``describe`` that is passed in), whom to dial when (core.peers).
+Tasks: one that runs discovery (services.ladder), one for sightings, one that dials, one for our own status
+(services.own_status), one that reviews whom to keep, and for each connected peer one that beats (services.heartbeat). At the
+end every neighbour is told at once that we leave.
+Not here: what a status says (the ``describe`` that is passed in), whom to dial when (core.peers), who is worth keeping
+(core.neighbours), who tells whom what (core.gossip).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Final, NoReturn
 
-import msgspec
 import trio
 
 from meshmax.base.config import Config
-from meshmax.base.errors import ManifestInvalid, MeshmaxError, RemoteProtocolError
+from meshmax.base.errors import MeshmaxError, NotAMember
 from meshmax.base.ids import PeerId
-from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus, PeerView
 from meshmax.core.backoff import Random
-from meshmax.core.peers import Dial, PeerEntry, PeerTable
+from meshmax.core.clones import Clones
+from meshmax.core.gossip import Gossip
+from meshmax.core.peers import Dial, PeerEntry, PeerTable, Refusal
 from meshmax.core.sequence import StatusSequence
-from meshmax.ports import ConnectionView, Discovery, Sighting, Signer, Stream, Swarm
-from meshmax.services.frames import FrameStream
+from meshmax.ports import Discovery, Sighting, Signer, Swarm
+from meshmax.services.heartbeat import BEAT_PACE_S, MAX_STATUS_STREAMS, Heartbeat
+from meshmax.services.own_status import Keep, OwnStatus
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import CONNECTIONS
 from meshmax.wire.protocols import STATUS
-from meshmax.wire.signed import STATUS_DOMAIN, sign
-from meshmax.wire.status import (
-    BEAT,
-    ECHO,
-    MAX_STATUS_BYTES,
-    MAX_STATUSES,
-    Beat,
-    Echo,
-    check_statuses,
-    fitted,
-    read_status,
-)
 
 DIAL_DEADLINE_S: Final = 5.0  # a LAN answers in milliseconds; a peer that needs longer is tried again later
-DIALS_AT_ONCE: Final = 16
 SIGHTINGS_WAITING: Final = 256  # rungs repeat themselves, so what does not fit is not lost
-STATUS_PAUSE_S: Final = 0.25  # load changes with every prompt; neighbours need it soon, not each time
-STATUS_REFRESH_S: Final = 15.0
-MAX_STATUS_STREAMS: Final = 4  # answered at once for one peer: one a connection, and those that are ending
-BEAT_PACE_S: Final = 0.1  # after each answer: checking 64 signatures takes about 20 ms, and nobody honest beats faster
-# What the other side may be silent for before we give its status stream up; it beats every heartbeat_s.
-SILENCE_FACTOR: Final = 15.0
+STATUS_STREAMS: Final = 2  # open with each neighbour all the time: its heartbeat and ours
+REVIEW_S: Final = 5.0  # between two looks at whom to keep; as quick as a peer in use has to be noticed
+
+__all__ = ["BEAT_PACE_S", "MAX_STATUS_STREAMS", "PresenceService", "open_presence"]
 
 _log = get_logger("presence")
-Keep = Callable[[int], Awaitable[None]]  # writes a bound of the sequence down
 
 
 class PresenceService:
@@ -73,178 +55,86 @@ class PresenceService:
         random: Random,
         sequence: StatusSequence | None = None,
         keep: Keep | None = None,
+        streams: Callable[[PeerId], int] | None = None,
     ) -> None:
         self._swarm = swarm
         self._signer = signer
         self._config = config
-        self._describe = describe
         self._unix_now = unix_now
-        self._random = random
+        self._streams = streams
         self._table = PeerTable(signer.peer_id, config.max_peers, random)
-        self._sequence, self._keep = sequence or StatusSequence(), keep
-        self._own: tuple[PeerStatus, Signed] = self._issue()
-        self._beats: dict[PeerId, trio.CancelScope] = {}
-        self._answering: Counter[PeerId] = Counter()
-        self._changed = trio.Event()  # something that our own status tells has changed
-        self._reissued = trio.Event()  # our own status was issued anew: tell everybody now
+        instance = f"{int(random.random() * (1 << 48)):012x}"
+        self._clones = Clones(instance)
+        self._gossip = Gossip(signer.peer_id, self._table, self._clones)
+        sequence = sequence or StatusSequence()
+        self.own = OwnStatus(swarm, signer, describe, unix_now, instance, sequence, keep, self._gossip, self._clones)
+        self.heartbeat = Heartbeat(swarm, config, self._table, self._gossip, self._clones, self.own, self._on_news)
         self._dial_soon = trio.Event()
         self._watchers: set[Callable[[], None]] = set()
 
     # --- ports.Presence ----------------------------------------------------------------------------------------------
 
     def peers(self) -> tuple[PeerView, ...]:
-        """Ourselves first, then online peers by round trip, then those that left within the last minute."""
+        """Ourselves first, then online peers by round trip, then those that were lost seconds ago."""
         entries = self._table.shown(trio.current_time())
         return (self._self_view(), *(self._view(entry) for entry in entries))
 
     def view(self, peer_id: PeerId) -> PeerView | None:
-        """One peer, ourselves too; None if unknown."""
+        """One peer, ourselves too, also one that is not in `peers` any more; None if unknown."""
         if peer_id == self._signer.peer_id:
             return self._self_view()
         entry = self._table.entry(peer_id)
         return self._view(entry) if entry else None
 
+    # --- for faces and the doctor -------------------------------------------------------------------------------------
+
+    @property
+    def problem(self) -> str:
+        """What a person should know of this peer's identity, a sentence; '' when all is well."""
+        now = trio.current_time()
+        if own := self._clones.problem(now):
+            return own
+        names = [self._name(peer_id) for peer_id in self._clones.copied(now)]
+        if not names:
+            return ""
+        return (
+            f"two machines run with the identity of {', '.join(names)}: a home was copied; start one with a new --home"
+        )
+
+    def refused(self) -> tuple[Refusal, ...]:
+        """Peers that take us for none of their mesh: where, why, when (monotonic seconds)."""
+        return self._table.refused()
+
     # --- for meshmax.node -------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
         """What our status tells (models, load, draining) has changed; it is issued anew soon. Cheap; call it freely."""
-        self._changed.set()
+        self.own.changed()
 
     def on_network_change(self) -> None:
-        """Our addresses are others, or a cable is back: say so, and dial at once whom we could not reach before."""
+        """Our addresses are others, or a cable is back: say so, and dial soon whom we could not reach before."""
         self._table.on_network_change(trio.current_time())
         self._dial_soon.set()
-        self._changed.set()
+        self.own.changed()
+
+    def on_mesh_change(self) -> None:
+        """We are of another mesh now, and every connection was cut: nothing that was known of peers counts."""
+        self._table.clear()
+        self.own.changed(force=True)
+        self._dial_soon.set()
+        self._tell()
 
     def watch(self, on_news: Callable[[], None]) -> None:
         """Call ``on_news`` whenever a peer comes, goes or says something new."""
         self._watchers.add(on_news)
 
-    # --- status ------------------------------------------------------------------------------------------------------
-
-    def _issue(self) -> tuple[PeerStatus, Signed]:
-        """Our status, signed, with the next sequence."""
-        status = msgspec.structs.replace(
-            self._describe(),
-            sequence=self._sequence.next(int(self._unix_now() * 1000)),
-            issued_at_s=int(self._unix_now()),
-            addresses=self._swarm.addresses,
-        )
-        status = fitted(status)
-        return status, sign(STATUS_DOMAIN, status, self._signer.peer_id, self._signer.sign)
-
-    async def reserve(self) -> None:
-        """Keep how far our sequence may come, if it is time; a disk that takes it not is logged and costs no status."""
-        bound = self._sequence.to_keep(int(self._unix_now() * 1000))
-        if self._keep is not None and bound is not None and await isolate("sequence", partial(self._keep, bound)):
-            self._sequence.kept(bound)
-
-    async def run_status(self) -> NoReturn:
-        """Issue our own status anew when it changed, and now and then."""
-        while True:
-            with trio.move_on_after(STATUS_REFRESH_S):
-                await self._changed.wait()
-            await self.reserve()
-            self._changed = trio.Event()
-            self._own = self._issue()
-            reissued, self._reissued = self._reissued, trio.Event()
-            reissued.set()
-            await trio.sleep(STATUS_PAUSE_S)
-
-    def _take(self, statuses: Sequence[Signed], bearer: PeerId) -> None:
-        check_statuses(tuple(statuses))
-        news = False
-        for signed in statuses:
-            if self._table.is_known(signed, bearer):
-                continue  # most are: every neighbour brings the same ones
-            try:
-                status = read_status(signed)
-            except ManifestInvalid as error:
-                raise RemoteProtocolError(f"the peer sent a status that is not valid: {error.message}") from error
-            if status.mesh == self._own[0].mesh:
-                news |= self._table.on_status(status, signed, bearer, trio.current_time())
-        if news:
-            self._dial_soon.set()
-            self._tell()
+    def _on_news(self) -> None:
+        self._dial_soon.set()
+        self._tell()
 
     def _tell(self) -> None:
         for on_news in self._watchers:
             on_news()
-
-    # --- heartbeats --------------------------------------------------------------------------------------------------
-
-    async def answer(self, stream: Stream) -> None:
-        """Serve the status protocol to one peer until it ends the stream or falls silent."""
-        peer = stream.peer
-        if self._answering[peer] >= MAX_STATUS_STREAMS:
-            raise RemoteProtocolError(f"the peer keeps more than {MAX_STATUS_STREAMS} status streams open")
-        self._answering[peer] += 1
-        try:
-            await self._answer_beats(FrameStream(stream))
-        finally:
-            self._answering[peer] -= 1
-            if not self._answering[peer]:
-                del self._answering[peer]
-
-    async def _answer_beats(self, frames: FrameStream) -> None:
-        while True:
-            beat = None
-            with trio.move_on_after(self._config.heartbeat_s * SILENCE_FACTOR):
-                beat = await frames.try_receive(BEAT)
-            if beat is None:  # it ended the stream, or beats no more; our own beats decide whether it lives
-                return
-            self._take(beat.statuses, frames.peer)
-            news = self._table.news_for(frames.peer, MAX_STATUSES, MAX_STATUS_BYTES)
-            await frames.send(ECHO, Echo(beat.nonce, tuple(news)))
-            await trio.sleep(BEAT_PACE_S)
-
-    async def _beat(self, peer_id: PeerId) -> None:
-        """Beat until the peer's connections are gone; cut those on which it does not answer."""
-        with trio.CancelScope() as scope:
-            self._beats[peer_id] = scope
-            try:
-                while (connection := self._swarm.connections().get(peer_id)) is not None:
-                    await self._beat_over(connection)
-            finally:
-                if self._beats.get(peer_id) is scope:
-                    del self._beats[peer_id]
-
-    async def _beat_over(self, connection: ConnectionView) -> None:
-        """Beat on the peer's newest connection, which is this one, until it fails; then cut it and older ones."""
-        peer_id = connection.peer_id
-        try:
-            with trio.fail_after(self._config.heartbeat_timeout_s):
-                stream = await self._swarm.open_stream(peer_id, STATUS)
-            try:
-                await self._beat_on(FrameStream(stream), peer_id)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await stream.reset()
-        except (trio.TooSlowError, MeshmaxError) as error:
-            why = error.message if isinstance(error, MeshmaxError) else "its heartbeat stopped"
-            _log.info("connection lost", peer=peer_id, why=why)
-            await self._swarm.disconnect(peer_id, connection)
-
-    async def _beat_on(self, frames: FrameStream, peer_id: PeerId) -> None:
-        nonce, told = 0, -1
-        while True:
-            status, signed = self._own
-            own = [signed] if status.sequence > told else []
-            room = MAX_STATUS_BYTES - sum(len(word.payload) for word in own)
-            news = self._table.news_for(peer_id, MAX_STATUSES - 1, room)
-            reissued = self._reissued
-            started = trio.current_time()
-            with trio.fail_after(self._config.heartbeat_timeout_s):
-                await frames.send(BEAT, Beat(nonce, (*own, *news)))
-                echo = await frames.receive(ECHO)
-            if echo.nonce != nonce:
-                raise RemoteProtocolError("the peer echoed another heartbeat than it was sent")
-            now = trio.current_time()
-            self._table.on_round_trip(peer_id, now - started, now)
-            self._take(echo.statuses, peer_id)
-            nonce, told = nonce + 1, status.sequence
-            with trio.move_on_after(self._config.heartbeat_s):
-                await reissued.wait()
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -252,72 +142,111 @@ class PresenceService:
         """Follow the swarm's events; beat with whoever is connected."""
         async with self._swarm.subscribe() as events:
             async for event in events:
-                now = trio.current_time()
                 if event.kind == "connected":
-                    connection = self._swarm.connections().get(event.peer_id)
-                    self._table.on_connected(event.peer_id, connection.address if connection else "", now)
-                    _log.info("peer connected", peer=event.peer_id, address=connection.address if connection else "")
-                    if event.peer_id not in self._beats:
-                        nursery.start_soon(isolate, "heartbeat", lambda peer_id=event.peer_id: self._beat(peer_id))
+                    self._on_connected(event.peer_id, nursery)
                 else:
-                    self._table.on_disconnected(event.peer_id, now)
+                    self._table.on_disconnected(event.peer_id, trio.current_time())
+                    self._gossip.on_disconnected(event.peer_id)
                     _log.info("peer disconnected", peer=event.peer_id)
-                    if scope := self._beats.pop(event.peer_id, None):
-                        scope.cancel()
+                    self.heartbeat.stop(event.peer_id)
                 CONNECTIONS.set(len(self._swarm.connections()))
-                self._dial_soon.set()
-                self._tell()
+                self._on_news()
+
+    def _on_connected(self, peer_id: PeerId, nursery: trio.Nursery) -> None:
+        connection = self._swarm.connections().get(peer_id)
+        address = connection.address if connection else ""
+        chosen = connection is not None and connection.direction == "out"
+        self._table.on_connected(peer_id, address, trio.current_time(), chosen)
+        self._gossip.on_connected(peer_id)
+        _log.info("peer connected", peer=peer_id, address=address)
+        if not self.heartbeat.is_beating(peer_id):
+            nursery.start_soon(isolate, "heartbeat", lambda: self.heartbeat.beat(peer_id))
 
     async def run_dials(self, nursery: trio.Nursery) -> NoReturn:
         """Dial whom the table says, when it says so."""
-        limiter = trio.CapacityLimiter(DIALS_AT_ONCE)
         while True:
             for dial in self._table.tick(trio.current_time()):
-                nursery.start_soon(self._dial, dial, limiter)
+                nursery.start_soon(self._dial, dial)
             deadline = self._table.deadline()
             with trio.CancelScope(deadline=deadline if deadline is not None else float("inf")):
                 await self._dial_soon.wait()
             self._dial_soon = trio.Event()
 
-    async def _dial(self, dial: Dial, limiter: trio.CapacityLimiter) -> None:
+    async def _dial(self, dial: Dial) -> None:
         why = "no answer in time"
-        async with limiter:
-            with trio.move_on_after(DIAL_DEADLINE_S):
-                try:
-                    await self._swarm.dial(dial.peer_id, dial.addresses)
-                except MeshmaxError as error:
-                    why = error.message
-                else:
-                    connection = self._swarm.connections().get(dial.peer_id)
-                    if connection:
-                        self._table.on_connected(dial.peer_id, connection.address, trio.current_time())
-                        return
+        refused = False
+        with trio.move_on_after(DIAL_DEADLINE_S):
+            try:
+                await self._swarm.dial(dial.peer_id, dial.addresses)
+            except NotAMember as error:
+                why, refused = error.message, True
+            except MeshmaxError as error:
+                why = error.message
+            else:
+                if connection := self._swarm.connections().get(dial.peer_id):
+                    now = trio.current_time()
+                    self._table.on_connected(dial.peer_id, connection.address, now, connection.direction == "out")
+                    return
         entry = self._table.entry(dial.peer_id)
         # Once for people, who may have given the address; what follows is only the same again.
         log = _log.info if entry and not entry.failures else _log.debug
         log("dial failed", peer=dial.peer_id, why=why)
-        self._table.on_dial_failed(dial.peer_id, trio.current_time())
+        now = trio.current_time()
+        if refused:
+            self._table.on_refused(dial.peer_id, dial.addresses[0], why, now)
+        else:
+            self._table.on_dial_failed(dial.peer_id, now)
         self._dial_soon.set()
+
+    async def run_review(self) -> NoReturn:
+        """Look now and then who is in use, whom to let go and whom to try instead, and whether an identity is copied."""
+        problem = ""
+        while True:
+            await trio.sleep(REVIEW_S)
+            now = trio.current_time()
+            if self._streams is not None:
+                for peer_id in self._swarm.connections():
+                    if self._streams(peer_id) > STATUS_STREAMS:
+                        self._table.on_used(peer_id, now)
+            for peer_id in self._table.review(now):
+                self.heartbeat.part(peer_id)
+            self._dial_soon.set()
+            self._tell()  # who was lost is shown no more
+            if self.problem != problem:
+                problem = self.problem
+                if problem:
+                    _log.warning("an identity is copied", problem=problem)
+                    self.own.changed(force=True)  # so that the other one sees that we are no memory of its former self
 
     # --- discovery ---------------------------------------------------------------------------------------------------
 
     async def run_sightings(self, found: trio.MemoryReceiveChannel[Sighting]) -> None:
         """Let the table know whom the rungs see."""
         async for sighting in found:
-            hearsay = sighting.source == "gossip"
-            self._table.on_sighting(sighting.peer_id, sighting.addresses, trio.current_time(), hearsay)
+            now = trio.current_time()
+            if sighting.peer_id == self._signer.peer_id:
+                self._clones.on_own_sighting(sighting.addresses, now)
+                continue
+            hearsay, asked = sighting.source == "gossip", sighting.source == "static"
+            self._table.on_sighting(sighting.peer_id, sighting.addresses, now, hearsay, asked)
             self._dial_soon.set()
 
     # --- views -------------------------------------------------------------------------------------------------------
 
+    def _name(self, peer_id: PeerId) -> str:
+        view = self.view(peer_id)
+        return view.status.name if view and view.status else peer_id
+
     def _self_view(self) -> PeerView:
         now = self._unix_now()
-        return PeerView(self._signer.peer_id, "self", "self", self._own[0], rtt_s=0.0, last_seen_s=now)
+        return PeerView(self._signer.peer_id, "self", "self", self.own.status, rtt_s=0.0, last_seen_s=now)
 
     def _view(self, entry: PeerEntry) -> PeerView:
         draining = entry.status is not None and entry.status.draining
-        state = "offline" if not entry.connected else "draining" if draining else "online"
-        seen_s = self._unix_now() - (trio.current_time() - entry.last_sign_at)
+        gone = not entry.connected or entry.leaving
+        state = "offline" if gone else "draining" if draining else "online"
+        seen_at = entry.last_sign_at if entry.alive_at is None else entry.alive_at
+        seen_s = self._unix_now() - (trio.current_time() - seen_at)
         return PeerView(entry.peer_id, state, "direct", entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
 
 
@@ -332,23 +261,27 @@ async def open_presence(
     random: Random,
     sequence: StatusSequence | None = None,
     keep: Keep | None = None,
+    streams: Callable[[PeerId], int] | None = None,
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
     ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
-    writes down how far it may come.
+    writes down how far it may come. ``streams``: how many are open with a peer, both ways; who has more than the heartbeat's is
+    in use, and kept.
     """
-    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep)
-    await presence.reserve()
-    swarm.serve(STATUS, presence.answer)
+    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep, streams)
+    await presence.own.reserve()
+    swarm.serve(STATUS, presence.heartbeat.answer)
     send, receive = trio.open_memory_channel[Sighting](SIGHTINGS_WAITING)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(presence.run_status)
+        nursery.start_soon(presence.own.run)
         nursery.start_soon(presence.run_connections, nursery)
         nursery.start_soon(presence.run_dials, nursery)
         nursery.start_soon(presence.run_sightings, receive)
+        nursery.start_soon(presence.run_review)
         nursery.start_soon(discovery.run, send)
         try:
             yield presence
         finally:
+            await presence.heartbeat.farewell()
             nursery.cancel_scope.cancel()

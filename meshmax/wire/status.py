@@ -1,23 +1,37 @@
-"""/meshmax/status/1.0.0: heartbeats that carry signed statuses.
+"""/meshmax/status/1.0.0: heartbeats that carry signed statuses, and what is worth asking for.
 
 Each side of a connection opens one stream and sends a Beat every few seconds; the other answers each with an Echo of the
-same nonce at once, from which the sender measures the round trip and learns that the peer lives. Both may carry statuses
-(of the sender and of peers it knows) that the receiver does not have in that sequence yet. Statuses are signed by the
-peer that they describe, so a relayed one is as good as a direct one. Not here: when to send what (core.peers).
+same nonce at once, from which the sender measures the round trip and learns that the peer lives. Both may carry: statuses,
+signed by the peer that they describe, so that a relayed one is as good as a direct one; digests, which say without a body
+whom the sender has for a neighbour and at which sequence that one's lasting facts changed, or that it is one no more (GONE);
+wants, which ask for the bodies of such digests; vitals, what changes all the time about the sender itself; a parting word.
+A message with nonce 0 begins afresh: what its sender's digests said before is void. Digests and wants name a peer by the
+first KEY_BYTES of its public key. Not here: when to send what (core.gossip).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
+import struct
+from collections.abc import Iterable
+from typing import Final, Literal
 
 import msgspec
 
 from meshmax.base.errors import ManifestInvalid, RemoteProtocolError
-from meshmax.base.ids import HEX64
+from meshmax.base.ids import HEX64, PeerId, public_key_of
 from meshmax.base.model import Signed
 from meshmax.base.names import MAX_NAME
-from meshmax.base.status import MAX_ADDRESSES, MAX_GPUS, MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.base.status import (
+    MAX_ADDRESSES,
+    MAX_GPUS,
+    MAX_MODELS,
+    MAX_PEER_NAME,
+    Gpu,
+    ModelPresence,
+    PeerStatus,
+    Vitals,
+)
 from meshmax.wire.frames import Codec
 from meshmax.wire.signed import MAX_PAYLOAD_BYTES, STATUS_DOMAIN, canonical, verify
 
@@ -29,14 +43,30 @@ MAX_CAPABILITIES: Final = 16  # of one model; engines know five
 MAX_NUMBER: Final = (1 << 62) - 1  # counts, bytes and seconds; leaves sums room in 64 bits
 MAX_RATE: Final = 1e9
 MAX_CAPACITY: Final = 1 << 20  # answers at once; figures are divided by it
+MAX_INSTANCE: Final = 32  # characters; ours are 16
+MAX_DIGESTS: Final = (
+    1024  # in one message, 16 bytes each; as many as a peer could have neighbours, and as many that it lost
+)
+MAX_WANTS: Final = 64  # in one message; as many as it may be answered with
+KEY_BYTES: Final = 8  # of a public key: enough to tell peers apart, and whoever forges a like one only confuses itself
+GONE: Final = 0  # a digest's sequence of a peer that is the sender's neighbour no more
 MAX_TEXT: Final = 200  # characters of any other text: a GPU's name, a family, an address
 
 
+Parting = Literal["", "full"]  # full: the sender has too many neighbours and lets this one go; it lives
+
+_DIGEST: Final = struct.Struct(f">{KEY_BYTES}sQ")
+
+
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """Are you there? ``nonce`` counts up on the stream."""
+    """Are you there? ``nonce`` counts up on the stream. ``digests`` and ``wants``: see `pack_digests`, `read_wants`."""
 
     nonce: int
     statuses: tuple[Signed, ...] = ()
+    digests: bytes = b""
+    wants: bytes = b""
+    vitals: Vitals | None = None
+    parting: Parting = ""
 
 
 class Echo(msgspec.Struct, frozen=True, tag="echo"):
@@ -44,6 +74,9 @@ class Echo(msgspec.Struct, frozen=True, tag="echo"):
 
     nonce: int
     statuses: tuple[Signed, ...] = ()
+    digests: bytes = b""
+    wants: bytes = b""
+    vitals: Vitals | None = None
 
 
 BEAT: Final[Codec[Beat]] = Codec(Beat)
@@ -56,6 +89,49 @@ def check_statuses(statuses: tuple[Signed, ...]) -> None:
         raise RemoteProtocolError(
             f"a heartbeat carries at most {MAX_STATUSES} statuses of {MAX_STATUS_BYTES} bytes in all"
         )
+
+
+def key_of(peer_id: PeerId) -> bytes:
+    """By what digests and wants name the peer. Raises InvalidRequest for what is no PeerId."""
+    return public_key_of(peer_id)[:KEY_BYTES]
+
+
+def pack_digests(digests: Iterable[tuple[bytes, int]]) -> bytes:
+    """(key, sequence or GONE) one after the other, 16 bytes each, big-endian."""
+    return b"".join(_DIGEST.pack(key, sequence) for key, sequence in digests)
+
+
+def read_digests(packed: bytes) -> list[tuple[bytes, int]]:
+    """What was packed. Raises RemoteProtocolError."""
+    if len(packed) % _DIGEST.size or len(packed) > MAX_DIGESTS * _DIGEST.size:
+        raise RemoteProtocolError(f"a heartbeat carries at most {MAX_DIGESTS} digests of {_DIGEST.size} bytes")
+    return list(_DIGEST.iter_unpack(packed))
+
+
+def read_wants(packed: bytes) -> list[bytes]:
+    """The keys one after the other. Raises RemoteProtocolError."""
+    if len(packed) % KEY_BYTES or len(packed) > MAX_WANTS * KEY_BYTES:
+        raise RemoteProtocolError(f"a heartbeat carries at most {MAX_WANTS} wants of {KEY_BYTES} bytes")
+    return [packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)]
+
+
+def check_vitals(vitals: Vitals) -> None:
+    """Raises RemoteProtocolError if something is out of bounds."""
+    told = PeerStatus(
+        PeerId(""),
+        vitals.sequence,
+        vitals.issued_at_s,
+        "",
+        "",
+        gpus=vitals.gpus,
+        load=vitals.load,
+        cpu_percent=vitals.cpu_percent,
+        memory_bytes=vitals.memory_bytes,
+        memory_total_bytes=vitals.memory_total_bytes,
+        instance=vitals.instance,
+    )
+    if not _within_bounds(told):
+        raise RemoteProtocolError("a peer's vitals hold a list, text or number that is out of bounds")
 
 
 def read_status(signed: Signed) -> PeerStatus:
@@ -124,7 +200,14 @@ def _rate(rate: float) -> float:
 
 
 def _within_bounds(status: PeerStatus) -> bool:
-    texts = [status.version, status.mesh, status.engine, *status.addresses, *(gpu.name for gpu in status.gpus)]
+    texts = [
+        status.version,
+        status.mesh,
+        status.engine,
+        status.instance,
+        *status.addresses,
+        *(gpu.name for gpu in status.gpus),
+    ]
     numbers = [
         status.memory_bytes,
         status.memory_total_bytes,
@@ -156,6 +239,8 @@ def _within_bounds(status: PeerStatus) -> bool:
         and all(len(text) <= MAX_TEXT and text.isprintable() for text in texts)
         and all(0 <= number <= MAX_NUMBER for number in numbers)
         and 0 <= status.sequence <= MAX_NUMBER
+        and 0 <= status.changed <= status.sequence
+        and len(status.instance) <= MAX_INSTANCE
         and 1 <= status.load.capacity <= MAX_CAPACITY
         and all(math.isfinite(p) for p in (status.cpu_percent, *(gpu.utilization_percent for gpu in status.gpus)))
     )

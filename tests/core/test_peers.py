@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus
-from meshmax.core.peers import GOSSIP_DIALS, MAX_BACKOFF_S, SHOWN_AFTER_LEAVING_S, YIELD_S, Dial, PeerTable
+from meshmax.core.peers import GONE_AFTER_S, GOSSIP_DIALS, MAX_BACKOFF_S, YIELD_S, Dial, PeerTable
 
 IDS = sorted(peer_id_of(bytes([n]) * 32) for n in range(1, 40))
 LOW, HIGH = IDS[0], IDS[-1]
@@ -67,15 +67,17 @@ def test_failed_dials_back_off_and_a_new_address_starts_afresh() -> None:
     assert peers.deadline() == now
 
 
-def test_a_lost_peer_is_shown_as_left_for_a_minute_and_dialled_again() -> None:
+def test_a_lost_peer_is_shown_as_left_for_some_seconds_and_dialled_again() -> None:
     peers = table(LOW)
     peers.on_sighting(HIGH, [ADDRESS], now=0.0)
     peers.tick(0.0)
     peers.on_connected(HIGH, ADDRESS, now=0.0)
+    peers.on_round_trip(HIGH, 0.01, now=4.0)
     peers.on_disconnected(HIGH, now=5.0)
     assert [entry.connected for entry in peers.shown(6.0)] == [False]
     assert peers.tick(7.0)
-    assert peers.shown(5.1 + SHOWN_AFTER_LEAVING_S) == []
+    peers.on_dial_failed(HIGH, now=8.0)
+    assert peers.shown(4.1 + GONE_AFTER_S) == []
 
 
 def test_a_peer_that_connects_but_never_answers_a_heartbeat_is_dialled_ever_more_seldom() -> None:
@@ -108,52 +110,6 @@ def test_the_newest_status_wins_in_whatever_order_they_come(order: list[int]) ->
         peers.on_status(*status(HIGH, sequence), bearer=HIGH, now=0.0)
     entry = peers.entry(HIGH)
     assert entry and entry.status and entry.status.sequence == 5
-
-
-def test_a_neighbour_is_told_each_status_once_and_never_its_own() -> None:
-    peers = table(LOW)
-    a, b = IDS[1], IDS[2]
-    for peer in (a, b):
-        peers.on_connected(peer, ADDRESS, now=0.0)
-        peers.on_status(*status(peer, 1), bearer=peer, now=0.0)
-    assert [signed.signer for signed in peers.news_for(a, 10, 1000)] == [b]
-    assert peers.news_for(a, 10, 1000) == []
-    peers.on_status(*status(b, 2), bearer=b, now=1.0)
-    assert len(peers.news_for(a, 10, 1000)) == 1
-    assert peers.news_for(b, 10, 5) == []  # too large for what is left of the message
-
-
-def test_what_a_neighbour_knows_already_takes_no_room_from_what_is_new() -> None:
-    peers = table(LOW)
-    known, fresh, neighbour = IDS[1], IDS[2], IDS[3]
-    for peer in (known, fresh, neighbour):
-        peers.on_connected(peer, ADDRESS, now=0.0)
-    peers.on_status(*status(known, 1), bearer=neighbour, now=0.0)
-    peers.on_status(*status(fresh, 1), bearer=fresh, now=0.0)
-    assert [signed.signer for signed in peers.news_for(neighbour, 1, 10)] == [fresh]
-
-
-def test_talkative_peers_do_not_crowd_a_quiet_one_out() -> None:
-    peers = table(LOW)
-    talkative, quiet, neighbour = IDS[1:4], IDS[5], IDS[7]
-    for peer in (*talkative, quiet, neighbour):
-        peers.on_connected(peer, ADDRESS, now=0.0)
-    told = set()
-    peers.on_status(*status(quiet, 1), bearer=quiet, now=0.0)
-    for sequence in range(1, 4):
-        for peer in talkative:
-            peers.on_status(*status(peer, sequence), bearer=peer, now=0.0)
-        told |= {signed.signer for signed in peers.news_for(neighbour, 2, 1000)}
-    assert quiet in told
-
-
-def test_what_a_neighbour_brought_is_not_sent_back_to_it() -> None:
-    peers = table(LOW)
-    a, b = IDS[1], IDS[2]
-    for peer in (a, b):
-        peers.on_connected(peer, ADDRESS, now=0.0)
-    peers.on_status(*status(b, 7), bearer=a, now=0.0)
-    assert peers.news_for(a, 10, 1000) == []
 
 
 def test_the_table_is_bounded_and_never_drops_a_connected_peer() -> None:

@@ -226,7 +226,7 @@ async def test_a_status_that_is_known_already_is_not_checked_again(
         read.append((signed.signer, signed.payload))
         return read_status(signed)
 
-    monkeypatch.setattr("meshmax.services.presence.read_status", counted)
+    monkeypatch.setattr("meshmax.services.heartbeat.read_status", counted)
     async with open_site() as site:
         for _ in range(5):
             await site.peer()

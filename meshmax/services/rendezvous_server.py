@@ -9,13 +9,14 @@ be a member to be served. Not here: what is held how long (core.registrations), 
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final, NoReturn
 
 import trio
 
-from meshmax.base.errors import ManifestInvalid, RemoteProtocolError
+from meshmax.base.errors import Busy, ManifestInvalid, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.core.rates import Rates
 from meshmax.core.registrations import EXPIRE_S, Registrations
@@ -37,7 +38,9 @@ from meshmax.wire.rendezvous import (
 
 MAX_REQUESTS: Final = 64  # on one stream; the whole of the largest namespace has 41 pages
 REQUEST_TIMEOUT_S: Final = 15.0  # until the next request of a stream is there, and until an answer is taken
-SERVED_AT_ONCE: Final = 128  # streams; beyond it the next ones wait, since an answer has up to 256 KiB
+MAX_STREAMS: Final = 128  # at once, in all; an answer has up to 256 KiB
+MAX_SUBNET_STREAMS: Final = 48  # the same of one subnet, so that no site takes all
+MAX_PEER_STREAMS: Final = 4  # the same of one peer; ours has one
 
 PEER_PER_S, PEER_BURST = 0.5, 64.0  # requests of one PeerId: a new member asks for pages, later twice in five minutes
 SUBNET_PER_S, SUBNET_BURST = 20.0, 500.0  # of a site behind one NAT, whose peers may all start at once
@@ -53,20 +56,34 @@ class RendezvousServer:
         self.registrations = registrations
         self._peers = Rates(PEER_PER_S, PEER_BURST, TOTAL_PER_S)
         self._subnets = Rates(SUBNET_PER_S, SUBNET_BURST, TOTAL_PER_S)
-        self._room = trio.CapacityLimiter(SERVED_AT_ONCE)
+        self._streams: Counter[str] = Counter()  # by PeerId, and by subnet
 
     async def answer(self, stream: Stream) -> None:
-        """Serve one stream to its end."""
-        async with self._room:
-            messages = RendezvousStream(stream, rendezvous.MAX_REQUEST_BYTES)
-            for _ in range(MAX_REQUESTS):
-                with trio.move_on_after(REQUEST_TIMEOUT_S) as scope:
-                    request = await messages.try_receive()
-                    response = None if request is None else self.response(request, stream.peer, stream.address)
-                    if response is not None:
-                        await messages.send(response)
-                if scope.cancelled_caught or request is None:
-                    return
+        """Serve one stream to its end. Raises Busy where too many are open, RemoteProtocolError, PeerGone."""
+        peer, subnet = f"peer {stream.peer}", source_of(_ip(stream.address))
+        if (
+            self._streams[peer] >= MAX_PEER_STREAMS
+            or self._streams[subnet] >= MAX_SUBNET_STREAMS
+            or self._streams.total() >= 2 * MAX_STREAMS  # each is counted twice
+        ):
+            raise Busy("too many rendezvous streams are open")
+        self._streams.update((peer, subnet))
+        try:
+            await self._serve(stream)
+        finally:
+            self._streams.subtract((peer, subnet))
+            self._streams = +self._streams  # strangers choose the keys, so those that are used up must not stay
+
+    async def _serve(self, stream: Stream) -> None:
+        messages = RendezvousStream(stream, rendezvous.MAX_REQUEST_BYTES)
+        for _ in range(MAX_REQUESTS):
+            with trio.move_on_after(REQUEST_TIMEOUT_S) as scope:
+                request = await messages.try_receive()
+                response = None if request is None else self.response(request, stream.peer, stream.address)
+                if response is not None:
+                    await messages.send(response)
+            if scope.cancelled_caught or request is None:
+                return
 
     def response(self, request: Message, peer: PeerId, address: str) -> Message | None:
         """What is answered to ``request`` of ``peer``, whose connection comes from ``address``; None: nothing."""

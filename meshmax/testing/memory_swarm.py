@@ -2,7 +2,7 @@
 
 `MemoryNetwork` holds the peers and what goes wrong between them: ``latency_s`` one way, `partition` and `heal` (nothing
 passes between two peers, and nobody is told), `freeze` and `thaw` (nothing passes to or from a peer), `kill` (every
-connection of a peer ends at once, and the others see it). Limits and errors are those of the real swarm. Connections
+connection of a peer ends at once, and the others see it), `move` (a peer is at another address). Limits and errors are those of the real swarm. Connections
 carry the dialler's and the listener's PeerIds as they are; nothing is proved. Not here: real libp2p hosts over a
 simulated wire (sim_network).
 """
@@ -96,6 +96,13 @@ class MemoryNetwork:
         for swarm in self._swarms.values():
             if swarm.peer_id == peer:
                 swarm.close()
+
+    def move(self, swarm: MemorySwarm, address: str) -> None:
+        """From now on ``swarm`` listens at ``address`` alone (a multiaddr without /p2p); its connections are lost."""
+        self._swarms = {at: other for at, other in self._swarms.items() if other is not swarm}
+        swarm.addresses = (f"{address}/p2p/{swarm.peer_id}",)
+        self._swarms[swarm.addresses[0]] = swarm
+        swarm.cut()
 
     def passes(self, a: PeerId, b: PeerId) -> bool:
         """Whether bytes pass between ``a`` and ``b`` now."""
@@ -442,7 +449,11 @@ class MemorySwarm:
                 self._announcer.disconnected(peer_id)
 
     def close(self) -> None:
-        """End every connection; idempotent."""
+        """End every connection, for good; idempotent."""
         self.closed = True
+        self.cut()
+
+    def cut(self) -> None:
+        """End every connection."""
         for connection in tuple(self._all):
             connection.close()

@@ -1,0 +1,213 @@
+"""When a peer visits a rendezvous node, what for, and what it remembers of whom it was told there.
+
+Rules. A registration is renewed at half of its TTL, and anew at once when the namespace or our record changes. Who is there
+is asked every 30 s at first, or while nobody is connected, then every 5 min, for news only; now and then for everybody, since
+news tell nobody who left. A node that fails is visited again after growing pauses; a change of our network, or a person who
+asks, ends them. Each node is dealt with by itself, so that one that lies or is dead costs the others nothing. Whom it named
+is named again while the registration lasts, because other parts forget. Of one peer's records the one with the highest
+sequence wins. Not here: the messages (wire.rendezvous), visits themselves (services.rendezvous).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+from meshmax.base.ids import PeerId
+from meshmax.core.backoff import Random, backoff_s
+
+EARLY_S: Final = 600.0  # how long after a start or a change of the network we ask often
+DISCOVER_EARLY_S: Final = 30.0
+DISCOVER_S: Final = 300.0
+WHOLE_S: Final = 1800.0  # between questions for everybody
+REPEAT_S: Final = 300.0  # a peer is named again; peers are forgotten after twice as long without a sighting
+FIRST_BACKOFF_S: Final = 2.0
+MAX_BACKOFF_S: Final = 300.0
+MIN_PAUSE_S: Final = 1.0  # between two visits, whatever happens
+JITTER: Final = 0.1  # of a pause, either way, so that peers that started together do not stay together
+MAX_KNOWN: Final = 2048  # peers remembered of one node; the table of peers is smaller
+
+
+class Due(msgspec.Struct, frozen=True):
+    """What a visit is for now."""
+
+    register: bool
+    discover: bool
+
+
+class Schedule:
+    """One node's. Times are monotonic seconds."""
+
+    __slots__ = (
+        "_discover_at",
+        "_early_until",
+        "_failures",
+        "_pause_until",
+        "_random",
+        "_refusals",
+        "_register_at",
+        "_whole_at",
+        "cookie",
+    )
+
+    def __init__(self, random: Random, now: float) -> None:
+        self._random = random
+        self.cookie = b""  # of the last page; b"" asks for everybody
+        self._register_at = self._discover_at = self._pause_until = now
+        self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
+        self._failures = self._refusals = 0
+
+    def due(self, now: float) -> Due | None:
+        """What to visit the node for now; None: nothing."""
+        if now < self._pause_until or now < min(self._register_at, self._discover_at):
+            return None
+        return Due(now >= self._register_at, now >= self._discover_at)
+
+    def deadline(self) -> float:
+        """When `due` is to be asked next."""
+        return max(self._pause_until, min(self._register_at, self._discover_at))
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def on_record_changed(self, now: float) -> None:
+        """The namespace or our addresses are others: register at once, and ask for everybody."""
+        self._register_at = now
+        self._refusals = 0
+        self.on_look_again(now)
+
+    def on_look_again(self, now: float) -> None:
+        """The network changed, or a person asks: ask for everybody, pauses afresh."""
+        self.cookie = b""
+        self._discover_at = now
+        self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
+        if self._failures:
+            self._failures, self._pause_until = 0, now
+
+    def on_registered(self, ttl_s: float, now: float) -> None:
+        """The node took our registration for ``ttl_s``."""
+        self._refusals = 0
+        self._register_at = now + self._about(max(ttl_s / 2.0, MIN_PAUSE_S))
+
+    def on_register_refused(self, now: float) -> None:
+        """The node is there but did not take our registration: try that again after a pause, the rest goes on."""
+        self._refusals += 1
+        self._register_at = now + backoff_s(self._refusals, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+
+    def on_register_lost(self, now: float) -> None:
+        """The node does not know us any more."""
+        self._register_at = now
+
+    def on_nothing_to_register(self, now: float) -> None:
+        """We have no address to tell; `on_record_changed` comes when there is one."""
+        self._register_at = now + MAX_BACKOFF_S
+
+    def on_discovered(self, cookie: bytes, alone: bool, now: float) -> None:
+        """The node told all that it has; ``cookie`` asks for what comes later. ``alone``: no member is connected to us."""
+        self._failures = 0
+        self.cookie = cookie
+        if now >= self._whole_at:
+            self.cookie, self._whole_at = b"", now + WHOLE_S
+        often = alone or now < self._early_until
+        self._discover_at = now + self._about(DISCOVER_EARLY_S if often else DISCOVER_S)
+
+    def on_visited(self, now: float) -> None:
+        """A visit ended well."""
+        self._failures = 0
+        self._pause_until = now + MIN_PAUSE_S
+
+    def on_failed(self, now: float) -> None:
+        """A visit failed; what was due stays due. A node that was restarted does not know us any more."""
+        self._failures += 1
+        self._register_at = min(self._register_at, now)
+        self._discover_at = min(self._discover_at, now)
+        self._pause_until = now + backoff_s(self._failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+
+    def _about(self, pause_s: float) -> float:
+        return pause_s * (1.0 + JITTER * (2.0 * self._random.random() - 1.0))
+
+
+class Told(msgspec.Struct):
+    """A peer of which a node told us. ``record`` is the envelope, as it came."""
+
+    peer_id: PeerId
+    record: bytes
+    sequence: int
+    addresses: tuple[str, ...]
+    expires_at: float
+    named_at: float = float("-inf")
+
+
+class Known:
+    """Whom one node told us of; at most MAX_KNOWN, those heard of longest ago are forgotten first."""
+
+    __slots__ = ("_records", "_told")
+
+    def __init__(self) -> None:
+        self._told: dict[PeerId, Told] = {}
+        self._records: dict[bytes, PeerId] = {}
+
+    def __len__(self) -> int:
+        return len(self._told)
+
+    def renew(self, record: bytes, expires_at: float) -> bool:
+        """Whether this very record is known, and so need not be verified again; it lasts until ``expires_at`` then."""
+        peer_id = self._records.get(record)
+        if peer_id is None:
+            return False
+        told = self._told[peer_id] = self._told.pop(peer_id)
+        told.expires_at = expires_at
+        return True
+
+    def add(self, told: Told) -> None:
+        """A verified record; nothing happens where a newer one of its peer is known."""
+        old = self._told.get(told.peer_id)
+        if old and old.sequence > told.sequence:
+            return
+        if old:
+            self._forget(old)
+            if old.addresses == told.addresses:
+                told.named_at = old.named_at
+        self._told[told.peer_id] = told
+        self._records[told.record] = told.peer_id
+        if len(self._told) > MAX_KNOWN:
+            self._forget(next(iter(self._told.values())))
+
+    def sequence(self, peer_id: PeerId) -> int:
+        """The highest one known of the peer, -1 for none."""
+        told = self._told.get(peer_id)
+        return told.sequence if told else -1
+
+    def take_due(self, now: float, others: Sequence[Known]) -> list[Told]:
+        """Those to be named now, as news or again; they count as named. Peers of which ``others`` know newer are left out."""
+        for told in [told for told in self._told.values() if told.expires_at <= now]:
+            self._forget(told)
+        due = [told for told in self._told.values() if now - told.named_at >= REPEAT_S]
+        for told in due:
+            told.named_at = now
+        return [told for told in due if all(other.sequence(told.peer_id) <= told.sequence for other in others)]
+
+    def name_all_again(self) -> None:
+        """The network changed: all are due."""
+        for told in self._told.values():
+            told.named_at = float("-inf")
+
+    def clear(self) -> None:
+        """Another namespace: nobody of the old one is meant any more."""
+        self._told.clear()
+        self._records.clear()
+
+    def _forget(self, told: Told) -> None:
+        del self._told[told.peer_id]
+        del self._records[told.record]
+
+
+def told_addresses(own: Iterable[str], node: Iterable[str]) -> tuple[str, ...]:
+    """Which of our addresses to tell at a node reached at ``node``: loopback ones only where the node is on loopback."""
+    local = any(_is_loopback(address) for address in node)
+    return tuple(address for address in own if local or not _is_loopback(address))
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith(("/ip4/127.", "/ip6/::1/", "/dns/localhost/", "/dns4/localhost/", "/dns6/localhost/"))

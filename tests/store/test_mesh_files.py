@@ -1,0 +1,188 @@
+"""The mesh's files: kept over restarts, closed to others, whole or not at all, and damage is never taken for an open mesh."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from meshmax.base.errors import ConfigError, InvalidRequest, StoreError
+from meshmax.base.membership import SCOPES, MeshId, Revocation, RevocationNotice
+from meshmax.core.membership import Membership
+from meshmax.core.tickets import Tickets
+from meshmax.store.disk import Disk
+from meshmax.store.mesh_files import MeshFiles, OwnMesh
+from meshmax.wire.membership import sign_revocation
+from tests.members import MESH, NOW_S, A, B, chain_of, notice
+
+OTHER = MeshId(B.peer_id)
+OWN = OwnMesh(MESH, "home", chain_of(A, B))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> MeshFiles:
+    return MeshFiles(tmp_path)
+
+
+def given() -> Tickets:
+    tickets = Tickets()
+    tickets.give(b"s" * 16, ("infer",), 100, 2, NOW_S)
+    tickets.redeem(b"s" * 16, A.peer_id, NOW_S)
+    return tickets
+
+
+def test_without_files_the_mesh_is_open(files: MeshFiles) -> None:
+    assert files.load_own() is None
+    assert files.load_root(MESH) is None
+    assert files.load_pending() is None
+    assert files.load_notices(MESH) == ()
+    assert files.load_tickets(MESH) == ()
+    assert not files.folder.exists()
+
+
+def test_what_was_kept_is_there_after_a_restart(files: MeshFiles, tmp_path: Path) -> None:
+    files.save_own(OWN)
+    files.save_notices(MESH, [notice(A), notice(A, B, chain=chain_of(B))])
+    files.save_tickets(MESH, given().given)
+    files.save_pending("meshmax-abc")
+    again = MeshFiles(tmp_path)
+    assert again.load_own() == OWN
+    assert again.load_notices(MESH) == (notice(A), notice(A, B, chain=chain_of(B)))
+    assert again.load_tickets(MESH) == given().given
+    assert again.load_pending() == "meshmax-abc"
+    again.drop_pending()
+    assert again.load_pending() is None
+
+
+def test_a_new_mesh_has_a_root_key_and_us_as_a_member_with_every_scope(files: MeshFiles) -> None:
+    own = files.found(" home ", A.peer_id, NOW_S)
+    assert files.load_own() == own
+    assert own.name == "home"
+    word = Membership(own.mesh).verify(own.chain, A.peer_id, NOW_S)
+    assert word.scopes == SCOPES
+    root = files.load_root(own.mesh)
+    assert root is not None
+    assert str(root.peer_id) == own.mesh
+    assert [path.name for path in (files.folder / "roots").iterdir()] == [f"{own.mesh}.key"]
+
+
+def test_two_new_meshes_have_two_keys_and_the_first_is_kept(files: MeshFiles) -> None:
+    first, second = files.found("a", A.peer_id, NOW_S), files.found("b", A.peer_id, NOW_S)
+    assert first.mesh != second.mesh
+    assert files.load_root(first.mesh)
+    assert files.load_root(second.mesh)
+
+
+def test_a_mesh_needs_a_name(files: MeshFiles) -> None:
+    with pytest.raises(InvalidRequest, match="name"):
+        files.found("", A.peer_id, NOW_S)
+    assert not files.folder.exists()
+
+
+def test_nobody_else_may_read_any_of_it(files: MeshFiles) -> None:
+    own = files.found("home", A.peer_id, NOW_S)
+    files.save_notices(MESH, [])
+    files.save_tickets(MESH, ())
+    files.save_pending("x")
+    for path in (files.folder, files.folder / "roots"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    for path in [*files.folder.glob("*"), files.root_path(own.mesh)]:
+        assert path.is_dir() or stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_who_leaves_keeps_nothing_but_root_keys(files: MeshFiles) -> None:
+    own = files.found("home", A.peer_id, NOW_S)
+    files.save_notices(own.mesh, [])
+    files.save_tickets(own.mesh, given().given)
+    files.leave()
+    assert files.load_own() is None
+    assert [path.name for path in files.folder.iterdir()] == ["roots"]
+    assert files.load_root(own.mesh)
+    files.leave()
+
+
+def test_revocations_and_tickets_of_a_mesh_that_was_left_count_for_nothing(files: MeshFiles) -> None:
+    files.save_notices(OTHER, [notice(A)])
+    files.save_tickets(OTHER, given().given)
+    assert files.load_notices(MESH) == ()
+    assert files.load_tickets(MESH) == ()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xff", b"{}", b'{"mesh": 1}', b"[" * 5000])
+@pytest.mark.parametrize("name", ["member.json", "revocations.json", "tickets.json"])
+def test_a_damaged_file_is_told_with_a_remedy_and_left_as_it_is(files: MeshFiles, name: str, content: bytes) -> None:
+    files.save_own(OWN)
+    (files.folder / name).write_bytes(content)
+    loads: dict[str, Callable[[], object]] = {
+        "member.json": files.load_own,
+        "revocations.json": lambda: files.load_notices(MESH),
+        "tickets.json": lambda: files.load_tickets(MESH),
+    }
+    with pytest.raises(ConfigError, match=r"is damaged: put back a copy of it, or move it away"):
+        loads[name]()
+    assert (files.folder / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("cut", [1, 10, 200])
+def test_every_cut_of_our_membership_is_damage(files: MeshFiles, cut: int) -> None:
+    files.save_own(OWN)
+    path = files.folder / "member.json"
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(ConfigError, match="damaged"):
+        files.load_own()
+
+
+@pytest.mark.parametrize(
+    "own", [OwnMesh(MeshId(""), "x", OWN.chain), OwnMesh(MESH, "x", ()), OwnMesh(MESH, "", OWN.chain)]
+)
+def test_a_membership_that_cannot_be_is_damage(files: MeshFiles, own: OwnMesh) -> None:
+    files.save_own(own)
+    with pytest.raises(ConfigError, match="damaged"):
+        files.load_own()
+
+
+def test_a_file_that_grew_too_large_is_damage(files: MeshFiles) -> None:
+    files.save_pending("x" * 9000)
+    with pytest.raises(ConfigError, match="damaged: remove it"):
+        files.load_pending()
+
+
+def test_a_damaged_root_key_and_one_of_another_mesh_are_told(files: MeshFiles) -> None:
+    first, second = files.found("a", A.peer_id, NOW_S), files.found("b", A.peer_id, NOW_S)
+    files.root_path(first.mesh).write_bytes(files.root_path(second.mesh).read_bytes())
+    with pytest.raises(ConfigError, match="of another mesh"):
+        files.load_root(first.mesh)
+    files.root_path(first.mesh).write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"the root key .* is damaged: put back a copy"):
+        files.load_root(first.mesh)
+
+
+def test_a_mesh_id_is_no_path(files: MeshFiles) -> None:
+    with pytest.raises(InvalidRequest):
+        files.load_root(MeshId("../../identity"))
+
+
+class _Dying(Disk):
+    def sync(self, fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_write_that_fails_leaves_the_old_file(files: MeshFiles, tmp_path: Path) -> None:
+    files.save_own(OWN)
+    with pytest.raises(StoreError, match="was not written"):
+        MeshFiles(tmp_path, _Dying()).save_own(OwnMesh(OTHER, "other", OWN.chain))
+    assert files.load_own() == OWN
+    (files.folder / ".meshmax-tmp-left").write_bytes(b"")
+    files.sweep()
+    assert sorted(path.name for path in files.folder.iterdir()) == ["member.json"]
+
+
+def test_what_the_root_signs_is_of_its_mesh(files: MeshFiles) -> None:
+    own = files.found("home", A.peer_id, NOW_S)
+    root = files.load_root(own.mesh)
+    assert root is not None
+    membership = Membership(own.mesh)
+    signed = sign_revocation(Revocation(own.mesh, B.peer_id, NOW_S), root.peer_id, root.sign)
+    assert membership.revoke([RevocationNotice(signed)], NOW_S)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Sample:
     cpu_s: tuple[float, float] = (0.0, 0.0)
     memory_mb: tuple[float, float] = (0.0, 0.0)
     first_byte_s: float | None = None
+    note_cpu: Callable[[], None] = lambda: None  # now is the end, as far as CPU seconds go
 
 
 @dataclass
@@ -80,6 +82,11 @@ def watched(sending, receiving):
     before = [(cpu_s(end), memory_mb(end)) for end in ends]
     peaks, over = [0.0, 0.0], threading.Event()
 
+    def note_cpu():
+        sample.cpu_s = tuple(cpu_s(end) - then[0] for end, then in zip(ends, before, strict=True))
+
+    sample.note_cpu = note_cpu
+
     def watch():
         while not over.wait(POLL_S):
             for number, end in enumerate(ends):
@@ -92,7 +99,8 @@ def watched(sending, receiving):
     finally:
         over.set()
         watcher.join()
-    sample.cpu_s = tuple(cpu_s(end) - then[0] for end, then in zip(ends, before, strict=True))
+    if sample.cpu_s == (0.0, 0.0):
+        note_cpu()
     sample.memory_mb = tuple(peaks)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -118,13 +118,31 @@ def concrete_addresses(host: str, interfaces: list[str]) -> list[str]:
     return [host]
 
 
+def without_own_loopback(multiaddrs: Sequence[str], own: Callable[[], Sequence[str]]) -> tuple[str, ...]:
+    """``multiaddrs`` of a peer without those on loopback, unless it is on this machine, whose IP addresses ``own`` gives.
+
+    Peers tell loopback addresses for others on their machine; on any other they lead to whoever listens there.
+    """
+    hosts = {multiaddr: _host(multiaddr) for multiaddr in dict.fromkeys(multiaddrs)}
+    loopback = {multiaddr for multiaddr, host in hosts.items() if host and ipaddress.ip_address(host).is_loopback}
+    if not loopback or len(loopback) == len(hosts) or {hosts[each] for each in hosts.keys() - loopback} & set(own()):
+        return tuple(hosts)
+    return tuple(multiaddr for multiaddr in hosts if multiaddr not in loopback)
+
+
+def _host(multiaddr: str) -> str:
+    """Its IP address, or '' where it has none."""
+    try:
+        endpoint = parse_endpoint(multiaddr)
+    except InvalidRequest:
+        return ""
+    return "" if endpoint.name else endpoint.host
+
+
 def with_zones(multiaddr: str, zones: Sequence[str]) -> tuple[str, ...]:
     """``multiaddr``, or, where it is IPv6 link-local and names no zone, one for each of ``zones`` (interface names)."""
-    try:
-        host = parse_endpoint(multiaddr).host
-        if "%" in host or not is_zoned(host):
-            return (multiaddr,)
-    except (InvalidRequest, ValueError):  # nothing that we could dial, or a DNS name
+    host = _host(multiaddr)
+    if not host or "%" in host or not is_zoned(host):
         return (multiaddr,)
     return tuple(f"/ip6zone/{zone}{multiaddr}" for zone in zones)
 

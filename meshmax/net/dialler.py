@@ -16,7 +16,7 @@ import trio
 from meshmax.base.errors import ConnectError, InvalidRequest, MeshmaxError
 from meshmax.base.ids import PeerId
 from meshmax.net import library, limits
-from meshmax.net.addresses import Endpoint, parse_endpoint
+from meshmax.net.addresses import Endpoint, parse_endpoint, without_own_loopback
 from meshmax.net.wire import ByteStream, Transport
 
 Attempt = tuple[str, str, str]  # address, stage, cause
@@ -70,7 +70,7 @@ class Dialler(Generic[L]):
 
     async def _race(self, peer_id: PeerId, addresses: Sequence[str]) -> L | list[Attempt]:
         """The connection of the address that won, else why each lost."""
-        chosen = list(dict.fromkeys(addresses))[: limits.MAX_DIAL_ADDRESSES]
+        chosen = without_own_loopback(addresses, self._transport.interface_addresses)[: limits.MAX_DIAL_ADDRESSES]
         if not chosen:
             raise ConnectError("no address of the peer is known")
         attempts: list[Attempt] = []

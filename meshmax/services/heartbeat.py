@@ -181,7 +181,8 @@ class Heartbeat:
             nursery.cancel_scope.cancel()
 
     def _hurry(self, peer_id: PeerId) -> None:
-        if event := self._hurries.get(peer_id):
+        event = self._hurries.get(peer_id)
+        if event is not None:  # an Event has no truth value
             event.set()
 
     # --- answers ----------------------------------------------------------------------------------------------------------

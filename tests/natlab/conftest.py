@@ -1,7 +1,7 @@
 """A laboratory for each test, and peers that begin in a moment."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,15 @@ import pytest
 from meshmax.testing.fork_server import ForkServer, open_fork_server
 from tests.natlab.lab import Lab, open_lab, why_not
 from tests.natlab.site import Site, open_site
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
 
 
 @pytest.fixture
@@ -30,6 +39,8 @@ def forks() -> Iterator[ForkServer]:
 
 
 @pytest.fixture
-def site(lab: Lab, forks: ForkServer, tmp_path: Path) -> Iterator[Site]:
+def site(lab: Lab, forks: ForkServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     with open_site(tmp_path, forks) as site:
         yield site
+        if request.node.stash.get(FAILED, False):
+            print(site.tails())

@@ -127,6 +127,10 @@ class Site:
     def _found(self, name: str, text: str, after: int) -> int:
         return self.log(name).find(text, after) + 1
 
+    def tails(self) -> str:
+        """The ends of all logs."""
+        return "\n".join(f"--- {name}\n{peer.tail(60)}" for name, peer in self.peers.items())
+
     def address(self, name: str, ip: str) -> str:
         """The multiaddr of the peer on that host."""
         kind = "ip6" if ":" in ip else "ip4"
@@ -149,14 +153,10 @@ class Site:
 
 @contextmanager
 def open_site(folder: Path, forks: ForkServer, **settings: str) -> Iterator[Site]:
-    """Peers that are all ended with the block; the ends of their logs are printed if something went wrong."""
+    """Peers that are all ended with the block."""
     site = Site(folder, forks, **settings)
     try:
         yield site
-    except BaseException:
-        for name, peer in site.peers.items():
-            print(f"--- {name}\n{peer.tail(60)}")
-        raise
     finally:
         site.close()
 

@@ -9,6 +9,7 @@ from meshmax.net.addresses import (
     multiaddr_of,
     parse_endpoint,
     with_zones,
+    without_own_loopback,
 )
 from meshmax.testing.memory_swarm import SeededSigner
 
@@ -143,3 +144,24 @@ def test_a_link_local_address_is_tried_on_every_interface_that_it_may_be_on() ->
 )
 def test_any_other_address_needs_no_interface(address: str) -> None:
     assert with_zones(address, ["eth0"]) == (address,)
+
+
+LAN, ELSEWHERE, LOCAL = "/ip4/10.0.0.1/tcp/5", "/ip4/10.0.0.2/tcp/5", "/ip4/127.0.0.1/tcp/5"
+
+
+@pytest.mark.parametrize(
+    ("told", "tried"),
+    [
+        ((ELSEWHERE, LOCAL, "/ip6/::1/tcp/5"), (ELSEWHERE,)),
+        ((LAN, LOCAL), (LAN, LOCAL)),
+        ((LOCAL,), (LOCAL,)),
+        ((ELSEWHERE, ELSEWHERE), (ELSEWHERE,)),
+        ((LOCAL, "rubbish"), ("rubbish",)),
+        (("/dns/box.local/tcp/5", LOCAL), ("/dns/box.local/tcp/5",)),
+        ((), ()),
+    ],
+)
+def test_a_loopback_address_is_tried_where_the_peer_may_be_on_this_machine(
+    told: tuple[str, ...], tried: tuple[str, ...]
+) -> None:
+    assert without_own_loopback(told, lambda: ["10.0.0.1", "127.0.0.1"]) == tried

@@ -45,6 +45,9 @@ def peer(
     ] = (),
     lan: Annotated[bool | None, Parameter(negative="--no-lan", help="Find peers on this LAN, and be found.")] = None,
     join: Annotated[tuple[str, ...], Parameter(help="Address of a peer to connect to, repeatable.")] = (),
+    bootstrap: Annotated[
+        tuple[str, ...], Parameter(help="Address of a bootstrap node, where peers of a mesh meet; repeatable.")
+    ] = (),
     config: Annotated[
         Path | None, Parameter(help="Configuration file; default meshmax.yaml in the home folder.")
     ] = None,
@@ -57,7 +60,7 @@ def peer(
     """Run a peer in the foreground; Ctrl-C ends it."""
     given = {
         "home": str(home) if home else None, "api": api, "listen": listen or None, "lan": lan,
-        "join": join or None, "name": name, "json_logs": json_logs, "offline": offline,
+        "join": join or None, "bootstrap": bootstrap or None, "name": name, "json_logs": json_logs, "offline": offline,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     return start(load_config(flags, os.environ, config))

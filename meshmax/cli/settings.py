@@ -20,6 +20,7 @@ from meshmax.base.status import MAX_PEER_NAME
 from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.limits import Plan
 from meshmax.core.mirror import MirrorPlan
+from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.core.sweep import parse_budget
 
 ENV_PREFIX: Final = "MESHMAX_"
@@ -181,6 +182,7 @@ def _check_meaning(config: Config) -> None:
                 f"'{text[:_SHOWN_CHARACTERS]}' is not an address to join: write /ip4/ADDRESS/tcp/PORT/p2p/PEER-ID"
                 " (`meshmax status` on the other machine shows it)"
             )
+    bootstrap_nodes(config.bootstrap)
     Plan(config.limits)
     parse_budget(config.disk_budget, config.keep_free)
     MirrorPlan(config.mirror)

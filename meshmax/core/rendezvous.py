@@ -15,8 +15,10 @@ from typing import Final
 
 import msgspec
 
-from meshmax.base.ids import PeerId
+from meshmax.base.errors import ConfigError, InvalidRequest
+from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.core.backoff import Random, backoff_s
+from meshmax.wire.multiaddr import encode_multiaddr
 
 EARLY_S: Final = 600.0  # how long after a start or a change of the network we ask often
 DISCOVER_EARLY_S: Final = 30.0
@@ -201,6 +203,23 @@ class Known:
     def _forget(self, told: Told) -> None:
         del self._told[told.peer_id]
         del self._records[told.record]
+
+
+def bootstrap_nodes(texts: Iterable[str]) -> dict[PeerId, tuple[str, ...]]:
+    """Addresses (without /p2p) by PeerId of the bootstrap nodes that a person gave. Raises ConfigError."""
+    nodes: dict[PeerId, tuple[str, ...]] = {}
+    for text in texts:
+        address, _, last = text.rpartition("/p2p/")
+        try:
+            peer_id = parse_peer_id(last)
+            encode_multiaddr(address)
+        except InvalidRequest:
+            raise ConfigError(
+                f"'{text[:120]}' is not the address of a bootstrap node: write /ip4/ADDRESS/tcp/PORT/p2p/PEER-ID, or /dns/NAME "
+                "instead of /ip4/ADDRESS (`meshmax bootstrap` over there shows it)"
+            ) from None
+        nodes[peer_id] = tuple(dict.fromkeys((*nodes.get(peer_id, ()), address)))
+    return nodes
 
 
 def told_addresses(own: Iterable[str], node: Iterable[str]) -> tuple[str, ...]:

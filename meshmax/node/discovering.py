@@ -10,12 +10,16 @@ import trio
 
 from meshmax.base.discovery import KnownPeer
 from meshmax.base.ids import PeerId
+from meshmax.base.membership import OPEN_MESH
 from meshmax.base.status import PeerStatus
 from meshmax.core.known_peers import KnownPeers
+from meshmax.core.rendezvous import bootstrap_nodes
+from meshmax.net.addresses import is_lan_address, parse_endpoint
 from meshmax.node.running import Node
 from meshmax.services.cached_peers import CachedPeers
 from meshmax.services.ladder import Ladder
 from meshmax.services.network_watch import NetworkWatch
+from meshmax.services.rendezvous import Rendezvous
 from meshmax.store.peers_file import load_peers, save_peers
 
 
@@ -24,8 +28,10 @@ async def open_discovery(node: Node) -> AsyncIterator[None]:
     """Make ``node.network`` and ``node.ladder``; the ladder is climbed by presence."""
     world = node.world
     node.network = NetworkWatch(world.addresses, world.unix_now)
-    rungs = (_cached(node), *world.rungs(node.config, node.swarm))
+    rungs = (_cached(node), *world.rungs(node.config, node.swarm), *_rendezvous(node))
     off = {} if node.config.lan else {"mdns": "it is turned off (--no-lan, or lan: false)"}
+    if not node.config.bootstrap:
+        off["rendezvous"] = "no bootstrap node is configured (--bootstrap)"
     node.ladder = Ladder(rungs, world.random, node.network, off)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(node.network.run)
@@ -47,3 +53,19 @@ def _cached(node: Node) -> CachedPeers:
         return view.status if view else None
 
     return CachedPeers(known, node.swarm, status_of, lambda: "", world.unix_now, keep)
+
+
+def _rendezvous(node: Node) -> tuple[Rendezvous, ...]:
+    places = bootstrap_nodes(node.config.bootstrap)
+    if not places:
+        return ()
+
+    def own() -> tuple[str, ...]:
+        # The open mesh lives on private addresses alone, so no others are told.
+        return tuple(text for text in node.swarm.addresses if is_lan_address(parse_endpoint(text).host))
+
+    return (
+        Rendezvous(
+            node.swarm, node.signer, places.items(), own, lambda: OPEN_MESH, node.world.unix_now, node.world.random
+        ),
+    )

@@ -2,9 +2,9 @@
 
 `MemoryNetwork` holds the peers and what goes wrong between them: ``latency_s`` one way, `partition` and `heal` (nothing
 passes between two peers, and nobody is told), `freeze` and `thaw` (nothing passes to or from a peer), `kill` (every
-connection of a peer ends at once, and the others see it), `move` (a peer is at another address). Limits and errors are those of the real swarm. Connections
-carry the dialler's and the listener's PeerIds as they are; nothing is proved. Not here: real libp2p hosts over a
-simulated wire (sim_network).
+connection of a peer ends at once, and the others see it), `move` (a peer is at another address). Limits and errors are
+those of the real swarm. Connections carry the dialler's and the listener's PeerIds as they are; nothing is proved. Not here:
+real libp2p hosts over a simulated wire (sim_network).
 """
 
 from __future__ import annotations
@@ -372,6 +372,7 @@ class MemorySwarm:
             raise VersionMismatch(f"the peer does not speak {protocol}")
         connection.pipes |= {there: None, back: None}
         connection.opened[self.peer_id] += 1
+        self.gate.using(connection.passages[self.peer_id], 1)
         forget = partial(self._closed_stream, connection, there, back)
         stream = MemoryStream(peer_id, back, there, forget, connection.views[self.peer_id].address)
         answering = MemoryStream(self.peer_id, there, back, lambda: None, connection.views[peer_id].address)
@@ -380,6 +381,7 @@ class MemorySwarm:
 
     def _closed_stream(self, connection: _Connection, there: _Pipe, back: _Pipe) -> None:
         connection.opened[self.peer_id] -= 1
+        self.gate.using(connection.passages[self.peer_id], -1)
         connection.pipes.pop(there, None)
         connection.pipes.pop(back, None)
 

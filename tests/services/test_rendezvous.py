@@ -9,7 +9,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId
 from meshmax.core.registrations import Registrations
 from meshmax.core.rendezvous import DISCOVER_EARLY_S, REPEAT_S
-from meshmax.ports import LooksAgain, Stream
+from meshmax.ports import LooksAgain, Sighting, Stream
 from meshmax.services.rendezvous import IDLE_S, VISIT_S, Rendezvous
 from meshmax.services.rendezvous_stream import RendezvousStream
 from meshmax.testing.memory_swarm import SeededSigner
@@ -200,8 +200,8 @@ async def test_a_peer_with_nodes_is_told_what_to_look_at_again_and_one_without_e
     async with open_site() as site:
         seeker = await site.seeker(1)
         assert isinstance(seeker.rung, LooksAgain)
-        send, _receive = trio.open_memory_channel[object](1)
-        await seeker.rung.run(send)  # type: ignore[arg-type]
+        send, _receive = trio.open_memory_channel[Sighting](1)
+        await seeker.rung.run(send)
 
 
 # --- nodes that lie --------------------------------------------------------------------------------------------------

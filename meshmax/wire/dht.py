@@ -31,7 +31,9 @@ from meshmax.base.providers import KEY_BYTES, KeyKind
 MAGIC: Final = 0xD8
 FIRST_BYTES: Final = range(MAGIC, MAGIC + 1)
 VERSION: Final = 1
-MAX_DATAGRAM_BYTES: Final = 1200  # fits every path that carries IPv6 (1,280) without being fragmented, as QUIC's packets
+MAX_DATAGRAM_BYTES: Final = (
+    1200  # fits every path that carries IPv6 (1,280) without being fragmented, as QUIC's packets
+)
 NODE_ID_BYTES: Final = 20  # what the kademlia package computes with
 OVERLAY_BYTES: Final = 8
 REQUEST_BYTES: Final = 8
@@ -46,6 +48,7 @@ _HEADER: Final = struct.Struct(f">BB{OVERLAY_BYTES}s32s{NODE_ID_BYTES}sQ{REQUEST
 _SIGNATURE_BYTES: Final = 64
 MAX_BODY_BYTES: Final = MAX_DATAGRAM_BYTES - _HEADER.size - _SIGNATURE_BYTES
 _CLIENT: Final = 1
+_ANSWER: Final = 2
 _MULTIHASH: Final = base58.b58decode(peer_id_of(bytes(32)))[:-32]  # what stands before the key in a PeerId's bytes
 
 Verify = Callable[[bytes, bytes, bytes], bool]  # (public key, signature, data)
@@ -166,7 +169,7 @@ class Find(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="k", tag=3
 
 
 class Found(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="k", tag=4):
-    """Packed contacts, nearest first, and encoded records in the order of their providers' node ids; ``more`` of them are left."""
+    """Packed contacts, nearest first, and encoded records in the order of their providers' node ids; ``more``: some are left."""
 
     contacts: Annotated[tuple[_Packed, ...], msgspec.Meta(max_length=MAX_CONTACTS)] = msgspec.field(
         default=(), name="n"
@@ -199,6 +202,7 @@ class Introduce(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="k", 
 Question = Ping | Find | Store
 Answer = Pong | Found | Stored | Introduce
 Body = Question | Answer
+_ANSWERS: Final = (Pong, Found, Stored, Introduce)
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final[msgspec.msgpack.Decoder[Body]] = msgspec.msgpack.Decoder(Body)
@@ -226,16 +230,17 @@ class Envelope(msgspec.Struct, frozen=True):
     receiver: bytes
     time_ms: int
     request: bytes
-    client: bool  # the sender cannot be reached by who was not asked first: it belongs in no table
+    client: bool  # the sender cannot be reached by whom it did not ask first: it belongs in no table
+    answer: bool
     data: bytes
 
     @property
-    def size(self) -> int:
-        """Bytes of the datagram."""
-        return len(self.data)
+    def body_bytes(self) -> int:
+        """How long the body is."""
+        return len(self.data) - _HEADER.size - _SIGNATURE_BYTES
 
 
-def encode_datagram(  # noqa: PLR0913, PLR0917
+def encode_datagram(
     overlay: bytes,
     sender: bytes,
     receiver: bytes,
@@ -249,7 +254,7 @@ def encode_datagram(  # noqa: PLR0913, PLR0917
     encoded = _encoder.encode(body)
     if len(encoded) > MAX_BODY_BYTES:
         raise LocalProtocolError(f"a DHT message of {len(encoded)} bytes is over the limit of {MAX_BODY_BYTES}")
-    flags = _CLIENT if client else 0
+    flags = (_CLIENT if client else 0) | (_ANSWER if isinstance(body, _ANSWERS) else 0)
     data = _HEADER.pack(MAGIC, VERSION, overlay, sender, receiver, time_ms, request, flags) + encoded
     return data + sign(_DOMAIN + data)
 
@@ -261,7 +266,7 @@ def decode_header(data: bytes) -> Envelope:
     magic, version, overlay, sender, receiver, time_ms, request, flags = _HEADER.unpack_from(data)
     if magic != MAGIC or version != VERSION:
         raise RemoteProtocolError("not a DHT datagram of this version")
-    return Envelope(overlay, sender, receiver, time_ms, request, bool(flags & _CLIENT), data)
+    return Envelope(overlay, sender, receiver, time_ms, request, bool(flags & _CLIENT), bool(flags & _ANSWER), data)
 
 
 def verified(envelope: Envelope, verify: Verify) -> bool:
@@ -273,9 +278,12 @@ def verified(envelope: Envelope, verify: Verify) -> bool:
 def decode_body(envelope: Envelope) -> Body:
     """Raises RemoteProtocolError."""
     try:
-        return _decoder.decode(envelope.data[_HEADER.size : -_SIGNATURE_BYTES])
+        body = _decoder.decode(envelope.data[_HEADER.size : -_SIGNATURE_BYTES])
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"a DHT message is not valid: {str(error)[:200]}") from None
+    if isinstance(body, _ANSWERS) != envelope.answer:
+        raise RemoteProtocolError("a DHT datagram says that it is an answer and is none, or the other way round")
+    return body
 
 
 def verify_ed25519(public_key: bytes, signature: bytes, data: bytes) -> bool:

@@ -89,7 +89,7 @@ def _payload(record: ProviderRecord, addresses: Sequence[str]) -> _Payload:
     return _Payload(record.key, record.sequence, record.issued_at_s, record.expires_at_s, tuple(addresses))
 
 
-def _checked(  # noqa: PLR0913, PLR0917
+def _checked(
     public_key: bytes, peer_id: PeerId, payload: bytes, signature: bytes, now_s: float, verify: Verify
 ) -> ProviderRecord:
     if len(payload) > MAX_RECORD_BYTES - _FRONT or len(signature) != _SIGNATURE_BYTES:
@@ -105,6 +105,4 @@ def _checked(  # noqa: PLR0913, PLR0917
         raise ManifestInvalid("a provider record has addresses that are none")
     if not verify(public_key, signature, DOMAIN + payload):
         raise ManifestInvalid("a provider record does not carry the signature of its provider")
-    return ProviderRecord(
-        word.key, peer_id, word.sequence, word.issued_at_s, word.expires_at_s, word.addresses
-    )
+    return ProviderRecord(word.key, peer_id, word.sequence, word.issued_at_s, word.expires_at_s, word.addresses)

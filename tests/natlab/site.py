@@ -15,7 +15,7 @@ import httpx
 from meshmax.base.ids import PeerId
 from meshmax.store.identity import load_identity
 from meshmax.testing.fork_server import PROGRAM, ForkServer
-from meshmax.testing.process import PeerProcess, Process, start_peer, until, wait_for_api
+from meshmax.testing.process import PeerProcess, Process, spawn, start_peer, until, wait_for_api
 from tests.natlab.lab import Host
 
 CONTROL_PORT: Final = 11435  # where peers listen that are told nothing else
@@ -23,9 +23,12 @@ LOOK_EVERY_S: Final = 0.02
 
 
 class Site:
-    """Peers by the name of their host, one each, with homes below ``folder``. Made by `open_site`."""
+    """Peers by the name of their host, one each, with homes below ``folder``. Made by `open_site`.
 
-    def __init__(self, folder: Path, forks: ForkServer, **settings: str) -> None:
+    Without ``forks`` they start as anybody's do, and import everything first.
+    """
+
+    def __init__(self, folder: Path, forks: ForkServer | None, **settings: str) -> None:
         self.folder, self.forks, self.settings = folder, forks, settings
         self.hosts: dict[str, Host] = {}
         self.peers: dict[str, PeerProcess] = {}
@@ -56,7 +59,10 @@ class Site:
                 wait_for_api(self.peers[host.name])
 
     def _spawn(self, host: Host, arguments: Sequence[str], env: dict[str, str], log: Path) -> Process:
-        return self.forks.start(arguments, env, log, PROGRAM, host.path)
+        if self.forks is not None:
+            return self.forks.start(arguments, env, log, PROGRAM, host.path)
+        with host.inside():
+            return spawn(arguments, env, log)
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +158,7 @@ class Site:
 
 
 @contextmanager
-def open_site(folder: Path, forks: ForkServer, **settings: str) -> Iterator[Site]:
+def open_site(folder: Path, forks: ForkServer | None, **settings: str) -> Iterator[Site]:
     """Peers that are all ended with the block."""
     site = Site(folder, forks, **settings)
     try:

@@ -67,6 +67,11 @@ class Pending:
         self.body: Answer | None = None
         self.envelope: Envelope | None = None
 
+    async def wait(self, at_most_s: float) -> None:
+        """Until it is answered, or so long."""
+        with trio.move_on_after(max(0.0, at_most_s)):
+            await self.answered.wait()
+
 
 class Endpoint:
     """One node's end of the DHT. ``random``: has randbytes; ``client`` says whether nobody can reach us unasked."""
@@ -138,15 +143,11 @@ class Endpoint:
         try:
             receiver = node_id_of(public_key) if public_key else NOBODY
             self._send(tag, receiver, request, body, to)
-            with trio.move_on_after(slow_s if on_slow else TIMEOUT_S):
-                await pending.answered.wait()
-                return pending
-            if on_slow is None:
-                return None
-            on_slow()
-            with trio.move_on_after(max(0.0, TIMEOUT_S - slow_s)):
-                await pending.answered.wait()
-            return pending if pending.answered.is_set() else None
+            await pending.wait(slow_s if on_slow else TIMEOUT_S)
+            if on_slow is not None and pending.body is None:
+                on_slow()
+                await pending.wait(TIMEOUT_S - slow_s)
+            return pending if pending.body is not None else None
         finally:
             del self._pending[request]
 

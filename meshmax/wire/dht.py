@@ -15,6 +15,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Annotated, Final
 
 import base58
@@ -47,6 +48,7 @@ _DOMAIN: Final = b"meshmax/dht-datagram/1\n"
 _HEADER: Final = struct.Struct(f">BB{OVERLAY_BYTES}s32s{NODE_ID_BYTES}sQ{REQUEST_BYTES}sB")
 _SIGNATURE_BYTES: Final = 64
 MAX_BODY_BYTES: Final = MAX_DATAGRAM_BYTES - _HEADER.size - _SIGNATURE_BYTES
+_CACHED: Final = 8192  # contacts and ids computed lately: the same ones are met again and again; 3 MB
 _CLIENT: Final = 1
 _ANSWER: Final = 2
 _MULTIHASH: Final = base58.b58decode(peer_id_of(bytes(32)))[:-32]  # what stands before the key in a PeerId's bytes
@@ -62,6 +64,7 @@ _Record = Annotated[bytes, msgspec.Meta(max_length=MAX_BODY_BYTES)]
 # --- ids and keys ----------------------------------------------------------------------------------------------------
 
 
+@lru_cache(_CACHED)
 def node_id_of(public_key: bytes) -> bytes:
     """The node id of a peer: the first 20 bytes of the BLAKE3 of its PeerId's bytes, which hold the public key."""
     return bytes(blake3(_MULTIHASH + public_key).digest(NODE_ID_BYTES))
@@ -120,11 +123,13 @@ class Contact(msgspec.Struct, frozen=True):
         return self.ip, self.port
 
 
+@lru_cache(_CACHED)
 def pack_contact(contact: Contact) -> bytes:
     """Public key, port, packed IP: 38 bytes with IPv4, 50 with IPv6."""
     return contact.public_key + contact.port.to_bytes(2, "big") + ipaddress.ip_address(contact.ip).packed
 
 
+@lru_cache(_CACHED)
 def unpack_contact(packed: bytes) -> Contact:
     """Raises RemoteProtocolError: a wrong length, port 0, an address that nobody can have."""
     if len(packed) not in (38, 50):

@@ -2,11 +2,11 @@
 
 Rules. The dialling side asks for admission on the protocol MEMBER before anything else; a connection becomes a member's when
 both sides agree, and only then does the adapter tell of it. Streams of protocols for members wait up to
-ADMISSION_TIMEOUT_S for that. An incoming connection on which nobody asked for so long is a guest's: it may use protocols
-that are served to "anyone", and is cut after GUEST_IDLE_S without a stream. Connections that wait, and guests, are bounded;
-where there is no room the oldest of the address that has most makes way, an idle one first. A refused side has
-REFUSED_LINGER_S to read why. Without an Admission everybody is a member at once. Shared by the real swarm and the one in
-memory. Not here: what makes a member (ports.Admission), streams and sockets (the swarms).
+ADMISSION_TIMEOUT_S for that. An incoming connection on which nobody asked for so long, or before the first stream of a
+protocol that is served to "anyone", is a guest's: it may use such protocols, and is cut after GUEST_IDLE_S without a
+stream. Connections that wait, and guests, are bounded; where there is no room the oldest of the address that has most makes
+way, an idle one first. A refused side has REFUSED_LINGER_S to read why. Without an Admission everybody is a member at once.
+Shared by the real swarm and the one in memory. Not here: what makes a member (ports.Admission), streams and sockets (the swarms).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Final, Literal
 
 import trio
@@ -62,6 +61,7 @@ class Passage:
         self.ended = trio.Event()
         self.asked = False  # the dialling side has opened MEMBER
         self.streams = 0  # of the peer, open now
+        self.our_streams = 0  # to the peer, open now
         self.idle_since = trio.current_time()
 
 
@@ -105,10 +105,7 @@ class Gate:
             return
         try:
             with trio.fail_after(limits.ADMISSION_TIMEOUT_S):
-                await _over(await open_member(), partial(self._admission.admit, direction="out"))
-            if passage.state != "waiting":
-                raise ConnectError("the connection was lost during the admission")
-            self._welcome(passage)
+                await self._ask_over(await open_member(), self._admission, passage)
         except trio.TooSlowError:
             raise ConnectError(
                 f"the peer did not say within {limits.ADMISSION_TIMEOUT_S:g} s which mesh it is in"
@@ -127,6 +124,23 @@ class Gate:
         finally:
             if passage.state not in ("member", "refused"):
                 passage.cut()
+
+    async def _ask_over(self, stream: Stream, admission: Admission, passage: Passage) -> None:
+        """Closed in order after it and after a refusal, which is still to be read; else the stream is reset."""
+        try:
+            await admission.admit(stream, "out")
+            if passage.state != "waiting":
+                raise ConnectError("the connection was lost during the admission")
+            self._welcome(passage)  # at once: what was settled just now is true for no longer
+        except NotAMember:
+            with trio.CancelScope(shield=True):
+                await stream.aclose()
+            raise
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await stream.reset()
+            raise
+        await stream.aclose()
 
     async def _answer_member(self, passage: Passage, admission: Admission, stream: Stream) -> None:
         """The accepting side's part."""
@@ -175,19 +189,28 @@ class Gate:
         """See an incoming connection through until it is a member's or over."""
         with trio.move_on_after(limits.ADMISSION_TIMEOUT_S):
             await passage.settled.wait()
-        if passage.state == "waiting" and not passage.asked:
-            self._waiting.discard(passage)
-            passage.state = "guest"
-            self._guests.add(passage)
-            passage.settled.set()
+        self._let_in_as_guest(passage)
         while passage.state == "guest":
-            idle_s = 0.0 if passage.streams else trio.current_time() - passage.idle_since
+            busy = passage.streams or passage.our_streams
+            idle_s = 0.0 if busy else trio.current_time() - passage.idle_since
             if idle_s >= limits.GUEST_IDLE_S:
                 passage.cut()
             with trio.move_on_after(limits.GUEST_IDLE_S - idle_s):
                 await passage.ended.wait()
 
+    def _let_in_as_guest(self, passage: Passage) -> None:
+        if passage.state == "waiting" and passage.direction == "in" and not passage.asked:
+            self._waiting.discard(passage)
+            passage.state = "guest"
+            self._guests.add(passage)
+            passage.settled.set()
+
     # --- streams -----------------------------------------------------------------------------------------------------
+
+    def using(self, passage: Passage, streams: int) -> None:
+        """We have opened (1) or closed (-1) a stream to the peer: a connection that we use is not idle."""
+        passage.our_streams += streams
+        passage.idle_since = trio.current_time()
 
     def stream_opened(self, passage: Passage) -> bool:
         """The peer opens a stream; whether it may have one more. Followed by `stream_closed`."""
@@ -206,6 +229,8 @@ class Gate:
         if self._admission is not None and protocol == MEMBER and passage.state != "member":
             await self._answer_member(passage, self._admission, stream)
             return
+        if to == "anyone" and self._admission is not None:
+            self._let_in_as_guest(passage)  # who wants to be a member asks for that first
         lacking = await self._lacking(passage, protocol) if to == "members" else None
         if lacking is None:
             await answer(stream)
@@ -278,20 +303,6 @@ class _Told:
             self._opened_s, self._lines = now, 0
         self._lines += not known
         return not known and self._lines <= self.LINES
-
-
-async def _over(stream: Stream, work: Callable[[Stream], Awaitable[None]]) -> None:
-    """Do ``work`` over ``stream``: closed in order after it and after a refusal, which is still to be read; else reset."""
-    try:
-        await work(stream)
-    except NotAMember:
-        await stream.aclose()
-        raise
-    except BaseException:
-        with trio.CancelScope(shield=True):
-            await stream.reset()
-        raise
-    await stream.aclose()
 
 
 async def nothing_more(stream: Stream) -> None:

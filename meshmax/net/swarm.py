@@ -228,6 +228,7 @@ class LibrarySwarm:
         if self._opened[peer_id] >= limits.MAX_STREAMS_PER_PEER:
             raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
         self._opened[peer_id] += 1
+        self._gate.using(link.passage, 1)
         opening = _Opening()
         self._nursery.start_soon(self._open_raw, link, opening)
         with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
@@ -250,11 +251,9 @@ class LibrarySwarm:
             net_stream = await link.connection.new_stream()
         except library.failures() as error:
             opening.why = f"the connection was lost ({_reason(error)})"
-            self._closed(self._opened, peer_id)
+            self._closed_ours(link)
         else:
-            stream = LibraryStream(
-                peer_id, net_stream, self._say_farewell, partial(self._closed, self._opened, peer_id)
-            )
+            stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed_ours, link))
             if opening.abandoned:
                 await stream.reset()
             opening.stream = stream
@@ -311,6 +310,10 @@ class LibrarySwarm:
         counter[peer_id] -= 1
         if counter[peer_id] <= 0:
             del counter[peer_id]
+
+    def _closed_ours(self, link: _Link) -> None:
+        self._closed(self._opened, link.view.peer_id)
+        self._gate.using(link.passage, -1)
 
     def _say_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:
         if not self._ended:  # the library's tasks outlive ours by a moment; cut connections need no farewell

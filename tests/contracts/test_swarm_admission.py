@@ -235,6 +235,27 @@ async def test_guests_are_bounded_and_idle_ones_go(lan: Lan, clock: Any, kind: s
         nursery.cancel_scope.cancel()
 
 
+async def test_a_guest_that_we_use_is_not_idle_and_can_be_reached_back_at_once(lan: Lan, clock: Any, kind: str) -> None:
+    if kind == "loopback":
+        pytest.skip("takes a minute of real time")
+    async with lan.open(1, Word("mesh")) as host, lan.open(2) as guest:
+        host.serve(OPEN, echo, to="anyone")
+        guest.serve(ECHO, echo)
+        with trio.fail_after(10 * limits.GUEST_IDLE_S):
+            await guest.dial(host.peer_id, host.addresses, guest=True)
+            asked = await guest.open_stream(host.peer_id, OPEN)
+            await asked.send_all(b"x")
+            assert await asked.receive_some(10) == b"x"
+            back = await host.open_stream(guest.peer_id, ECHO)
+            await asked.aclose()
+            await trio.sleep(3 * limits.GUEST_IDLE_S)
+            await back.send_all(b"still here")
+            assert await back.receive_some(100) == b"still here"
+            await back.aclose()
+            await trio.sleep(2 * limits.GUEST_IDLE_S)
+            assert guests(host) == 0
+
+
 def guests(swarm: Any) -> int:
     gate = getattr(swarm, "gate", None) or swarm._gate
     return len(gate._guests._members)

@@ -24,6 +24,7 @@ from meshmax.ports import Sighting, Signer, Swarm
 from meshmax.services.rendezvous_stream import RendezvousStream
 from meshmax.telemetry.log import get_logger
 from meshmax.wire import rendezvous
+from meshmax.wire.multiaddr import peer_id_bytes
 from meshmax.wire.peer_record import open_record, seal_record
 from meshmax.wire.protocols import RENDEZVOUS
 from meshmax.wire.rendezvous import Discover, DiscoverResponse, Message, Register, RegisterResponse, Unregister
@@ -213,7 +214,7 @@ class Rendezvous:
     async def _register(self, node: _Node) -> None:
         namespace, own = self._seen
         if node.namespace and node.namespace != namespace:
-            await self._say(node, Unregister(node.namespace))
+            await self._say(node, self._unregister(node.namespace))
             node.namespace = ""
         addresses = told_addresses(own, node.addresses)
         if not addresses:
@@ -235,7 +236,7 @@ class Rendezvous:
         answer = await self._ask(node, request)
         if isinstance(answer, RegisterResponse) and answer.status == rendezvous.E_INVALID_SIGNED_PEER_RECORD:
             # It may hold a record from when our clock was ahead; that one we can take back.
-            await self._say(node, Unregister(request.namespace))
+            await self._say(node, self._unregister(request.namespace))
             answer = await self._ask(node, request)
         if not isinstance(answer, RegisterResponse):
             raise RemoteProtocolError("the rendezvous node gave another answer than to our registration")
@@ -303,6 +304,9 @@ class Rendezvous:
             with trio.CancelScope(shield=True):  # does not block
                 await stream.reset()
 
+    def _unregister(self, namespace: str) -> Unregister:
+        return Unregister(namespace, peer_id_bytes(self._signer.peer_id))
+
     # --- ends --------------------------------------------------------------------------------------------------------
 
     async def _drop(self, node: _Node) -> None:
@@ -316,7 +320,7 @@ class Rendezvous:
         namespace, node.namespace = node.namespace, ""
         try:
             await self._swarm.dial(node.peer_id, node.addresses, guest=True)
-            await self._say(node, Unregister(namespace))
+            await self._say(node, self._unregister(namespace))
         except MeshmaxError as error:
             _log.debug("not unregistered", address=node.addresses[0], why=error.message)
 

@@ -72,9 +72,13 @@ class RegisterResponse(msgspec.Struct, frozen=True):
 
 
 class Unregister(msgspec.Struct, frozen=True):
-    """Who sends it leaves the namespace. It has no answer."""
+    """Who sends it leaves the namespace. It has no answer.
+
+    ``peer``: the sender's PeerId in bytes, which earlier stacks want to be told; whom the connection proves counts.
+    """
 
     namespace: str
+    peer: bytes = b""
 
 
 class Discover(msgspec.Struct, frozen=True):
@@ -110,8 +114,9 @@ def _body(message: Message) -> bytes:
         case RegisterResponse(status, text, ttl_s):
             parts = number_field(1, status) + _text(2, text) + (number_field(3, ttl_s) if ttl_s else b"")
             return number_field(1, _REGISTER_RESPONSE) + data_field(3, parts)
-        case Unregister(namespace):
-            return number_field(1, _UNREGISTER) + data_field(4, data_field(1, namespace.encode()))
+        case Unregister(namespace, peer):
+            parts = data_field(1, namespace.encode()) + (data_field(2, peer) if peer else b"")
+            return number_field(1, _UNREGISTER) + data_field(4, parts)
         case Discover(namespace, limit, cookie):
             parts = _text(1, namespace)
             parts += number_field(2, limit) if limit is not None else b""

@@ -90,7 +90,8 @@ def test_requests_of_ours_are_read_by_another_library() -> None:
     discover = their_message(Discover("ns", 5, b"c"))
     assert (discover.type, discover.discover.ns) == (TheirMessage.DISCOVER, "ns")
     assert (discover.discover.limit, discover.discover.cookie) == (5, b"c")
-    assert their_message(Unregister("ns")).unregister.ns == "ns"
+    left = their_message(Unregister("ns", b"id")).unregister
+    assert (left.ns, left.id) == ("ns", b"id")
 
 
 def test_answers_pass_between_us_and_another_library() -> None:

@@ -17,9 +17,11 @@ from starlette.routing import Route
 from meshmax.api.access import Policy
 from meshmax.api.adopt_routes import AdoptFace
 from meshmax.api.bundle_routes import BundleFace
+from meshmax.api.doctor_routes import DoctorFace
 from meshmax.api.fsck_routes import FsckFace
 from meshmax.api.guard import Guard
 from meshmax.api.limit_routes import LimitFace
+from meshmax.api.membership_routes import MembershipFace
 from meshmax.api.mesh_routes import MeshFace
 from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_routes import OllamaFace
@@ -67,10 +69,12 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *OllamaFace(prompts).routes(),
         *OpenAiFace(prompts).routes(),
         *mesh.routes(),
+        *MembershipFace(node, mesh.find_id).routes(),
         *LimitFace(node).routes(),
         *UploadFace(node).routes(),
         *RegistryFace(node, prompts.open_answers).routes(),
         *FsckFace(node, prompts.open_answers).routes(),
+        *DoctorFace(node, prompts.open_answers).routes(),
         *AdoptFace(node, prompts.open_answers).routes(),
         *BundleFace(node, prompts.open_answers).routes(),
         *TransferFace(node, mesh.find_id).routes(),

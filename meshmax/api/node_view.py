@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+from meshmax.api.membership_routes import HasMembership
 from meshmax.api.registry_routes import HasRepositories
 from meshmax.api.registry_uploads import HasUploads
 from meshmax.base.config import Config
 from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Residency, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
+from meshmax.services.doctor import Doctor
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
+from meshmax.services.ladder import Ladder
 from meshmax.services.leftovers import Leftovers
 from meshmax.services.throttle import Limits
 
@@ -61,6 +64,12 @@ class _Services(Protocol):
     def garbage(self) -> Garbage: ...
 
     @property
+    def ladder(self) -> Ladder: ...
+
+    @property
+    def doctor(self) -> Doctor: ...
+
+    @property
     def leftovers(self) -> Leftovers: ...
 
     @property
@@ -93,7 +102,7 @@ class _Facts(Protocol):
         ...
 
 
-class ApiNode(_Services, _RegistryParts, _Facts, Protocol):
+class ApiNode(_Services, _RegistryParts, HasMembership, _Facts, Protocol):
     """A running node. ``token`` '' where there is none; ``started_at_s`` Unix time."""
 
     @property

@@ -19,9 +19,11 @@ from cyclopts import App, CycloptsError, Parameter
 
 from meshmax import __version__
 from meshmax.base.errors import InvalidRequest, MeshmaxError
+from meshmax.cli.argv import try_hide
 
 EXIT_USAGE: Final = 2
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells expect
+MIN_TICKET: Final = 24  # characters: shorter ones hold no part of a secret worth hiding
 EXIT_BROKEN_PIPE: Final = 141  # 128 + SIGPIPE
 
 # name, where, what it does (help shows this without importing the module)
@@ -36,8 +38,12 @@ _COMMANDS: Final = (
     ("cp", "meshmax.cli.models:cp", "Give a model a second name."),
     ("rm", "meshmax.cli.models:rm", "Delete models from this peer."),
     ("stop", "meshmax.cli.models:stop", "Unload a model from memory."),
+    ("mesh", "meshmax.cli.membership:mesh", "Show the mesh that this peer is in, or make, leave and manage one."),
+    ("ticket", "meshmax.cli.ticket:ticket", "Make a ticket that invites another peer into this mesh."),
+    ("join", "meshmax.cli.ticket:join", "Join the mesh that a ticket invites to."),
     ("peers", "meshmax.cli.mesh:peers", "List the peers of the mesh."),
     ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
+    ("doctor", "meshmax.cli.doctor:doctor", "Find out why peers do not find each other, and what to do."),
     ("fsck", "meshmax.cli.fsck:fsck", "Check every chunk of every model here, and repair what is damaged."),
     ("pin", "meshmax.cli.sweep:pin", "Keep a model: no sweep takes it, and its name goes on meaning it."),
     ("unpin", "meshmax.cli.sweep:unpin", "Let go of a pinned model."),
@@ -79,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal that lacks a letter gets another, not a traceback
         sys.stdout.reconfigure(errors="replace")
     tokens = _spelled_out(list(sys.argv[1:] if arguments is None else arguments))
+    if tokens[:1] == ["join"]:
+        try_hide(_tickets(tokens[1:]))
     try:
         result = make_app()(tokens, exit_on_error=False, print_error=False)
         sys.stdout.flush()
@@ -108,6 +116,11 @@ def _spelled_out(tokens: list[str]) -> list[str]:
         if word in _OPTIONAL_VALUE and (at + 1 >= end or words[at + 1].startswith("-")):
             words[at] = f"{word}=-"
     return words
+
+
+def _tickets(tokens: Sequence[str]) -> list[str]:
+    """What may be a ticket, or a part of one, among the arguments of `join`."""
+    return [word for word in tokens if len(word) >= MIN_TICKET and not word.startswith("-") and "/" not in word]
 
 
 def _usage_text(error: CycloptsError) -> str:

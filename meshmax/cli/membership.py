@@ -1,0 +1,193 @@
+"""`meshmax mesh`: the mesh that this peer is in, making a private one, its members, revoking them, leaving it.
+
+The commands ask the running peer. Where none runs (and none was named by its address), the mesh is shown, made and left in the
+files of the home, which is held meanwhile as a peer would. Not here: tickets (cli.ticket), what a membership is
+(core.membership).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import App, Parameter
+
+from meshmax.base.errors import InvalidRequest, NotAMember
+from meshmax.base.membership import OPEN_MESH, SCOPES, MeshView
+from meshmax.cli.client import NoPeerRunning, Target, home_folder, open_client, running_api
+from meshmax.cli.models import HERE, AsJson
+from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable, table
+
+if TYPE_CHECKING:
+    from meshmax.base.ids import PeerId
+    from meshmax.store.mesh_files import MeshFiles
+
+LABEL_WIDTH = 10
+OPEN_WORDS = "the open LAN mesh: anyone on this LAN may use it; `meshmax mesh new NAME` closes it"
+
+mesh = App(
+    name="mesh",
+    help="Show the mesh that this peer is in, or make, leave and manage one.",
+    default_parameter=Parameter(negative=(), show_default=False),
+    help_format="plaintext",
+    version_flags=[],
+)
+
+
+@mesh.default
+def show(*, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Show the mesh that this peer is in."""
+    _tell(_local_view(target) if runs_none(target) else _asked(target, "GET", "/api/v1/mesh"), as_json)
+
+
+@mesh.command
+def new(name: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Make a private mesh called NAME, whose first member this peer is. Its root key stays on this machine."""
+    if runs_none(target):
+        _make(name, target)
+        answer = _local_view(target)
+    else:
+        answer = _asked(target, "POST", "/api/v1/mesh", {"name": name})
+    _tell(answer, as_json)
+    if not as_json:
+        emit("`meshmax ticket` invites another peer.")
+
+
+@mesh.command
+def members(*, as_json: AsJson = False, target: Target = HERE) -> None:
+    """List the members that this peer knows: those that it has met, and those that were revoked."""
+    answer = _asked(target, "GET", "/api/v1/mesh/members")
+    if as_json:
+        emit_json(answer)
+        return
+    if not answer["members"]:
+        emit(f"This peer is in {OPEN_WORDS}.")
+        return
+    header = ("NAME", "PEER ID", "SCOPES", "STATE")
+    emit(table(header, [_member_row(member, time.time()) for member in answer["members"]]))
+
+
+@mesh.command
+def revoke(peer: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+    """End the membership of PEER (a PeerId, or a name that only one has): everywhere, within seconds."""
+    answer = _asked(target, "POST", "/api/v1/mesh/revoke", {"peer": peer})
+    if as_json:
+        emit_json(answer)
+    else:
+        emit(f"{answer['peer_id']} is no member any more. Tickets that were given out before go on: it may hold one.")
+
+
+@mesh.command
+def leave(*, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Leave the private mesh: this peer is in the open mesh of its LAN again. A root key stays where it is."""
+    if runs_none(target):
+        with held_mesh(target) as (files, _):
+            files.leave()
+        answer = _local_view(target)
+    else:
+        answer = _asked(target, "POST", "/api/v1/mesh/leave", {})
+    _tell(answer, as_json)
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def _tell(answer: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit_json(answer)
+    else:
+        emit(describe(answer, time.time()))
+
+
+def describe(answer: dict[str, Any], now_s: float) -> str:
+    """The lines of `meshmax mesh`."""
+    if not answer["private"]:
+        lines = [("mesh", OPEN_WORDS)]
+    else:
+        lines = [("mesh", f"{answer['name']} (private)"), ("id", answer["mesh"])]
+        if answer["scopes"]:
+            until = human_time(parse_time_s(answer["expires_at"] or ""), now_s)
+            lines.append(
+                ("you", f"{', '.join(answer['scopes'])}; the certificate ends {until} and is renewed by itself")
+            )
+        if answer["root"]:
+            lines.append(("root key", "on this machine, in mesh/roots/ of its home: keep a copy where nobody finds it"))
+    if answer.get("problem"):
+        lines.append(("problem", answer["problem"]))
+    return "\n".join(f"{label:<{LABEL_WIDTH}}{printable(text)}" for label, text in lines)
+
+
+def _member_row(member: dict[str, Any], now_s: float) -> tuple[str, ...]:
+    revoked = parse_time_s(member["revoked_at"] or "")
+    if revoked is not None:
+        state = f"revoked {human_time(revoked, now_s)}"
+    else:
+        state = f"until {human_time(parse_time_s(member['expires_at']), now_s)}"
+    return printable(member["name"]) or "-", member["peer_id"], ", ".join(member["scopes"]) or "-", state
+
+
+# --- with and without a peer -------------------------------------------------------------------------------------------
+
+
+def _asked(target: Target, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    with open_client(target) as client:
+        answer: dict[str, Any] = client.call(method, path, body)
+    return answer
+
+
+def runs_none(target: Target) -> bool:
+    """Whether no peer was named by its address, and none runs on the home."""
+    if target.api or (not target.home and os.environ.get("MESHMAX_API")):
+        return False
+    try:
+        running_api(home_folder(target.home))
+    except NoPeerRunning:
+        return True
+    return False
+
+
+@contextmanager
+def held_mesh(target: Target) -> Iterator[tuple[MeshFiles, PeerId]]:
+    """The files of the home that no peer runs on, and who it is; held, so that none starts meanwhile. Raises ConfigError."""
+    from meshmax.store.home import hold_home
+    from meshmax.store.identity import load_identity
+    from meshmax.store.mesh_files import MeshFiles
+
+    with hold_home(home_folder(target.home).absolute()) as home:
+        yield MeshFiles(home.path), load_identity(home.path).peer_id
+
+
+def _make(name: str, target: Target) -> None:
+    with held_mesh(target) as (files, peer_id):
+        if (own := files.load_own()) is not None:
+            raise InvalidRequest(f"this peer is in the mesh '{own.name}' already: `meshmax mesh leave` leaves it first")
+        files.found(name, peer_id, time.time())
+        files.drop_pending()
+
+
+def _local_view(target: Target) -> dict[str, Any]:
+    """The mesh as the files say, in the shape of GET /api/v1/mesh."""
+    from meshmax.api.membership_routes import mesh_json
+    from meshmax.core.membership import Membership
+    from meshmax.store.identity import KEY_FILE, load_identity
+    from meshmax.store.mesh_files import MeshFiles
+
+    home = home_folder(target.home).absolute()
+    files = MeshFiles(home)
+    own, now_s = files.load_own(), time.time()
+    waiting = "a ticket waits to be used: `meshmax peer` does it" if files.load_pending() else ""
+    if own is None:
+        return mesh_json(MeshView(OPEN_MESH, "", False, SCOPES, problem=waiting))
+    root = files.load_root(own.mesh) is not None
+    if not (home / KEY_FILE).exists():
+        return mesh_json(MeshView(own.mesh, own.name, root, (), problem="the identity is gone: join with a new ticket"))
+    try:
+        certificate = Membership(own.mesh, files.load_notices(own.mesh), now_s).verify(
+            own.chain, load_identity(home).peer_id, now_s
+        )
+    except NotAMember as error:
+        return mesh_json(MeshView(own.mesh, own.name, root, (), problem=error.message))
+    return mesh_json(MeshView(own.mesh, own.name, root, certificate.scopes, certificate.expires_at_s, waiting))

@@ -1,0 +1,130 @@
+"""`meshmax ticket` and `meshmax join`: inviting a peer into a mesh, and following an invitation.
+
+A ticket is a secret until it is used. It is printed where it was asked for and nowhere else; `join` reads it from its argument
+(and hides that from the process list at once, see cli.main), from standard input, or asks for it without showing it. It goes to
+the peer in a request's body. Without a running peer it is kept in a file of mode 0600 for the next `meshmax peer`. Not here: the
+text's form (wire.ticket), who redeems it (services.membership).
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+import time
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
+
+from meshmax.base.errors import InvalidRequest
+from meshmax.base.membership import Ticket
+from meshmax.base.units import format_span, parse_span_s
+from meshmax.cli.client import Target, open_client
+from meshmax.cli.membership import describe, held_mesh, runs_none
+from meshmax.cli.models import HERE, AsJson
+from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable
+from meshmax.core.membership import parse_scopes
+from meshmax.wire.ticket import MAX_PASTED, parse_ticket, ticket_text
+
+QUIET_ZONE: Final = 2  # dots around a QR code; readers want some, the standard's four cost four lines
+
+
+def ticket(
+    *,
+    expires: Annotated[str, Parameter(help="How long it can be used: 30m, 12h, 7d, 2w.")] = "7d",
+    scope: Annotated[
+        str, Parameter(help="What its user may do: infer (have prompts answered), pull (be sent models), admin.")
+    ] = "infer,pull",
+    uses: Annotated[int, Parameter(help="How many peers can use it.")] = 1,
+    no_qr: Annotated[bool, Parameter(help="Print no QR code.")] = False,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
+    """Make a ticket: who has it can `meshmax join` this mesh, once unless --uses says more. Keep it secret.
+
+    Into a pipe only the ticket's text is printed: `meshmax ticket | ssh other meshmax join`.
+    """
+    body = {"expires_s": parse_span_s(expires), "scopes": parse_scopes(scope), "uses": uses}
+    with open_client(target) as client:
+        answer = client.call("POST", "/api/v1/mesh/tickets", body)
+    if as_json:
+        emit_json(answer)
+    elif not sys.stdout.isatty():
+        emit(printable(answer["ticket"]))
+    else:
+        emit(invitation(answer, time.time(), shutil.get_terminal_size().columns, qr=not no_qr))
+
+
+def invitation(answer: dict[str, Any], now_s: float, width: int, qr: bool) -> str:
+    """What a person sees of a new ticket, ``width`` columns wide."""
+    text = printable(answer["ticket"])
+    lines = [code] if qr and (code := qr_code(text, width)) else []
+    count = answer["uses"]
+    until = human_time(parse_time_s(answer["expires_at"]), now_s)
+    lines += [
+        f"On the other machine:  meshmax join {text}",
+        f"It invites {'one peer' if count == 1 else f'{count} peers'} into '{printable(answer['mesh_name'])}'"
+        f" with {', '.join(answer['scopes'])}, and ends {until}. Keep it secret until it is used.",
+    ]
+    return "\n".join(lines)
+
+
+def qr_code(text: str, width: int) -> str:
+    """``text`` as a QR code in block characters; '' where ``width`` columns are too few."""
+    import segno  # only where one is shown
+
+    # Capitals take half the room of small letters, and a ticket reads the same in both.
+    code = segno.make(text.upper(), error="l")
+    if code.symbol_size(border=QUIET_ZONE)[0] > width:
+        return ""
+    drawn = io.StringIO()
+    code.terminal(drawn, compact=True, border=QUIET_ZONE)
+    return drawn.getvalue().rstrip("\n")
+
+
+def join(
+    text: Annotated[str, Parameter(name="TICKET", help="The ticket; better through a pipe or when asked for.")] = "",
+    /,
+    *,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
+    """Join the mesh that a ticket invites to. Without TICKET it is read from standard input, or asked for.
+
+    Where no peer is running, the ticket is kept, and the next `meshmax peer` uses it.
+    """
+    given = parse_ticket(text or _asked())
+    if (late_s := time.time() - given.expires_at_s) > 0:
+        raise InvalidRequest(f"the ticket expired {format_span(late_s)} ago by this machine's clock: ask for a new one")
+    if runs_none(target):
+        _keep(given, target, as_json)
+        return
+    if sys.stderr.isatty() and not as_json:
+        sys.stderr.write(f"joining '{printable(given.mesh_name)}' ...\n")
+    with open_client(target) as client:
+        answer = client.call("POST", "/api/v1/mesh/join", {"ticket": ticket_text(given)})
+    if as_json:
+        emit_json(answer)
+    else:
+        emit(describe(answer, time.time()))
+
+
+def _asked() -> str:
+    if not sys.stdin.isatty():
+        return sys.stdin.read(MAX_PASTED + 1)
+    import getpass
+
+    return getpass.getpass("Ticket (not shown): ")
+
+
+def _keep(given: Ticket, target: Target, as_json: bool) -> None:
+    with held_mesh(target) as (files, _):
+        own = files.load_own()
+        if own is not None and own.mesh != given.mesh:
+            raise InvalidRequest(f"this peer is in the mesh '{own.name}' already: `meshmax mesh leave` leaves it first")
+        files.save_pending(ticket_text(given))
+    if as_json:
+        emit_json({"mesh": given.mesh, "name": given.mesh_name, "pending": True})
+    else:
+        name = printable(given.mesh_name)
+        emit(f"The ticket for '{name}' is kept: no peer is running here, and the next `meshmax peer` uses it.")

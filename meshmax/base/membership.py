@@ -93,3 +93,4 @@ class MeshView(msgspec.Struct, frozen=True):
     root: bool
     scopes: tuple[Scope, ...]
     expires_at_s: int | None = None
+    problem: str = ""  # what keeps this node from being a member, or from becoming one; '' if nothing does

@@ -1,0 +1,86 @@
+"""Joining a mesh with a ticket: its issuer is dialled as a guest, until it answers or the ticket can never be worth anything.
+
+Rules: the ticket is kept on disk until then, so that a restart goes on. The issuer is tried at the addresses of the ticket and at
+those that anybody named meanwhile; failures back off to MAX_PAUSE_S. What is refused by the issuer itself is final. What goes
+on is said in ``problem``. Not here: what becomes of the certificate (services.membership), what a ticket is worth (core.tickets).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import trio
+
+from meshmax.base.errors import MeshmaxError, NotAMember, PeerGone
+from meshmax.base.ids import PeerId
+from meshmax.base.membership import Ticket
+from meshmax.base.units import format_span
+from meshmax.core.backoff import Random, backoff_s
+from meshmax.core.chains import CLOCK_TOLERANCE_S
+from meshmax.core.membership import Membership
+from meshmax.ports import Swarm
+from meshmax.services.tickets import ask_issuer
+from meshmax.telemetry.log import get_logger
+from meshmax.wire import membership as wire
+
+ATTEMPT_TIMEOUT_S: Final = 15.0  # dialling, asking and the answer
+FIRST_PAUSE_S: Final = 1.0
+MAX_PAUSE_S: Final = 60.0
+
+_log = get_logger("joining")
+AddressesOf = Callable[[PeerId], Sequence[str]]
+
+
+class Joining:
+    """One ticket on its way. ``settled`` is set with the first outcome, good or bad; ``refused`` if it was the last."""
+
+    def __init__(self, ticket: Ticket, name: str) -> None:
+        """``name``: what people call this node; the issuer's log shows it."""
+        self.ticket = ticket
+        self.problem = "the ticket's issuer is being asked"
+        self.settled = trio.Event()
+        self.refused: NotAMember | None = None
+        self._name = name
+
+    async def run(
+        self,
+        swarm: Swarm,
+        addresses_of: AddressesOf,
+        unix_now: Callable[[], float],
+        random: Random,
+        again: Callable[[], trio.Event],
+    ) -> wire.Issued | None:
+        """The certificate, or None if there will never be one (see ``refused``). ``again``: an event that ends the pause."""
+        failures = 0
+        while True:
+            try:
+                issued = await self._attempt(swarm, addresses_of, unix_now)
+            except NotAMember as error:
+                self.refused, self.problem = error, error.message
+                _log.warning("the ticket was refused", issuer=self.ticket.issuer, why=error.message)
+                return None
+            except MeshmaxError as error:
+                failures += 1
+                why = error.message
+            else:
+                return issued
+            log = _log.info if failures == 1 else _log.debug
+            pause_s = backoff_s(failures, FIRST_PAUSE_S, MAX_PAUSE_S, random)
+            self.problem = f"the ticket's issuer was not reached ({failures} times): {why[:400]}"
+            log("the ticket's issuer was not reached", issuer=self.ticket.issuer, why=why, again_in_s=round(pause_s, 1))
+            self.settled.set()
+            with trio.move_on_after(pause_s):
+                await again().wait()
+
+    async def _attempt(self, swarm: Swarm, addresses_of: AddressesOf, unix_now: Callable[[], float]) -> wire.Issued:
+        ticket, late_s = self.ticket, unix_now() - self.ticket.expires_at_s
+        if late_s > CLOCK_TOLERANCE_S:
+            raise NotAMember(f"the ticket expired {format_span(late_s)} ago: ask for a new one")
+        named = [*ticket.addresses, *addresses_of(ticket.issuer)]
+        with trio.move_on_after(ATTEMPT_TIMEOUT_S):
+            await swarm.dial(ticket.issuer, list(dict.fromkeys(named)), guest=True)
+            issued = await ask_issuer(swarm, ticket.issuer, wire.Redeem(ticket.secret, self._name))
+            Membership(ticket.mesh).verify(issued.chain, swarm.peer_id, unix_now())
+            return issued
+        raise PeerGone(f"no answer within {ATTEMPT_TIMEOUT_S:g} s")

@@ -1,0 +1,490 @@
+"""The mesh that this node is in: who is admitted, who may what, and how that changes while it runs. Satisfies ports.Admission.
+
+Rules: what changes is written down before it counts. Changing mesh cuts every connection, and discovery starts afresh. A
+revocation takes effect at once here, is told to all connected members, who tell theirs, and to everybody at admission. Our
+certificate is renewed in time by the root if its key is here, else by any connected member that may; then it is shown to those
+who are connected. A member whose certificate ends is let go. Not here: the words (wire.membership, services.admission), what is
+valid (core.membership), the files (store.mesh_files), a ticket on its way (services.joining).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final, Literal, NoReturn
+
+import trio
+
+from meshmax.base.errors import InvalidRequest, NotAMember, OutOfScope, RemoteProtocolError
+from meshmax.base.ids import PeerId, parse_peer_id
+from meshmax.base.membership import (
+    MAX_TICKET_ADDRESSES,
+    OPEN_MESH,
+    SCOPES,
+    MemberView,
+    MeshView,
+    Revocation,
+    RevocationNotice,
+    Scope,
+    Ticket,
+)
+from meshmax.core.membership import check_mesh_name
+from meshmax.ports import RunSync, Signer, Stream, Swarm
+from meshmax.services import admission
+from meshmax.services.frames import FrameStream
+from meshmax.services.joining import AddressesOf, Joining
+from meshmax.services.renewal import Renewal
+from meshmax.services.standing import Standing
+from meshmax.services.tickets import TicketDesk
+from meshmax.store.mesh_files import MeshFiles, OwnMesh
+from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.log import get_logger
+from meshmax.wire import membership as wire
+from meshmax.wire.failure import failure_of
+from meshmax.wire.protocols import BLOB, INFER, LANE, MEMBER, MODEL, TICKET
+from meshmax.wire.ticket import parse_ticket, ticket_text
+
+GUARDS: Final[dict[str, tuple[Scope, ...]]] = {  # any one of these scopes opens the protocol; others are any member's
+    INFER: ("infer",),
+    MODEL: ("pull", "admin"),  # who may tell others to pull must be able to ask them
+    BLOB: ("pull",),
+    LANE: ("pull",),
+}
+JOIN_WAIT_S: Final = 20.0  # how long `join` waits for the first outcome; afterwards it goes on behind
+TOLD_AT_ONCE: Final = 16  # members told of news at the same time
+TELL_TIMEOUT_S: Final = 10.0
+NEWS_PACE_S: Final = 0.1  # after each message of a peer's news: 64 notices take up to 50 ms to check
+
+MAX_UNTOLD: Final = 64  # waiting for one member
+MAX_HEARD: Final = 4  # told by one member at the same time; ours tell one thing after the other
+LOOK_AGAIN_S: Final = 60.0
+
+_log = get_logger("membership")
+Tell = Callable[[FrameStream], Awaitable[None]]
+
+
+class MembershipService:
+    """See the module. Made before the swarm, which asks it; running once `open_membership` is entered."""
+
+    def __init__(
+        self,
+        signer: Signer,
+        files: MeshFiles,
+        unix_now: Callable[[], float],
+        random: Any,
+        run_sync: RunSync,
+        name: str = "",
+    ) -> None:
+        """Reads the files, which blocks briefly. Raises ConfigError. ``name``: what people call this node."""
+        self._signer, self._files, self._unix_now = signer, files, unix_now
+        self._random, self._run_sync, self._name = random, run_sync, name
+        files.sweep()
+        self._standing = self._load()
+        pending = files.load_pending()
+        self._joining = Joining(parse_ticket(pending), name) if pending else None
+        self._writing = trio.Lock()
+        self._woken = trio.Event()  # somebody was admitted, the mesh or a ticket changed: look again at what is due
+        self._teller = trio.CapacityLimiter(TOLD_AT_ONCE)
+        self._untold: dict[PeerId, deque[Tell]] = {}  # by member that is being told something
+        self._hearing: Counter[PeerId] = Counter()
+        self._swarm: Swarm
+        self._nursery: trio.Nursery
+        self.desk = TicketDesk(lambda: self._standing, self._keep_tickets, unix_now)
+        self.bootstrap: Callable[[], Sequence[str]] = tuple  # what tickets name beside our own addresses
+        self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
+        self.addresses_of: AddressesOf = lambda peer_id: ()
+        # Called after the mesh has changed, with who is to be dialled first and where.
+        self.on_change: Callable[[PeerId | None, Sequence[str]], None] = lambda peer_id, addresses: None
+
+    def _load(self) -> Standing:
+        own = self._files.load_own()
+        if own is None:
+            return Standing(self._signer)
+        root = self._files.load_root(own.mesh)
+        notices, given = self._files.load_notices(own.mesh), self._files.load_tickets(own.mesh)
+        return Standing(self._signer, own, root, notices, given, self._unix_now())
+
+    # --- ports.Admission ---------------------------------------------------------------------------------------------
+
+    async def admit(self, stream: Stream, direction: Literal["in", "out"]) -> None:
+        """See ports.Admission."""
+        standing = self._standing
+        member = await admission.admit(stream, direction, standing, self._unix_now, partial(self._take, standing))
+        if standing is not self._standing:
+            raise NotAMember("one of the two peers has just changed its mesh")
+        if member is not None:
+            standing.note(stream.peer, member)
+            self._wake()
+
+    def check(self, peer_id: PeerId, protocol: str) -> None:
+        """See ports.Admission."""
+        if self._standing.core is None:
+            return
+        held = self._standing.member(peer_id, self._unix_now()).certificate.scopes
+        wanted = GUARDS.get(protocol, SCOPES)
+        if not set(wanted) & set(held):
+            raise OutOfScope(_lacking(wanted[0]))
+
+    def require(self, peer_id: PeerId, scope: Scope) -> None:
+        """Raises OutOfScope unless the member ``peer_id`` has ``scope``, NotAMember. In the open mesh everybody has all."""
+        if self._standing.core is None:
+            return
+        if scope not in self._standing.member(peer_id, self._unix_now()).certificate.scopes:
+            raise OutOfScope(_lacking(scope))
+
+    # --- for faces ---------------------------------------------------------------------------------------------------
+
+    @property
+    def mesh(self) -> str:
+        """The id of our mesh; '' for the open one."""
+        return self._standing.mesh
+
+    def view(self) -> MeshView:
+        """The mesh that this node is in, and what is wrong with it."""
+        standing, problem = self._standing, self._joining.problem if self._joining else ""
+        scopes: tuple[Scope, ...] = ()
+        expires_at_s = None
+        try:
+            own = standing.own(self._unix_now())
+        except NotAMember as error:
+            problem = problem or error.message
+        else:
+            scopes, expires_at_s = (own.scopes, own.expires_at_s) if own else (SCOPES, None)
+        return MeshView(standing.mesh, standing.name, standing.root is not None, scopes, expires_at_s, problem)
+
+    def members(self) -> tuple[MemberView, ...]:
+        """Ourselves, the members that this node has met, and who was revoked; () in the open mesh."""
+        standing = self._standing
+        if standing.core is None:
+            return ()
+        view, revocations = self.view(), standing.core.revocations
+        own_id = self._signer.peer_id
+        found = [MemberView(own_id, self._name, view.scopes, view.expires_at_s or 0, revocations.revoked_at_s(own_id))]
+        for peer_id, member in standing.members:
+            certificate = member.certificate
+            found.append(MemberView(peer_id, self.name_of(peer_id), certificate.scopes, certificate.expires_at_s))
+        known = {member.peer_id for member in found}
+        for peer_id in revocations.peers():
+            if peer_id not in known:
+                revoked_at_s = revocations.revoked_at_s(peer_id)
+                found.append(MemberView(peer_id, self.name_of(peer_id), (), 0, revoked_at_s))
+        return tuple(found)
+
+    async def create(self, name: str) -> MeshView:
+        """Make a mesh with this node as its first member and the keeper of its root key. Raises InvalidRequest, StoreError."""
+        name = check_mesh_name(name)
+        self._require_open()
+        async with self._writing:
+            found = partial(self._files.found, name, self._signer.peer_id, self._unix_now())
+            own = await self._run_sync(found)
+            await self._enter(own)
+        return self.view()
+
+    async def ticket(self, scopes: Sequence[Scope], expires_s: float, uses: int) -> str:
+        """The text of a new ticket. Raises InvalidRequest, OutOfScope, NotAMember, QuotaExceeded, StoreError."""
+        standing, now_s = self._standing, self._unix_now()
+        if standing.core is None:
+            raise InvalidRequest("the open mesh needs no tickets: `meshmax mesh new NAME` makes a mesh that has them")
+        own = standing.own(now_s)
+        if standing.root is None and own and not {"admin", *scopes} <= set(own.scopes):
+            raise OutOfScope(
+                "a ticket can give what its giver has, and needs the scope admin: " + ", ".join(own.scopes)
+            )
+        secret = secrets.token_bytes(wire.SECRET_BYTES)
+        given = standing.tickets.give(secret, scopes, expires_s, uses, now_s)
+        await self._keep_tickets(standing)
+        addresses = _reachable(self._swarm.addresses)
+        bootstrap = tuple(self.bootstrap())[:MAX_TICKET_ADDRESSES]
+        return ticket_text(
+            Ticket(
+                standing.mesh,
+                standing.name,
+                self._signer.peer_id,
+                secret,
+                given.scopes,
+                given.expires_at_s,
+                addresses,
+                bootstrap,
+            )
+        )
+
+    async def join(self, text: str) -> MeshView:
+        """Join with a ticket; returns after the first outcome, or JOIN_WAIT_S: see `MeshView.problem`, it goes on behind.
+
+        Raises InvalidRequest (no ticket, in another mesh), NotAMember (refused), StoreError.
+        """
+        ticket = parse_ticket(text)
+        if self._standing.mesh not in (OPEN_MESH, ticket.mesh):
+            self._require_open()
+        async with self._writing:
+            await self._run_sync(partial(self._files.save_pending, "".join(text.split())))
+        joining = self._joining = Joining(ticket, self._name)
+        self._wake()
+        with trio.move_on_after(JOIN_WAIT_S):
+            await joining.settled.wait()
+        if joining.refused is not None:
+            raise joining.refused
+        return self.view()
+
+    async def revoke(self, peer_id: PeerId) -> None:
+        """End the membership of ``peer_id``, here and everywhere. Raises InvalidRequest, OutOfScope, NotAMember, StoreError."""
+        standing, now_s = self._standing, self._unix_now()
+        peer_id = parse_peer_id(peer_id)
+        if standing.core is None:
+            raise InvalidRequest(
+                "nobody can be revoked in the open mesh: `meshmax mesh new NAME` makes one with members"
+            )
+        if peer_id == self._signer.peer_id:
+            raise InvalidRequest("this is the peer itself: `meshmax mesh leave` leaves the mesh")
+        signer, chain = (standing.root, ()) if standing.root else (self._signer, standing.chain)
+        own = standing.own(now_s)
+        if standing.root is None and own and "admin" not in own.scopes:
+            raise OutOfScope(_lacking("admin"))
+        word = Revocation(standing.mesh, peer_id, int(now_s))
+        notice = RevocationNotice(wire.sign_revocation(word, signer.peer_id, signer.sign), chain)
+        standing.core.revocations.check(notice, now_s)
+        await self._take(standing, (notice,), self._signer.peer_id)
+
+    async def leave(self) -> None:
+        """Go back to the open mesh; a root key stays where it is. Raises StoreError."""
+        async with self._writing:
+            await self._run_sync(self._files.leave)
+            if self._joining:
+                self._joining.settled.set()
+            self._joining = None
+            await self._enter(None)
+
+    def _require_open(self) -> None:
+        if self._standing.core is not None:
+            raise InvalidRequest(
+                f"this peer is in the mesh '{self._standing.name}' already: `meshmax mesh leave` leaves it first"
+            )
+
+    # --- for the node ------------------------------------------------------------------------------------------------
+
+    def attach(self, swarm: Swarm) -> None:
+        """Serve on ``swarm``, and act on it from now on."""
+        self._swarm = swarm
+        swarm.serve(MEMBER, self.answer)
+        swarm.serve(TICKET, self.desk.answer, to="anyone")
+
+    def allows(self, ip: str, is_lan: Callable[[str], bool]) -> bool:
+        """Whether ``ip`` may be dialled, and may connect: any in a private mesh or on the way into one, else those of a LAN."""
+        return self._standing.core is not None or self._joining is not None or is_lan(ip)
+
+    async def _enter(self, own: OwnMesh | None) -> None:
+        """The mesh has changed on disk: follow. The caller holds the lock."""
+        joining, self._joining = self._joining, None
+        self._standing = await self._run_sync(self._load) if own else Standing(self._signer)
+        _log.info("mesh changed", mesh=own.name if own else "open")
+        for peer_id in (*self._swarm.connections(), *([joining.ticket.issuer] if joining else [])):
+            await self._swarm.disconnect(peer_id)
+        if joining:
+            self.on_change(joining.ticket.issuer, joining.ticket.addresses)
+        else:
+            self.on_change(None, ())
+        self._wake()
+
+    def _wake(self) -> None:
+        self._woken.set()
+        self._woken = trio.Event()
+
+    async def _keep_tickets(self, standing: Standing) -> None:
+        async with self._writing:
+            await self._run_sync(partial(self._files.save_tickets, standing.mesh, standing.tickets.given))
+
+    # --- news ---------------------------------------------------------------------------------------------------------
+
+    async def answer(self, stream: Stream) -> None:
+        """What an admitted peer has to tell. Raises NotAMember, RemoteProtocolError, PeerGone."""
+        peer_id = stream.peer
+        if self._hearing[peer_id] >= MAX_HEARD:
+            raise RemoteProtocolError(f"the peer tells more than {MAX_HEARD} things at once")
+        self._hearing[peer_id] += 1
+        try:
+            with trio.move_on_after(TELL_TIMEOUT_S):
+                await self._hear(FrameStream(stream), self._standing)
+                await trio.sleep(NEWS_PACE_S)
+        finally:
+            self._hearing[peer_id] -= 1
+            if not self._hearing[peer_id]:
+                del self._hearing[peer_id]
+
+    async def _hear(self, frames: FrameStream, standing: Standing) -> None:
+        message = await admission.receive(frames)
+        if standing.core is None:
+            raise RemoteProtocolError("the open mesh has no news of members")
+        reply: wire.MemberMessage = wire.Welcome()
+        if isinstance(message, wire.Credentials):
+            try:
+                standing.note(frames.peer, standing.verify(message.chain, frames.peer, self._unix_now()))
+            except NotAMember as error:
+                reply = failure_of(error)
+            self._wake()
+        else:
+            await admission.receive_notices(frames, message, partial(self._take, standing))
+        await frames.send(wire.MEMBER, reply)
+
+    async def _take(self, standing: Standing, notices: Sequence[RevocationNotice], bearer: PeerId) -> None:
+        if standing is not self._standing or standing.core is None:
+            return
+        news = standing.core.revoke(notices, self._unix_now())
+        if not news:
+            await trio.lowlevel.checkpoint()
+            return
+        await self._enforce(standing)  # before it is kept: a full disk keeps nobody in
+        self._tell_all(partial(admission.tell_notices, notices=news), bearer)
+        async with self._writing:
+            if standing is self._standing:
+                save = partial(self._files.save_notices, standing.mesh, standing.core.revocations.notices())
+                await isolate("revocations", partial(self._run_sync, save))
+
+    async def _enforce(self, standing: Standing) -> None:
+        """Let go who is no member any more."""
+        for peer_id, why in standing.fallen(self._unix_now()):
+            standing.forget(peer_id)
+            _log.info("no member any more", peer=peer_id, why=why)
+            await self._swarm.disconnect(peer_id)
+        try:
+            standing.own(self._unix_now())
+        except NotAMember as error:
+            _log.warning("this peer is no member of its mesh any more", mesh=standing.name, why=error.message)
+
+    def _tell_all(self, tell: Tell, bearer: PeerId | None = None) -> None:
+        """Tell every connected member but ``bearer``; what does not fit is made good when they are admitted next."""
+        for peer_id in self._swarm.connections():
+            untold = self._untold.get(peer_id)
+            if peer_id == bearer or (untold is not None and len(untold) >= MAX_UNTOLD):
+                continue
+            if untold is not None:
+                untold.append(tell)
+            else:
+                self._untold[peer_id] = deque([tell])
+                self._nursery.start_soon(self._tell_peer, peer_id)
+
+    async def _tell_peer(self, peer_id: PeerId) -> None:
+        untold = self._untold[peer_id]
+        try:
+            while untold:
+                async with self._teller:
+                    if not await isolate("telling members", partial(self._tell, peer_id, untold.popleft())):
+                        return
+        finally:
+            del self._untold[peer_id]
+
+    async def _tell(self, peer_id: PeerId, tell: Tell) -> None:
+        with trio.move_on_after(TELL_TIMEOUT_S):
+            stream = await self._swarm.open_stream(peer_id, MEMBER)
+            try:
+                frames = FrameStream(stream)
+                await tell(frames)
+                await admission.receive(frames)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await stream.aclose()
+
+    # --- what is due -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Follow expiry, renewal and joining until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._run_due)
+            self._nursery.start_soon(self._run_joining)
+
+    async def _run_due(self) -> NoReturn:
+        renewal = Renewal(self._standing, self._unix_now(), self._random)
+        while True:
+            woken, standing, now_s = self._woken, self._standing, self._unix_now()
+            if not renewal.is_of(standing):
+                renewal = Renewal(standing, now_s, self._random)
+            expiry_s = standing.next_expiry_s(self._swarm.connections())
+            if expiry_s is not None and expiry_s < now_s:
+                await self._enforce(standing)
+                continue
+            issuer = renewal.issuer(self._swarm.connections(), now_s)
+            if issuer is not None:
+                await isolate("renewal", partial(self._renew, renewal, issuer))
+                continue
+            due_s = renewal.next_s(now_s) if expiry_s is None else min(renewal.next_s(now_s), expiry_s)
+            # Not for longer than clocks can be trusted to go on as they did.
+            with trio.move_on_after(min(max(due_s - now_s, 0.0) + 1.0, LOOK_AGAIN_S)):
+                await woken.wait()
+
+    async def _renew(self, renewal: Renewal, issuer: PeerId) -> None:
+        standing = renewal.standing
+        chain = await renewal.ask(issuer, self._swarm, self._unix_now())
+        async with self._writing:
+            if not renewal.is_of(self._standing):
+                return
+            await self._run_sync(partial(self._files.save_own, OwnMesh(standing.mesh, standing.name, chain)))
+            standing.chain = chain
+        _log.info("certificate renewed", mesh=standing.name, issuer=issuer)
+        self._tell_all(self._show)
+
+    async def _show(self, frames: FrameStream) -> None:
+        standing = self._standing
+        if standing.core is not None:
+            known = standing.core.revocations.digest()
+            await frames.send(wire.MEMBER, wire.Credentials(standing.chain, known, int(self._unix_now())))
+
+    async def _run_joining(self) -> NoReturn:
+        while True:
+            woken, joining = self._woken, self._joining
+            if joining is None:
+                await woken.wait()
+            elif not await isolate("joining", partial(self._join, joining)):
+                joining.settled.set()
+                await trio.sleep(LOOK_AGAIN_S)  # the disk takes nothing
+
+    async def _join(self, joining: Joining) -> None:
+        issued: wire.Issued | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def replaced() -> None:
+                while self._joining is joining:
+                    await self._woken.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(replaced)
+            issued = await joining.run(
+                self._swarm, self.addresses_of, self._unix_now, self._random, lambda: self._woken
+            )
+            nursery.cancel_scope.cancel()
+        async with self._writing:
+            if self._joining is joining:
+                if issued is not None:
+                    ticket = joining.ticket
+                    own = OwnMesh(ticket.mesh, issued.mesh_name or ticket.mesh_name, issued.chain)
+                    await self._run_sync(partial(self._files.save_own, own))
+                    await self._run_sync(self._files.drop_pending)
+                    await self._enter(own)
+                else:
+                    await self._run_sync(self._files.drop_pending)
+                    self._joining = None
+        joining.settled.set()
+
+
+@asynccontextmanager
+async def open_membership(membership: MembershipService, swarm: Swarm) -> AsyncIterator[None]:
+    """``membership``, running on the ``swarm`` that asks it."""
+    membership.attach(swarm)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(membership.run)
+        await trio.lowlevel.checkpoint()
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+
+
+def _lacking(scope: Scope) -> str:
+    return f"the peer's certificate lacks the scope '{scope}': a ticket with it (`meshmax ticket --scope ...`) gives it"
+
+
+def _reachable(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Those that another machine can use; all, where there are no such."""
+    others = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return tuple(others or addresses)[:MAX_TICKET_ADDRESSES]

@@ -1,14 +1,18 @@
 """mDNS over real multicast on the loopback interface."""
 
+import errno
 import gc
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
 
 from meshmax.base.ids import PeerId
+from meshmax.net import mdns_library
 from meshmax.net.asyncio_bridge import call_asyncio, make_in_asyncio, open_asyncio
 from meshmax.net.interfaces import Interface
 from meshmax.net.mdns import Mdns
@@ -138,3 +142,30 @@ async def test_where_only_ipv6_fails_ipv4_is_used(monkeypatch: pytest.MonkeyPatc
         await wait_for(sightings, two, 3.0)
         nursery.cancel_scope.cancel()
     gc.collect()  # it is this test's warning, no later one's
+
+
+@pytest.mark.parametrize("code", [errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENODEV, errno.EPERM, errno.EACCES])
+async def test_a_question_that_the_system_refuses_is_a_problem_until_it_goes_out(
+    monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr("meshmax.net.mdns.CHECK_INTERVAL_S", 0.1)
+    refuses, send = [True], mdns_library._send
+
+    def sending(*arguments: Any) -> None:
+        if refuses:
+            raise OSError(code, os.strerror(code))
+        send(*arguments)
+
+    monkeypatch.setattr(mdns_library, "_send", sending)
+    one = fresh_peer()
+    sink, _source = trio.open_memory_channel[Sighting](10)
+    mdns = Mdns(one, lambda: (f"/ip4/127.0.0.1/tcp/4001/p2p/{one}",), ["127.0.0.1"])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(mdns.run, sink)
+        with trio.fail_after(5.0):
+            while not mdns.problem.startswith("lo"):  # noqa: ASYNC110  it looks from outside
+                await trio.sleep(0.05)
+            refuses.clear()
+            while mdns.problem:  # noqa: ASYNC110
+                await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()

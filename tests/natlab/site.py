@@ -89,6 +89,11 @@ class Site:
         """Whether it sees all of them."""
         return {self.ids[other] for other in others} <= self.online(name)
 
+    def where(self, name: str, other: str) -> str:
+        """The address at which it is connected to the other one; '' where it is not."""
+        node = self.get(name, "/api/v1/nodes")["nodes"].get(self.ids[other], {})
+        return str(node.get("address", "")) if node.get("status") == "online" else ""
+
     def until_met(self, *names: str, within_s: float = 20.0) -> float:
         """Until all see all others; how many seconds the last pair took."""
         return max(self.until_pairs(*names, within_s=within_s).values())

@@ -142,6 +142,7 @@ class MeshFace:
                 "connections": len(node.swarm.connections()),
                 "uptime": nanoseconds(node.now() - node.started_at_s),
                 "partials": partials,
+                "discovery": [msgspec.to_builtins(report) for report in node.ladder.reports()],
                 "resources": node.resources(),
                 "reachability": {"addresses": len(node.swarm.addresses), "lan": node.config.lan},
             }

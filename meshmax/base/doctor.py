@@ -49,8 +49,8 @@ class LookedBack(msgspec.Struct, frozen=True):
     """What a connected peer says of us, beside what we see of it.
 
     ``why``: a sentence where it did not answer, and then the rest is empty. ``theirs``: rungs of it that saw us; ``ours``: rungs
-    of ours that saw it. ``address``: the multiaddr that it sees us come from. ``clock_ahead_s``: its clock against ours,
-    ``uncertain_s`` either way.
+    of ours that saw it; ``their_rungs``: those that it climbs. ``at``: the multiaddr at which we see it, ``address``: the one that
+    it sees us come from. ``clock_ahead_s``: its clock against ours, ``uncertain_s`` either way.
     """
 
     peer_id: PeerId
@@ -60,7 +60,88 @@ class LookedBack(msgspec.Struct, frozen=True):
     ours: tuple[SeenBy, ...] = ()
     theirs: tuple[SeenBy, ...] = ()
     their_rungs: tuple[str, ...] = ()
+    at: str = ""
     address: str = ""
     clock_ahead_s: float | None = None
     uncertain_s: float = 0.0
     ports: tuple[PortSeen, ...] = ()
+
+
+class BootstrapSeen(msgspec.Struct, frozen=True):
+    """A bootstrap node of the configuration, by its address. ``problem`` '' where it answers."""
+
+    address: str
+    problem: str = ""
+
+
+class RefusedPeer(msgspec.Struct, frozen=True):
+    """A peer that takes us for none of its mesh, and what it said."""
+
+    peer_id: PeerId
+    address: str
+    reason: str
+
+
+class LocalPort(msgspec.Struct, frozen=True):
+    """A port that a peer here would use. ``holder``: who has it ('' nobody, so that it is free)."""
+
+    what: str
+    port: int
+    holder: str = ""
+
+
+class MachineFacts(msgspec.Struct, frozen=True):
+    """This machine and this home, with or without a peer that runs.
+
+    ``networks``: IP addresses beside loopback. ``mdns_problem``, ``engine_problem``, ``home_problem``, ``identity_problem``: a
+    sentence, '' where all is well. ``clock_back_s``: by how much the clock is behind the last use of this home.
+    """
+
+    home: str
+    networks: tuple[str, ...] = ()
+    ports: tuple[LocalPort, ...] = ()
+    mdns_problem: str = ""
+    engine_problem: str = ""
+    home_problem: str = ""
+    identity_problem: str = ""
+    clock_back_s: float = 0.0
+    disk_free_bytes: int | None = None
+
+
+class PeerFacts(msgspec.Struct, frozen=True):
+    """A peer that runs, as it sees itself and is seen.
+
+    ``online``: peers connected. ``control``: IP addresses and ports where it takes connections. ``mesh`` '' the open one.
+    ``certificate_left_s``: until ours expires, None where there is none. ``copies``: sentences on a second machine that has our
+    identity. ``joined``: addresses given by --join.
+    """
+
+    rungs: tuple[RungLook, ...] = ()
+    online: int = 0
+    looked_back: tuple[LookedBack, ...] = ()
+    not_asked: int = 0
+    refused: tuple[RefusedPeer, ...] = ()
+    bootstrap: tuple[BootstrapSeen, ...] = ()
+    control: tuple[str, ...] = ()
+    joined: int = 0
+    mesh: str = ""
+    mesh_name: str = ""
+    certificate_left_s: float | None = None
+    copies: tuple[str, ...] = ()
+    api: str = ""
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """Everything that a visit brought to light. ``peer`` None: none runs here."""
+
+    machine: MachineFacts
+    peer: PeerFacts | None = None
+
+
+class Diagnosis(msgspec.Struct, frozen=True):
+    """What the doctor says. ``well``: no finding but ok ones. ``took_s``: seconds of the visit."""
+
+    well: bool
+    findings: tuple[Finding, ...]
+    facts: Facts
+    took_s: float = 0.0

@@ -90,11 +90,21 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         ("api", url),
         *(("address" if at == 0 else "", text) for at, text in enumerate(state.get("addresses") or ())),
         ("peers", f"{online} online"),
+        *_discovery_lines(state.get("discovery") or ()),
         ("models", f"{local} here, {len(models)} in the mesh"),
         *_partial_lines(state.get("partials") or ()),
         *_resource_lines(state.get("resources") or {}),
     ]
     return "\n".join(f"{label:<{LABEL_WIDTH}}  {printable(str(text))}".rstrip() for label, text in lines)
+
+
+def _discovery_lines(reports: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The rungs that are climbed; `meshmax doctor` says more."""
+    climbed = [report for report in reports if report["state"] != "off"]
+    words = [
+        f"{report['name']} {report['found']}" + " (failing)" * (report["state"] == "failing") for report in climbed
+    ]
+    return [("found by", ", ".join(words) + " (`meshmax doctor` says more)")] if words else []
 
 
 def _partial_lines(partials: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

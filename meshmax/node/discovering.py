@@ -28,7 +28,9 @@ async def open_discovery(node: Node) -> AsyncIterator[None]:
     """Make ``node.network`` and ``node.ladder``; the ladder is climbed by presence."""
     world = node.world
     node.network = NetworkWatch(world.addresses, world.unix_now)
-    rungs = (_cached(node), *world.rungs(node.config, node.swarm), *_rendezvous(node))
+    node.rendezvous = _rendezvous(node)
+    climbed = (node.rendezvous,) if node.rendezvous else ()
+    rungs = (_cached(node), *world.rungs(node.config, node.swarm), *climbed)
     off = {} if node.config.lan else {"mdns": "it is turned off (--no-lan, or lan: false)"}
     if not node.config.bootstrap:
         off["rendezvous"] = "no bootstrap node is configured (--bootstrap)"
@@ -52,20 +54,26 @@ def _cached(node: Node) -> CachedPeers:
         view = node.presence.view(peer_id)
         return view.status if view else None
 
-    return CachedPeers(known, node.swarm, status_of, lambda: "", world.unix_now, keep)
+    return CachedPeers(known, node.swarm, status_of, lambda: node.membership.mesh, world.unix_now, keep)
 
 
-def _rendezvous(node: Node) -> tuple[Rendezvous, ...]:
+def _rendezvous(node: Node) -> Rendezvous | None:
     places = bootstrap_nodes(node.config.bootstrap)
     if not places:
-        return ()
+        return None
 
     def own() -> tuple[str, ...]:
+        if node.membership.mesh != OPEN_MESH:
+            return node.swarm.addresses
         # The open mesh lives on private addresses alone, so no others are told.
         return tuple(text for text in node.swarm.addresses if is_lan_address(parse_endpoint(text).host))
 
-    return (
-        Rendezvous(
-            node.swarm, node.signer, places.items(), own, lambda: OPEN_MESH, node.world.unix_now, node.world.random
-        ),
+    return Rendezvous(
+        node.swarm,
+        node.signer,
+        places.items(),
+        own,
+        lambda: node.membership.mesh,
+        node.world.unix_now,
+        node.world.random,
     )

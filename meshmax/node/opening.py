@@ -29,8 +29,10 @@ from meshmax.core.limits import Override, Plan
 from meshmax.core.mirror import MirrorPlan
 from meshmax.core.sequence import StatusSequence
 from meshmax.node.discovering import open_discovery
+from meshmax.node.joining import allow_of, follow_mesh, make_membership
 from meshmax.node.running import Node
 from meshmax.node.serving import open_node_serving
+from meshmax.node.visiting import make_doctor
 from meshmax.node.world import World, real_world
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
@@ -44,6 +46,7 @@ from meshmax.services.infer_server import InferServer
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.lane_server import LaneServer, open_lane_server
 from meshmax.services.leftovers import make_leftovers, open_leftovers
+from meshmax.services.membership import open_membership
 from meshmax.services.mirror import Mirror
 from meshmax.services.model_exchange import ModelServer
 from meshmax.services.model_exchange import describe as ask_description
@@ -83,7 +86,9 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
         node.signer = identity
         models = Path(config.models).expanduser() if config.models else home.path / "models"
         node.store = await enter(open_store(models, home.path / "state", world.run_sync))
-        node.swarm = await enter(world.open_swarm(config, identity.private_bytes))
+        node.membership = make_membership(node)
+        node.swarm = await enter(world.open_swarm(config, identity.private_bytes, node.membership))
+        await enter(open_membership(node.membership, node.swarm))
         node.engine = world.engine(config, home.path / "logs")
 
         async def save_limits(override: Override) -> None:
@@ -149,10 +154,11 @@ class _Opening:
         """Protocols are served before anybody can know our address, so that no early peer is refused."""
         node, world, store = self.node, self.world, self.store
         if world.open_lanes is not None and self.config.lanes_per_peer:
-            lanes = await self.enter(world.open_lanes(self.config, node.peer_id))
+            lanes = await self.enter(world.open_lanes(self.config, node.peer_id, allow_of(node.membership)))
             lane_server = LaneServer(store.blobs, lanes, self.outflow, self.offers, self.throttle)
             await self.enter(open_lane_server(lane_server, node.swarm, lanes))
             self.opener = LaneOpener(node.swarm, lanes, self.config.lanes_per_peer)
+            node.lane_port = lanes.port
         node.garbage = Garbage(node, self.kept, self.outflow, world.run_sync)
         # Pulls are opened after this, hence the looking up at each call.
         ModelServer(store.models, store.blobs, lambda digest: node.pulling(digest), node.accept).register(node.swarm)  # noqa: PLW0108
@@ -160,6 +166,7 @@ class _Opening:
         InferServer(node.residency, self.throttle.precedence).register(node.swarm)
         await self.enter(open_node_serving(node))
         await self.enter(open_discovery(node))
+        node.doctor = make_doctor(node)
         node.presence = await self.enter(
             open_presence(
                 node.swarm,
@@ -174,6 +181,7 @@ class _Opening:
             )
         )
         node.network.watch(node.presence.on_network_change)
+        follow_mesh(node, self.first_seen)
 
     async def _open_pulls(self) -> None:
         node, world, store, config = self.node, self.world, self.store, self.config

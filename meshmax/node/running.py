@@ -26,14 +26,17 @@ from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
 from meshmax.services.catalog import CatalogService
 from meshmax.services.distribute import Distribution
+from meshmax.services.doctor import Doctor
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
 from meshmax.services.ladder import Ladder
 from meshmax.services.leftovers import Leftovers
+from meshmax.services.membership import MembershipService
 from meshmax.services.model_exchange import FetchedModel
 from meshmax.services.network_watch import NetworkWatch
 from meshmax.services.presence import PresenceService
 from meshmax.services.pull import PartialModel
+from meshmax.services.rendezvous import Rendezvous
 from meshmax.services.repositories import Repositories
 from meshmax.services.residency import ModelResidency
 from meshmax.services.throttle import Limits
@@ -60,6 +63,7 @@ class Node:
         self.started_at_s = world.unix_now()
         self.gpus: tuple[Gpu, ...] = ()
         self.signer: Signer
+        self.membership: MembershipService
         self.swarm: Swarm
         self.datagrams: Datagrams | None = None  # the UDP port
         self.serving = Serving()
@@ -69,6 +73,9 @@ class Node:
         self.presence: PresenceService
         self.network: NetworkWatch
         self.ladder: Ladder
+        self.rendezvous: Rendezvous | None = None  # where bootstrap nodes are configured
+        self.doctor: Doctor
+        self.lane_port = 0  # 0: no lanes are taken
         self.residency: ModelResidency
         self.limits: Limits
         self.fsck: Fsck
@@ -116,7 +123,8 @@ class Node:
         }
 
     async def accept(self, peer: PeerId, name: str, digest: Sha256) -> str:
-        """A peer asks us to pull a model: see services.pull. Raises Busy until we are running."""
+        """A peer asks us to pull a model: see services.pull. Raises OutOfScope, NotAMember; Busy until we are running."""
+        self.membership.require(peer, "admin")
         return await self.accept_pull(peer, name, digest)
 
     # --- what we say of ourselves ------------------------------------------------------------------------------------
@@ -135,6 +143,7 @@ class Node:
             0,
             self.name,
             __version__,
+            mesh=self.membership.mesh,
             engine=self.engine.name,
             models=self._models(),
             gpus=self.gpus,

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
+import msgspec
 import trio
 
 from meshmax.base.discovery import SeenBy
@@ -102,8 +103,8 @@ class LookBack:
     async def ask(self, peer_id: PeerId, name: str, ports: Sequence[tuple[PortKind, int]]) -> LookedBack:
         """Have a connected peer look back at us; what it says, or why it said nothing. Within ASK_TIMEOUT_S and a bit."""
         connection = self._swarm.connections().get(peer_id)
-        ours = self._ladder.seen(peer_id)
-        direction = connection.direction if connection else "out"
+        direction, where = (connection.direction, connection.address) if connection else ("out", "")
+        blank = LookedBack(peer_id, name, direction, ours=self._ladder.seen(peer_id), at=where)
         asks = [wire.PortAsk(kind, port) for kind, port in ports if port >= wire.LOWEST_PORT][: wire.MAX_PORTS]
         nonce = secrets.token_bytes(wire.NONCE_BYTES)
         why = f"it did not answer within {ASK_TIMEOUT_S:g} s"
@@ -115,14 +116,12 @@ class LookBack:
                 if any(each.outcome == "sent" for each in seen.ports):
                     with trio.move_on_after(PROBE_WAIT_S):
                         await arrived.wait()
-                return _looked_back(
-                    peer_id, name, direction, ours, seen, started_s, answered - started, arrived.is_set()
-                )
+                return _looked_back(blank, seen, started_s, answered - started, arrived.is_set())
         except MeshmaxError as error:
             why = error.message
         finally:
             del self._arrived[nonce]
-        return LookedBack(peer_id, name, direction, why, ours)
+        return msgspec.structs.replace(blank, why=why)
 
     async def _exchange(self, peer_id: PeerId, look: wire.Look) -> tuple[wire.Seen, float]:
         stream = await self._swarm.open_stream(peer_id, LOOK_BACK)
@@ -158,25 +157,13 @@ def _rung_seen(name: str, seen: SeenBy | None) -> wire.RungSeen:
     return wire.RungSeen(name[:64], seen.ago_s, seen.addresses[: wire.MAX_RUNG_ADDRESSES])
 
 
-def _looked_back(
-    peer_id: PeerId,
-    name: str,
-    direction: str,
-    ours: tuple[SeenBy, ...],
-    seen: wire.Seen,
-    started_s: float,
-    took_s: float,
-    arrived: bool,
-) -> LookedBack:
+def _looked_back(blank: LookedBack, seen: wire.Seen, started_s: float, took_s: float, arrived: bool) -> LookedBack:
     ports = tuple(
         PortSeen(each.kind, each.port, ("arrived" if arrived else "lost") if each.outcome == "sent" else each.outcome)
         for each in seen.ports
     )
-    return LookedBack(
-        peer_id,
-        name,
-        direction,  # type: ignore[arg-type]
-        ours=ours,
+    return msgspec.structs.replace(
+        blank,
         theirs=tuple(SeenBy(each.rung, each.addresses, each.ago_s) for each in seen.rungs if each.ago_s is not None),
         their_rungs=tuple(each.rung for each in seen.rungs),
         address=seen.address,

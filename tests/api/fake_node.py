@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,20 +14,25 @@ import trio
 from meshmax.api.node_view import NodeState
 from meshmax.base.catalog import CatalogEntry, ModelDescription, ModelFile, Resolved, TensorShape
 from meshmax.base.config import Config, EngineConfig
-from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders, NotFound
+from meshmax.base.discovery import RungReport
+from meshmax.base.doctor import Diagnosis, Facts, MachineFacts, PeerFacts
+from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders, NotAMember, NotFound
 from meshmax.base.events import BlobProgress, Transfer
 from meshmax.base.ids import PeerId, Sha256, peer_id_of
 from meshmax.base.inference import Ask, Event
+from meshmax.base.membership import OPEN_MESH, SCOPES, MemberView, MeshId, MeshView, Scope, Ticket
 from meshmax.base.model import Haves, Layer, Manifest, ModelDetails, StoredModel
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
 from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
+from meshmax.core.doctor import diagnose
 from meshmax.core.limits import Override, Plan
 from meshmax.engine.echo import EchoEngine
 from meshmax.ports import Answer, ConnectionView, Progress
 from meshmax.services.leftovers import Leftover
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.throttle import Limits, RateThrottle
+from meshmax.wire.ticket import parse_ticket, ticket_text
 
 OURS = peer_id_of(b"\x01" * 32)
 THEIRS = peer_id_of(b"\x02" * 32)
@@ -271,6 +276,70 @@ class FakeBlobs:
         return (SimpleNamespace(chunk_bytes=1 << 20, blake3=b"\1" * 32), Haves.all(1)) if digest == BLOB else None
 
 
+class FakeLadder:
+    def reports(self) -> tuple[RungReport, ...]:
+        return (RungReport("mdns", "working", "", 2, 0.25), RungReport("dht", "off", "not configured"))
+
+
+class FakeDoctor:
+    """``steps`` that a visit takes; ``left``: visits that ended, however."""
+
+    def __init__(self) -> None:
+        self.steps = ["climbing", "asking"]
+        self.left = 0
+
+    async def visit(self, step: Callable[[str], Awaitable[None]]) -> Diagnosis:
+        try:
+            for words in self.steps:
+                await step(words)
+                await trio.sleep(1)
+        finally:
+            self.left += 1
+        return diagnose(Facts(MachineFacts("/home", ("10.0.0.1",)), PeerFacts(online=0)), 2.0)
+
+
+class FakeMembership:
+    """A mesh of two, or the open one."""
+
+    def __init__(self) -> None:
+        self.now = MeshView(OPEN_MESH, "", False, SCOPES)
+        self.known = (
+            MemberView(OURS, "desk", SCOPES, 1_800_000_000),
+            MemberView(THEIRS, "attic", ("infer",), 1_800_000_000),
+        )
+        self.did: list[tuple[Any, ...]] = []
+
+    def view(self) -> MeshView:
+        return self.now
+
+    def members(self) -> tuple[MemberView, ...]:
+        return self.known if self.now.mesh else ()
+
+    async def create(self, name: str) -> MeshView:
+        await trio.lowlevel.checkpoint()
+        self.now = MeshView(MeshId(OURS), name, True, SCOPES, 1_800_000_000)
+        return self.now
+
+    async def ticket(self, scopes: Sequence[Scope], expires_s: float, uses: int) -> str:
+        await trio.lowlevel.checkpoint()
+        self.did.append(("ticket", scopes, expires_s, uses))
+        return ticket_text(Ticket(MeshId(OURS), "home", OURS, bytes(16), tuple(scopes), 1_800_000_000))
+
+    async def join(self, ticket_text: str) -> MeshView:
+        await trio.lowlevel.checkpoint()
+        if self.now.mesh:
+            raise NotAMember("the ticket is used up: ask for a new one")
+        return await self.create(parse_ticket(ticket_text).mesh_name)
+
+    async def revoke(self, peer_id: PeerId) -> None:
+        await trio.lowlevel.checkpoint()
+        self.did.append(("revoke", peer_id))
+
+    async def leave(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.now = MeshView(OPEN_MESH, "", False, SCOPES)
+
+
 class FakeNode:
     """An ApiNode. Its attributes may be changed by a test."""
 
@@ -285,11 +354,14 @@ class FakeNode:
         self.pulls = FakePulls()
         self.leftovers = FakeLeftovers()
         self.distribution = FakeDistribution()
+        self.ladder = FakeLadder()
+        self.doctor = FakeDoctor()
         self.router = FakeRouter(residency)
         self.residency = residency
         self.presence = FakePresence()
         self.swarm = FakeSwarm()
         self.store = SimpleNamespace(blobs=FakeBlobs())
+        self.membership = FakeMembership()
         self.saved: list[Override] = []
         throttle = RateThrottle(Plan(config.limits), Override(), trio.current_time, lambda: (0, 0))
         self.limits = Limits(throttle, self._save_limits)

@@ -1,0 +1,69 @@
+"""How a node opens itself to the doctor: services.doctor's Patient, and looking back. Not here: what it finds (core.doctor)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from meshmax.base.doctor import BootstrapSeen, MachineFacts, PeerFacts, PortKind, RefusedPeer
+from meshmax.base.errors import InvalidRequest
+from meshmax.base.status import PeerView
+from meshmax.net.addresses import parse_endpoint
+from meshmax.net.knock import knock
+from meshmax.node.running import Node
+from meshmax.services.checkup import check_machine
+from meshmax.services.doctor import Doctor
+from meshmax.services.look_back import LookBack
+
+
+def make_doctor(node: Node) -> Doctor:
+    """The doctor of a node, whose swarm answers look-backs from now on."""
+    return Doctor(NodePatient(node), node.ladder, LookBack(node.swarm, node.ladder, knock, node.world.unix_now))
+
+
+class NodePatient:
+    """Satisfies services.doctor.Patient for a node."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def online(self) -> tuple[PeerView, ...]:
+        """See Patient."""
+        return tuple(view for view in self._node.presence.peers() if view.state in ("online", "draining"))
+
+    def ports(self) -> tuple[tuple[PortKind, int], ...]:
+        """See Patient."""
+        found: list[tuple[PortKind, int]] = []
+        for address in self._node.swarm.addresses[:1]:
+            try:
+                found.append(("control", parse_endpoint(address).port))
+            except InvalidRequest:
+                break
+        if self._node.lane_port:
+            found.append(("lane", self._node.lane_port))
+        return tuple(found)
+
+    def refused(self) -> tuple[RefusedPeer, ...]:
+        """See Patient."""
+        return tuple(RefusedPeer(each.peer_id, each.address, each.reason) for each in self._node.presence.refused())
+
+    def bootstrap(self) -> tuple[BootstrapSeen, ...]:
+        """See Patient."""
+        rendezvous = self._node.rendezvous
+        return tuple(BootstrapSeen(node.address, node.problem) for node in rendezvous.nodes) if rendezvous else ()
+
+    def facts(self) -> PeerFacts:
+        """See Patient."""
+        node = self._node
+        problem = node.presence.problem
+        return PeerFacts(
+            control=tuple(address.partition("/p2p/")[0] for address in node.swarm.addresses),
+            joined=len(node.config.join),
+            copies=(problem,) if problem else (),
+        )
+
+    async def machine(self) -> MachineFacts:
+        """See Patient."""
+        node = self._node
+        return await node.world.run_sync(
+            partial(check_machine, node.config, node.network.addresses, node.world.unix_now(), running=True)
+        )

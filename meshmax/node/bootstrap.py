@@ -95,7 +95,7 @@ async def open_bootstrap(config: Config, world: BootstrapWorld | None = None) ->
         identity = load_identity(home.path)
         datagrams = await enter(world.open_datagrams(config))
         swarm = await enter(world.open_swarm(config, identity.private_bytes, NoMesh()))
-        opened = open_serving(config, config.serve, swarm, datagrams, world.open_observer, world.clock)
+        opened = open_serving(config, config.serve, swarm, datagrams, world.open_observer, world.clock, world.unix_now)
         serving = await enter(opened)
         yield BootstrapNode(config, home, swarm, serving, world.unix_now())
 

@@ -15,6 +15,7 @@ from meshmax.base.config import Config, ServeConfig
 from meshmax.base.errors import ConfigError
 from meshmax.ports import Datagrams, Swarm
 from meshmax.services.observe import ObserveServer
+from meshmax.services.relay_server import open_relay_server
 from meshmax.services.rendezvous_server import open_rendezvous_server
 from meshmax.services.stun_server import StunServer
 from meshmax.telemetry.log import get_logger
@@ -56,6 +57,7 @@ async def open_serving(
     datagrams: Datagrams | None,
     open_observer: OpenObserver | None,
     clock: Callable[[], float],
+    unix_now: Callable[[], float],
 ) -> AsyncIterator[Serving]:
     """Serve what is ``wanted`` until the block ends. Raises ConfigError: a port is not to be had."""
     async with AsyncExitStack() as stack:
@@ -73,6 +75,9 @@ async def open_serving(
         if wanted.rendezvous:
             await stack.enter_async_context(open_rendezvous_server(swarm))
             services.append("rendezvous")
+        if wanted.relay:
+            await stack.enter_async_context(open_relay_server(swarm, unix_now))
+            services.append("relay")
         if services:
             ObserveServer(udp_port, observer_port, tuple(services)).register(swarm)
         yield Serving(tuple(services), udp_port, observer_port)
@@ -93,7 +98,9 @@ async def open_node_serving(node: Node) -> AsyncIterator[None]:
                 if config.serve.stun:
                     raise
                 _log.warning("no UDP port: going on without", error=error.message)
-        opened = open_serving(config, config.serve, node.swarm, node.datagrams, world.open_observer, world.clock)
+        opened = open_serving(
+            config, config.serve, node.swarm, node.datagrams, world.open_observer, world.clock, world.unix_now
+        )
         node.serving = await stack.enter_async_context(opened)
         yield
 

@@ -31,26 +31,30 @@ from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver
 from meshmax.ports import Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
+from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
 
 # More would only queue at one disk. The limiter is its own, so that a stuck disk blocks nothing else.
 DISK_THREADS: Final = 4
 
 T = TypeVar("T")
+Allow = Callable[[str], bool]  # whether an IP address may be dialled, and may connect
 
 
 @dataclass(frozen=True)
 class World:
     """What a node takes from outside: the network, the engine, threads, the clock, chance."""
 
-    open_swarm: Callable[[Config, bytes], AbstractAsyncContextManager[Swarm]]
+    open_swarm: Callable[[Config, bytes, MembershipService], AbstractAsyncContextManager[Swarm]]
     rungs: Callable[[Config, Swarm], Sequence[Discovery]]
     engine: Callable[[Config, Path], Engine]
     run_sync: RunSync
     unix_now: Callable[[], float]
     random: Random
     open_registry: OpenRegistry | None = None  # None: no upstream registries
-    open_lanes: Callable[[Config, PeerId], AbstractAsyncContextManager[Lanes]] | None = None  # None: no blob lanes
+    open_lanes: Callable[[Config, PeerId, Allow], AbstractAsyncContextManager[Lanes]] | None = (
+        None  # None: no blob lanes
+    )
     open_datagrams: Callable[[Config], AbstractAsyncContextManager[Datagrams]] | None = None  # None: no UDP port
     open_observer: OpenObserver | None = None
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
@@ -85,12 +89,20 @@ def _listen(config: Config) -> list[tuple[str, int]]:
     return [(host, DEFAULT_CONTROL_PORT) for host in hosts]
 
 
-def _open_swarm(config: Config, private_bytes: bytes) -> AbstractAsyncContextManager[Swarm]:
-    return open_swarm(private_bytes, _listen(config), allow=is_lan_address, max_guests=config.max_guests)
+def _open_swarm(
+    config: Config, private_bytes: bytes, membership: MembershipService
+) -> AbstractAsyncContextManager[Swarm]:
+    return open_swarm(
+        private_bytes,
+        _listen(config),
+        allow=lambda ip: membership.allows(ip, is_lan_address),
+        admission=membership,
+        max_guests=config.max_guests,
+    )
 
 
-def _open_lanes(config: Config, peer_id: PeerId) -> AbstractAsyncContextManager[Lanes]:
-    return open_lanes(peer_id, [(host, config.lane_port) for host in _hosts(config)], allow=is_lan_address)
+def _open_lanes(config: Config, peer_id: PeerId, allow: Allow) -> AbstractAsyncContextManager[Lanes]:
+    return open_lanes(peer_id, [(host, config.lane_port) for host in _hosts(config)], allow=allow)
 
 
 def _open_datagrams(config: Config) -> AbstractAsyncContextManager[Datagrams]:

@@ -25,6 +25,7 @@ from meshmax.base.membership import (
     OPEN_MESH,
     SCOPES,
     MemberView,
+    MeshId,
     MeshView,
     Revocation,
     RevocationNotice,
@@ -138,7 +139,7 @@ class MembershipService:
     # --- for faces ---------------------------------------------------------------------------------------------------
 
     @property
-    def mesh(self) -> str:
+    def mesh(self) -> MeshId:
         """The id of our mesh; '' for the open one."""
         return self._standing.mesh
 

@@ -9,7 +9,7 @@ Not here: what a status says (the ``describe`` that is passed in), whom to dial 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, NoReturn
 
@@ -124,6 +124,16 @@ class PresenceService:
         self._dial_soon.set()
         self._tell()
 
+    def on_sighting(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """A person has just named this peer, as with a ticket."""
+        self._table.on_sighting(peer_id, addresses, trio.current_time(), asked=True)
+        self._dial_soon.set()
+
+    def addresses_of(self, peer_id: PeerId) -> tuple[str, ...]:
+        """Where anybody said that the peer is; () if nobody did."""
+        entry = self._table.entry(peer_id)
+        return entry.addresses if entry else ()
+
     def watch(self, on_news: Callable[[], None]) -> None:
         """Call ``on_news`` whenever a peer comes, goes or says something new."""
         self._watchers.add(on_news)
@@ -214,9 +224,8 @@ class PresenceService:
             self._tell()  # who was lost is shown no more
             if self.problem != problem:
                 problem = self.problem
-                if problem:
-                    _log.warning("an identity is copied", problem=problem)
-                    self.own.changed(force=True)  # so that the other one sees that we are no memory of its former self
+                (_log.warning if problem else _log.info)("copied identities", problem=problem or "none any more")
+                self.own.changed(force=True)  # so that the other one sees that we are no memory of its former self
 
     # --- discovery ---------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class Site:
         """What a node called ``name`` is opened with; each start is on a host with an address of its own."""
         config = Config(home=str(self._folder / name), name=name, engine=engine)
         world = World(
-            open_swarm=lambda _config, private_bytes: self.network.open_swarm(private_bytes),
+            open_swarm=lambda _config, private_bytes, membership: self.network.open_swarm(private_bytes, membership),
             rungs=lambda _config, swarm: (self.network.discovery(swarm.peer_id),),
             engine=lambda config, _logs: EchoEngine(config.engine),
             run_sync=in_place,

@@ -1,6 +1,7 @@
 """A peer that sends garbage on every protocol costs itself its streams, and the node lives on."""
 
 import contextlib
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import trio
 import trio.testing
 
 from meshmax.base.errors import PeerGone, VersionMismatch
-from meshmax.ports import Stream
+from meshmax.ports import Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.testing.open_mesh import OpenMesh
 from meshmax.wire.frames import MAX_FRAME_BYTES
 from meshmax.wire.protocols import BLOB, INFER, MODEL, STATUS
 from meshmax.wire.status import BEAT, ECHO, Echo
-from tests.sim.site import ask, online, open_site, until
+from tests.sim.site import Site, ask, online, open_site, until
 
 PAYLOADS = {
     "noise": bytes(range(256)) * 16,
@@ -27,6 +29,11 @@ PAYLOADS = {
     "unknown message": b"\0\0\0\x0b\x81\xa4type\xa4nope",
     "http": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
 }
+
+
+def open_stranger(site: Site) -> AbstractAsyncContextManager[Swarm]:
+    signer = SeededSigner(77)
+    return site.network.open_swarm(signer.private_bytes, OpenMesh(signer))
 
 
 async def echo(stream: Stream) -> None:
@@ -43,7 +50,7 @@ async def test_garbage_ends_the_stream_and_nothing_else(
         a, b = await site.node("a"), await site.node("b")
         await site.add(a, "m")
         await until(lambda: len(online(a)) == len(online(b)) == len(b.catalog.entries()) == 1)
-        async with site.network.open_swarm(SeededSigner(77).private_bytes) as stranger:
+        async with open_stranger(site) as stranger:
             stranger.serve(STATUS, echo)  # else it is let go at once
             await stranger.dial(a.peer_id, a.addresses)
             for payload in PAYLOADS.values():
@@ -64,7 +71,7 @@ async def test_a_peer_of_another_protocol_version_is_told_so_and_does_no_harm(
 ) -> None:
     async with open_site(tmp_path) as site:
         a = await site.node("a")
-        async with site.network.open_swarm(SeededSigner(77).private_bytes) as newer:
+        async with open_stranger(site) as newer:
             await newer.dial(a.peer_id, a.addresses)
             # It is told so, unless our heartbeat was quicker to find that it serves none of our protocols and let it go.
             with pytest.raises((VersionMismatch, PeerGone)):

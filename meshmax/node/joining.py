@@ -1,0 +1,49 @@
+"""How a node is in its mesh, and what follows when the mesh changes. Not here: how one joins (services.membership)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from meshmax.base.ids import PeerId
+from meshmax.core.catalog import FirstSeen
+from meshmax.net.addresses import is_lan_address
+from meshmax.node.running import Node
+from meshmax.services.membership import MembershipService
+from meshmax.store.mesh_files import MeshFiles
+
+
+def make_membership(node: Node) -> MembershipService:
+    """What the node's files say of its mesh. Raises ConfigError; blocks briefly."""
+    world = node.world
+    membership = MembershipService(
+        node.signer, MeshFiles(node.home.path), world.unix_now, world.random, world.run_sync, node.name
+    )
+    membership.bootstrap = lambda: node.config.bootstrap
+    return membership
+
+
+def allow_of(membership: MembershipService) -> Callable[[str], bool]:
+    """Which IP addresses may be dialled and may connect now."""
+    return lambda ip: membership.allows(ip, is_lan_address)
+
+
+def follow_mesh(node: Node, first_seen: FirstSeen) -> None:
+    """From now on, whenever the mesh changes: forget peers and what names meant, and look for others at once."""
+
+    def name_of(peer_id: PeerId) -> str:
+        view = node.presence.view(peer_id)
+        return view.status.name if view and view.status else ""
+
+    def on_change(peer_id: PeerId | None, addresses: Sequence[str]) -> None:
+        for key in list(first_seen.items()):
+            first_seen.forget(key)
+        node.presence.on_mesh_change()
+        if peer_id is not None:
+            node.presence.on_sighting(peer_id, addresses)
+        node.catalog.note_names()
+        node.ladder.look_again()
+
+    membership = node.membership
+    membership.name_of = name_of
+    membership.addresses_of = node.presence.addresses_of
+    membership.on_change = on_change

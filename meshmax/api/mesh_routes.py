@@ -128,8 +128,7 @@ class MeshFace:
     async def status(self, _request: Request) -> Response:
         """GET /api/v1/status."""
         node = self._node
-        own = node.presence.view(node.signer.peer_id)
-        mesh = own.status.mesh if own and own.status else ""
+        mesh = node.membership.view()
         partials = [msgspec.to_builtins(leftover) for leftover in await node.leftovers.list()]
         return json_reply(
             {
@@ -137,7 +136,8 @@ class MeshFace:
                 "name": node.name,
                 "version": __version__,
                 "state": node.state,
-                "mesh": mesh or "open LAN mesh",
+                "mesh": mesh.name if mesh.mesh else "open LAN mesh",
+                "mesh_id": mesh.mesh,
                 "addresses": list(node.swarm.addresses),
                 "connections": len(node.swarm.connections()),
                 "uptime": nanoseconds(node.now() - node.started_at_s),

@@ -20,6 +20,7 @@ from cyclopts import Parameter
 from meshmax import __version__
 from meshmax.base.config import DEFAULT_API_PORT, Config
 from meshmax.base.errors import MeshmaxError
+from meshmax.base.membership import OPEN_MESH, MeshView
 from meshmax.cli.output import emit, printable
 from meshmax.cli.settings import load_config
 
@@ -141,6 +142,7 @@ def node_facts(node: Any) -> dict[str, Any]:
         "peer_id": node.signer.peer_id,
         "home": node.config.home,
         "lan": node.config.lan,
+        "mesh": node.membership.view(),
         "addresses": tuple(node.addresses),
         "models": sum(entry.local for entry in node.catalog.entries()),
     }
@@ -172,14 +174,22 @@ def banner(facts: Mapping[str, Any], url: str, holder: str) -> str:
             f"           (port {DEFAULT_API_PORT} is held by {holder}; to point clients at this peer:"
             f" export OLLAMA_HOST={authority})"
         ]
-    if facts["lan"]:
-        lines.append(
-            "  mesh     the open LAN mesh: anyone on this LAN may use it; `meshmax peer --no-lan` stays out of it"
-        )
-    else:
-        lines.append(
-            "  mesh     not announced on the LAN (--no-lan): only peers given with --join, and those that join this one"
-        )
+    lines += [f"  mesh     {line}" for line in _mesh_lines(facts["mesh"], facts["lan"])]
     lines += [f"  {'address' if at == 0 else '':<8} {address}" for at, address in enumerate(facts["addresses"])]
     lines += [f"  models   {facts['models']} here; home {facts['home']}", "Ctrl-C ends it."]
     return "\n".join(lines)
+
+
+def _mesh_lines(mesh: MeshView, lan: bool) -> list[str]:
+    if mesh.mesh != OPEN_MESH:
+        lines = [f"{printable(mesh.name)}, private: its members alone; `meshmax ticket` invites another peer"]
+    elif lan:
+        lines = [
+            "the open LAN mesh: anyone on this LAN may use it; `meshmax mesh new NAME` closes it, --no-lan stays out of it"
+        ]
+    else:
+        lines = [
+            "open, and not announced on the LAN (--no-lan): peers given with --join, and those that join this one;"
+            " `meshmax mesh new NAME` closes it"
+        ]
+    return [*lines, f"({printable(mesh.problem)})"] if mesh.problem else lines

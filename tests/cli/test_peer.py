@@ -6,10 +6,11 @@ import pytest
 
 from meshmax.base.config import Config
 from meshmax.base.errors import ConfigError
+from meshmax.base.membership import OPEN_MESH, SCOPES, MeshId, MeshView
 from meshmax.cli.peer import _only_error, banner, who_holds_default_port
 
 FACTS: dict[str, Any] = {
-    "name": "box", "peer_id": "12D3KooWA", "home": "/home/me/.meshmax", "lan": True, "models": 2,
+    "name": "box", "peer_id": "12D3KooWA", "home": "/home/me/.meshmax", "lan": True, "models": 2, "mesh": MeshView(OPEN_MESH, "", False, SCOPES),
     "addresses": ("/ip4/10.0.0.1/tcp/11435/p2p/12D3KooWA", "/ip6/fe80::1/tcp/11435/p2p/12D3KooWA"),
 }  # fmt: skip
 
@@ -18,7 +19,7 @@ def test_the_banner_says_where_the_peer_is_and_that_the_mesh_is_open() -> None:
     text = banner(FACTS, "http://127.0.0.1:11434", "")
     assert "peer box (12D3KooWA)" in text
     assert "  API      http://127.0.0.1:11434\n" in text
-    assert "anyone on this LAN may use it; `meshmax peer --no-lan` stays out of it" in text
+    assert "anyone on this LAN may use it; `meshmax mesh new NAME` closes it, --no-lan stays out of it" in text
     assert "  address  /ip4/10.0.0.1/tcp/11435/p2p/12D3KooWA\n           /ip6/" in text
     assert "OLLAMA_HOST" not in text
 
@@ -27,6 +28,14 @@ def test_the_banner_says_how_to_point_clients_here_when_ollama_holds_its_port() 
     text = banner(FACTS, "http://127.0.0.1:11436", "Ollama")
     assert "port 11434 is held by Ollama" in text
     assert "export OLLAMA_HOST=127.0.0.1:11436" in text
+
+
+def test_the_banner_of_a_member_names_its_mesh_and_how_others_come_in() -> None:
+    mesh = MeshView(MeshId("12D3KooWM"), "our \x1b[1mhouse", False, SCOPES, 1, "clock off by 3 h?")
+    text = banner({**FACTS, "mesh": mesh}, "http://127.0.0.1:11434", "")
+    assert "mesh     our [1mhouse, private: its members alone; `meshmax ticket` invites another peer" in text
+    assert "(clock off by 3 h?)" in text
+    assert "LAN" not in text
 
 
 def test_the_banner_of_a_peer_off_the_lan_says_so() -> None:

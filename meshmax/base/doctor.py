@@ -49,8 +49,8 @@ class LookedBack(msgspec.Struct, frozen=True):
     """What a connected peer says of us, beside what we see of it.
 
     ``why``: a sentence where it did not answer, and then the rest is empty. ``theirs``: rungs of it that saw us; ``ours``: rungs
-    of ours that saw it; ``their_rungs``: those that it climbs. ``at``: the multiaddr at which we see it, ``address``: the one that
-    it sees us come from. ``clock_ahead_s``: its clock against ours, ``uncertain_s`` either way.
+    of ours that saw it; ``their_rungs``: those that it climbs. ``at``: the multiaddr at which we see it, ``address``: the one
+    that it sees us come from. ``clock_ahead_s``: its clock against ours, ``uncertain_s`` either way.
     """
 
     peer_id: PeerId

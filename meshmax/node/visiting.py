@@ -8,7 +8,6 @@ from meshmax.base.doctor import BootstrapSeen, MachineFacts, PeerFacts, PortKind
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.status import PeerView
 from meshmax.net.addresses import parse_endpoint
-from meshmax.net.knock import knock
 from meshmax.node.running import Node
 from meshmax.services.checkup import check_machine
 from meshmax.services.doctor import Doctor
@@ -17,7 +16,9 @@ from meshmax.services.look_back import LookBack
 
 def make_doctor(node: Node) -> Doctor:
     """The doctor of a node, whose swarm answers look-backs from now on."""
-    return Doctor(NodePatient(node), node.ladder, LookBack(node.swarm, node.ladder, knock, node.world.unix_now))
+    return Doctor(
+        NodePatient(node), node.ladder, LookBack(node.swarm, node.ladder, node.world.knock, node.world.unix_now)
+    )
 
 
 class NodePatient:

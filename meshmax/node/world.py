@@ -23,6 +23,7 @@ from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
 from meshmax.net.addresses import is_lan_address, running_addresses
 from meshmax.net.datagrams import open_datagrams
+from meshmax.net.knock import knock
 from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
 from meshmax.net.observer import open_observer
@@ -31,6 +32,7 @@ from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver
 from meshmax.ports import Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
+from meshmax.services.look_back import Knock, knock_nowhere
 from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
 
@@ -58,9 +60,8 @@ class World:
     open_datagrams: Callable[[Config], AbstractAsyncContextManager[Datagrams]] | None = None  # None: no UDP port
     open_observer: OpenObserver | None = None
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
-    addresses: Callable[[], Sequence[str]] = (
-        tuple  # IP addresses of running interfaces; none ever: the network never changes
-    )
+    addresses: Callable[[], Sequence[str]] = tuple  # of running interfaces; none ever: the network never changes
+    knock: Knock = knock_nowhere
 
 
 def real_world() -> World:
@@ -78,6 +79,7 @@ def real_world() -> World:
         _open_datagrams,
         _open_observer,
         addresses=running_addresses,
+        knock=knock,
     )
 
 

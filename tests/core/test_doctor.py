@@ -135,7 +135,8 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("identity", machine(identity_problem="identity.key is damaged"), {"identity_unusable": "error"}),
     ("clock went back", machine(clock_back_s=HOURS_3), {"clock_went_back": "warning"}),
     ("no network, in company", machine(networks=()), {}),
-    ("no network, alone", Facts(msgspec.structs.replace(MACHINE, networks=()), alone().peer), {"alone": "warning", "no_network": "error"}),
+    ("no network, alone", Facts(msgspec.structs.replace(MACHINE, networks=()), alone().peer),
+     {"alone": "warning", "no_network": "error"}),
     ("port taken", machine(ports=(LocalPort("API", 11434, "Ollama"), LocalPort("peers", 11435))), {}),
 ]  # fmt: skip
 

@@ -48,6 +48,9 @@ def load_config(
         defaults, _file(path, in_home), _checked(from_env, ENV_PREFIX, lax=True), _checked(flags, "--", lax=False)
     )
     config = msgspec.convert(values, Config)
+    if config.bootstrap_list:
+        listed = _bootstrap_list(Path(config.bootstrap_list).expanduser())
+        config = msgspec.structs.replace(config, bootstrap=tuple(dict.fromkeys((*config.bootstrap, *listed))))
     _check_meaning(config)
     return msgspec.structs.replace(config, home=str(Path(config.home).expanduser().absolute()))
 
@@ -75,13 +78,29 @@ def _environment(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _file(path: Path, in_home: bool) -> dict[str, Any]:
+    values = _yaml(path, may_lack=in_home)
+    if in_home and "home" in values:
+        raise ConfigError(f"{path}: 'home' cannot be set inside the home folder: use --home or MESHMAX_HOME")
+    return _checked(values, f"{path}: ", lax=False)
+
+
+def _bootstrap_list(path: Path) -> tuple[str, ...]:
+    """The bootstrap nodes that a list file names. It can set nothing else, since others may have written it."""
+    values = _yaml(path, may_lack=False)
+    if set(values) - {"bootstrap"}:
+        raise ConfigError(f"{path}: a list of bootstrap nodes has one key, 'bootstrap'")
+    listed: tuple[str, ...] = _checked(values, f"{path}: ", lax=False).get("bootstrap", ())
+    return listed
+
+
+def _yaml(path: Path, *, may_lack: bool) -> dict[str, Any]:
     import yaml  # only where there may be a file
 
     try:
         with path.open("rb") as stream:
             text = stream.read(MAX_FILE_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
-        if in_home:
+        if may_lack:
             return {}
         raise ConfigError(f"{path}: there is no such file") from None
     except OSError as error:
@@ -97,9 +116,7 @@ def _file(path: Path, in_home: bool) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a list of KEY: VALUE lines")
-    if in_home and "home" in values:
-        raise ConfigError(f"{path}: 'home' cannot be set inside the home folder: use --home or MESHMAX_HOME")
-    return _checked(values, f"{path}: ", lax=False)
+    return values
 
 
 # --- checking --------------------------------------------------------------------------------------------------------

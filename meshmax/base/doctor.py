@@ -111,7 +111,8 @@ class MachineFacts(msgspec.Struct, frozen=True):
 class PeerFacts(msgspec.Struct, frozen=True):
     """A peer that runs, as it sees itself and is seen.
 
-    ``online``: peers connected. ``control``: IP addresses and ports where it takes connections. ``mesh`` '' the open one.
+    ``online``: peers connected. ``control``: IP addresses and ports where it takes connections. ``mesh`` '' the open one;
+    ``mesh_problem``: what is wrong with our membership, a sentence.
     ``certificate_left_s``: until ours expires, None where there is none. ``copies``: sentences on a second machine that has our
     identity. ``joined``: addresses given by --join.
     """
@@ -126,6 +127,7 @@ class PeerFacts(msgspec.Struct, frozen=True):
     joined: int = 0
     mesh: str = ""
     mesh_name: str = ""
+    mesh_problem: str = ""
     certificate_left_s: float | None = None
     copies: tuple[str, ...] = ()
     api: str = ""

@@ -26,11 +26,12 @@ DISK_WARNING_BYTES: Final = 2 << 30
 CODES: Final = (
     "alone", "bootstrap_silent", "certificate_expired", "certificate_expiring", "clock_off", "clock_off_here", "clock_went_back",
     "copied_identity", "disk_full", "disk_low", "engine_missing", "home_unusable", "identity_unusable", "lane_unreachable",
-    "look_back_failed", "loopback_only", "mdns_failing", "mdns_one_way_here", "mdns_one_way_there", "mdns_socket", "nat",
-    "no_bootstrap", "no_multicast", "no_network", "no_peer_running", "other_mesh", "peers_online", "port_taken",
+    "look_back_failed", "loopback_only", "mdns_failing", "mdns_one_way_here", "mdns_one_way_there", "mdns_socket", "membership",
+    "nat", "no_bootstrap", "no_multicast", "no_network", "no_peer_running", "other_mesh", "peers_online", "port_taken",
     "port_unreachable", "refused", "rung_failing", "some_cannot_reach", "udp_lost",
 )  # fmt: skip
 
+_OTHER_MESH: Final = ("different mesh", "another mesh")  # in what is said to a stranger (services.admission)
 _ORDER: Final = {"error": 0, "warning": 1, "ok": 2}
 _PORT_NAMES: Final[dict[PortKind, str]] = {"control": "TCP", "lane": "TCP", "udp": "UDP"}
 _BAD: Final[frozenset[PortOutcome]] = frozenset({"refused", "silent", "unreachable", "lost"})
@@ -151,13 +152,16 @@ def _membership(peer: PeerFacts) -> Iterator[Finding]:
         yield Finding("copied_identity", "error", copy, advice)
     for refused in peer.refused:
         name = f"{refused.peer_id[-8:]} at {refused.address}" if refused.address else refused.peer_id
-        if "another mesh" in refused.reason:
+        if any(words in refused.reason for words in _OTHER_MESH):
             severity = "ok" if peer.online else "warning"
             advice = "" if peer.online else "if it is yours: `meshmax ticket` there, `meshmax join TICKET` here"
             yield Finding("other_mesh", severity, f"{name} is in another mesh", advice)  # type: ignore[arg-type]
         else:
             advice = "follow what it says; `meshmax ticket` at a member and `meshmax join TICKET` here make a new certificate"
             yield Finding("refused", "warning", f"{name} refuses this peer: {refused.reason}", advice)
+    if peer.mesh_problem:
+        advice = "`meshmax ticket` at a member makes a ticket, `meshmax join` takes it; see that all clocks are right"
+        yield Finding("membership", "error", peer.mesh_problem, advice)
     left_s = peer.certificate_left_s
     if left_s is not None and left_s <= 0:
         text = f"the certificate of this peer expired {span(left_s)} ago"

@@ -17,7 +17,9 @@ from meshmax.services.look_back import LookBack
 def make_doctor(node: Node) -> Doctor:
     """The doctor of a node, whose swarm answers look-backs from now on."""
     return Doctor(
-        NodePatient(node), node.ladder, LookBack(node.swarm, node.ladder, node.world.knock, node.world.unix_now)
+        NodePatient(node),
+        node.ladder,
+        LookBack(node.swarm, node.ladder, node.world.knock, node.world.unix_now, node.datagrams),
     )
 
 
@@ -33,14 +35,17 @@ class NodePatient:
 
     def ports(self) -> tuple[tuple[PortKind, int], ...]:
         """See Patient."""
+        node = self._node
         found: list[tuple[PortKind, int]] = []
-        for address in self._node.swarm.addresses[:1]:
+        for address in node.swarm.addresses[:1]:
             try:
                 found.append(("control", parse_endpoint(address).port))
             except InvalidRequest:
                 break
-        if self._node.lane_port:
-            found.append(("lane", self._node.lane_port))
+        if node.lane_port:
+            found.append(("lane", node.lane_port))
+        if node.datagrams and node.datagrams.addresses:
+            found.append(("udp", node.datagrams.addresses[0][1]))
         return tuple(found)
 
     def refused(self) -> tuple[RefusedPeer, ...]:
@@ -55,10 +60,14 @@ class NodePatient:
     def facts(self) -> PeerFacts:
         """See Patient."""
         node = self._node
-        problem = node.presence.problem
+        problem, mesh = node.presence.problem, node.membership.view()
         return PeerFacts(
             control=tuple(address.partition("/p2p/")[0] for address in node.swarm.addresses),
             joined=len(node.config.join),
+            mesh=mesh.mesh,
+            mesh_name=mesh.name,
+            mesh_problem=mesh.problem,
+            certificate_left_s=None if mesh.expires_at_s is None else mesh.expires_at_s - node.now(),
             copies=(problem,) if problem else (),
         )
 

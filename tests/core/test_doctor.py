@@ -82,7 +82,7 @@ def not_ok(diagnosis: Diagnosis) -> dict[str, str]:
 
 
 HOURS_3 = 10_800.0
-OTHER = RefusedPeer(B, "/ip4/192.168.1.7/tcp/11435", "the two peers are in another mesh")
+OTHER = RefusedPeer(B, "/ip4/192.168.1.7/tcp/11435", "the two peers are in different meshes")
 
 CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("all is well", Facts(MACHINE, PEER), {}),
@@ -125,6 +125,7 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("no look back", peer(told(why="it did not answer", ports=(), clock_ahead_s=None)), {"look_back_failed": "warning"}),
     ("nat", peer(told(address="/ip4/203.0.113.5/tcp/5000")), {}),
     ("copied", peer(copies=("another machine has our identity",)), {"copied_identity": "error"}),
+    ("membership", peer(mesh_problem="the certificate was revoked"), {"membership": "error"}),
     ("certificate expires soon", peer(certificate_left_s=86400.0), {"certificate_expiring": "warning"}),
     ("certificate expired", peer(certificate_left_s=-5.0), {"certificate_expired": "error"}),
     ("certificate fresh", peer(certificate_left_s=20 * 86400.0), {}),

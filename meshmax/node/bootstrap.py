@@ -1,6 +1,6 @@
 """A bootstrap node: `async with open_bootstrap(config) as node`. It helps peers to meet, and has no models of its own.
 
-home (lock) > swarm > UDP port > what is served to strangers. It is in no mesh: every peer is a guest here, bounded by
+home (lock) > UDP port > swarm > DHT > what is served to strangers. It is in no mesh: every peer is a guest here, bounded by
 `max_guests`. No engine and no store, so that it fits the smallest machine; this module imports neither. Not here: the
 services (node.serving), the faces (cli.bootstrap).
 """
@@ -11,22 +11,34 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from random import SystemRandom
+from typing import Any, Final, Literal, NoReturn
 
 import trio
 
 from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
-from meshmax.base.errors import NotAMember
+from meshmax.base.errors import NotAMember, StoreError
 from meshmax.base.ids import PeerId
+from meshmax.base.membership import OPEN_MESH
 from meshmax.net.addresses import allow_any
 from meshmax.net.datagrams import open_datagrams
+from meshmax.net.dht import open_dht
 from meshmax.net.observer import open_observer
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver, Serving, open_serving
-from meshmax.ports import Admission, Datagrams, Stream, Swarm
+from meshmax.ports import Admission, Datagrams, Signer, Stream, Swarm
+from meshmax.store.dht_file import load_dht, save_dht
 from meshmax.store.home import Home, open_home
 from meshmax.store.identity import load_identity
+from meshmax.telemetry.isolate import isolate
+from meshmax.telemetry.log import get_logger
+
+OTHER_OVERLAYS: Final = (
+    64  # meshes whose DHT is served beside the open one's; 100 MB at the very worst, some 3 in practice
+)
+KEEP_S: Final = 600.0  # between two savings of what the DHT knows, for a node that is killed
 
 # What `meshmax bootstrap` assumes where nothing is said; everything else as for a peer (base.config).
 BOOTSTRAP_DEFAULTS: Final[Mapping[str, object]] = {
@@ -34,6 +46,8 @@ BOOTSTRAP_DEFAULTS: Final[Mapping[str, object]] = {
     "max_guests": 512,
     "serve": {"rendezvous": True, "stun": True, "observer": True, "relay": True},
 }
+
+_log = get_logger("bootstrap")
 
 
 class NoMesh:
@@ -58,6 +72,7 @@ class BootstrapWorld:
     open_swarm: Callable[[Config, bytes, Admission], AbstractAsyncContextManager[Swarm]]
     open_datagrams: Callable[[Config], AbstractAsyncContextManager[Datagrams]]
     open_observer: OpenObserver
+    random: Any  # randbytes and random, as random.SystemRandom
     unix_now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic
 
@@ -95,14 +110,47 @@ async def open_bootstrap(config: Config, world: BootstrapWorld | None = None) ->
         identity = load_identity(home.path)
         datagrams = await enter(world.open_datagrams(config))
         swarm = await enter(world.open_swarm(config, identity.private_bytes, NoMesh()))
-        opened = open_serving(config, config.serve, swarm, datagrams, world.open_observer, world.clock, world.unix_now)
+        await enter(_open_dht(home, identity, datagrams, world))
+        opened = open_serving(
+            config, config.serve, swarm, datagrams, world.open_observer, world.clock, world.unix_now, besides=("dht",)
+        )
         serving = await enter(opened)
         yield BootstrapNode(config, home, swarm, serving, world.unix_now())
 
 
+@asynccontextmanager
+async def _open_dht(home: Home, signer: Signer, datagrams: Datagrams, world: BootstrapWorld) -> AsyncIterator[None]:
+    """A node of the DHT, for any mesh; what it knows is kept over restarts."""
+    opened = open_dht(
+        signer,
+        datagrams,
+        OPEN_MESH,
+        random=world.random,
+        unix_now=world.unix_now,
+        state=load_dht(home.path),
+        others=OTHER_OVERLAYS,
+    )
+    async with opened as dht, trio.open_nursery() as nursery:
+
+        async def keep() -> NoReturn:
+            while True:
+                await trio.sleep(KEEP_S)
+                await isolate("dht file", partial(trio.to_thread.run_sync, partial(save_dht, home.path, dht.dump())))
+
+        nursery.start_soon(keep)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+            try:
+                save_dht(home.path, dht.dump())
+            except StoreError as error:
+                _log.warning("the DHT begins anew next time", error=error.message)
+
+
 def real_bootstrap_world() -> BootstrapWorld:
     """TCP, UDP, the system's clock."""
-    return BootstrapWorld(_open_swarm, _open_datagrams, _open_observer)
+    return BootstrapWorld(_open_swarm, _open_datagrams, _open_observer, SystemRandom())
 
 
 def _listen(config: Config) -> list[tuple[str, int]]:

@@ -58,11 +58,15 @@ async def open_serving(
     open_observer: OpenObserver | None,
     clock: Callable[[], float],
     unix_now: Callable[[], float],
+    besides: tuple[str, ...] = (),
 ) -> AsyncIterator[Serving]:
-    """Serve what is ``wanted`` until the block ends. Raises ConfigError: a port is not to be had."""
+    """Serve what is ``wanted`` until the block ends. Raises ConfigError: a port is not to be had.
+
+    ``besides``: what the caller serves, of which who asks is told, too.
+    """
     async with AsyncExitStack() as stack:
         stun = StunServer(clock)
-        services: list[str] = []
+        services = list(besides)
         udp_port = _port_of(datagrams.addresses) if datagrams is not None else 0
         observer_port = 0
         if wanted.stun and datagrams is not None:

@@ -10,7 +10,7 @@ Not here: when to visit (core.rendezvous), bytes (wire.rendezvous, wire.peer_rec
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 import msgspec
 import trio
@@ -96,7 +96,6 @@ class Rendezvous:
         self._nodes: list[_Node] = []
         self._sequence = 0
         self._seen: tuple[str, tuple[str, ...]] = ("", ())
-        self._check_now = trio.Event()
         self._news = trio.Event()
 
     # --- what is -----------------------------------------------------------------------------------------------------
@@ -119,12 +118,11 @@ class Rendezvous:
 
     def look_again(self) -> None:
         """See ports.LooksAgain. Call it when our mesh or our addresses have changed, too."""
+        self._check()
         for node in self._nodes:
             node.schedule.on_look_again(trio.current_time())
             node.known.name_all_again()
             node.wake()
-        self._check_now.set()
-        self._check_now = trio.Event()
         self._tell()
 
     # --- what goes on ------------------------------------------------------------------------------------------------
@@ -147,19 +145,21 @@ class Rendezvous:
                     for node in self._nodes:
                         nursery.start_soon(self._leave, node)
 
-    async def _run_checks(self) -> None:
+    async def _run_checks(self) -> NoReturn:
         """See when our namespace or our addresses change."""
         while True:
-            with trio.move_on_after(CHECK_S):
-                await self._check_now.wait()
-            before, self._seen = self._seen, self._namespace_and_addresses()
-            if before == self._seen:
-                continue
-            for node in self._nodes:
-                if before[0] != self._seen[0]:
-                    node.known.clear()
-                node.schedule.on_record_changed(trio.current_time())
-                node.wake()
+            await trio.sleep(CHECK_S)
+            self._check()
+
+    def _check(self) -> None:
+        before, self._seen = self._seen, self._namespace_and_addresses()
+        if before == self._seen:
+            return
+        for node in self._nodes:
+            if before[0] != self._seen[0]:
+                node.known.clear()
+            node.schedule.on_record_changed(trio.current_time())
+            node.wake()
 
     def _namespace_and_addresses(self) -> tuple[str, tuple[str, ...]]:
         return rendezvous.namespace_of(self._mesh()), self._own()

@@ -40,7 +40,8 @@ def forks() -> Iterator[ForkServer]:
 
 @pytest.fixture
 def site(lab: Lab, forks: ForkServer, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
-    with open_site(tmp_path, forks) as site:
+    # Three times the usual pace, so that a peer is known to be gone after 2 s; scripts/bench_lan measures the usual one.
+    with open_site(tmp_path, forks, heartbeat_s="0.7", heartbeat_timeout_s="2.0") as site:
         yield site
         if request.node.stash.get(FAILED, False):
             print(site.tails())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +33,11 @@ class Site:
         self.folder, self.forks, self.settings = folder, forks, settings
         self.hosts: dict[str, Host] = {}
         self.peers: dict[str, PeerProcess] = {}
+        self.points: dict[str, PeerProcess] = {}  # bootstrap nodes
         self.ids: dict[str, PeerId] = {}
         self._clients: dict[str, httpx.Client] = {}
 
-    def start(self, *hosts: Host, program: Sequence[str] = ("peer",), **settings: str) -> None:
+    def start(self, *hosts: Host, **settings: str) -> None:
         """A peer on each host, started at once; all answer when this returns."""
         for host in hosts:
             home = self.folder / host.name
@@ -63,6 +65,23 @@ class Site:
             return self.forks.start(arguments, env, log, PROGRAM, host.path)
         with host.inside():
             return spawn(arguments, env, log)
+
+    def start_bootstrap(self, host: Host, ip: str) -> str:
+        """A bootstrap node, and its address once it answers."""
+        home = self.folder / host.name
+        home.mkdir(exist_ok=True)
+        env = {key: value for key, value in os.environ.items() if not key.startswith("MESHMAX_")}
+        flags = ["--home", str(home), "--listen", f"0.0.0.0:{CONTROL_PORT}", "--api", "127.0.0.1:0"]
+        self.ids[host.name] = load_identity(home).peer_id
+        log = home / "peer.log"
+        process = self._spawn(host, ["bootstrap", *flags], {**env, "MESHMAX_LOG_LEVEL": "debug"}, log)
+        self.points[host.name] = PeerProcess(process, home, log)
+        until("the bootstrap node is up", (home / "run.json").exists, 30.0)
+        return self.address(host.name, ip)
+
+    def stop_bootstrap(self, host: Host) -> None:
+        """Kill it."""
+        self.points.pop(host.name).kill()
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -140,7 +159,7 @@ class Site:
 
     def tails(self) -> str:
         """The ends of all logs."""
-        return "\n".join(f"--- {name}\n{peer.tail(60)}" for name, peer in self.peers.items())
+        return "\n".join(f"--- {name}\n{peer.tail(60)}" for name, peer in {**self.peers, **self.points}.items())
 
     def address(self, name: str, ip: str) -> str:
         """The multiaddr of the peer on that host."""
@@ -149,13 +168,16 @@ class Site:
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
-    def stop(self, name: str) -> None:
-        """SIGTERM, and wait."""
-        self.peers.pop(name).stop()
+    def stop(self, *names: str) -> None:
+        """SIGTERM for all of them, and wait."""
+        for name in names:
+            self.peers[name].process.terminate()
+        for name in names:
+            self.peers.pop(name).stop()
 
     def close(self) -> None:
         """End all of them at once."""
-        for peer in self.peers.values():
+        for peer in (*self.peers.values(), *self.points.values()):
             peer.thaw()
             peer.kill()
         for client in self._clients.values():

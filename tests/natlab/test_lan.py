@@ -28,7 +28,7 @@ def test_five_peers_meet_again_after_the_lan_was_gone(lab: Lab, site: Site, fail
     site.until_met(*NAMES)
     getattr(switch, fail)()
     site.until_parted(*NAMES)
-    time.sleep(5.0)
+    time.sleep(2.0)
     getattr(switch, mend)()
     pairs = site.until_pairs(*NAMES, within_s=30.0)
     print(f"pairs: median {median(pairs):.2f} s, last {max(pairs.values()):.2f} s after the network's return")

@@ -1,0 +1,84 @@
+"""Two LANs joined only by a router: their peers meet at a bootstrap node, move models, and go on when it is gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from meshmax.testing.process import until
+from tests.loopback.transfer_site import random_model
+from tests.natlab.lab import Host, Lab, Switch
+from tests.natlab.site import Site
+
+pytestmark = pytest.mark.natlab
+NAMES = ("ann", "bob", "cyd")  # the first two on one LAN
+POINT = "10.79.0.1"
+
+
+def join_lans(lab: Lab) -> tuple[list[Switch], list[Host], Host]:
+    """A router between a LAN of two, a LAN of one, and the LAN of a bootstrap node."""
+    router = lab.host("router")
+    router.forward()
+    switches, hosts = [], []
+    for number, names in ((77, NAMES[:2]), (78, NAMES[2:]), (79, ("point",))):
+        switch, there = lab.lan(*names, prefix=f"10.{number}.0")
+        switch.plug(router, f"10.{number}.0.254/24")
+        for host in there:
+            host.ip(f"route add default via 10.{number}.0.254")
+        switches.append(switch)
+        hosts += there
+    *members, point = hosts
+    return switches, members, point
+
+
+def make_private(site: Site, *names: str) -> None:
+    """Put them into a private mesh of the first one."""
+    first, *others = names
+    site.call(first, "POST", "/api/v1/mesh", {"name": "ours"})
+    for other in others:
+        ticket = site.call(first, "POST", "/api/v1/mesh/tickets", {"scopes": ["infer", "pull"], "uses": 1}).json()
+        site.call(other, "POST", "/api/v1/mesh/join", {"ticket": ticket["ticket"]}, timeout_s=30.0)
+
+
+def move_model(site: Site, folder: Path, giver: str, taker: str, name: str) -> None:
+    """The taker pulls a model that the giver has just got."""
+    path, digest = random_model(folder, 8)
+    site.call(giver, "POST", "/api/v1/models/add", {"name": name, "path": str(path)}, timeout_s=30.0)
+
+    def listed() -> bool:
+        return any(model["name"] == f"{name}:latest" for model in site.get(taker, "/api/tags")["models"])
+
+    until(f"{taker} hears of {name}", listed, 30.0)
+    reply = site.call(taker, "POST", "/api/pull", {"model": name, "stream": False}, timeout_s=60.0)
+    assert reply.json()["status"] == "success"
+    assert (site.folder / taker / "models" / "blobs" / f"sha256-{digest}").exists()
+
+
+@pytest.mark.parametrize("multicast", ["passes", "blocked"])
+@pytest.mark.parametrize("mesh", ["open", "private"])
+def test_two_lans_meet_at_a_bootstrap_node_and_outlive_it(
+    lab: Lab, site: Site, tmp_path: Path, mesh: str, multicast: str
+) -> None:
+    switches, members, point = join_lans(lab)
+    if multicast == "blocked":
+        for switch in switches:
+            switch.block_multicast()
+    site.settings["bootstrap"] = site.start_bootstrap(point, POINT)
+    site.start(*members)
+    if mesh == "private":
+        make_private(site, *NAMES)
+        site.stop(*NAMES)
+        for name in NAMES:  # who joined by a ticket knows an address: that is not how they shall meet
+            (site.folder / name / "peers.json").unlink(missing_ok=True)
+        site.start(*members)
+    print(f"met {site.until_met(*NAMES, within_s=40.0):.2f} s after the last API was up")
+    assert site.online("cyd") == {site.ids["ann"], site.ids["bob"]}  # a bootstrap node is no member
+    move_model(site, tmp_path, "ann", "cyd", "first")
+
+    site.stop_bootstrap(point)
+    move_model(site, tmp_path, "bob", "cyd", "second")
+    site.stop("cyd")
+    site.start(members[-1])
+    print(f"met again without it {site.until_met(*NAMES, within_s=40.0):.2f} s after a restart")
+    move_model(site, tmp_path, "cyd", "ann", "third")

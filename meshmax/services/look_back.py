@@ -8,6 +8,7 @@ compares the clocks in the middle of the round trip and watches for the probe. N
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -97,7 +98,7 @@ class LookBack:
     async def _try(self, ip: str, ask: wire.PortAsk, nonce: bytes, tried: dict[PortKind, wire.PortTried]) -> None:
         outcome: PortOutcome = "not_tried"
         if ip and ask.kind == "udp":
-            if self._datagrams is not None:
+            if self._datagrams is not None and _has_way(self._datagrams, ip):
                 self._datagrams.send(wire.probe_of(nonce), (ip, ask.port))
                 outcome = "sent"
         elif ip:
@@ -146,6 +147,13 @@ class LookBack:
         nonce = wire.try_nonce(data)
         if nonce is not None and nonce in self._arrived:
             self._arrived[nonce].set()
+
+
+def _has_way(datagrams: Datagrams, ip: str) -> bool:
+    """Whether a socket of ours can send there at all: one of the same family, and from loopback to loopback alone."""
+    to = ipaddress.ip_address(ip)
+    bound = [ipaddress.ip_address(host) for host, _ in datagrams.addresses]
+    return any(each.version == to.version and (to.is_loopback or not each.is_loopback) for each in bound)
 
 
 def _ip_of(address: str) -> str:

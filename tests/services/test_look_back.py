@@ -153,6 +153,17 @@ async def test_a_probe_that_does_not_come_is_lost(
         assert told.ports == (PortSeen("udp", 11437, "lost"),)
 
 
+@pytest.mark.parametrize("bound", ["fd00::1", "127.0.0.1"])
+async def test_a_probe_that_cannot_be_sent_says_nothing_of_the_askers_port(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    at(monkeypatch, "10.0.0.1")
+    async with two() as (a, b):
+        b.cable.addresses = ((bound, 11435),)
+        told = await a.look_back.ask(b.swarm.peer_id, "b", [("udp", 11437)])
+        assert told.ports == (PortSeen("udp", 11437, "not_tried"),)
+
+
 async def test_a_probe_with_another_nonce_counts_for_nothing(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

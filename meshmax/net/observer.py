@@ -23,7 +23,7 @@ from meshmax.net.tcp import TcpTransport
 from meshmax.net.wire import ByteStream, Listener, Transport
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
-from meshmax.wire.stun import HEADER_BYTES, message_length
+from meshmax.wire.stun import FIRST_BYTES, HEADER_BYTES, message_length
 
 MAX_CONNECTIONS: Final = 1024  # open at once; each is a socket and a few KiB
 MAX_PER_SOURCE: Final = 32  # of these; several peers behind one NAT, each with several attempts
@@ -117,6 +117,8 @@ async def _message(stream: ByteStream) -> bytes:
         if not part:
             return b""
         data += part
+        if data[0] not in FIRST_BYTES:
+            raise RemoteProtocolError("this is no STUN message")
         if len(data) == HEADER_BYTES:
             wanted = message_length(data)
     return data

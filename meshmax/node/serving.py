@@ -19,6 +19,7 @@ from meshmax.services.relay_server import open_relay_server
 from meshmax.services.rendezvous_server import open_rendezvous_server
 from meshmax.services.stun_server import StunServer
 from meshmax.telemetry.log import get_logger
+from meshmax.telemetry.metrics import REGISTRATIONS
 
 if TYPE_CHECKING:
     from meshmax.node.running import Node
@@ -77,7 +78,8 @@ async def open_serving(
             observer_port = _port_of(observer.addresses)
             services.append("observer")
         if wanted.rendezvous:
-            await stack.enter_async_context(open_rendezvous_server(swarm))
+            rendezvous = await stack.enter_async_context(open_rendezvous_server(swarm))
+            REGISTRATIONS.set_function(lambda: len(rendezvous.registrations))
             services.append("rendezvous")
         if wanted.relay:
             await stack.enter_async_context(open_relay_server(swarm, unix_now))

@@ -20,6 +20,7 @@ DATAGRAMS: Final = Counter(
     "meshmax_datagrams_total", "UDP datagrams, by direction and outcome", ["direction", "outcome"], registry=REGISTRY
 )
 STUN: Final = Counter("meshmax_stun_total", "STUN messages, by outcome", ["outcome"], registry=REGISTRY)
+REGISTRATIONS: Final = Gauge("meshmax_registrations", "Peers registered for rendezvous here", registry=REGISTRY)
 CIRCUITS: Final = Gauge("meshmax_relay_circuits", "Circuits relayed now", registry=REGISTRY)
 RELAYED: Final = Counter("meshmax_relayed_bytes_total", "Bytes relayed for others", registry=REGISTRY)
 BYTES: Final = Counter("meshmax_blob_bytes_total", "Bytes of blobs moved", ["direction"], registry=REGISTRY)

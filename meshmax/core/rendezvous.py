@@ -20,7 +20,7 @@ from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.wire.multiaddr import encode_multiaddr
 
-EARLY_S: Final = 600.0  # how long after a start or a change of the network we ask often
+EARLY_S: Final = 300.0  # how long after a start or a change of the network we ask often
 DISCOVER_EARLY_S: Final = 30.0
 DISCOVER_S: Final = 300.0
 WHOLE_S: Final = 1800.0  # between questions for everybody

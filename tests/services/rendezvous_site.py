@@ -64,18 +64,18 @@ class Site:
 
     def __init__(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
         self.network = MemoryNetwork(latency_s=0.01)
-        self._stack, self._nursery = stack, nursery
+        self.stack, self._nursery = stack, nursery
         self._made = 0
 
     async def swarm(self, signer: SeededSigner, address: str = "") -> MemorySwarm:
         self._made += 1
-        swarm = await self._stack.enter_async_context(self.network.open_swarm(signer))
+        swarm = await self.stack.enter_async_context(self.network.open_swarm(signer))
         self.network.move(swarm, address or f"/ip4/10.{self._made >> 8}.{self._made & 255}.1/tcp/11435")
         return swarm
 
     async def point(self, number: int = 0, address: str = "", registrations: Registrations | None = None) -> Point:
         swarm = await self.swarm(SeededSigner(NODE_SEED + number), address)
-        return Point(swarm, await self._stack.enter_async_context(open_rendezvous_server(swarm, registrations)))
+        return Point(swarm, await self.stack.enter_async_context(open_rendezvous_server(swarm, registrations)))
 
     async def seeker(self, seed: int, *points: Point) -> Seeker:
         signer = SeededSigner(seed)

@@ -15,6 +15,7 @@ from meshmax.base.config import Config, LimitWindow, MirrorRule
 from meshmax.base.errors import MeshmaxError
 from meshmax.cli.main import EXIT_INTERRUPTED, main
 from meshmax.cli.settings import _paths, accepted, load_config
+from meshmax.core.doctor import CODES
 
 DOCS = Path(meshmax.__file__).parent / "docs"
 SETTINGS = (DOCS / "settings.md").read_text()
@@ -62,6 +63,16 @@ def test_every_exit_code_is_explained() -> None:
 
     told = {int(code) for code in re.findall(r"^\| (\d+) \|", TROUBLES, re.MULTILINE)}
     assert told == codes(MeshmaxError) | {0, EXIT_INTERRUPTED}
+
+
+def test_every_finding_of_the_doctor_is_explained_and_no_other() -> None:
+    page = TROUBLES.partition("| Finding |")[2].partition("\n\n")[0]
+    told = [
+        code
+        for row in page.splitlines()
+        for code in re.findall(r"`([a-z_]+)`", row.split("|")[1] if "|" in row else "")
+    ]
+    assert sorted(told) == sorted(CODES)
 
 
 def test_a_page_is_found_by_how_its_name_begins(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,11 +20,12 @@ import httpx
 from meshmax.base.ids import PeerId
 from meshmax.store.identity import load_identity
 from meshmax.testing.fork_server import PROGRAM, ForkServer
-from meshmax.testing.process import PeerProcess, Process, spawn, start_peer, until, wait_for_api
+from meshmax.testing.process import PeerProcess, Process, start_peer, until, wait_for_api
 from tests.natlab.lab import Host
 
 CONTROL_PORT: Final = 11435  # where peers listen that are told nothing else
 LOOK_EVERY_S: Final = 0.02
+_PR_SET_PDEATHSIG: Final = 1
 
 
 class Site:
@@ -63,8 +68,14 @@ class Site:
     def _spawn(self, host: Host, arguments: Sequence[str], env: dict[str, str], log: Path) -> Process:
         if self.forks is not None:
             return self.forks.start(arguments, env, log, PROGRAM, host.path)
-        with host.inside():
-            return spawn(arguments, env, log)
+        with host.inside(), log.open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", PROGRAM, *arguments],
+                env=env,
+                stdout=output,
+                stderr=output,
+                preexec_fn=_end_with_us,  # noqa: PLW1509  no thread runs where peers start like this
+            )
 
     def start_bootstrap(self, host: Host, ip: str) -> str:
         """A bootstrap node, and its address once it answers."""
@@ -194,13 +205,10 @@ def open_site(folder: Path, forks: ForkServer | None, **settings: str) -> Iterat
         site.close()
 
 
+def _end_with_us() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def median(pairs: dict[tuple[str, str], float]) -> float:
     """Of the seconds that the pairs took."""
     return statistics.median(pairs.values())
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that it takes."""
-    began_s = time.monotonic()
-    work()
-    return time.monotonic() - began_s

@@ -24,7 +24,7 @@ from meshmax.base.status import PeerStatus, Vitals
 from meshmax.core.peer_entry import changed_of
 
 AGAIN_S: Final = 5.0  # an announcement that is repeated was meant
-KEPT_S: Final = 120.0  # after the last sign of a copy
+KEPT_S: Final = 60.0  # after the last sign of a copy
 TELL_S: Final = 10.0
 MAX_SUSPECTS: Final = 64  # peers that started anew lately, or are copied
 MAX_CHANGES: Final = 64  # of our own statuses that are remembered
@@ -40,6 +40,7 @@ class _Life(msgspec.Struct):
 
     first: int
     last: int
+    heard_at: float
     signed: Signed | None
 
 
@@ -142,28 +143,32 @@ class Clones:
 
     def _note(self, peer_id: PeerId, instance: str, first: int, last: int, signed: Signed | None, now: float) -> None:
         suspect = self._suspects[peer_id]
-        life = suspect.lives.setdefault(instance, _Life(first, last, signed))
+        life = suspect.lives.setdefault(instance, _Life(first, last, now, signed))
         life.first, life.signed = min(life.first, first), signed or life.signed
-        life.last = max(life.last, last)
+        if last > life.last:
+            life.last, life.heard_at = last, now
         if len(suspect.lives) > 2:
             ended = min(suspect.lives, key=lambda each: suspect.lives[each].last)
             del suspect.lives[ended]
         if len(suspect.lives) == 2:
             a, b = suspect.lives.values()
             if a.first <= b.last and b.first <= a.last:
-                suspect.proved_at = now
+                suspect.proved_at = min(a.heard_at, b.heard_at)  # both are there as long as both speak
+
+    def is_copied(self, peer_id: PeerId, now: float) -> bool:
+        """Whether there are two of that peer."""
+        suspect = self._suspects.get(peer_id)
+        return suspect is not None and suspect.proved_at is not None and now - suspect.proved_at <= KEPT_S
 
     def twins(self, peer_id: PeerId, now: float) -> tuple[Signed, ...]:
         """Statuses of both, if two of that peer are there."""
-        suspect = self._suspects.get(peer_id)
-        if not suspect or suspect.proved_at is None or now - suspect.proved_at > KEPT_S:
+        if not self._suspects or not self.is_copied(peer_id, now):
             return ()
-        return tuple(life.signed for life in suspect.lives.values() if life.signed)
+        return tuple(life.signed for life in self._suspects[peer_id].lives.values() if life.signed)
 
     def copied(self, now: float) -> tuple[PeerId, ...]:
         """Other peers of which there are two."""
-        proved = ((peer, suspect.proved_at) for peer, suspect in self._suspects.items())
-        return tuple(peer for peer, proved_at in proved if proved_at is not None and now - proved_at <= KEPT_S)
+        return tuple(peer for peer in self._suspects if self.is_copied(peer, now))
 
 
 def _remember(known: dict[K, V], key: K, value: V, most: int) -> None:

@@ -13,7 +13,7 @@ Not here: whom to keep and dial (core.peers), frames and nonces (services.heartb
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Generic, TypeVar
 
 import msgspec
@@ -148,9 +148,13 @@ class Gossip:
         entry = self._table.entry(status.peer_id)
         before = (entry.status, entry.signed) if entry else (None, None)
         self._clones.on_status(*before, status, signed, now)
+        if status.leaving and self._clones.is_copied(status.peer_id, now):
+            return False  # the other one is still there
         news = self._table.on_status(status, signed, bearer, now)
         if entry := self._table.entry(status.peer_id):
             self._asked.pop(entry.key, None)
+            if entry.connected:
+                self._doubts.pop(entry.key, None)
             said_before = before[0] is not None and changed_of(before[0]) == changed_of(status)
             if news and (bearer == status.peer_id or status.leaving) and not said_before:
                 self._log.put(entry.key, changed_of(status))
@@ -176,9 +180,9 @@ class Gossip:
                 self._note_asked(key, now)
         return bool(neighbour.wants)
 
-    def on_wants(self, peer_id: PeerId, wants: Iterable[bytes]) -> bool:
+    def on_wants(self, peer_id: PeerId, wants: Sequence[bytes]) -> bool:
         """A neighbour wants bodies; True if it gets some."""
-        if neighbour := self._neighbours.get(peer_id):
+        if wants and (neighbour := self._neighbours.get(peer_id)):
             neighbour.owed |= dict.fromkeys(key for key in wants if self._body(key))
             return bool(neighbour.owed)
         return False
@@ -214,6 +218,11 @@ class Gossip:
         neighbour.wants.clear()
         return Outgoing(tuple(statuses), digests, wants)
 
+    def is_quiet(self, peer_id: PeerId) -> bool:
+        """Whether there is nothing that the next message to the neighbour would carry."""
+        neighbour = self._neighbours.get(peer_id)
+        return neighbour is None or (neighbour.told == self._log.version and not (neighbour.owed or neighbour.wants))
+
     def is_waiting(self, peer_id: PeerId) -> bool:
         """Whether there is something that a neighbour asked for, or that we want of it."""
         neighbour = self._neighbours.get(peer_id)
@@ -239,7 +248,7 @@ class Gossip:
         if changed <= known:
             return False
         if entry.connected and entry.peer_id != bearer:  # it tells us itself; if it does not, two of it are there
-            self._doubts[key] = changed, now, bearer
+            self._doubts.setdefault(key, (changed, now, bearer))
             if len(self._doubts) > MAX_PENDING:
                 del self._doubts[next(iter(self._doubts))]
             return False
@@ -247,7 +256,8 @@ class Gossip:
 
     def _resolve_doubts(self, now: float) -> None:
         """Of what others have of a neighbour that it still did not tell us, the body is wanted."""
-        for key, (changed, at, teller) in list(self._doubts.items()):
+        while self._doubts:
+            key, (changed, at, teller) = next(iter(self._doubts.items()))
             if now - at < DOUBT_S:
                 break
             del self._doubts[key]

@@ -25,17 +25,18 @@ from typing import Final
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.status import MAX_ADDRESSES, PeerStatus, Vitals, with_vitals
+from meshmax.base.status import MAX_ADDRESSES, PeerStatus, Vitals, vitals_of, with_vitals
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS, TRIALS, candidate, surplus
-from meshmax.core.peer_entry import Dial, PeerEntry, Refusal
+from meshmax.core.peer_entry import Dial, PeerEntry, Refusal, changed_of
 from meshmax.wire.status import key_of
 
 GONE_AFTER_S: Final = (
     12.0  # after the last sign of life; with a heartbeat every 2 s a dead peer is in no list after 15 s
 )
 FORGET_AFTER_S: Final = 600.0  # a peer with no sign of life and no sighting for that long is not worth a line
-FORGET_PROVEN_S: Final = 86400.0  # the same of one that was a neighbour: it may come back after a day
+FORGET_PROVEN_S: Final = 86400.0  # the same of one that was a neighbour, which may come back after a day, or refused us
+UNVOUCHED_S: Final = 5.0  # the same of one of whom only others spoke, and nobody does any more
 FORGET_LEFT_S: Final = 120.0  # after a farewell; as long as anybody may still bring an earlier status
 YIELD_S: Final = 1.0  # the larger PeerId waits that long for the smaller one to dial
 FIRST_BACKOFF_S: Final = 1.0
@@ -160,9 +161,12 @@ class PeerTable:
             return False
         if hearsay:
             self._add_teller(entry, bearer)
-        if entry.status and entry.status.sequence >= status.sequence:
+        before = entry.status
+        if before and changed_of(before) >= changed_of(status):
             return False
-        entry.status, entry.signed, entry.leaving = status, signed, status.leaving
+        later = before is not None and before.sequence > status.sequence and before.instance == status.instance
+        entry.status = with_vitals(status, vitals_of(before)) if before and later else status
+        entry.signed, entry.leaving = signed, status.leaving
         if status.leaving:
             entry.last_sign_at, entry.dial_at, entry.tellers = now, None, ()
         elif status.addresses:
@@ -316,7 +320,12 @@ class PeerTable:
     def _is_stale(self, entry: PeerEntry, now: float) -> bool:
         if entry.connected or entry.dialing:
             return False
-        most_s = FORGET_LEFT_S if entry.leaving else FORGET_PROVEN_S if entry.proven else FORGET_AFTER_S
+        if entry.leaving:
+            most_s = FORGET_LEFT_S
+        elif entry.proven or entry.refusal:
+            most_s = FORGET_PROVEN_S
+        else:
+            most_s = FORGET_AFTER_S if entry.seen or entry.tellers else UNVOUCHED_S
         return now - entry.last_sign_at > most_s
 
     def _add_teller(self, entry: PeerEntry, teller: PeerId) -> None:

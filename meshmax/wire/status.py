@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final, Literal
 
 import msgspec
@@ -91,6 +92,7 @@ def check_statuses(statuses: tuple[Signed, ...]) -> None:
         )
 
 
+@lru_cache(maxsize=16384)
 def key_of(peer_id: PeerId) -> bytes:
     """By what digests and wants name the peer. Raises InvalidRequest for what is no PeerId."""
     return public_key_of(peer_id)[:KEY_BYTES]

@@ -34,6 +34,7 @@ class Site:
         self._folder = folder
         self._stack = stack
         self.nodes: list[Node] = []
+        self.ahead_s: dict[str, float] = {}  # by node: how far its clock is set; "": everybody's, as when days go by
 
     async def node(self, name: str, engine: EngineConfig = EngineConfig(kind="echo")) -> Node:  # noqa: B008  frozen
         """Start a node called ``name``."""
@@ -49,7 +50,9 @@ class Site:
             rungs=lambda _config, swarm: (self.network.discovery(swarm.peer_id),),
             engine=lambda config, _logs: EchoEngine(config.engine),
             run_sync=in_place,
-            unix_now=lambda: STARTED_AT_S + trio.current_time(),
+            unix_now=lambda: (
+                STARTED_AT_S + trio.current_time() + self.ahead_s.get(name, 0.0) + self.ahead_s.get("", 0.0)
+            ),
             random=random.Random(name),
             clock=trio.current_time,
         )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 import trio.testing
@@ -28,7 +29,9 @@ class Neighbourhood:
         node: Node = await self._nursery.start(self._live, name, blind)
         return node
 
-    async def _live(self, name: str, blind: bool, task_status: trio.TaskStatus[Node]) -> None:
+    async def _live(  # noqa: ASYNC114
+        self, name: str, blind: bool, task_status: Any
+    ) -> None:
         config, world = self._site.parts(name)
         if blind:
             world = dataclasses.replace(world, rungs=lambda _config, _swarm: ())

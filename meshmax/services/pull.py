@@ -39,7 +39,7 @@ from meshmax.services.model_exchange import FetchedModel, check_record
 from meshmax.services.outflow import Outflow
 from meshmax.services.pull_job import Job
 from meshmax.services.pull_progress import FINAL, Board
-from meshmax.services.pull_world import LocalSources, Room, Store, World
+from meshmax.services.pull_world import LocalSources, Room, Seek, Store, World, seek_nowhere
 from meshmax.services.upstream_pull import UpstreamPull, UpstreamPulls
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -254,7 +254,9 @@ class PullService:
         return self._join(resolved.digest, parsed, detached, asked_by)
 
     async def _find_anywhere(self, name: str, *, detached: bool = False) -> Job | StoredModel:
-        """As `_find`; what no peer has is taken from a registry, if one has it."""
+        """As `_find`; what no neighbour has is looked for farther away, then at registries."""
+        if not self._is_near(name):
+            await self._world.seek(name, lambda: self._is_near(name))
         try:
             return self._find(name, detached=detached)
         except NoProviders as error:
@@ -267,6 +269,14 @@ class PullService:
         except NoProviders as error:
             raise NoProviders(f"{nobody.message}; upstream: {error.message}") from None
         return self._join(origin.manifest.digest, parsed, detached, origin=origin)
+
+    def _is_near(self, name: str) -> bool:
+        """Whether it is here, on its way here, or at a neighbour. Raises InvalidName."""
+        resolved = self._resolve(name)
+        if resolved is None:
+            return False
+        known = resolved.stored or self._under_way(resolved.digest) or self._world.sources(resolved.digest)
+        return bool(known)
 
     def _join(
         self, digest: Sha256, name: ModelName, detached: bool, asked_by: str = "", origin: UpstreamPull | None = None
@@ -383,6 +393,7 @@ async def open_pulls(
     local: LocalSources = lambda digest: (),
     room: Room = lambda layers: nullcontext(),
     guard: Callable[[ModelName, Sha256], None] = lambda name, digest: None,
+    seek: Seek = seek_nowhere,
 ) -> AsyncIterator[PullService]:
     """Pulls from the peers of ``swarm`` into ``store``; leaving the block cancels those that run, partials are kept.
 
@@ -390,6 +401,7 @@ async def open_pulls(
     or it was paused, resumed or has ended. ``downloads``: what an earlier run's ``keep`` was given. ``accept``: whether
     we pull what peers ask us to. ``upstream``: registries that are asked for what no peer has.
     ``opener`` None: no lanes; ``local``: sources of a blob on this machine; ``naming`` None: the store itself.
+    ``seek`` looks for providers that are no neighbours.
     """
     outflow = outflow or Outflow()
     async with trio.open_nursery() as nursery:
@@ -407,6 +419,7 @@ async def open_pulls(
             local=local,
             room=room,
             guard=guard,
+            seek=seek,
         )
         pulls = PullService(world, catalog, nursery, outflow, on_change, keep, accept)
         pulls.take_up(downloads)

@@ -31,6 +31,15 @@ LocalSources = Callable[[Sha256], Sequence[ChunkSource]]
 Room = Callable[[Sequence[Layer]], AbstractAsyncContextManager[None]]
 
 
+Seek = Callable[[str, Callable[[], bool]], Awaitable[bool]]  # until there are some; whether there are
+
+
+async def seek_nowhere(_name: str, _found: Callable[[], bool]) -> bool:
+    """There are only neighbours."""
+    await trio.lowlevel.checkpoint()
+    return False
+
+
 class Store(Protocol):
     """Where blobs and models are."""
 
@@ -50,7 +59,7 @@ class World(msgspec.Struct, frozen=True):
     the models (and how many pulls of each) for which a blob is wanted now; ``upstream``: asked for what no peer has;
     ``opener`` None: no lanes, chunks ride the control connections; ``local``: sources of a blob on this machine;
     ``room``: entered while blobs are fetched, raises StoreFull where the store has no room for them; ``guard`` raises
-    where a name must not come to mean a model."""
+    where a name must not come to mean a model; ``seek`` looks for providers of a name that are no neighbours yet."""
 
     swarm: Swarm
     blobs: BlobStore
@@ -68,6 +77,7 @@ class World(msgspec.Struct, frozen=True):
     local: LocalSources = lambda digest: ()
     room: Room = lambda layers: nullcontext()
     guard: Callable[[ModelName, Sha256], None] = lambda name, digest: None
+    seek: Seek = seek_nowhere
 
     def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
         """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""

@@ -144,6 +144,7 @@ class MeshFace:
                 "partials": partials,
                 "discovery": [msgspec.to_builtins(report) for report in node.ladder.reports()],
                 "resources": node.resources(),
+                "problems": [problem] if (problem := node.presence.problem) else [],
                 "reachability": {"addresses": len(node.swarm.addresses), "lan": node.config.lan},
             }
         )

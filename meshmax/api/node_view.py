@@ -30,6 +30,15 @@ class HasBlobs(Protocol):
         ...
 
 
+class WatchfulPresence(Presence, Protocol):
+    """Presence that also looks out for copied identities."""
+
+    @property
+    def problem(self) -> str:
+        """What a person should know of identities in this mesh, a sentence; '' when all is well."""
+        ...
+
+
 class _Services(Protocol):
     @property
     def catalog(self) -> Catalog:
@@ -49,7 +58,7 @@ class _Services(Protocol):
     def residency(self) -> Residency: ...
 
     @property
-    def presence(self) -> Presence: ...
+    def presence(self) -> WatchfulPresence: ...
 
     @property
     def swarm(self) -> Swarm: ...

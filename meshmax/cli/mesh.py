@@ -92,6 +92,7 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         ("peers", f"{online} online"),
         *_discovery_lines(state.get("discovery") or ()),
         ("models", f"{local} here, {len(models)} in the mesh"),
+        *(("problem", text) for text in state.get("problems") or ()),
         *_partial_lines(state.get("partials") or ()),
         *_resource_lines(state.get("resources") or {}),
     ]

@@ -155,7 +155,7 @@ class Presence(Protocol):
     """Who is there."""
 
     def peers(self) -> tuple[PeerView, ...]:
-        """Ourselves first, then online peers by round trip, then those that left within the last minute."""
+        """Ourselves first, then online peers by round trip, then those that were lost seconds ago (none after 15)."""
         ...
 
     def view(self, peer_id: PeerId) -> PeerView | None:

@@ -240,6 +240,8 @@ class FakeRouter:
 
 
 class FakePresence:
+    problem = ""
+
     def __init__(self) -> None:
         model = ModelPresence(REMOTE_DIGEST, ("registry.ollama.ai/library/far:latest",), "disk", 1000)
         status = PeerStatus(THEIRS, 1, 1, "attic", "0.1.0", models=(model,), load=Load(1, 2))

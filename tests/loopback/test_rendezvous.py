@@ -4,7 +4,7 @@ import gc
 import random
 import time
 import warnings
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -68,6 +68,11 @@ def place(swarm: LibrarySwarm) -> tuple[Any, tuple[str, ...]]:
     return swarm.peer_id, tuple(address.partition("/p2p/")[0] for address in swarm.addresses)
 
 
+async def until(true: Callable[[], bool]) -> None:
+    while not true():  # noqa: ASYNC110  it looks from outside
+        await trio.sleep(0.01)
+
+
 async def find(swarm: LibrarySwarm, signer: SeededSigner, server: LibrarySwarm, found: list[Sighting]) -> None:
     send, receive = trio.open_memory_channel[Sighting](8)
     rung = Rendezvous(
@@ -99,8 +104,7 @@ async def test_two_swarms_find_each_other_at_a_third() -> None:
                 random.Random(1),
             )
             nursery.start_soon(rung.run, send)
-            while not len(serving.registrations):
-                await trio.sleep(0.01)
+            await until(lambda: len(serving.registrations) == 1)
             found: list[Sighting] = []
             await find(second, SIGNERS[2], server, found)
             assert found == [Sighting(first.peer_id, place(first)[1], "rendezvous")]
@@ -135,8 +139,7 @@ async def test_our_messages_are_served_by_another_implementation() -> None:
             (registration,) = page.registrations
             assert try_read_peer_info(registration.record) == (swarm.peer_id, ("/ip4/10.0.0.5/tcp/11435",))
             await ask(swarm, peer_id, Unregister("ns", peer_id_bytes(swarm.peer_id)), answered=False)
-            while service.registrations["ns"]:
-                await trio.sleep(0.01)
+            await until(lambda: not service.registrations["ns"])
 
 
 async def test_a_node_that_takes_no_signed_records_is_told_of_as_a_problem() -> None:
@@ -152,8 +155,7 @@ async def test_a_node_that_takes_no_signed_records_is_told_of_as_a_problem() -> 
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(rung.run, send)
-                while not rung.problem:
-                    await trio.sleep(0.01)
+                await until(lambda: bool(rung.problem))
                 assert "it did not register us" in rung.problem
                 nursery.cancel_scope.cancel()
 
@@ -184,5 +186,4 @@ async def test_another_implementation_registers_discovers_and_leaves_at_our_serv
             }
             assert (await clients[0].discover("ns", cookie=cookie))[0] == []
             await clients[1].unregister("ns")
-            while len(serving.registrations) > 1:
-                await trio.sleep(0.01)
+            await until(lambda: len(serving.registrations) == 1)

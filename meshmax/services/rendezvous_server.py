@@ -44,7 +44,7 @@ MAX_PEER_STREAMS: Final = 4  # the same of one peer; ours has one
 
 PEER_PER_S, PEER_BURST = 0.5, 64.0  # requests of one PeerId: a new member asks for pages, later twice in five minutes
 SUBNET_PER_S, SUBNET_BURST = 20.0, 500.0  # of a site behind one NAT, whose peers may all start at once
-TOTAL_PER_S: Final = 400.0  # what one core verifies and answers with half of its time
+TOTAL_PER_S: Final = 200.0  # at worst (a full table, all from different subnets) half of one core
 
 _SLOW_DOWN: Final = "too many requests: come again later"
 

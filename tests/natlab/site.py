@@ -119,6 +119,18 @@ class Site:
         """Whether it sees all of them."""
         return {self.ids[other] for other in others} <= self.online(name)
 
+    def names(self, name: str) -> set[str]:
+        """The hosts of the peers that it sees online."""
+        of = {peer_id: host for host, peer_id in self.ids.items()}
+        return {of[peer_id] for peer_id in self.online(name)}
+
+    def make_private(self, first: str, *others: str) -> None:
+        """Put them into a private mesh of the first one."""
+        self.call(first, "POST", "/api/v1/mesh", {"name": f"of-{first}"})
+        for other in others:
+            made = self.call(first, "POST", "/api/v1/mesh/tickets", {"scopes": ["infer", "pull"], "uses": 1}).json()
+            self.call(other, "POST", "/api/v1/mesh/join", {"ticket": made["ticket"]}, timeout_s=30.0)
+
     def where(self, name: str, other: str) -> str:
         """The address at which it is connected to the other one; '' where it is not."""
         node = self.get(name, "/api/v1/nodes")["nodes"].get(self.ids[other], {})

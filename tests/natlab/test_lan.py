@@ -113,3 +113,17 @@ def test_a_peer_with_two_interfaces_is_found_on_both(lab: Lab, site: Site) -> No
     assert "10.77.0." in site.where("middle", "left")
     assert "10.78.0." in site.where("middle", "right")
     assert not site.sees("left", "right")  # nobody routes between them
+
+
+def test_three_meshes_on_one_lan_stay_apart(lab: Lab, site: Site) -> None:
+    _, hosts = lab.lan("ann", "bob", "cyd", "dan", "eve")
+    site.start(*hosts)
+    site.until_met()
+    site.make_private("ann", "bob")
+    site.make_private("cyd", "dan")
+    for mesh in (("ann", "bob"), ("cyd", "dan")):
+        site.until_met(*mesh)
+    groups = {"ann": {"bob"}, "bob": {"ann"}, "cyd": {"dan"}, "dan": {"cyd"}, "eve": set[str]()}
+    until("each sees its own mesh alone", lambda: {name: site.names(name) for name in groups} == groups, 20.0)
+    time.sleep(3.0)  # they go on hearing each other by mDNS
+    assert {name: site.names(name) for name in groups} == groups

@@ -32,15 +32,6 @@ def join_lans(lab: Lab) -> tuple[list[Switch], list[Host], Host]:
     return switches, members, point
 
 
-def make_private(site: Site, *names: str) -> None:
-    """Put them into a private mesh of the first one."""
-    first, *others = names
-    site.call(first, "POST", "/api/v1/mesh", {"name": "ours"})
-    for other in others:
-        ticket = site.call(first, "POST", "/api/v1/mesh/tickets", {"scopes": ["infer", "pull"], "uses": 1}).json()
-        site.call(other, "POST", "/api/v1/mesh/join", {"ticket": ticket["ticket"]}, timeout_s=30.0)
-
-
 def move_model(site: Site, folder: Path, giver: str, taker: str, name: str) -> None:
     """The taker pulls a model that the giver has just got."""
     path, digest = random_model(folder, 8)
@@ -67,7 +58,7 @@ def test_two_lans_meet_at_a_bootstrap_node_and_outlive_it(
     site.settings["bootstrap"] = site.start_bootstrap(point, POINT)
     site.start(*members)
     if mesh == "private":
-        make_private(site, *NAMES)
+        site.make_private(*NAMES)
         site.stop(*NAMES)
         for name in NAMES:  # who joined by a ticket knows an address: that is not how they shall meet
             (site.folder / name / "peers.json").unlink(missing_ok=True)

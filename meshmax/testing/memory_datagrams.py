@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from meshmax.net.datagrams import MAX_DATAGRAM_BYTES
+
 Address = tuple[str, int]
 OnDatagram = Callable[[bytes, Address], None]
 DHT_PORT = 11435
@@ -93,15 +95,18 @@ class MemoryDatagrams:
         return (self.address,)
 
     def send(self, data: bytes, to: Address) -> None:
-        """See ports.Datagrams."""
-        self._net.spoof(data, self.address, to)
+        """See ports.Datagrams. An empty one, or one that the real port does not take, is dropped."""
+        if 0 < len(data) <= MAX_DATAGRAM_BYTES:
+            self._net.spoof(data, self.address, to)
 
     def receive(self, first_bytes: range, on_datagram: OnDatagram) -> None:
-        """See ports.Datagrams."""
+        """See ports.Datagrams. Raises ValueError where somebody has one of ``first_bytes`` already."""
+        if any(set(first_bytes) & set(taken) for taken, _ in self._receivers):
+            raise ValueError(f"datagrams that begin with {first_bytes} have a receiver already")
         self._receivers.append((first_bytes, on_datagram))
 
     def deliver(self, data: bytes, sender: Address) -> None:
-        """Something arrives."""
+        """Something arrives. What a receiver raises comes out, unlike at the real port: in a test it is a mistake."""
         for first_bytes, on_datagram in self._receivers:
             if data and data[0] in first_bytes:
                 on_datagram(data, sender)

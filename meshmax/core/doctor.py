@@ -123,7 +123,7 @@ def _peer(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     yield from _clocks(peer.looked_back)
     yield from _ports(peer)
     for told in peer.looked_back:
-        yield from _one(told, peer)
+        yield from _one(told, peer, machine)
 
 
 def _company(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
@@ -274,7 +274,7 @@ def _open_port(name: str, outcome: PortOutcome) -> str:
 # --- one peer that looked back -----------------------------------------------------------------------------------------
 
 
-def _one(told: LookedBack, peer: PeerFacts) -> Iterator[Finding]:
+def _one(told: LookedBack, peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     if told.why:
         text = f"{told.name} did not look back: {told.why}"
         yield Finding(
@@ -282,8 +282,8 @@ def _one(told: LookedBack, peer: PeerFacts) -> Iterator[Finding]:
         )
         return
     yield from _multicast(told, peer)
-    here = {_ip(address) for address in peer.control}
-    if told.address and here and not _is_wild(here) and (seen := _ip(told.address)) and seen not in here:
+    seen = _ip(told.address)
+    if seen and not _is_own(seen, {*machine.networks, *(_ip(address) for address in peer.control)}):
         yield Finding("nat", "ok", f"{told.name} sees this machine as {seen}: a NAT stands between")
 
 
@@ -330,8 +330,10 @@ def _ip(address: str) -> str:
         return ""
 
 
-def _is_wild(ips: set[str]) -> bool:
-    return bool(ips & {"0.0.0.0", "::"})  # noqa: S104  compared, not bound
+def _is_own(ip: str, own: set[str]) -> bool:
+    """Also where it cannot be known: loopback and link-local addresses stand behind no NAT."""
+    address = ipaddress.ip_address(ip)
+    return ip in own or address.is_loopback or address.is_link_local
 
 
 def _is_loopback(address: str) -> bool:

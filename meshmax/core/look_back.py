@@ -12,7 +12,7 @@ from meshmax.base.errors import Busy
 from meshmax.base.ids import PeerId
 
 LOOKS: Final = 4  # a person who runs the doctor again and again meets no limit
-REFILL_S: Final = 5.0
+REFILL_S: Final = 3.0  # as long as a visit takes at least
 PLACES: Final = 8  # each has up to two sockets open for two seconds
 MAX_PEERS: Final = 512
 

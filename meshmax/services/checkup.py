@@ -19,6 +19,7 @@ from meshmax.base.config import DEFAULT_API_PORT, DEFAULT_CONTROL_PORT, Config
 from meshmax.base.doctor import LocalPort, MachineFacts
 from meshmax.base.errors import MeshmaxError
 from meshmax.net.local_ports import port_holder, try_mdns
+from meshmax.store.home import read_run
 from meshmax.store.identity import KEY_FILE, load_identity
 from meshmax.store.peers_file import FILE_NAME as PEERS_FILE
 
@@ -32,7 +33,7 @@ def check_machine(config: Config, networks: Sequence[str], now_s: float, *, runn
     return MachineFacts(
         str(home),
         tuple(networks),
-        ports=() if running else _ports(config),
+        ports=_api_port(home, config) if running else _ports(config),
         mdns_problem="" if running or not config.lan else try_mdns(networks),
         engine_problem=_engine_problem(config),
         home_problem=_home_problem(home),
@@ -40,6 +41,14 @@ def check_machine(config: Config, networks: Sequence[str], now_s: float, *, runn
         clock_back_s=_clock_back_s(home, now_s),
         disk_free_bytes=_free_bytes(models),
     )
+
+
+def _api_port(home: Path, config: Config) -> tuple[LocalPort, ...]:
+    """Who keeps the API of the peer that runs from its usual port."""
+    run = read_run(home)
+    if config.api or run is None or run.api.rstrip("/").endswith(f":{DEFAULT_API_PORT}"):
+        return ()
+    return (LocalPort("API", DEFAULT_API_PORT, port_holder("127.0.0.1", DEFAULT_API_PORT)),)
 
 
 def _ports(config: Config) -> tuple[LocalPort, ...]:

@@ -106,6 +106,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
     ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
     only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
+    ``dht``: take part in the DHT where the mesh is private or bootstrap nodes are configured.
     ``dht_port``: the UDP port (DHT, STUN), or the next free one; ``observer_port`` likewise, of the TCP observer.
     ``serve``: what is done for strangers; ``max_guests``: how many of them may be connected at once.
     ``disk_budget``: how much models may take, like 200GB; ``keep_free``: how much of the disk stays free; '' is no bound. To
@@ -139,6 +140,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     accept_distribute: bool = True
     lane_port: Port = DEFAULT_LANE_PORT
     lanes_per_peer: Annotated[int, msgspec.Meta(ge=0, le=4)] = 2
+    dht: bool = True
     dht_port: Port = DEFAULT_DHT_PORT
     observer_port: Port = DEFAULT_OBSERVER_PORT
     serve: ServeConfig = ServeConfig()

@@ -28,6 +28,7 @@ from meshmax.core.catalog import FirstSeen
 from meshmax.core.limits import Override, Plan
 from meshmax.core.mirror import MirrorPlan
 from meshmax.core.sequence import StatusSequence
+from meshmax.node.dht import open_node_dht
 from meshmax.node.discovering import open_discovery
 from meshmax.node.joining import allow_of, follow_mesh, make_membership
 from meshmax.node.running import Node
@@ -182,6 +183,7 @@ class _Opening:
         )
         node.network.watch(node.presence.on_network_change)
         follow_mesh(node, self.first_seen)
+        await self.enter(open_node_dht(node))
 
     async def _open_pulls(self) -> None:
         node, world, store, config = self.node, self.world, self.store, self.config

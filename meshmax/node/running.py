@@ -19,6 +19,7 @@ from meshmax.base.inference import Options
 from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE, Manifest, StoredModel
 from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.node.dht import NodeDht
 from meshmax.node.serving import Serving
 from meshmax.node.world import World
 from meshmax.ports import Datagrams, Engine, Pulls, Router, Signer, Swarm
@@ -66,6 +67,7 @@ class Node:
         self.membership: MembershipService
         self.swarm: Swarm
         self.datagrams: Datagrams | None = None  # the UDP port
+        self.dht = NodeDht(self)
         self.serving = Serving()
         self.store: Store
         self.engine: Engine

@@ -143,6 +143,11 @@ class MembershipService:
         """The id of our mesh; '' for the open one."""
         return self._standing.mesh
 
+    @property
+    def standing(self) -> Standing:
+        """Our certificates, and what makes others members, for protocols that need no connection."""
+        return self._standing
+
     def view(self) -> MeshView:
         """The mesh that this node is in, and what is wrong with it."""
         standing, problem = self._standing, self._joining.problem if self._joining else ""

@@ -1,0 +1,223 @@
+"""The DHT in a node: for which mesh, when at all, by whom it joins, and what is kept.
+
+On while the mesh is private or bootstrap nodes are configured, unless ``dht: false``. On an open LAN mesh by itself it stays
+silent: there only addresses of the LAN count, and whoever has one of them is found by mDNS, or by a given address. A node
+joins by what it kept, by its bootstrap nodes, and by the peers that it is connected to (their UDP port is by default their
+control port's number). When the mesh changes, the old DHT ends and the new one begins with what was kept of that mesh. Not
+here: what is announced (services.announce).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from meshmax.base.errors import InvalidRequest, ManifestInvalid, NotAMember, RemoteProtocolError
+from meshmax.base.ids import PeerId
+from meshmax.base.membership import OPEN_MESH, MeshId
+from meshmax.base.model import Signed
+from meshmax.base.providers import MAX_PROVIDERS, ProviderRecord
+from meshmax.core.rendezvous import bootstrap_nodes
+from meshmax.net.addresses import parse_endpoint
+from meshmax.net.dht import KademliaDht, open_dht
+from meshmax.net.dht_protocol import Membership
+from meshmax.store.dht_file import load_dht, save_dht
+from meshmax.telemetry.isolate import isolate
+from meshmax.wire.dht_chain import decode_chain, encode_chain
+
+if TYPE_CHECKING:
+    from meshmax.node.running import Node
+    from meshmax.ports import Datagrams
+
+KEEP_S: Final = 900.0  # between two savings of what the DHT knows
+JOIN_S: Final = (2.0, 60.0)  # first and longest pause while nobody is known
+JOIN_AGAIN_S: Final = 900.0  # while somebody is: those who came since may know others
+MAX_JOIN_PEERS: Final = 32  # connected peers that are asked
+CHECK_S: Final = 1.0  # between looks at whether the mesh is another one
+MIN_CONTACTS: Final = 3  # with fewer, joining goes on as with none
+
+
+class NodeDht:
+    """ports.Dht of this node, whatever mesh it is in; finds nothing while it is off."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.current: KademliaDht | None = None
+        self._on_datagram: Callable[[bytes, tuple[str, int]], None] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a DHT to take part in."""
+        config = self._node.config
+        somewhere = self._node.membership.mesh != OPEN_MESH or bool(config.bootstrap)
+        return config.dht and self._node.datagrams is not None and somewhere
+
+    @property
+    def contacts(self) -> int:
+        """See ports.Dht."""
+        return self.current.contacts if self.current else 0
+
+    @property
+    def problem(self) -> str:
+        """See ports.Dht; '' while it is not wanted."""
+        if self.current is not None:
+            return self.current.problem
+        return "it is about to start" if self.wanted else ""
+
+    async def join(self, addresses: Sequence[tuple[str, int]]) -> int:
+        """See ports.Dht."""
+        await trio.lowlevel.checkpoint()
+        return await self.current.join(addresses) if self.current else 0
+
+    async def find(self, key: bytes, enough: int = MAX_PROVIDERS) -> tuple[ProviderRecord, ...]:
+        """See ports.Dht."""
+        await trio.lowlevel.checkpoint()
+        return await self.current.find(key, enough) if self.current else ()
+
+    async def announce(self, record: Signed) -> int:
+        """See ports.Dht."""
+        await trio.lowlevel.checkpoint()
+        return await self.current.announce(record) if self.current else 0
+
+    def moved(self, key: bytes) -> int:
+        """See ports.Dht."""
+        return self.current.moved(key) if self.current else 0
+
+    async def run(self) -> None:
+        """Keep a DHT of the mesh that we are in, until cancelled."""
+        datagrams = self._node.datagrams
+        if datagrams is None:
+            return
+        shared = _Shared(datagrams)
+        while True:
+            mesh = self._node.membership.mesh
+            if self.wanted:
+                await self._run_in(mesh, shared)
+            await trio.sleep(CHECK_S)
+
+    async def _run_in(self, mesh: MeshId, datagrams: Datagrams) -> None:
+        """Take part in the DHT of ``mesh`` until the node is in another."""
+        node = self._node
+        opened = open_dht(
+            node.signer,
+            datagrams,
+            mesh,
+            random=node.world.random,
+            unix_now=node.world.unix_now,
+            membership=self._rules(mesh),
+            state=await node.world.run_sync(partial(load_dht, node.home.path, mesh)),
+        )
+        try:
+            async with opened as self.current, trio.open_nursery() as nursery:
+                nursery.start_soon(self._join_on, self.current)
+                nursery.start_soon(self._keep_on, mesh, self.current)
+                try:
+                    await self._stay(mesh)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._keep(mesh, self.current)
+                nursery.cancel_scope.cancel()
+        finally:
+            self.current = None
+
+    async def _stay(self, mesh: MeshId) -> None:
+        while True:
+            await trio.sleep(CHECK_S)
+            if self._node.membership.mesh != mesh:
+                return
+
+    async def _join_on(self, dht: KademliaDht) -> None:
+        pause_s = JOIN_S[0]
+        while True:
+            await dht.join(await self._places())
+            if dht.contacts >= MIN_CONTACTS:
+                pause_s = JOIN_AGAIN_S
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, JOIN_S[1]) if dht.contacts < MIN_CONTACTS else JOIN_AGAIN_S
+
+    async def _places(self) -> list[tuple[str, int]]:
+        """UDP addresses of bootstrap nodes, then those that connected peers probably have."""
+        given = [text for texts in bootstrap_nodes(self._node.config.bootstrap).values() for text in texts]
+        members = list(self._node.swarm.connections())[:MAX_JOIN_PEERS]
+        theirs = [text for peer_id in members for text in self._node.presence.addresses_of(peer_id)]
+        places: list[tuple[str, int]] = []
+        for text in (*given, *theirs):
+            try:
+                endpoint = parse_endpoint(text)
+            except InvalidRequest:  # relayed: nothing to send datagrams to
+                continue
+            places += await _numeric(endpoint.host, endpoint.port)
+        return list(dict.fromkeys(places))
+
+    async def _keep_on(self, mesh: MeshId, dht: KademliaDht) -> None:
+        while True:
+            await trio.sleep(KEEP_S)
+            await self._keep(mesh, dht)
+
+    async def _keep(self, mesh: MeshId, dht: KademliaDht) -> None:
+        node = self._node
+        save = partial(save_dht, node.home.path, dht.dump(), mesh)
+        await isolate("dht file", partial(node.world.run_sync, save))
+
+    def _rules(self, mesh: MeshId) -> Membership | None:
+        """In a private mesh: certificates, as in `MembershipService`."""
+        membership = self._node.membership
+        if mesh == OPEN_MESH:
+            return None
+
+        def is_member(peer_id: PeerId, chain: bytes) -> bool:
+            try:
+                membership.standing.verify(decode_chain(chain), peer_id, self._node.world.unix_now())
+            except (NotAMember, ManifestInvalid, RemoteProtocolError):
+                return False
+            return True
+
+        trusted = bootstrap_nodes(self._node.config.bootstrap)
+        return Membership(is_member, lambda: encode_chain(membership.standing.chain), trusted)
+
+
+class _Shared:
+    """The UDP port, on which one DHT after the other receives."""
+
+    def __init__(self, datagrams: Datagrams) -> None:
+        self._datagrams = datagrams
+        self._receivers: dict[range, Callable[[bytes, tuple[str, int]], None]] = {}
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """See ports.Datagrams."""
+        return self._datagrams.addresses
+
+    def send(self, data: bytes, to: tuple[str, int]) -> None:
+        """See ports.Datagrams."""
+        self._datagrams.send(data, to)
+
+    def receive(self, first_bytes: range, on_datagram: Callable[[bytes, tuple[str, int]], None]) -> None:
+        """See ports.Datagrams; the newest receiver is called."""
+        if first_bytes not in self._receivers:
+            self._datagrams.receive(first_bytes, lambda data, sender: self._receivers[first_bytes](data, sender))  # noqa: PLW0108 -- the one of then
+        self._receivers[first_bytes] = on_datagram
+
+
+async def _numeric(host: str, port: int) -> list[tuple[str, int]]:
+    """``host`` as IP addresses; none if its name means nothing here at the moment."""
+    try:
+        found: list[tuple[Any, ...]] = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_DGRAM)
+    except OSError:
+        return []
+    return [(str(entry[4][0]), port) for entry in found]
+
+
+@asynccontextmanager
+async def open_node_dht(node: Node) -> AsyncIterator[None]:
+    """Run ``node.dht`` for the time of the block; after presence, whose peers it joins by."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.dht.run)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()

@@ -17,7 +17,10 @@ Severity = Literal["ok", "warning", "error"]
 PortKind = Literal["control", "lane", "udp"]
 # open: somebody took the connection; refused: the machine says nobody listens; silent: nothing came back in time (a firewall
 # that drops); unreachable: no way there; arrived and lost: of a datagram; not_tried: the asked peer would or could not.
-PortOutcome = Literal["open", "refused", "silent", "unreachable", "sent", "arrived", "lost", "not_tried"]
+TriedOutcome = Literal["open", "refused", "silent", "unreachable", "sent", "not_tried"]  # as who tried tells it
+PortOutcome = Literal[
+    "open", "refused", "silent", "unreachable", "arrived", "lost", "not_tried"
+]  # as the asker knows it
 
 
 class Finding(msgspec.Struct, frozen=True):

@@ -8,16 +8,16 @@ from typing import Final
 
 import trio
 
-from meshmax.base.doctor import PortOutcome
+from meshmax.base.doctor import TriedOutcome
 
 KNOCK_TIMEOUT_S: Final = 2.0  # a SYN that was lost is sent again after one second
 
 _REFUSED: Final = frozenset({errno.ECONNREFUSED, errno.ECONNRESET})
 
 
-async def knock(ip: str, port: int) -> PortOutcome:
+async def knock(ip: str, port: int) -> TriedOutcome:
     """``open``, ``refused``, ``silent`` after KNOCK_TIMEOUT_S, or ``unreachable``. ``ip`` is an IP address, with its zone."""
-    outcome: PortOutcome = "silent"
+    outcome: TriedOutcome = "silent"
     with trio.move_on_after(KNOCK_TIMEOUT_S):
         try:
             found = await trio.socket.getaddrinfo(ip, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)

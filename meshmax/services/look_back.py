@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from meshmax.base.discovery import SeenBy
-from meshmax.base.doctor import LookedBack, PortKind, PortOutcome, PortSeen
+from meshmax.base.doctor import LookedBack, PortKind, PortOutcome, PortSeen, TriedOutcome
 from meshmax.base.errors import InvalidRequest, MeshmaxError, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.core.look_back import LookGate
@@ -33,10 +33,10 @@ REQUEST_TIMEOUT_S: Final = 5.0  # for an asker's question, and for it to take th
 ASK_TIMEOUT_S: Final = 4.5  # for an answer: the other knocks for two seconds
 PROBE_WAIT_S: Final = 0.5  # for a probe that was sent before the answer; datagrams overtake each other by less
 
-Knock = Callable[[str, int], Awaitable[PortOutcome]]  # at an IP address and TCP port; it has its own deadline
+Knock = Callable[[str, int], Awaitable[TriedOutcome]]  # at an IP address and TCP port; it has its own deadline
 
 
-async def knock_nowhere(_ip: str, _port: int) -> PortOutcome:
+async def knock_nowhere(_ip: str, _port: int) -> TriedOutcome:
     """Where there are no real ports, as in simulated networks."""
     await trio.lowlevel.checkpoint()
     return "not_tried"
@@ -96,7 +96,7 @@ class LookBack:
         return wire.Seen(tuple(rungs[: wire.MAX_RUNGS]), address[: wire.MAX_ADDRESS], unix_s, tuple(tried.values()))
 
     async def _try(self, ip: str, ask: wire.PortAsk, nonce: bytes, tried: dict[PortKind, wire.PortTried]) -> None:
-        outcome: PortOutcome = "not_tried"
+        outcome: TriedOutcome = "not_tried"
         if ip and ask.kind == "udp":
             if self._datagrams is not None and _has_way(self._datagrams, ip):
                 self._datagrams.send(wire.probe_of(nonce), (ip, ask.port))
@@ -123,7 +123,8 @@ class LookBack:
                 if any(each.outcome == "sent" for each in seen.ports):
                     with trio.move_on_after(PROBE_WAIT_S):
                         await arrived.wait()
-                return _looked_back(blank, seen, started_s, answered - started, arrived.is_set())
+                ports_seen = _ports_seen(asks, seen.ports, arrived.is_set())
+                return _looked_back(blank, seen, started_s, answered - started, ports_seen)
         except MeshmaxError as error:
             why = error.message
         finally:
@@ -171,11 +172,20 @@ def _rung_seen(name: str, seen: SeenBy | None) -> wire.RungSeen:
     return wire.RungSeen(name[:64], seen.ago_s, seen.addresses[: wire.MAX_RUNG_ADDRESSES])
 
 
-def _looked_back(blank: LookedBack, seen: wire.Seen, started_s: float, took_s: float, arrived: bool) -> LookedBack:
-    ports = tuple(
-        PortSeen(each.kind, each.port, ("arrived" if arrived else "lost") if each.outcome == "sent" else each.outcome)
-        for each in seen.ports
-    )
+def _ports_seen(asked: Sequence[wire.PortAsk], tried: Sequence[wire.PortTried], arrived: bool) -> tuple[PortSeen, ...]:
+    """What came of the ports that were asked for; what is said of others counts for nothing."""
+    told: dict[tuple[PortKind, int], TriedOutcome] = {(each.kind, each.port): each.outcome for each in tried}
+    seen = []
+    for ask in asked:
+        outcome = told.get((ask.kind, ask.port), "not_tried")
+        known: PortOutcome = ("arrived" if arrived else "lost") if outcome == "sent" else outcome
+        seen.append(PortSeen(ask.kind, ask.port, known))
+    return tuple(seen)
+
+
+def _looked_back(
+    blank: LookedBack, seen: wire.Seen, started_s: float, took_s: float, ports: tuple[PortSeen, ...]
+) -> LookedBack:
     return msgspec.structs.replace(
         blank,
         theirs=tuple(SeenBy(each.rung, each.addresses, each.ago_s) for each in seen.rungs if each.ago_s is not None),

@@ -12,7 +12,7 @@ from typing import Annotated, Final, TypeAlias
 
 import msgspec
 
-from meshmax.base.doctor import PortKind, PortOutcome
+from meshmax.base.doctor import PortKind, TriedOutcome
 from meshmax.base.units import KIB
 from meshmax.wire.failure import Failure
 from meshmax.wire.frames import Codec
@@ -59,7 +59,7 @@ class PortTried(msgspec.Struct, frozen=True, array_like=True):
 
     kind: PortKind
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)]
-    outcome: PortOutcome
+    outcome: TriedOutcome
 
 
 class Seen(msgspec.Struct, frozen=True, tag="seen"):

@@ -8,12 +8,12 @@ import pytest
 import trio
 import trio.testing
 
-from meshmax.base.doctor import PortOutcome, PortSeen
+from meshmax.base.doctor import PortSeen, TriedOutcome
 from meshmax.base.errors import Busy, RemoteProtocolError
 from meshmax.ports import Sighting, Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.ladder import Ladder
-from meshmax.services.look_back import ASK_TIMEOUT_S, LookBack
+from meshmax.services.look_back import ASK_TIMEOUT_S, LookBack, _ip_of
 from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
 from meshmax.wire import look_back as wire
 from meshmax.wire.failure import Failure
@@ -60,14 +60,14 @@ class Side:
     def __init__(self, swarm: MemorySwarm, seen: tuple[MemorySwarm, ...], ahead_s: float) -> None:
         self.swarm, self.cable = swarm, Cable()
         self.knocked: list[tuple[str, int]] = []
-        self.outcome: PortOutcome = "open"
+        self.outcome: TriedOutcome = "open"
         self.knock_s = 0.0
         self.ladder = Ladder([Sees(*seen)], random.Random(1), off={"dht": "not configured"})
         self.look_back = LookBack(
             swarm, self.ladder, self.knock, lambda: NOW_S + ahead_s + trio.current_time(), self.cable
         )
 
-    async def knock(self, ip: str, port: int) -> PortOutcome:
+    async def knock(self, ip: str, port: int) -> TriedOutcome:
         self.knocked.append((ip, port))
         await trio.sleep(self.knock_s)
         return self.outcome
@@ -253,6 +253,36 @@ async def test_a_peer_that_answers_garbage_is_a_sentence(
         told = await a.look_back.ask(b.swarm.peer_id, "b", [])
         assert told.why
         assert told.clock_ahead_s is None
+
+
+async def test_what_a_peer_says_of_ports_that_nobody_asked_about_counts_for_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def lie(stream: Stream) -> None:
+        frames = FrameStream(stream)
+        await frames.receive(wire.FROM_ASKER)
+        tried = (wire.PortTried("control", 22, "refused"), wire.PortTried("lane", 11436, "silent"))
+        await frames.send(wire.FROM_ASKED, wire.Seen((), "/ip4/9.9.9.9/tcp/1", NOW_S, tried))
+
+    async with two() as (a, b):
+        b.swarm.serve(LOOK_BACK, lie)
+        told = await a.look_back.ask(b.swarm.peer_id, "b", [("control", 11435)])
+        assert told.ports == (PortSeen("control", 11435, "not_tried"),)
+
+
+@pytest.mark.parametrize(
+    ("address", "ip"),
+    [
+        ("/ip4/10.0.0.1/tcp/40000", "10.0.0.1"),
+        ("/ip6/fd00::1/tcp/1", "fd00::1"),
+        ("/ip6zone/eth0/ip6/fe80::1/tcp/1", "fe80::1%eth0"),
+        ("/dns/example.org/tcp/1", ""),
+        ("/ip4/10.0.0.1/tcp/1/p2p/x/p2p-circuit", ""),
+        ("", ""),
+    ],
+)
+def test_only_an_ip_address_that_a_connection_comes_from_is_knocked_at(address: str, ip: str) -> None:
+    assert _ip_of(address) == ip
 
 
 async def test_who_opens_a_stream_and_asks_nothing_is_hung_up_on(autojump_clock: trio.testing.MockClock) -> None:

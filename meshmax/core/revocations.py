@@ -77,6 +77,10 @@ class Revocations:
         entries = sorted(self._all(), key=lambda entry: (-entry.revocation.issued_at_s, entry.encoded))
         return tuple(entry.notice for entry in entries)
 
+    def about(self, peers: Iterable[PeerId]) -> tuple[RevocationNotice, ...]:
+        """Those that revoke one of ``peers``: what such a peer is told of why it is refused."""
+        return tuple(entry.notice for peer_id in set(peers) for entry in self._entries.get(peer_id, {}).values())
+
     def peers(self) -> tuple[PeerId, ...]:
         """Those that are revoked."""
         return tuple(peer_id for peer_id in self._entries if self.revoked_at_s(peer_id) is not None)

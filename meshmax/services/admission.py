@@ -2,7 +2,8 @@
 
 Rules: tags first; who is of another mesh learns nothing but that. In the open mesh that is all, and costs one round trip. In
 a private one the dialling side shows its chain, the other verifies it before it shows its own, and revocations are made the
-same on both sides where they differ; only then both say Welcome. Whoever refuses says why. See wire.membership for the messages.
+same on both sides where they differ; only then both say Welcome. Whoever refuses says why, and shows who was revoked the signed
+notice, so that it believes it. See wire.membership for the messages.
 Not here: what is done with who was admitted (services.membership), deadlines (net.admission).
 """
 
@@ -113,9 +114,16 @@ class _Introduction:
         if direction == "out":
             await self._frames.send(wire.MEMBER, own)
         theirs = await receive(self._frames)
+        if isinstance(theirs, wire.Revocations):  # of ourselves: a refusal follows
+            await receive_notices(self._frames, theirs, self._take)
+            theirs = await receive(self._frames)
         if not isinstance(theirs, wire.Credentials):
             raise RemoteProtocolError("the peer showed no certificate")
-        member = self._verify(theirs)
+        try:
+            member = self._verify(theirs)
+        except NotAMember:
+            await self._show_why(theirs)
+            raise
         if direction == "in":
             await self._frames.send(wire.MEMBER, own)
         if theirs.known != self._known:
@@ -133,6 +141,13 @@ class _Introduction:
         except NotAMember as error:
             hint = clock_hint(theirs.now_s, now_s)
             raise NotAMember(f"{error.message} ({hint})" if hint else error.message) from None
+
+    async def _show_why(self, theirs: wire.Credentials) -> None:
+        if self._standing.core is None or theirs.known == self._known:
+            return  # it knows already
+        holders = (self._frames.peer, *(signed.signer for signed in theirs.chain))
+        if notices := self._standing.core.revocations.about(holders):
+            await tell_notices(self._frames, notices)
 
     async def _swap_notices(self) -> None:
         # Both ways at once: each side's may be more than a stream holds unread.

@@ -4,7 +4,8 @@ MEMBER (``/meshmax/member/1.0.0``), opened by who dialled. The first message say
 
     Tag          admission. The acceptor answers with its own Tag, or a Failure ("not_a_member") where the two differ. In a
                  private mesh the dialler then sends Credentials, and the acceptor, once they are verified, its own. Where their
-                 `known` differ, both send Revocations until `last`. Each ends with Welcome or a Failure.
+                 `known` differ, both send Revocations until `last`. Each ends with Welcome or a Failure; before the
+                 Failure may come the Revocations that it is about.
     Credentials  of an admitted peer: its certificate was renewed. Answered by Welcome or a Failure.
     Revocations  of an admitted peer: news. Answered by Welcome.
 

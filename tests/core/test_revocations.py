@@ -181,3 +181,8 @@ def test_a_flood_that_is_known_already_costs_no_signature(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "read_revocation", never)
     assert revocations.add([notice(A), notice(B)] * 50, NOW_S) == ()
+
+
+def test_a_revoked_peer_is_shown_what_is_about_it_and_nothing_else() -> None:
+    revocations = known(notice(A), notice(A, B, chain=chain_of(B)), notice(C))
+    assert set(revocations.about([A.peer_id, D.peer_id])) == {notice(A), notice(A, B, chain=chain_of(B))}

@@ -97,7 +97,7 @@ class Clones:
         return first
 
     def is_foreign(self, changed: int) -> bool:
-        """Whether a digest of our own PeerId is of a status that we never issued, though we were running."""
+        """Whether a notice of our own PeerId is of a status that we never issued, though we were running."""
         return self._first is not None and changed > self._first and changed not in self._changes
 
     def on_own_sighting(self, addresses: Iterable[str], now: float) -> None:

@@ -1,12 +1,12 @@
-"""Who tells whom what with heartbeats: digests of neighbours, wants, and bodies of statuses.
+"""Who tells whom what with heartbeats: notices of neighbours, wants, and bodies of statuses.
 
 Rules. A peer speaks of itself and of its own neighbours only, so that word of a peer travels two hops and ends when the peer's
 neighbours lose it; nobody passes on what it has from others, so an old status of a dead peer comes from nowhere. Each change
 (a neighbour that came, went, or whose lasting facts changed) gets the next number of a log; for each neighbour only the number
-up to which it was told is kept. What is told is a digest; the receiver wants the body if it keeps that peer (a slot is free,
+up to which it was told is kept. What is told is a notice; the receiver wants the body if it keeps that peer (a slot is free,
 or the peer is in its table already) and has an earlier one. Peers that the receiver is connected with tell it themselves. When
 the table is full it looks at one unknown peer every PEEK_S, which takes the place of another of hearsay. Our own status goes as
-a body if it is small, else as a digest like any other, since a neighbour that comes back may have it still.
+a body if it is small, else as a notice like any other, since a neighbour that comes back may have it still.
 So what a peer sends grows with its neighbours (bounded, core.neighbours) and with how often they change, not with the mesh.
 Not here: whom to keep and dial (core.peers), frames and nonces (services.heartbeat).
 """
@@ -24,13 +24,13 @@ from meshmax.base.status import PeerStatus
 from meshmax.core.clones import Clones
 from meshmax.core.peer_entry import changed_of
 from meshmax.core.peers import PeerTable
-from meshmax.wire.status import GONE, MAX_DIGESTS, MAX_STATUSES, MAX_WANTS, key_of
+from meshmax.wire.status import GONE, MAX_NOTICES, MAX_STATUSES, MAX_WANTS, key_of
 
 PUSH_BYTES: Final = 4096  # a status of a few models; larger ones are named first and fetched by who lacks them
 PEEK_S: Final = 2.0  # one unknown status in that time when the table is full: half a kilobyte a second
 WANT_AGAIN_S: Final = 4.0  # before the body that one neighbour did not bring is wanted of another
 DOUBT_S: Final = 5.0  # a neighbour's own news is never that much later than others' word of it
-MAX_LOG: Final = MAX_DIGESTS  # neighbours, and those lost lately
+MAX_LOG: Final = MAX_NOTICES  # neighbours, and those lost lately
 MAX_PENDING: Final = 1024  # bodies wanted at once
 
 V = TypeVar("V")
@@ -68,7 +68,7 @@ class Outgoing(msgspec.Struct, frozen=True):
     """What the next message to a neighbour carries."""
 
     statuses: tuple[Signed, ...]
-    digests: list[tuple[bytes, int]]
+    notices: list[tuple[bytes, int]]
     wants: list[bytes]
 
 
@@ -169,12 +169,12 @@ class Gossip:
             self._table.on_told(entry, bearer, there=True)
         return True
 
-    def on_digests(self, bearer: PeerId, digests: Iterable[tuple[bytes, int]], now: float) -> bool:
+    def on_notices(self, bearer: PeerId, notices: Iterable[tuple[bytes, int]], now: float) -> bool:
         """A neighbour speaks of itself and of its neighbours; True if we want something of it now."""
         neighbour = self._neighbours.get(bearer)
         if neighbour is None:
             return False
-        for key, changed in digests:
+        for key, changed in notices:
             if self._is_wanted(key, changed, bearer, now) and len(neighbour.wants) < MAX_WANTS:
                 neighbour.wants[key] = None
                 self._note_asked(key, now)
@@ -194,14 +194,14 @@ class Gossip:
         neighbour = self._neighbours.get(peer_id)
         if neighbour is None:
             return Outgoing((), [], [])
-        digests = self._log.since(neighbour.told)
+        notices = self._log.since(neighbour.told)
         if neighbour.fresh:  # it knows of nobody who could be gone
-            digests = [(key, changed) for key, changed in digests if changed != GONE]
+            notices = [(key, changed) for key, changed in notices if changed != GONE]
         neighbour.told, neighbour.fresh = self._log.version, False
         if (own := self._own_signed) and len(own.payload) <= PUSH_BYTES:
-            pushed = [digest for digest in digests if digest[0] == self._own_key]
+            pushed = [notice for notice in notices if notice[0] == self._own_key]
             if pushed:
-                digests.remove(pushed[0])
+                notices.remove(pushed[0])
                 neighbour.owed = {self._own_key: None, **neighbour.owed}
         statuses: list[Signed] = []
         for key in list(neighbour.owed)[:most]:
@@ -216,7 +216,7 @@ class Gossip:
             self._resolve_doubts(now)
         wants = list(neighbour.wants)
         neighbour.wants.clear()
-        return Outgoing(tuple(statuses), digests, wants)
+        return Outgoing(tuple(statuses), notices, wants)
 
     def is_quiet(self, peer_id: PeerId) -> bool:
         """Whether there is nothing that the next message to the neighbour would carry."""

@@ -30,7 +30,7 @@ class PeerEntry(msgspec.Struct):
 
     peer_id: PeerId
     last_sign_at: float
-    key: bytes = b""  # by which digests name it
+    key: bytes = b""  # by which notices name it
     lot: float = 0.0  # drawn once: who is kept at random
     addresses: tuple[str, ...] = ()
     signed: Signed | None = None
@@ -56,5 +56,5 @@ class PeerEntry(msgspec.Struct):
 
 
 def changed_of(status: PeerStatus) -> int:
-    """The number by which a digest tells this status' lasting facts from earlier ones; never GONE."""
+    """The number by which a notice tells this status' lasting facts from earlier ones; never GONE."""
     return status.changed or status.sequence or 1

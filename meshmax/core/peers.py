@@ -271,7 +271,7 @@ class PeerTable:
         return self._entries.get(peer_id)
 
     def by_key(self, key: bytes) -> PeerEntry | None:
-        """The peer that a digest names so. Read only."""
+        """The peer that a notice names so. Read only."""
         return self._by_key.get(key)
 
     def entries(self) -> ValuesView[PeerEntry]:

@@ -36,8 +36,8 @@ from meshmax.wire.status import (
     Parting,
     check_statuses,
     check_vitals,
-    pack_digests,
-    read_digests,
+    pack_notices,
+    read_notices,
     read_status,
     read_wants,
 )
@@ -146,10 +146,10 @@ class Heartbeat:
             twins = self._clones.twins(peer_id, started) if started - twins_at >= TELL_S else ()
             twins_at = started if twins else twins_at
             parting: Parting = "full" if peer_id in self._partings else ""
-            statuses, digests, wants = self._outgoing(peer_id, twins)
+            statuses, notices, wants = self._outgoing(peer_id, twins)
             vitals = vitals_of(own) if own.sequence > told else None
             with trio.fail_after(self._config.heartbeat_timeout_s):
-                await frames.send(BEAT, Beat(nonce, statuses, digests, wants, vitals, parting))
+                await frames.send(BEAT, Beat(nonce, statuses, notices, wants, vitals, parting))
                 echo = await frames.receive(ECHO)
             if echo.nonce != nonce:
                 raise RemoteProtocolError("the peer echoed another heartbeat than it was sent")
@@ -217,10 +217,10 @@ class Heartbeat:
             now, own = trio.current_time(), self._own.status
             twins = self._clones.twins(peer, now) if now - twins_at >= TELL_S else ()
             twins_at = now if twins else twins_at
-            statuses, digests, wants = self._outgoing(peer, twins)
+            statuses, notices, wants = self._outgoing(peer, twins)
             vitals = vitals_of(own) if own.sequence > told else None
             told = own.sequence
-            await frames.send(ECHO, Echo(beat.nonce, statuses, digests, wants, vitals))
+            await frames.send(ECHO, Echo(beat.nonce, statuses, notices, wants, vitals))
             if self._gossip.is_waiting(peer):
                 self._hurry(peer)
             await trio.sleep(BEAT_PACE_S)
@@ -230,13 +230,13 @@ class Heartbeat:
     def _outgoing(self, peer_id: PeerId, twins: tuple[Signed, ...]) -> tuple[tuple[Signed, ...], bytes, bytes]:
         room = MAX_STATUS_BYTES - sum(len(signed.payload) for signed in twins)
         out = self._gossip.message_for(peer_id, trio.current_time(), MAX_STATUSES - len(twins), room)
-        return (*twins, *out.statuses), pack_digests(out.digests), b"".join(out.wants)
+        return (*twins, *out.statuses), pack_notices(out.notices), b"".join(out.wants)
 
     def _take(self, message: Beat | Echo, bearer: PeerId) -> None:
         """What a neighbour's message carries. Raises RemoteProtocolError."""
         now = trio.current_time()
         news = self._take_statuses(message.statuses, bearer, now)
-        self._gossip.on_digests(bearer, read_digests(message.digests), now)
+        self._gossip.on_notices(bearer, read_notices(message.notices), now)
         self._gossip.on_wants(bearer, read_wants(message.wants))
         if message.vitals is not None:
             check_vitals(message.vitals)

@@ -2,10 +2,10 @@
 
 Each side of a connection opens one stream and sends a Beat every few seconds; the other answers each with an Echo of the
 same nonce at once, from which the sender measures the round trip and learns that the peer lives. Both may carry: statuses,
-signed by the peer that they describe, so that a relayed one is as good as a direct one; digests, which say without a body
+signed by the peer that they describe, so that a relayed one is as good as a direct one; notices, which say without a body
 whom the sender has for a neighbour and at which sequence that one's lasting facts changed, or that it is one no more (GONE);
-wants, which ask for the bodies of such digests; vitals, what changes all the time about the sender itself; a parting word.
-A message with nonce 0 begins afresh: what its sender's digests said before is void. Digests and wants name a peer by the
+wants, which ask for the bodies of such notices; vitals, what changes all the time about the sender itself; a parting word.
+A message with nonce 0 begins afresh: what its sender's notices said before is void. Notices and wants name a peer by the
 first KEY_BYTES of its public key. Not here: when to send what (core.gossip).
 """
 
@@ -45,26 +45,26 @@ MAX_NUMBER: Final = (1 << 62) - 1  # counts, bytes and seconds; leaves sums room
 MAX_RATE: Final = 1e9
 MAX_CAPACITY: Final = 1 << 20  # answers at once; figures are divided by it
 MAX_INSTANCE: Final = 32  # characters; ours are 16
-MAX_DIGESTS: Final = (
+MAX_NOTICES: Final = (
     1024  # in one message, 16 bytes each; as many as a peer could have neighbours, and as many that it lost
 )
 MAX_WANTS: Final = 64  # in one message; as many as it may be answered with
 KEY_BYTES: Final = 8  # of a public key: enough to tell peers apart, and whoever forges a like one only confuses itself
-GONE: Final = 0  # a digest's sequence of a peer that is the sender's neighbour no more
+GONE: Final = 0  # a notice's sequence of a peer that is the sender's neighbour no more
 MAX_TEXT: Final = 200  # characters of any other text: a GPU's name, a family, an address
 
 
 Parting = Literal["", "full"]  # full: the sender has too many neighbours and lets this one go; it lives
 
-_DIGEST: Final = struct.Struct(f">{KEY_BYTES}sQ")
+_NOTICE: Final = struct.Struct(f">{KEY_BYTES}sQ")
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
-    """Are you there? ``nonce`` counts up on the stream. ``digests`` and ``wants``: see `pack_digests`, `read_wants`."""
+    """Are you there? ``nonce`` counts up on the stream. ``notices`` and ``wants``: see `pack_notices`, `read_wants`."""
 
     nonce: int
     statuses: tuple[Signed, ...] = ()
-    digests: bytes = b""
+    notices: bytes = b""
     wants: bytes = b""
     vitals: Vitals | None = None
     parting: Parting = ""
@@ -75,7 +75,7 @@ class Echo(msgspec.Struct, frozen=True, tag="echo"):
 
     nonce: int
     statuses: tuple[Signed, ...] = ()
-    digests: bytes = b""
+    notices: bytes = b""
     wants: bytes = b""
     vitals: Vitals | None = None
 
@@ -94,20 +94,20 @@ def check_statuses(statuses: tuple[Signed, ...]) -> None:
 
 @lru_cache(maxsize=16384)
 def key_of(peer_id: PeerId) -> bytes:
-    """By what digests and wants name the peer. Raises InvalidRequest for what is no PeerId."""
+    """By what notices and wants name the peer. Raises InvalidRequest for what is no PeerId."""
     return public_key_of(peer_id)[:KEY_BYTES]
 
 
-def pack_digests(digests: Iterable[tuple[bytes, int]]) -> bytes:
+def pack_notices(notices: Iterable[tuple[bytes, int]]) -> bytes:
     """(key, sequence or GONE) one after the other, 16 bytes each, big-endian."""
-    return b"".join(_DIGEST.pack(key, sequence) for key, sequence in digests)
+    return b"".join(_NOTICE.pack(key, sequence) for key, sequence in notices)
 
 
-def read_digests(packed: bytes) -> list[tuple[bytes, int]]:
+def read_notices(packed: bytes) -> list[tuple[bytes, int]]:
     """What was packed. Raises RemoteProtocolError."""
-    if len(packed) % _DIGEST.size or len(packed) > MAX_DIGESTS * _DIGEST.size:
-        raise RemoteProtocolError(f"a heartbeat carries at most {MAX_DIGESTS} digests of {_DIGEST.size} bytes")
-    return list(_DIGEST.iter_unpack(packed))
+    if len(packed) % _NOTICE.size or len(packed) > MAX_NOTICES * _NOTICE.size:
+        raise RemoteProtocolError(f"a heartbeat carries at most {MAX_NOTICES} notices of {_NOTICE.size} bytes")
+    return list(_NOTICE.iter_unpack(packed))
 
 
 def read_wants(packed: bytes) -> list[bytes]:

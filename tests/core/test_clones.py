@@ -55,7 +55,7 @@ def test_our_own_copy_is_known_by_a_later_word_and_our_former_self_is_not_taken_
     assert clones.problem(2.1 + KEPT_S) == ""
 
 
-def test_only_digests_of_words_that_we_never_said_are_foreign() -> None:
+def test_only_notices_of_words_that_we_never_said_are_foreign() -> None:
     clones = Clones("now")
     assert not clones.is_foreign(5)
     clones.on_issued(word("now", 100))

@@ -1,4 +1,4 @@
-"""Who tells whom what: digests of neighbours, wants and bodies; word of a peer goes two hops and ends with it."""
+"""Who tells whom what: notices of neighbours, wants and bodies; word of a peer goes two hops and ends with it."""
 
 import random
 from collections import deque
@@ -72,7 +72,7 @@ class Mesh:
                     self.bodies += 1
                     if not gossip.is_known(signed, IDS[a]):
                         gossip.on_status(BODIES[signed.payload], signed, IDS[a], self.now)
-                gossip.on_digests(IDS[a], out.digests, self.now)
+                gossip.on_notices(IDS[a], out.notices, self.now)
                 gossip.on_wants(IDS[a], out.wants)
             for peer in self.peers:
                 peer.table.tick(self.now)
@@ -136,7 +136,7 @@ def test_a_large_status_is_named_first_and_fetched_once() -> None:
     mesh.peers[0].issue(PUSH_BYTES + 1)
     out = mesh.peers[0].gossip.message_for(IDS[1], mesh.now)
     assert out.statuses == ()
-    assert out.digests == [(key_of(IDS[0]), 2)]
+    assert out.notices == [(key_of(IDS[0]), 2)]
     mesh.peers[0].gossip.start_afresh(IDS[1])
     mesh.beat(4)
     assert mesh.sequence(1, 0) == 2
@@ -148,9 +148,9 @@ def test_a_full_table_looks_at_one_unknown_peer_now_and_then() -> None:
     gossip = mesh.peers[0].gossip
     mesh.peers[0].table.on_sighting(IDS[30], ["/ip4/10.0.0.1/tcp/1"], 0.0)
     strangers = [(key_of(peer), 1) for peer in IDS[10:20]]
-    gossip.on_digests(IDS[1], strangers, 10.0)
+    gossip.on_notices(IDS[1], strangers, 10.0)
     assert len(gossip.message_for(IDS[1], 10.0).wants) == 1
-    gossip.on_digests(IDS[1], strangers, 10.0 + PEEK_S)
+    gossip.on_notices(IDS[1], strangers, 10.0 + PEEK_S)
     assert len(gossip.message_for(IDS[1], 10.0 + PEEK_S).wants) == 1
 
 
@@ -160,7 +160,7 @@ def test_what_a_neighbour_itself_does_not_tell_for_seconds_is_wanted_of_others()
     mesh.join(0, 2)
     mesh.beat(3)
     gossip = mesh.peers[0].gossip
-    gossip.on_digests(IDS[1], [(key_of(IDS[2]), 9)], mesh.now)
+    gossip.on_notices(IDS[1], [(key_of(IDS[2]), 9)], mesh.now)
     assert gossip.message_for(IDS[1], mesh.now).wants == []
     assert gossip.message_for(IDS[1], mesh.now + DOUBT_S).wants == [key_of(IDS[2])]
 
@@ -169,10 +169,10 @@ def test_a_neighbour_that_begins_afresh_is_told_all_of_who_is_there_and_nothing_
     mesh = line(3)
     mesh.part(1, 2)
     gossip = mesh.peers[1].gossip
-    assert (key_of(IDS[2]), GONE) in gossip.message_for(IDS[0], mesh.now).digests
+    assert (key_of(IDS[2]), GONE) in gossip.message_for(IDS[0], mesh.now).notices
     gossip.on_fresh(IDS[0])
     out = gossip.message_for(IDS[0], mesh.now)
-    assert [digest for digest in out.digests if digest[1] == GONE] == []
+    assert [notice for notice in out.notices if notice[1] == GONE] == []
     assert [signed.signer for signed in out.statuses] == [IDS[1]]
 
 

@@ -218,3 +218,24 @@ def registrations(point: Point) -> int:
     text = httpx.get(point.api + "/metrics", timeout=5, trust_env=False).text
     found = re.findall(r"^meshmax_registrations (\S+)$", text, re.MULTILINE)
     return int(float(found[0])) if found else 0
+
+
+def test_an_ordinary_peer_serves_strangers_as_well_when_it_is_told_to(tmp_path: Path) -> None:
+    serving = {"serve_stun": "true", "serve_observer": "true", "serve_rendezvous": "true"}
+    ports = {"dht_port": "0", "observer_port": "0"}
+    with peers(tmp_path, "host", lan="false", **serving, **ports) as (host,):
+        address = host.get("/api/v1/status")["addresses"][0]
+        peer_id = parse_peer_id(host.peer_id)
+
+        async def observe() -> Any:
+            async with open_swarm(SeededSigner(3).private_bytes, [("127.0.0.1", 0)]) as swarm:
+                with trio.fail_after(20):
+                    await swarm.dial(peer_id, [address], guest=True)
+                    return await ask_observed(swarm, peer_id)
+
+        observed = trio.run(observe)
+        assert set(observed.services) == {"stun", "observer", "rendezvous"}
+        answer, own = ask_udp(observed.udp_port)
+        assert answer.mapped == own
+        with peers(tmp_path, "a", "b", lan="false", bootstrap=address) as (a, b):
+            meet(a, b)

@@ -187,6 +187,8 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         """Who is at ``address``, if he may take part. Enters the table at once: it answered without having asked."""
         question = padded(Ping(chain=self._own_chain(True, MAX_BODY_BYTES), introduce=True))
         pending = await self.endpoint.ask(self.tag, address, None, question)
+        if pending is None:  # lost, perhaps, and there may be no other address to join by
+            pending = await self.endpoint.ask(self.tag, address, None, question)
         if pending is None or pending.envelope is None or not isinstance(pending.body, Pong):
             return None
         contact = Contact(pending.envelope.sender, *address)

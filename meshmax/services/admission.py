@@ -120,10 +120,13 @@ class _Introduction:
         if not isinstance(theirs, wire.Credentials):
             raise RemoteProtocolError("the peer showed no certificate")
         try:
-            member = self._verify(theirs)
-        except NotAMember:
+            verdict: Member | NotAMember = self._verify(theirs)
+        except NotAMember as error:
+            verdict = error
+        if isinstance(verdict, NotAMember):
             await self._show_why(theirs)
-            raise
+            raise verdict
+        member = verdict
         if direction == "in":
             await self._frames.send(wire.MEMBER, own)
         if theirs.known != self._known:

@@ -10,7 +10,8 @@ from meshmax.base.membership import OPEN_MESH, SCOPES, MeshId, MeshView
 from meshmax.cli.peer import _only_error, banner, who_holds_default_port
 
 FACTS: dict[str, Any] = {
-    "name": "box", "peer_id": "12D3KooWA", "home": "/home/me/.meshmax", "lan": True, "models": 2, "mesh": MeshView(OPEN_MESH, "", False, SCOPES),
+    "name": "box", "peer_id": "12D3KooWA", "home": "/home/me/.meshmax", "lan": True, "models": 2,
+    "mesh": MeshView(OPEN_MESH, "", False, SCOPES),
     "addresses": ("/ip4/10.0.0.1/tcp/11435/p2p/12D3KooWA", "/ip6/fe80::1/tcp/11435/p2p/12D3KooWA"),
 }  # fmt: skip
 

@@ -198,6 +198,10 @@ class LibrarySwarm:
         """See ports.Swarm."""
         return {peer_id: links[-1].view for peer_id, links in self._links.items()}
 
+    def streams(self, peer_id: PeerId) -> int:
+        """See ports.CountsStreams."""
+        return self._opened[peer_id] + self._served[peer_id]
+
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
         """See ports.Swarm."""
         return self._announcer.subscribe()

@@ -28,6 +28,7 @@ from meshmax.ports.lanes import (
 from meshmax.ports.net import (
     Admission,
     ConnectionView,
+    CountsStreams,
     Datagrams,
     Discovery,
     LooksAgain,
@@ -49,6 +50,7 @@ __all__ = [
     "ChunkSource",
     "ChunkWriter",
     "ConnectionView",
+    "CountsStreams",
     "Datagrams",
     "Dht",
     "Discovery",

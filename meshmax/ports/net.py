@@ -182,6 +182,15 @@ class LooksAgain(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsStreams(Protocol):
+    """What a swarm may offer besides `Swarm`: whether a peer is in use."""
+
+    def streams(self, peer_id: PeerId) -> int:
+        """Streams open with the peer now, opened by either side. Cheap."""
+        ...
+
+
 class Network(Protocol):
     """The networks that this machine is on."""
 

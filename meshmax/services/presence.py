@@ -24,7 +24,7 @@ from meshmax.core.clones import Clones
 from meshmax.core.gossip import Gossip
 from meshmax.core.peers import Dial, PeerEntry, PeerTable, Refusal
 from meshmax.core.sequence import StatusSequence
-from meshmax.ports import Discovery, Sighting, Signer, Swarm
+from meshmax.ports import CountsStreams, Discovery, Sighting, Signer, Swarm
 from meshmax.services.heartbeat import BEAT_PACE_S, MAX_STATUS_STREAMS, Heartbeat
 from meshmax.services.own_status import Keep, OwnStatus
 from meshmax.telemetry.isolate import isolate
@@ -55,13 +55,11 @@ class PresenceService:
         random: Random,
         sequence: StatusSequence | None = None,
         keep: Keep | None = None,
-        streams: Callable[[PeerId], int] | None = None,
     ) -> None:
         self._swarm = swarm
         self._signer = signer
         self._config = config
         self._unix_now = unix_now
-        self._streams = streams
         self._table = PeerTable(signer.peer_id, config.max_peers, random)
         instance = f"{int(random.random() * (1 << 48)):012x}"
         self._clones = Clones(instance)
@@ -214,9 +212,9 @@ class PresenceService:
         while True:
             await trio.sleep(REVIEW_S)
             now = trio.current_time()
-            if self._streams is not None:
+            if isinstance(self._swarm, CountsStreams):
                 for peer_id in self._swarm.connections():
-                    if self._streams(peer_id) > STATUS_STREAMS:
+                    if self._swarm.streams(peer_id) > STATUS_STREAMS:
                         self._table.on_used(peer_id, now)
             for peer_id in self._table.review(now):
                 self.heartbeat.part(peer_id)
@@ -270,15 +268,13 @@ async def open_presence(
     random: Random,
     sequence: StatusSequence | None = None,
     keep: Keep | None = None,
-    streams: Callable[[PeerId], int] | None = None,
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
     ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
-    writes down how far it may come. ``streams``: how many are open with a peer, both ways; who has more than the heartbeat's is
-    in use, and kept.
+    writes down how far it may come.
     """
-    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep, streams)
+    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep)
     await presence.own.reserve()
     swarm.serve(STATUS, presence.heartbeat.answer)
     send, receive = trio.open_memory_channel[Sighting](SIGHTINGS_WAITING)

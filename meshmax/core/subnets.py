@@ -31,3 +31,9 @@ def subnet_of(ip: str) -> str | None:
 def source_of(ip: str) -> str:
     """Whom to count what came from ``ip`` for: its subnet, or the address itself where there is none."""
     return subnet_of(ip) or ip
+
+
+def ip_of(address: str) -> str:
+    """The IP address in a multiaddr of ours; the whole text where there is none, as in simulated networks."""
+    parts = address.split("/")
+    return parts[parts.index("tcp") - 1] if "tcp" in parts[2:] else address

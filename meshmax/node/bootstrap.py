@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NoReturn
 import trio
 
 from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
-from meshmax.base.errors import NotAMember, StoreError
+from meshmax.base.errors import StoreError
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import OPEN_MESH
 from meshmax.net.addresses import allow_any
@@ -28,7 +28,8 @@ from meshmax.net.dht import open_dht
 from meshmax.net.observer import open_observer
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver, Serving, open_serving
-from meshmax.ports import Admission, Datagrams, Signer, Stream, Swarm
+from meshmax.ports import Admission, Datagrams, Signer, Swarm
+from meshmax.services.strangers import NoMesh
 from meshmax.store.dht_file import load_dht, save_dht
 from meshmax.store.home import Home, open_home
 from meshmax.store.identity import load_identity
@@ -48,21 +49,6 @@ BOOTSTRAP_DEFAULTS: Final[Mapping[str, object]] = {
 }
 
 _log = get_logger("bootstrap")
-
-
-class NoMesh:
-    """The Admission of who is in no mesh: nobody is a member."""
-
-    async def admit(self, stream: Stream, direction: Literal["in", "out"]) -> None:
-        """See ports.Admission."""
-        await trio.lowlevel.checkpoint()
-        raise NotAMember(
-            "this is a bootstrap node, which is in no mesh: give its address as --bootstrap, not as --join"
-        )
-
-    def check(self, peer_id: PeerId, protocol: str) -> None:
-        """See ports.Admission."""
-        raise NotAMember("this is a bootstrap node, which is in no mesh")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from meshmax.core.backoff import Random
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
-from meshmax.net.addresses import is_lan_address, running_addresses
+from meshmax.net.addresses import allow_any, is_lan_address, running_addresses
 from meshmax.net.datagrams import open_datagrams
 from meshmax.net.knock import knock
 from meshmax.net.lanes import open_lanes
@@ -31,10 +31,11 @@ from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver
-from meshmax.ports import Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
+from meshmax.ports import Admission, Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
 from meshmax.services.look_back import Knock, knock_nowhere
 from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
+from meshmax.services.strangers import BesideStrangers
 
 # More would only queue at one disk. The limiter is its own, so that a stuck disk blocks nothing else.
 DISK_THREADS: Final = 4
@@ -94,13 +95,14 @@ def _listen(config: Config) -> list[tuple[str, int]]:
 def _open_swarm(
     config: Config, private_bytes: bytes, membership: MembershipService
 ) -> AbstractAsyncContextManager[Swarm]:
-    return open_swarm(
-        private_bytes,
-        _listen(config),
-        allow=lambda ip: membership.allows(ip, is_lan_address),
-        admission=membership,
-        max_guests=config.max_guests,
-    )
+    def lives(ip: str) -> bool:
+        return membership.allows(ip, is_lan_address)
+
+    admission: Admission = membership
+    allow = lives
+    if config.serve.rendezvous or config.serve.relay:  # strangers come from anywhere
+        admission, allow = BesideStrangers(membership, lives), allow_any
+    return open_swarm(private_bytes, _listen(config), allow=allow, admission=admission, max_guests=config.max_guests)
 
 
 def _open_lanes(config: Config, peer_id: PeerId, allow: Allow) -> AbstractAsyncContextManager[Lanes]:

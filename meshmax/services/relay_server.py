@@ -20,7 +20,7 @@ from meshmax.base.errors import MeshmaxError, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.units import KIB
 from meshmax.core.relay import Circuit, Direction, Refusal, Relay, Reservation
-from meshmax.core.subnets import source_of
+from meshmax.core.subnets import ip_of, source_of
 from meshmax.ports import Stream, Swarm
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import CIRCUITS, RELAYED
@@ -62,7 +62,7 @@ class RelayServer:
         if request is None:
             await stream.send_all(wire.encode_hop_status(wire.MALFORMED_MESSAGE))
             return
-        subnet = source_of(_ip(stream.address))
+        subnet = source_of(ip_of(stream.address))
         if isinstance(request, wire.Reserve):
             await self._reserve(stream, subnet)
         else:
@@ -238,12 +238,6 @@ async def _quietly(nursery: trio.Nursery, copy: Callable[[], Awaitable[None]]) -
         await copy()
     except PeerGone:
         nursery.cancel_scope.cancel()
-
-
-def _ip(address: str) -> str:
-    """The IP address in a multiaddr; the whole text where there is none (simulated networks)."""
-    parts = address.split("/")
-    return parts[parts.index("tcp") - 1] if "tcp" in parts[2:] else address
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ from meshmax.base.errors import Busy, ManifestInvalid, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.core.rates import Rates
 from meshmax.core.registrations import EXPIRE_S, Registrations
-from meshmax.core.subnets import source_of
+from meshmax.core.subnets import ip_of, source_of
 from meshmax.ports import Stream, Swarm
 from meshmax.services.rendezvous_stream import RendezvousStream
 from meshmax.wire import rendezvous
@@ -60,7 +60,7 @@ class RendezvousServer:
 
     async def answer(self, stream: Stream) -> None:
         """Serve one stream to its end. Raises Busy where too many are open, RemoteProtocolError, PeerGone."""
-        peer, subnet = f"peer {stream.peer}", source_of(_ip(stream.address))
+        peer, subnet = f"peer {stream.peer}", source_of(ip_of(stream.address))
         if (
             self._streams[peer] >= MAX_PEER_STREAMS
             or self._streams[subnet] >= MAX_SUBNET_STREAMS
@@ -88,7 +88,7 @@ class RendezvousServer:
     def response(self, request: Message, peer: PeerId, address: str) -> Message | None:
         """What is answered to ``request`` of ``peer``, whose connection comes from ``address``; None: nothing."""
         now = trio.current_time()
-        group = source_of(_ip(address))
+        group = source_of(ip_of(address))
         welcome = self._subnets.take(group, now) and self._peers.take(peer, now)
         match request:
             case Register():
@@ -123,11 +123,6 @@ class RendezvousServer:
         while True:
             await trio.sleep(EXPIRE_S)
             self.registrations.expire(trio.current_time())
-
-
-def _ip(address: str) -> str:
-    parts = address.split("/")
-    return parts[parts.index("tcp") - 1] if "tcp" in parts[2:] else address
 
 
 @asynccontextmanager

@@ -14,8 +14,8 @@ import trio
 
 from meshmax.net import library
 from meshmax.net.swarm import LibrarySwarm, open_swarm
-from meshmax.node.bootstrap import NoMesh
 from meshmax.services.relay_server import RelayServer, open_relay_server
+from meshmax.services.strangers import NoMesh
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.wire.protocols import RELAY_HOP
 

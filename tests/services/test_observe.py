@@ -6,9 +6,9 @@ import pytest
 import trio
 
 from meshmax.base.errors import PeerGone, RemoteProtocolError, VersionMismatch
-from meshmax.node.bootstrap import NoMesh
 from meshmax.services import observe as module
 from meshmax.services.observe import ObserveServer, ask_observed
+from meshmax.services.strangers import NoMesh
 from meshmax.testing.memory_swarm import MemoryNetwork, SeededSigner
 from meshmax.wire import observe as wire
 from meshmax.wire.protocols import OBSERVE

@@ -12,10 +12,10 @@ import trio
 from meshmax.base.errors import PeerGone
 from meshmax.base.ids import PeerId
 from meshmax.core.relay import Relay, RelayLimits
-from meshmax.node.bootstrap import NoMesh
 from meshmax.ports import Stream, Swarm
 from meshmax.services import relay_server as module
 from meshmax.services.relay_server import RelayServer, open_relay_server
+from meshmax.services.strangers import NoMesh
 from meshmax.testing.memory_swarm import MemoryNetwork, SeededSigner
 from meshmax.wire import relay as wire
 from meshmax.wire.protocols import PING, RELAY_HOP, RELAY_STOP
@@ -268,6 +268,7 @@ async def test_a_circuit_that_is_used_up_is_reset_at_both_ends(autojump_clock: A
                 await stream.send_all(bytes(10_000))
                 got += len(await stream.receive_some(10_000))
         assert 50_000 <= got <= 100_000
+        await trio.sleep(0.1)
         assert here.server.relay.circuits == 0
 
 

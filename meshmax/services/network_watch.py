@@ -30,7 +30,8 @@ class NetworkWatch:
     def __init__(self, addresses: Callable[[], Sequence[str]], unix_now: Callable[[], float]) -> None:
         self._look, self._unix_now = addresses, unix_now
         self._watchers: list[Callable[[], None]] = []
-        self.addresses: tuple[str, ...] = tuple(addresses())
+        self.addresses: tuple[str, ...] = ()
+        self.addresses = self._addresses()
         self.changes = 0  # since the start
 
     def watch(self, on_change: Callable[[], None]) -> None:

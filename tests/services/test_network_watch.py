@@ -80,3 +80,16 @@ async def test_interfaces_that_cannot_be_looked_at_change_nothing(autojump_clock
         machine.error = OSError("too many open files")
 
     assert await told(fail) == 0
+
+
+async def test_interfaces_that_cannot_be_looked_at_at_the_start_are_seen_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    machine = Machine()
+    machine.error = OSError("too many open files")
+    async with watched(machine) as watch:
+        assert watch.addresses == ()
+        machine.error = None
+        await trio.sleep(4)
+        assert watch.addresses == ("192.0.2.1",)
+        assert machine.changes == 1

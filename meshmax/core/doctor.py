@@ -21,6 +21,7 @@ CLOCK_BACK_S: Final = 60.0
 EXPIRES_SOON_S: Final = (
     7 * 86400.0
 )  # renewed from a third of 30 days on: with a week left, three weeks brought no renewal
+MDNS_STALE_S: Final = 180.0  # each asks at least once a minute: who was not heard for three is not heard any more
 DISK_ERROR_BYTES: Final = 64 << 20  # statuses, peers and certificates are still written, models no longer
 DISK_WARNING_BYTES: Final = 2 << 30
 CODES: Final = (
@@ -292,7 +293,9 @@ def _multicast(told: LookedBack, peer: PeerFacts) -> Iterator[Finding]:
     works = any(look.report.name == "mdns" and look.report.state == "working" for look in peer.rungs)
     if not works or "mdns" not in told.their_rungs:
         return
-    ours, theirs = (any(seen.rung == "mdns" for seen in side) for side in (told.ours, told.theirs))
+    ours, theirs = (
+        any(seen.rung == "mdns" and seen.ago_s < MDNS_STALE_S for seen in side) for side in (told.ours, told.theirs)
+    )
     if ours and not theirs:
         text = (
             f"this peer sees {told.name} by mDNS, {told.name} does not see this one: UDP 5353 is blocked at {told.name}"

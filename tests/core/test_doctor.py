@@ -95,6 +95,7 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("alone in a private mesh", alone(mesh="m", bootstrap=()), {"alone": "warning", "no_bootstrap": "warning"}),
     ("no bootstrap on a lan", peer(bootstrap=()), {}),
     ("B does not see us", peer(told(theirs=())), {"mdns_one_way_there": "warning"}),
+    ("B saw us long ago", peer(told(theirs=(SeenBy("mdns", (), 600.0),))), {"mdns_one_way_there": "warning"}),
     ("we do not see B", peer(told(ours=())), {"mdns_one_way_here": "warning"}),
     ("neither sees the other", peer(told(ours=(), theirs=())), {"no_multicast": "warning"}),
     ("neither, in two networks", peer(told(ours=(), theirs=(), at="/ip4/192.168.9.7/tcp/1")), {}),

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from meshmax.base.ids import PeerId
+from meshmax.base.membership import Ticket
 from meshmax.core.catalog import FirstSeen
+from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import is_lan_address
 from meshmax.node.running import Node
+from meshmax.ports import Discovery
 from meshmax.services.membership import MembershipService
+from meshmax.services.rendezvous import Rendezvous
 from meshmax.store.mesh_files import MeshFiles
 
 
@@ -19,7 +23,17 @@ def make_membership(node: Node) -> MembershipService:
         node.signer, MeshFiles(node.home.path), world.unix_now, world.random, world.run_sync, node.name
     )
     membership.bootstrap = lambda: node.config.bootstrap
+    membership.search = lambda ticket: _meeting_place(node, ticket)
     return membership
+
+
+def _meeting_place(node: Node, ticket: Ticket) -> Discovery | None:
+    """Where the members of the ticket's mesh meet; we only ask there, since we are none yet."""
+    places = bootstrap_nodes((*ticket.bootstrap, *node.config.bootstrap))
+    if not places:
+        return None
+    world = node.world
+    return Rendezvous(node.swarm, node.signer, places.items(), tuple, lambda: ticket.mesh, world.unix_now, world.random)
 
 
 def allow_of(membership: MembershipService) -> Callable[[str], bool]:

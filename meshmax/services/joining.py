@@ -1,13 +1,15 @@
 """Joining a mesh with a ticket: its issuer is dialled as a guest, until it answers or the ticket can never be worth anything.
 
-Rules: the ticket is kept on disk until then, so that a restart goes on. The issuer is tried at the addresses of the ticket and at
-those that anybody named meanwhile; failures back off to MAX_PAUSE_S. What is refused by the issuer itself is final. What goes
-on is said in ``problem``. Not here: what becomes of the certificate (services.membership), what a ticket is worth (core.tickets).
+Rules: the ticket is kept on disk until then, so that a restart goes on. The issuer is tried at the addresses of the ticket
+and at those that anybody named meanwhile, the bootstrap nodes of the ticket among them; failures back off to MAX_PAUSE_S. What
+is refused by the issuer itself is final. What goes on is said in ``problem``. Not here: what becomes of the certificate
+(services.membership), what a ticket is worth (core.tickets).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import trio
@@ -19,14 +21,17 @@ from meshmax.base.units import format_span
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.chains import CLOCK_TOLERANCE_S
 from meshmax.core.membership import Membership
-from meshmax.ports import Swarm
+from meshmax.ports import Discovery, Sighting, Swarm
 from meshmax.services.tickets import ask_issuer
+from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 from meshmax.wire import membership as wire
 
 ATTEMPT_TIMEOUT_S: Final = 15.0  # dialling, asking and the answer
 FIRST_PAUSE_S: Final = 1.0
 MAX_PAUSE_S: Final = 60.0
+SIGHTINGS_WAITING: Final = 16
+MAX_DIAL: Final = 8  # addresses that others named; the ticket has as many
 
 _log = get_logger("joining")
 AddressesOf = Callable[[PeerId], Sequence[str]]
@@ -42,6 +47,7 @@ class Joining:
         self.settled = trio.Event()
         self.refused: NotAMember | None = None
         self._name = name
+        self._found: tuple[str, ...] = ()
 
     async def run(
         self,
@@ -73,11 +79,22 @@ class Joining:
             with trio.move_on_after(pause_s):
                 await again().wait()
 
+    async def search(self, rung: Discovery, news: Callable[[], None]) -> None:
+        """Note where ``rung`` says that the issuer is, and tell of it; until cancelled."""
+        send, receive = trio.open_memory_channel[Sighting](SIGHTINGS_WAITING)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(isolate, "joining", partial(rung.run, send))
+            async for sighting in receive:
+                fresh = sighting.addresses[:MAX_DIAL]
+                if sighting.peer_id == self.ticket.issuer and fresh != self._found:
+                    self._found = fresh
+                    news()
+
     async def _attempt(self, swarm: Swarm, addresses_of: AddressesOf, unix_now: Callable[[], float]) -> wire.Issued:
         ticket, late_s = self.ticket, unix_now() - self.ticket.expires_at_s
         if late_s > CLOCK_TOLERANCE_S:
             raise NotAMember(f"the ticket expired {format_span(late_s)} ago: ask for a new one")
-        named = [*ticket.addresses, *addresses_of(ticket.issuer)]
+        named = [*ticket.addresses, *self._found, *addresses_of(ticket.issuer)]
         with trio.move_on_after(ATTEMPT_TIMEOUT_S):
             await swarm.dial(ticket.issuer, list(dict.fromkeys(named)), guest=True)
             issued = await ask_issuer(swarm, ticket.issuer, wire.Redeem(ticket.secret, self._name))

@@ -33,7 +33,7 @@ from meshmax.base.membership import (
     Ticket,
 )
 from meshmax.core.membership import check_mesh_name
-from meshmax.ports import RunSync, Signer, Stream, Swarm
+from meshmax.ports import Discovery, RunSync, Signer, Stream, Swarm
 from meshmax.services import admission
 from meshmax.services.frames import FrameStream
 from meshmax.services.joining import AddressesOf, Joining
@@ -97,6 +97,7 @@ class MembershipService:
         self.bootstrap: Callable[[], Sequence[str]] = tuple  # what tickets name beside our own addresses
         self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
         self.addresses_of: AddressesOf = lambda peer_id: ()
+        self.search: Callable[[Ticket], Discovery | None] = lambda ticket: None  # who else may know its issuer
         # Called after the mesh has changed, with who is to be dialled first and where.
         self.on_change: Callable[[PeerId | None, Sequence[str]], None] = lambda peer_id, addresses: None
 
@@ -455,6 +456,8 @@ class MembershipService:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(replaced)
+            if rung := self.search(joining.ticket):
+                nursery.start_soon(joining.search, rung, self._wake)
             issued = await joining.run(
                 self._swarm, self.addresses_of, self._unix_now, self._random, lambda: self._woken
             )

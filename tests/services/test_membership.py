@@ -13,7 +13,7 @@ import trio.testing
 from meshmax.base.errors import Busy, MeshmaxError, NotAMember
 from meshmax.base.ids import PeerId
 from meshmax.net import limits
-from meshmax.ports import Admission, Stream
+from meshmax.ports import Admission, Sighting, Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.membership import MembershipService, open_membership
 from meshmax.services.tickets import TRIES, ask_issuer
@@ -234,3 +234,26 @@ async def test_the_open_mesh_admits_in_one_round_trip_and_a_private_one_in_two(
             # The connection itself, and the stream's opening, which is no wait of its own over libp2p.
             took.append((trio.current_time() - began) / (2 * place.network.latency_s) - 2)
         assert took == pytest.approx([2, 1], abs=0.1)
+
+
+async def test_an_issuer_that_has_moved_is_found_by_who_knows_where(tmp_path: Path, autojump_clock: Clock) -> None:
+    async with open_place(tmp_path) as place:
+        (a, a_swarm), (b, _) = await place.peer(1), await place.peer(2)
+        await a.create(NAME)
+        place_now, a_swarm.addresses = a_swarm.addresses, (f"/ip4/10.0.0.9/tcp/9/p2p/{a_swarm.peer_id}",)
+        ticket = await a.ticket(("infer",), 3600, 1)
+
+        class Knows:
+            name = "rendezvous"
+
+            async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
+                await trio.sleep(40)
+                await found.send(Sighting(a_swarm.peer_id, place_now, "rendezvous"))
+                await trio.sleep_forever()
+
+        b.search = lambda ticket: Knows()
+        assert "not reached" in (await b.join(ticket)).problem
+        with trio.fail_after(41):
+            while b.mesh != a.mesh:  # noqa: ASYNC110  it looks from outside
+                await trio.sleep(0.1)
+        assert not b.view().problem

@@ -24,7 +24,14 @@ from typing import Final
 
 PROGRAM: Final = "meshmax.cli.main"
 _PR_SET_PDEATHSIG: Final = 1
-_EARLY: Final = (PROGRAM, "meshmax.cli.peer", "meshmax.node", "meshmax.api.server", "libp2p.stream_muxer.yamux.yamux")
+_EARLY: Final = (
+    PROGRAM,
+    "meshmax.cli.peer",
+    "meshmax.node.opening",
+    "meshmax.node.bootstrap",
+    "meshmax.api.server",
+    "libp2p.stream_muxer.yamux.yamux",
+)
 
 
 class Forked:

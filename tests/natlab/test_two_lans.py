@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,7 @@ def move_model(site: Site, folder: Path, giver: str, taker: str, name: str) -> N
     assert (site.folder / taker / "models" / "blobs" / f"sha256-{digest}").exists()
 
 
-@pytest.mark.parametrize("multicast", ["passes", "blocked"])
-@pytest.mark.parametrize("mesh", ["open", "private"])
+@pytest.mark.parametrize(("mesh", "multicast"), [("open", "passes"), ("open", "blocked"), ("private", "blocked")])
 def test_two_lans_meet_at_a_bootstrap_node_and_outlive_it(
     lab: Lab, site: Site, tmp_path: Path, mesh: str, multicast: str
 ) -> None:
@@ -73,3 +73,24 @@ def test_two_lans_meet_at_a_bootstrap_node_and_outlive_it(
     site.start(members[-1])
     print(f"met again without it {site.until_met(*NAMES, within_s=40.0):.2f} s after a restart")
     move_model(site, tmp_path, "cyd", "ann", "third")
+
+
+@pytest.mark.parametrize("mesh", ["open", "private"])
+def test_a_peer_behind_a_nat_meets_one_that_is_not_in_a_private_mesh_alone(lab: Lab, site: Site, mesh: str) -> None:
+    internet, (point, office) = lab.lan("point", "office", prefix="11.22.33")
+    router = lab.host("router")
+    router.forward()
+    internet.plug(router, "11.22.33.99/24", interface="wan")
+    home, (behind,) = lab.lan("behind")
+    home.plug(router, "10.77.0.254/24")
+    router.masquerade("wan")
+    behind.ip("route add default via 10.77.0.254")
+    site.settings["bootstrap"] = site.start_bootstrap(point, "11.22.33.1")
+    site.start(behind, office)
+    if mesh == "private":
+        site.make_private("office", "behind")
+        site.until_met("behind", "office", within_s=40.0)
+    else:
+        time.sleep(3.0)  # the open mesh lives on private addresses alone
+        assert not site.sees("behind", "office")
+        assert not site.sees("office", "behind")

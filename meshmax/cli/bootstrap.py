@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from meshmax.node.bootstrap import BootstrapNode
 
+MAX_FILES: Final = 8192  # guests, observed connections and half-open ones are some 1,700; the usual limit is 1,024
 DEFAULT_STATUS_PORT: Final = 11438  # not the API's, which clients of a peer on this machine would try
 
 
@@ -57,7 +58,18 @@ def bootstrap(
 
 async def run_bootstrap(config: Config) -> None:
     """Run a bootstrap node until a signal comes."""
+    _allow_files(MAX_FILES)
     await run_until_signal(partial(_run, config))
+
+
+def _allow_files(most: int) -> None:
+    """Raise the limit of open files as far as this user may, and no further than ``most``."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _run(config: Config, stage: list[trio.CancelScope]) -> None:

@@ -47,6 +47,7 @@ class NodeDht:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.current: KademliaDht | None = None
+        self.mesh: MeshId = OPEN_MESH  # whose `current` is
         self._on_datagram: Callable[[bytes, tuple[str, int]], None] | None = None
 
     @property
@@ -55,6 +56,17 @@ class NodeDht:
         config = self._node.config
         somewhere = self._node.membership.mesh != OPEN_MESH or bool(config.bootstrap)
         return config.dht and self._node.datagrams is not None and somewhere
+
+    @property
+    def why_off(self) -> str:
+        """Why there is none, for people; '' if there is, or will be in a moment."""
+        if self.wanted:
+            return ""
+        if not self._node.config.dht:
+            return "it is turned off (dht: false)"
+        if self._node.datagrams is None:
+            return "there is no UDP port"
+        return "the open mesh of one LAN does without it; it is on with a bootstrap node, or in a mesh of your own"
 
     @property
     def contacts(self) -> int:
@@ -101,7 +113,7 @@ class NodeDht:
 
     async def _run_in(self, mesh: MeshId, datagrams: Datagrams) -> None:
         """Take part in the DHT of ``mesh`` until the node is in another."""
-        node = self._node
+        node, self.mesh = self._node, mesh
         opened = open_dht(
             node.signer,
             datagrams,

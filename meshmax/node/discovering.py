@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -11,14 +11,19 @@ import trio
 from meshmax.base.discovery import KnownPeer
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import OPEN_MESH
+from meshmax.base.names import parse_name
 from meshmax.base.status import PeerStatus
+from meshmax.core.announce import Word
 from meshmax.core.known_peers import KnownPeers
 from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import is_lan_address, parse_endpoint
 from meshmax.node.running import Node
+from meshmax.services.announce import Announcer
 from meshmax.services.cached_peers import CachedPeers
+from meshmax.services.dht_rung import DhtRung
 from meshmax.services.ladder import Ladder
 from meshmax.services.network_watch import NetworkWatch
+from meshmax.services.providers import ProviderSearch
 from meshmax.services.rendezvous import Rendezvous
 from meshmax.store.peers_file import load_peers, save_peers
 
@@ -30,7 +35,8 @@ async def open_discovery(node: Node) -> AsyncIterator[None]:
     node.network = NetworkWatch(world.addresses, world.unix_now)
     node.rendezvous = _rendezvous(node)
     climbed = (node.rendezvous,) if node.rendezvous else ()
-    rungs = (_cached(node), *world.rungs(node.config, node.swarm), *climbed)
+    known = KnownPeers(load_peers(node.home.path), world.unix_now())
+    rungs = (_cached(node, known), *world.rungs(node.config, node.swarm), *climbed, _dht_rung(node, known))
     off = {} if node.config.lan else {"mdns": "it is turned off (--no-lan, or lan: false)"}
     if not node.config.bootstrap:
         off["rendezvous"] = "no bootstrap node is configured (--bootstrap)"
@@ -43,9 +49,8 @@ async def open_discovery(node: Node) -> AsyncIterator[None]:
             nursery.cancel_scope.cancel()
 
 
-def _cached(node: Node) -> CachedPeers:
+def _cached(node: Node, known: KnownPeers) -> CachedPeers:
     home, world = node.home.path, node.world
-    known = KnownPeers(load_peers(home), world.unix_now())
 
     async def keep(peers: tuple[KnownPeer, ...]) -> None:
         await world.run_sync(partial(save_peers, home, peers))
@@ -57,23 +62,70 @@ def _cached(node: Node) -> CachedPeers:
     return CachedPeers(known, node.swarm, status_of, lambda: node.membership.mesh, world.unix_now, keep)
 
 
+def _dht_rung(node: Node, known: KnownPeers) -> DhtRung:
+    def old_neighbours() -> list[PeerId]:
+        return [peer.peer_id for peer in known.to_dial(node.dht.mesh)]
+
+    return DhtRung(
+        node.swarm,
+        lambda: node.dht.current,
+        lambda: node.dht.mesh,
+        old_neighbours,
+        node.world.random,
+        lambda: node.dht.why_off,
+    )
+
+
+def make_provider_search(node: Node) -> ProviderSearch:
+    """Finds providers that are no neighbours."""
+    return ProviderSearch(node.swarm, lambda: node.dht.current, lambda: node.dht.mesh, node.world.random)
+
+
+@asynccontextmanager
+async def open_announcing(node: Node) -> AsyncIterator[None]:
+    """Announce what this node has in the DHT for the time of the block."""
+
+    def words() -> Iterator[Word]:
+        for stored in node.catalog.local():
+            yield Word("model", stored.manifest.digest)
+            yield Word("name", parse_name(stored.name).full)
+
+    announcer = Announcer(
+        node.signer,
+        lambda: node.dht.current,
+        lambda: node.dht.mesh,
+        words,
+        lambda: _told_addresses(node),
+        node.world.unix_now,
+        node.world.random,
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(announcer.run)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel()
+
+
 def _rendezvous(node: Node) -> Rendezvous | None:
     places = bootstrap_nodes(node.config.bootstrap)
     if not places:
         return None
 
-    def own() -> tuple[str, ...]:
-        if node.membership.mesh != OPEN_MESH:
-            return node.swarm.addresses
-        # The open mesh lives on private addresses alone, so no others are told.
-        return tuple(text for text in node.swarm.addresses if is_lan_address(parse_endpoint(text).host))
-
     return Rendezvous(
         node.swarm,
         node.signer,
         places.items(),
-        own,
+        lambda: _told_addresses(node),
         lambda: node.membership.mesh,
         node.world.unix_now,
         node.world.random,
     )
+
+
+def _told_addresses(node: Node) -> tuple[str, ...]:
+    """Our addresses as strangers may pass them on."""
+    if node.membership.mesh != OPEN_MESH:
+        return node.swarm.addresses
+    # The open mesh lives on private addresses alone, so no others are told.
+    return tuple(text for text in node.swarm.addresses if is_lan_address(parse_endpoint(text).host))

@@ -29,7 +29,7 @@ from meshmax.core.limits import Override, Plan
 from meshmax.core.mirror import MirrorPlan
 from meshmax.core.sequence import StatusSequence
 from meshmax.node.dht import open_node_dht
-from meshmax.node.discovering import open_discovery
+from meshmax.node.discovering import make_provider_search, open_announcing, open_discovery
 from meshmax.node.joining import allow_of, follow_mesh, make_membership
 from meshmax.node.running import Node
 from meshmax.node.serving import open_node_serving
@@ -184,6 +184,7 @@ class _Opening:
         node.network.watch(node.presence.on_network_change)
         follow_mesh(node, self.first_seen)
         await self.enter(open_node_dht(node))
+        await self.enter(open_announcing(node))
 
     async def _open_pulls(self) -> None:
         node, world, store, config = self.node, self.world, self.store, self.config
@@ -211,6 +212,7 @@ class _Opening:
                 room=node.garbage.sweeper.room,
                 guard=self.kept.pins.require_free,
                 naming=node.catalog,
+                seek=make_provider_search(node).seek,
             )
         )
         node.partials, node.pulling, node.accept_pull = pulls.partials, pulls.pulling, pulls.accept

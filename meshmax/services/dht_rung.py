@@ -29,7 +29,7 @@ OLD_NEIGHBOURS: Final = 8  # looked up by PeerId in one round
 
 
 class DhtRung:
-    """``known``: peers that we were connected with before; ``dht`` None: there is none now."""
+    """``known``: peers that we were connected with before; ``dht`` None: there is none now; ``why_off``: nor shall there be."""
 
     name = "dht"
 
@@ -40,9 +40,16 @@ class DhtRung:
         mesh: Callable[[], MeshId],
         known: Callable[[], Sequence[PeerId]],
         random: Random,
+        why_off: Callable[[], str] = lambda: "",
     ) -> None:
+        self._why_off = why_off
         self._swarm, self._dht, self._mesh, self._known, self._random = swarm, dht, mesh, known, random
         self._again = trio.Event()
+
+    @property
+    def off(self) -> str:
+        """Why this rung is not climbed now; '' when it is."""
+        return self._why_off()
 
     @property
     def problem(self) -> str:

@@ -31,7 +31,7 @@ WAITING: Final = 16  # sightings of one rung between it and the pacing
 
 
 class Ladder:
-    """See the module. ``off``: rungs that are not climbed, and why, for the reports."""
+    """See the module. ``off``: rungs that are not climbed, and why, for the reports; a rung's own ``off`` tells so, too."""
 
     name = "ladder"
 
@@ -52,12 +52,13 @@ class Ladder:
 
     def reports(self) -> tuple[RungReport, ...]:
         """Each rung now, those that are off last."""
+        off = {rung.name: why for rung in self._rungs if (why := getattr(rung, "off", ""))} | self._off
         climbed = tuple(
             self._records[rung.name].report(getattr(rung, "problem", ""), trio.current_time())
             for rung in self._rungs
-            if rung.name in self._records
+            if rung.name in self._records and rung.name not in off
         )
-        return (*climbed, *(RungReport(name, "off", why) for name, why in self._off.items()))
+        return (*climbed, *(RungReport(name, "off", why) for name, why in off.items()))
 
     def seen(self, peer_id: PeerId) -> tuple[SeenBy, ...]:
         """Which rungs named a peer, when and where."""

@@ -91,6 +91,10 @@ def joined(site: Site, name: str, owner: PeerProcess, *flags: str) -> PeerProces
     return peer
 
 
+def says(peer: PeerProcess, words: str) -> bool:
+    return words in peer.tail(400)
+
+
 def shown_of_processes() -> bytes:
     found = b""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -145,7 +149,7 @@ def test_members_share_models_and_strangers_of_two_other_meshes_learn_nothing(tm
         assert b.get("/api/v1/models")["models"][f"{MODEL}:latest"]["local"]
 
         for stranger in (c, d):
-            until("the stranger is told why", lambda stranger=stranger: "different meshes" in stranger.tail(400))
+            until("the stranger is told why", partial(says, stranger, "different meshes"))
             assert a.peer_id not in stranger.neighbours()
             assert not lists(stranger)
             assert ask(stranger).status_code == 404

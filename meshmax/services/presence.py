@@ -197,7 +197,8 @@ class PresenceService:
                     return
         entry = self._table.entry(dial.peer_id)
         # Once for people, who may have given the address; what follows is only the same again.
-        log = _log.info if entry and not entry.failures else _log.debug
+        # Refusals are told where they are made (net.admission).
+        log = _log.info if entry and not entry.failures and not refused else _log.debug
         log("dial failed", peer=dial.peer_id, why=why)
         now = trio.current_time()
         if refused:

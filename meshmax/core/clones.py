@@ -85,7 +85,7 @@ class Clones:
             self._first = status.sequence
         _remember(self._changes, status.changed, None, MAX_CHANGES)
         for address in status.addresses:
-            _remember(self._addresses, address, None, MAX_OWN_ADDRESSES)
+            _remember(self._addresses, address.partition("/p2p/")[0], None, MAX_OWN_ADDRESSES)
 
     def on_own(self, status: PeerStatus, now: float) -> bool:
         """Somebody brought a status with our own signature; True if this proves for the first time that we are copied."""
@@ -103,7 +103,8 @@ class Clones:
     def on_own_sighting(self, addresses: Iterable[str], now: float) -> None:
         """Somebody announces our PeerId."""
         for address in addresses:
-            if address not in self._addresses:
+            address = address.partition("/p2p/")[0]
+            if address.startswith("/ip4/") and address not in self._addresses:
                 first, last = self._places.pop(address, (now, now))
                 self._places[address] = (now if now - last > KEPT_S else first, now)
                 if len(self._places) > MAX_CHANGES:

@@ -199,13 +199,20 @@ class Mdns:
 
     def _is_news(self, peer_id: PeerId, addresses: tuple[str, ...], now_s: float) -> bool:
         before, told_s = self._seen.get(peer_id, ((), -math.inf))
-        if peer_id == self._peer_id or (before == addresses and now_s - told_s < REPEAT_S):
+        if (peer_id == self._peer_id and self._are_ours(addresses)) or (
+            before == addresses and now_s - told_s < REPEAT_S
+        ):
             return False
         self._seen.pop(peer_id, None)
         self._seen[peer_id] = (addresses, now_s)
         if len(self._seen) > MAX_SEEN:
             del self._seen[next(iter(self._seen))]
         return True
+
+    def _are_ours(self, addresses: tuple[str, ...]) -> bool:
+        """Else another machine announces our PeerId. Only IPv4 counts: what is link-local has a zone of each hearer's own."""
+        ours = {address.partition("/p2p/")[0] for address in self._addresses()}
+        return all(each.partition("/p2p/")[0] in ours for each in addresses if each.startswith("/ip4/"))
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

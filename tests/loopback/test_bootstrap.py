@@ -98,11 +98,10 @@ def test_a_stun_client_that_is_not_ours_is_answered_too(point: Point) -> None:
             lambda: ice.StunProtocol(ice.Connection(ice_controlling=True)), local_addr=("127.0.0.1", 0)
         )
         request = ice.stun.Message(ice.stun.Method.BINDING, ice.stun.Class.REQUEST)
-        try:
-            response, _ = await protocol.request(request, ("127.0.0.1", point.facts["udp_port"]))
-            return response.attributes["XOR-MAPPED-ADDRESS"], protocol.transport.get_extra_info("sockname")
-        finally:
-            await protocol.close()
+        response, _ = await protocol.request(request, ("127.0.0.1", point.facts["udp_port"]))
+        own = protocol.transport.get_extra_info("sockname")
+        await protocol.close()
+        return response.attributes["XOR-MAPPED-ADDRESS"], own
 
     mapped, own = asyncio.run(ask())
     assert mapped == own
@@ -192,7 +191,7 @@ async def test_two_hundred_guests_fit_into_little_memory(tmp_path: Path) -> None
         print(f"resident: {before >> 20} MiB alone, {full >> 20} MiB with {GUESTS} guests")
         assert full < MAX_RESIDENT_BYTES
     finally:
-        await trio.to_thread.run_sync(point.kill)
+        point.kill()
 
 
 def test_after_a_crash_it_comes_back_as_itself_and_peers_register_again(tmp_path: Path) -> None:

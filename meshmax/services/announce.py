@@ -24,7 +24,7 @@ from meshmax.telemetry.isolate import isolate
 from meshmax.wire.dht import dht_key
 from meshmax.wire.provider_records import sign_record
 
-LOOK_S: Final = 5.0
+LOOK_S: Final = 2.0
 MOVED_LOOK_S: Final = 60.0  # how often it is looked whether nodes came that should hold our records
 IN_MESH: Final = Word("mesh", "peers")  # whoever provides this is a peer of the mesh
 

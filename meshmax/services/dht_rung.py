@@ -21,9 +21,10 @@ from meshmax.ports import Dht, Sighting, Swarm
 from meshmax.services.announce import IN_MESH
 from meshmax.wire.dht import dht_key
 
-FIRST_PAUSE_S: Final = 5.0
+FIRST_PAUSE_S: Final = 2.0
+GROWTH: Final = 1.5  # of the pause, a round
 MAX_PAUSE_S: Final = 300.0
-NO_NODES_PAUSE_S: Final = 2.0  # until somebody is known whom one could ask
+NO_NODES_PAUSE_S: Final = 1.0  # until somebody is known whom one could ask
 LOOK_UP_S: Final = 10.0
 OLD_NEIGHBOURS: Final = 8  # looked up by PeerId in one round
 
@@ -72,7 +73,7 @@ class DhtRung:
             wait_s = NO_NODES_PAUSE_S
             if dht is not None and dht.contacts:
                 await self._look(dht, found)
-                wait_s, pause_s = pause_s * (0.75 + 0.5 * self._random.random()), min(2 * pause_s, MAX_PAUSE_S)
+                wait_s, pause_s = pause_s * (0.75 + 0.5 * self._random.random()), min(GROWTH * pause_s, MAX_PAUSE_S)
             with trio.move_on_after(wait_s):
                 await again.wait()
                 pause_s = FIRST_PAUSE_S

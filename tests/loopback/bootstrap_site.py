@@ -15,14 +15,14 @@ from meshmax.testing.process import spawn, until
 
 
 class Point:
-    """One bootstrap node. ``listen``: HOST:PORT of its control port."""
+    """One bootstrap node. ``listen``: HOST:PORT of its control port; ``settings``: MESHMAX_* variables, without the prefix."""
 
-    def __init__(self, home: Path, *flags: str, listen: str = "127.0.0.1:0") -> None:
+    def __init__(self, home: Path, *flags: str, listen: str = "127.0.0.1:0", **settings: str) -> None:
         home.mkdir(parents=True, exist_ok=True)
         self.home = home
         self.log = home / "bootstrap.log"
         where = ("--listen", listen, "--api", "127.0.0.1:0")
-        self.process = spawn(["bootstrap", "--home", str(home), *where, *flags], environment(), self.log)
+        self.process = spawn(["bootstrap", "--home", str(home), *where, *flags], environment(**settings), self.log)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -51,10 +51,11 @@ class Point:
         self.process.wait(10)
 
 
-def environment() -> dict[str, str]:
+def environment(**settings: str) -> dict[str, str]:
     """Of a bootstrap node in a test: ports that collide with nobody's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MESHMAX_")}
-    return kept | {"MESHMAX_DHT_PORT": "0", "MESHMAX_OBSERVER_PORT": "0"}
+    given = {f"MESHMAX_{key.upper()}": value for key, value in settings.items()}
+    return kept | {"MESHMAX_DHT_PORT": "0", "MESHMAX_OBSERVER_PORT": "0"} | given
 
 
 @contextmanager

@@ -168,6 +168,16 @@ class Lookup:
         return max(self._wanted(path) for path in self._paths)
 
     @property
+    def skip(self) -> int:
+        """How many of its nearest the node asked just now should leave out.
+
+        If all named their nearest, which are the same, a widened look-up would never hear of those behind them.
+        """
+        if (pages := self.width // self._width) > 1:
+            return self.asked % pages * self._width
+        return self._width if self.asked > self._width // 2 and self.asked % 4 == 0 else 0
+
+    @property
     def size_estimate(self) -> float:
         """Nodes in the network, judged by how near the nearest that answered are; 0 where too few answered to say."""
         nearest = sorted(entry.distance for entry in self._having_answered())[:WIDTH]

@@ -316,7 +316,7 @@ class _Crawl:
             self._news.set()
 
         asked_s = trio.current_time()
-        answer = await self._protocol.call_find(contact, self._target, b"", on_slow, self._dht.slow_s)
+        answer = await self._protocol.call_find(contact, self._target, b"", self.lookup.skip, on_slow, self._dht.slow_s)
         try:
             if answer is None:
                 self.lookup.failed(contact)

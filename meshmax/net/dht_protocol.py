@@ -156,9 +156,10 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         except ManifestInvalid:
             return False
 
-    def rpc_find_node(self, sender: Contact, target: bytes) -> list[bytes]:
-        """See KademliaProtocol; packed contacts, nearest first."""
-        near = self.router.find_neighbors(make_node(target_of(target)), MAX_CONTACTS, make_node(sender.node_id))
+    def rpc_find_node(self, sender: Contact, target: bytes, skip: int = 0) -> list[bytes]:
+        """See KademliaProtocol; packed contacts, nearest first, after ``skip`` that are nearer."""
+        point, asker = make_node(target_of(target)), make_node(sender.node_id)
+        near = self.router.find_neighbors(point, MAX_CONTACTS + skip, asker)[skip:]
         return [pack_contact(node.contact) for node in near if _may_name(node.ip, sender.ip)]
 
     def rpc_find_value(self, key: bytes, after: bytes) -> list[tuple[bytes, bytes]]:
@@ -169,7 +170,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
     def _found(self, body: Find, cookie: bytes, room: int, sender: Contact) -> Found:
         chain = self._own_chain(body.introduce, room)
         room -= body_bytes(Found((), (), more=True, cookie=cookie, chain=chain)) + 16  # heads of the arrays
-        contacts = [] if body.after else self.rpc_find_node(sender, body.target)
+        contacts = [] if body.after else self.rpc_find_node(sender, body.target, body.skip)
         wants_records = len(body.target) == KEY_BYTES
         records = [encoded for _, encoded in self.rpc_find_value(body.target, body.after)] if wants_records else []
         first, room = _fitting(contacts[: MIN_CONTACTS if records else MAX_CONTACTS], room)
@@ -203,11 +204,12 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         contact: Contact,
         target: bytes,
         after: bytes = b"",
+        skip: int = 0,
         on_slow: Callable[[], None] | None = None,
         slow_s: float = 1.0,
     ) -> Found | None:
         """See KademliaProtocol.call_find_node and call_find_value; None where no valid answer came."""
-        answer = await self._call(contact, Find(target, after), on_slow, slow_s)
+        answer = await self._call(contact, Find(target, skip, after), on_slow, slow_s)
         return answer if isinstance(answer, Found) else None
 
     async def call_store(self, contact: Contact, encoded: bytes) -> bool:

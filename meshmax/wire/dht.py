@@ -40,6 +40,7 @@ OVERLAY_BYTES: Final = 8
 REQUEST_BYTES: Final = 8
 COOKIE_BYTES: Final = 8  # guessing one takes 2^63 datagrams
 MAX_CONTACTS: Final = 20  # in one answer, where they fit
+MAX_SKIP: Final = 100  # contacts left out of an answer
 MAX_RECORDS: Final = 8  # in one answer; about three fit
 MAX_CHAIN_BYTES: Final = 1000  # of a member's certificates beside an otherwise empty question or answer
 NOBODY: Final = bytes(NODE_ID_BYTES)  # as receiver: whoever is at that address
@@ -162,10 +163,12 @@ class Pong(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="k", tag=2
 class Find(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="k", tag=3):
     """Which nodes are nearest ``target`` (20 bytes)? A target of 32 bytes is a key, of which records are wanted too.
 
-    ``after``: records whose provider's node id is greater, for the next page.
+    ``skip``: leave out so many of the nearest, and name those after them. ``after``: records whose provider's node id is
+    greater, for the next page.
     """
 
     target: Annotated[bytes, msgspec.Meta(min_length=NODE_ID_BYTES, max_length=KEY_BYTES)] = msgspec.field(name="t")
+    skip: Annotated[int, msgspec.Meta(ge=0, le=MAX_SKIP)] = msgspec.field(default=0, name="s")
     after: Annotated[bytes, msgspec.Meta(max_length=NODE_ID_BYTES)] = msgspec.field(default=b"", name="a")
     cookie: _Cookie = msgspec.field(default=b"", name="c")
     chain: _Chain = msgspec.field(default=b"", name="h")

@@ -81,7 +81,10 @@ class Crowd:
         self.signers.append(signer)
         self.ports.append(port)
         if join:
-            assert await dht.join(join)
+            for _ in range(5):  # greetings may be lost
+                if await dht.join(join):
+                    break
+            assert dht.contacts
         return dht
 
     async def grow(self, count: int, first_seed: int = 1, pause_s: float = 0.5) -> None:

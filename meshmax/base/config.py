@@ -107,7 +107,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
     only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
     ``dht``: take part in the DHT where the mesh is private or bootstrap nodes are configured.
-    ``dht_port``: the UDP port (DHT, STUN), or the next free one; ``observer_port`` likewise, of the TCP observer.
+    ``dht_port``: the UDP port (DHT, STUN), or the next free one; the default stands for the number of the control port.
+    ``observer_port`` likewise, of the TCP observer.
     ``serve``: what is done for strangers; ``max_guests``: how many of them may be connected at once.
     ``disk_budget``: how much models may take, like 200GB; ``keep_free``: how much of the disk stays free; '' is no bound. To
     keep to them, the models used longest ago are swept; ``sweep_last_copies``: those too that no other peer is known to

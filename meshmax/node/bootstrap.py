@@ -1,6 +1,6 @@
 """A bootstrap node: `async with open_bootstrap(config) as node`. It helps peers to meet, and has no models of its own.
 
-home (lock) > UDP port > swarm > DHT > what is served to strangers. It is in no mesh: every peer is a guest here, bounded by
+home (lock) > swarm > UDP port > DHT > what is served to strangers. It is in no mesh: every peer is a guest here, bounded by
 `max_guests`. No engine and no store, so that it fits the smallest machine; this module imports neither. Not here: the
 services (node.serving), the faces (cli.bootstrap).
 """
@@ -27,7 +27,7 @@ from meshmax.net.datagrams import open_datagrams
 from meshmax.net.dht import open_dht
 from meshmax.net.observer import open_observer
 from meshmax.net.swarm import open_swarm
-from meshmax.node.serving import Answer, Bound, OpenObserver, Serving, open_serving
+from meshmax.node.serving import Answer, Bound, OpenObserver, Serving, open_serving, with_udp_port
 from meshmax.ports import Admission, Datagrams, Signer, Swarm
 from meshmax.services.strangers import NoMesh
 from meshmax.store.dht_file import load_dht, save_dht
@@ -94,8 +94,8 @@ async def open_bootstrap(config: Config, world: BootstrapWorld | None = None) ->
         enter = stack.enter_async_context
         home = await enter(open_home(Path(config.home).expanduser()))
         identity = load_identity(home.path)
-        datagrams = await enter(world.open_datagrams(config))
         swarm = await enter(world.open_swarm(config, identity.private_bytes, NoMesh()))
+        datagrams = await enter(world.open_datagrams(with_udp_port(config, swarm)))
         await enter(_open_dht(home, identity, datagrams, world))
         opened = open_serving(
             config, config.serve, swarm, datagrams, world.open_observer, world.clock, world.unix_now, besides=("dht",)

@@ -11,7 +11,9 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from meshmax.base.config import Config, ServeConfig
+import msgspec
+
+from meshmax.base.config import DEFAULT_DHT_PORT, Config, ServeConfig
 from meshmax.base.errors import ConfigError
 from meshmax.ports import Datagrams, Swarm
 from meshmax.services.observe import ObserveServer
@@ -84,7 +86,7 @@ async def open_serving(
         if wanted.relay:
             await stack.enter_async_context(open_relay_server(swarm, unix_now))
             services.append("relay")
-        if services:
+        if services or udp_port:  # its number may be needed even by who wants nothing else
             ObserveServer(udp_port, observer_port, tuple(services)).register(swarm)
         yield Serving(tuple(services), udp_port, observer_port)
 
@@ -99,7 +101,9 @@ async def open_node_serving(node: Node) -> AsyncIterator[None]:
     async with AsyncExitStack() as stack:
         if world.open_datagrams is not None:
             try:
-                node.datagrams = await stack.enter_async_context(world.open_datagrams(config))
+                node.datagrams = await stack.enter_async_context(
+                    world.open_datagrams(with_udp_port(config, node.swarm))
+                )
             except ConfigError as error:
                 if config.serve.stun:
                     raise
@@ -109,6 +113,15 @@ async def open_node_serving(node: Node) -> AsyncIterator[None]:
         )
         node.serving = await stack.enter_async_context(opened)
         yield
+
+
+def with_udp_port(config: Config, swarm: Swarm) -> Config:
+    """``config`` with the UDP port that peers guess: the number of the control port, unless another one was asked for."""
+    if config.dht_port != DEFAULT_DHT_PORT:
+        return config
+    parts = (swarm.addresses or ("",))[0].split("/")
+    control = parts[parts.index("tcp") + 1] if "tcp" in parts[2:] else ""
+    return msgspec.structs.replace(config, dht_port=int(control)) if control.isdecimal() else config
 
 
 def _port_of(addresses: Sequence[tuple[str, int]]) -> int:

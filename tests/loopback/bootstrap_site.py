@@ -55,7 +55,7 @@ def environment(**settings: str) -> dict[str, str]:
     """Of a bootstrap node in a test: ports that collide with nobody's."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MESHMAX_")}
     given = {f"MESHMAX_{key.upper()}": value for key, value in settings.items()}
-    return kept | {"MESHMAX_DHT_PORT": "0", "MESHMAX_OBSERVER_PORT": "0"} | given
+    return kept | {"MESHMAX_OBSERVER_PORT": "0"} | given
 
 
 @contextmanager

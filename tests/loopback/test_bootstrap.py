@@ -62,6 +62,9 @@ def test_the_banner_has_the_lines_that_other_sites_copy(point: Point) -> None:
     copied = yaml.safe_load(re.findall(r"^bootstrap:\n(?:  - .*\n)+", text, re.MULTILINE)[0])
     assert copied["bootstrap"] == facts["addresses"]
     assert set(bootstrap_nodes(copied["bootstrap"])) == {facts["peer_id"]}
+    assert (
+        abs(facts["udp_port"] - int(facts["addresses"][0].split("/")[4])) < 64
+    )  # the same number, or the next free one
     assert set(facts["services"]) == {"rendezvous", "stun", "observer", "relay", "dht"}
     assert f"UDP port {facts['udp_port']}" in text
     assert stat.S_IMODE((point.home / "identity.key").stat().st_mode) == 0o600

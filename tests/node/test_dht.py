@@ -1,0 +1,96 @@
+"""The DHT in a node: on in a private mesh, silent on an open LAN, begun anew when the mesh changes, kept over restarts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import trio
+
+from meshmax.base.config import Config
+from meshmax.base.membership import SCOPES, Certificate, MeshId
+from meshmax.node.dht import NodeDht
+from meshmax.services.standing import Standing
+from meshmax.store.dht_file import load_dht
+from meshmax.store.mesh_files import OwnMesh
+from meshmax.testing.memory_datagrams import MemoryNet, open_net
+from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.wire.membership import sign_certificate
+from tests.net.dht_site import EPOCH_S, unix_now
+
+ROOT = SeededSigner(500)
+MESH = MeshId(ROOT.peer_id)
+
+
+def private(signer: SeededSigner) -> Standing:
+    word = Certificate(MESH, signer.peer_id, SCOPES, 1, int(EPOCH_S) - 10, int(EPOCH_S) + 86400)
+    return Standing(signer, OwnMesh(MESH, "home", (sign_certificate(word, ROOT.peer_id, ROOT.sign),)))
+
+
+async def run_sync(work: Any) -> Any:
+    await trio.lowlevel.checkpoint()
+    return work()
+
+
+@asynccontextmanager
+async def node_dht(net: MemoryNet, home: Path, seed: int, standing: Standing, config: Config) -> AsyncIterator[Any]:
+    signer = SeededSigner(seed)
+    home.mkdir(exist_ok=True)
+    node: Any = SimpleNamespace(
+        config=config,
+        signer=signer,
+        datagrams=net.open(),
+        home=SimpleNamespace(path=home),
+        world=SimpleNamespace(random=random.Random(seed), unix_now=unix_now, run_sync=run_sync),
+        membership=SimpleNamespace(mesh=standing.mesh, standing=standing),
+        swarm=SimpleNamespace(connections=dict),
+        presence=SimpleNamespace(addresses_of=lambda peer_id: ()),
+    )
+    node.dht = NodeDht(node)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(node.dht.run)
+        yield node
+        nursery.cancel_scope.cancel()
+
+
+async def test_members_of_a_private_mesh_meet_and_strangers_do_not(autojump_clock: Any, tmp_path: Path) -> None:
+    config = Config()
+    async with open_net() as net:
+        async with (
+            node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), config) as a,
+            node_dht(net, tmp_path / "b", 2, private(SeededSigner(2)), config) as b,
+            node_dht(net, tmp_path / "c", 3, private(SeededSigner(4)), config) as thief,  # another's certificate
+        ):
+            await trio.sleep(2)
+            assert await b.dht.join([a.datagrams.address]) == 1
+            assert await thief.dht.join([a.datagrams.address]) == 0
+            assert (b.dht.contacts, b.dht.problem) == (1, "")
+        assert load_dht(tmp_path / "b", MESH)
+
+
+async def test_an_open_lan_mesh_by_itself_sends_nothing(autojump_clock: Any, tmp_path: Path) -> None:
+    async with open_net() as net:
+        async with node_dht(net, tmp_path / "a", 1, Standing(SeededSigner(1)), Config()) as a:
+            await trio.sleep(600)
+            assert (net.sent, a.dht.contacts, a.dht.problem) == (0, 0, "")
+
+
+async def test_it_is_turned_off_by_configuration(autojump_clock: Any, tmp_path: Path) -> None:
+    async with open_net() as net:
+        async with node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config(dht=False)) as a:
+            await trio.sleep(5)
+            assert a.dht.current is None
+
+
+async def test_changing_the_mesh_begins_another_dht(autojump_clock: Any, tmp_path: Path) -> None:
+    async with open_net() as net:
+        async with node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config()) as a:
+            await trio.sleep(2)
+            first = a.dht.current
+            a.membership.mesh = MeshId(SeededSigner(9).peer_id)
+            await trio.sleep(5)
+            assert a.dht.current not in (None, first)

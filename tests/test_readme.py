@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from meshmax.base.membership import OPEN_MESH, SCOPES, MeshView
 from meshmax.cli.main import _COMMANDS, main, make_app
 from meshmax.cli.peer import banner
 
@@ -44,6 +45,7 @@ def test_the_banner_is_the_one_that_it_shows() -> None:
         "name": "desktop",
         "peer_id": re.findall(r"\((\w+)\)", shown[0])[0],
         "lan": True,
+        "mesh": MeshView(OPEN_MESH, "", root=False, scopes=SCOPES),
         "addresses": [shown[3].split()[1]],
         "models": 0,
         "home": "/home/me/.meshmax",

@@ -10,8 +10,8 @@ valid (core.membership), the files (store.mesh_files), a ticket on its way (serv
 from __future__ import annotations
 
 import secrets
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, Literal, NoReturn
@@ -39,6 +39,7 @@ from meshmax.services.frames import FrameStream
 from meshmax.services.joining import AddressesOf, Joining
 from meshmax.services.renewal import Renewal
 from meshmax.services.standing import Standing
+from meshmax.services.telling import Telling
 from meshmax.services.tickets import TicketDesk
 from meshmax.store.mesh_files import MeshFiles, OwnMesh
 from meshmax.telemetry.isolate import isolate
@@ -55,16 +56,12 @@ GUARDS: Final[dict[str, tuple[Scope, ...]]] = {  # any one of these scopes opens
     LANE: ("pull",),
 }
 JOIN_WAIT_S: Final = 20.0  # how long `join` waits for the first outcome; afterwards it goes on behind
-TOLD_AT_ONCE: Final = 16  # members told of news at the same time
-TELL_TIMEOUT_S: Final = 10.0
+HEAR_TIMEOUT_S: Final = 10.0  # for what one member tells
 NEWS_PACE_S: Final = 0.1  # after each message of a peer's news: 64 notices take up to 50 ms to check
-
-MAX_UNTOLD: Final = 64  # waiting for one member
 MAX_HEARD: Final = 4  # told by one member at the same time; ours tell one thing after the other
 LOOK_AGAIN_S: Final = 60.0
 
 _log = get_logger("membership")
-Tell = Callable[[FrameStream], Awaitable[None]]
 
 
 class MembershipService:
@@ -88,11 +85,9 @@ class MembershipService:
         self._joining = Joining(parse_ticket(pending), name) if pending else None
         self._writing = trio.Lock()
         self._woken = trio.Event()  # somebody was admitted, the mesh or a ticket changed: look again at what is due
-        self._teller = trio.CapacityLimiter(TOLD_AT_ONCE)
-        self._untold: dict[PeerId, deque[Tell]] = {}  # by member that is being told something
         self._hearing: Counter[PeerId] = Counter()
         self._swarm: Swarm
-        self._nursery: trio.Nursery
+        self._telling: Telling
         self.desk = TicketDesk(lambda: self._standing, self._keep_tickets, unix_now)
         self.bootstrap: Callable[[], Sequence[str]] = tuple  # what tickets name beside our own addresses
         self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
@@ -312,7 +307,7 @@ class MembershipService:
             raise RemoteProtocolError(f"the peer tells more than {MAX_HEARD} things at once")
         self._hearing[peer_id] += 1
         try:
-            with trio.move_on_after(TELL_TIMEOUT_S):
+            with trio.move_on_after(HEAR_TIMEOUT_S):
                 await self._hear(FrameStream(stream), self._standing)
                 await trio.sleep(NEWS_PACE_S)
         finally:
@@ -343,7 +338,7 @@ class MembershipService:
             await trio.lowlevel.checkpoint()
             return
         await self._enforce(standing)  # before it is kept: a full disk keeps nobody in
-        self._tell_all(partial(admission.tell_notices, notices=news), bearer)
+        self._telling.tell_all(partial(admission.tell_notices, notices=news), bearer)
         async with self._writing:
             if standing is self._standing:
                 save = partial(self._files.save_notices, standing.mesh, standing.core.revocations.notices())
@@ -360,46 +355,14 @@ class MembershipService:
         except NotAMember as error:
             _log.warning("this peer is no member of its mesh any more", mesh=standing.name, why=error.message)
 
-    def _tell_all(self, tell: Tell, bearer: PeerId | None = None) -> None:
-        """Tell every connected member but ``bearer``; what does not fit is made good when they are admitted next."""
-        for peer_id in self._swarm.connections():
-            untold = self._untold.get(peer_id)
-            if peer_id == bearer or (untold is not None and len(untold) >= MAX_UNTOLD):
-                continue
-            if untold is not None:
-                untold.append(tell)
-            else:
-                self._untold[peer_id] = deque([tell])
-                self._nursery.start_soon(self._tell_peer, peer_id)
-
-    async def _tell_peer(self, peer_id: PeerId) -> None:
-        untold = self._untold[peer_id]
-        try:
-            while untold:
-                async with self._teller:
-                    if not await isolate("telling members", partial(self._tell, peer_id, untold.popleft())):
-                        return
-        finally:
-            del self._untold[peer_id]
-
-    async def _tell(self, peer_id: PeerId, tell: Tell) -> None:
-        with trio.move_on_after(TELL_TIMEOUT_S):
-            stream = await self._swarm.open_stream(peer_id, MEMBER)
-            try:
-                frames = FrameStream(stream)
-                await tell(frames)
-                await admission.receive(frames)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await stream.aclose()
-
     # --- what is due -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Follow expiry, renewal and joining until cancelled."""
-        async with trio.open_nursery() as self._nursery:
-            self._nursery.start_soon(self._run_due)
-            self._nursery.start_soon(self._run_joining)
+        async with trio.open_nursery() as nursery:
+            self._telling = Telling(self._swarm, nursery)
+            nursery.start_soon(self._run_due)
+            nursery.start_soon(self._run_joining)
 
     async def _run_due(self) -> NoReturn:
         renewal = Renewal(self._standing, self._unix_now(), self._random)
@@ -429,7 +392,7 @@ class MembershipService:
             await self._run_sync(partial(self._files.save_own, OwnMesh(standing.mesh, standing.name, chain)))
             standing.chain = chain
         _log.info("certificate renewed", mesh=standing.name, issuer=issuer)
-        self._tell_all(self._show)
+        self._telling.tell_all(self._show)
 
     async def _show(self, frames: FrameStream) -> None:
         standing = self._standing

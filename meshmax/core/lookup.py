@@ -56,12 +56,12 @@ class _Entry:
 
 
 class _Path:
-    __slots__ = ("asked", "entries", "in_flight", "known", "nearest", "stalled", "width")
+    __slots__ = ("asked", "entries", "in_flight", "known", "nearest", "stalled")
 
     def __init__(self, entries: Iterable[_Entry] = ()) -> None:
         self.entries = sorted(entries)  # nearest first
         self.known: set[Contact] = set()
-        self.asked = self.in_flight = self.width = 0
+        self.asked = self.in_flight = 0
         self.nearest = 1 << 160
         self.stalled = False  # the last answer brought nothing nearer
 
@@ -103,7 +103,7 @@ class Lookup:
         self._paths = [_Path() for _ in range(max(1, min(paths, len(seeds))))]
         self._asking: dict[Contact, _Path] = {}
         self._inventions: Counter[Contact] = Counter()
-        self.asked = 0
+        self.asked = self._widened = 0
         for index, (contact, node_id) in enumerate(seeds):
             self._learn(contact, node_id, self._paths[index % len(self._paths)], 1, None)
 
@@ -193,13 +193,12 @@ class Lookup:
         if not self._network_size:
             return self._width
         near = [entry for entry in path.counted(self._width) if entry.state == "answered"]
-        if len(near) < self._width:
-            return max(self._width, path.width)
-        expected = self._width / self._network_size * float(1 << 160)
-        density = expected / (near[-1].distance + 1)
-        if density >= DENSE:
-            path.width = min(self._max_width, int(self._width * density))
-        return max(self._width, path.width)
+        if len(near) == self._width:
+            expected = self._width / self._network_size * float(1 << 160)
+            density = expected / (near[-1].distance + 1)
+            if density >= DENSE:  # what one path has met counts for all
+                self._widened = max(self._widened, min(self._max_width, int(self._width * density)))
+        return max(self._width, self._widened)
 
     def _learn(self, contact: Contact, node_id: bytes, path: _Path, hop: int, source: Contact | None) -> None:
         if node_id == self._own_id:

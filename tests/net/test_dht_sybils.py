@@ -6,8 +6,6 @@ import heapq
 import random
 from typing import Any
 
-import trio
-
 from meshmax.base.ids import peer_id_of
 from meshmax.wire.dht import (
     MAX_CONTACTS,
@@ -87,8 +85,7 @@ async def attacked(crowd: Crowd, word: str, manner: str, chance: random.Random, 
         for _ in range(8):
             await node.look_up(chance.randbytes(20))
     swarm = Swarm(crowd, key[:20], manner, chance, subnets)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(enter_tables, crowd, swarm)
+    await enter_tables(crowd, swarm)
     await crowd.nodes[provider].announce(crowd.encoded(provider, key))
     found = await crowd.nodes[seeker].find(key)
     figures = crowd.nodes[seeker].lookups[-1]

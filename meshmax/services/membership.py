@@ -113,6 +113,8 @@ class MembershipService:
         if standing is not self._standing:
             raise NotAMember("one of the two peers has just changed its mesh")
         if member is not None:
+            # Between looking at its chain and the last word the peer could take its time, and be revoked meanwhile.
+            standing.confirm(stream.peer, member, self._unix_now())
             standing.note(stream.peer, member)
             self._wake()
 

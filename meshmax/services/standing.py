@@ -48,9 +48,10 @@ class Standing:
         self.mesh: MeshId = own.mesh if own else OPEN_MESH
         self.name = own.name if own else ""
         self.chain: Chain = own.chain if own else ()
+        self.bootstrap: tuple[str, ...] = own.bootstrap if own else ()  # nodes that tickets named
         self.core = Membership(own.mesh, notices, now_s) if own else None
         self.tickets = Tickets(given)
-        self._members: OrderedDict[PeerId, Member] = OrderedDict()  # the longest not heard of first
+        self._members: OrderedDict[PeerId, Member] = OrderedDict()  # the longest not asked about first
 
     @property
     def members(self) -> tuple[tuple[PeerId, Member], ...]:
@@ -75,6 +76,11 @@ class Standing:
             raise NotAMember("this peer is in the open mesh, in which nobody has a certificate")
         return Member(self.core.verify(chain, peer_id, now_s), chain)
 
+    def confirm(self, peer_id: PeerId, member: Member, now_s: float) -> None:
+        """Raises NotAMember if what was verified a moment ago has ceased to be true. Cheap: see `fallen`."""
+        if why := self._fault(peer_id, member, now_s):
+            raise NotAMember(why)
+
     def note(self, peer_id: PeerId, member: Member) -> None:
         """``peer_id`` has proved to be ``member``; the chain that it showed last counts."""
         self._members[peer_id] = member
@@ -91,6 +97,7 @@ class Standing:
         member = self._members.get(peer_id)
         if member is None:
             raise NotAMember("the peer has not shown a certificate of this mesh")
+        self._members.move_to_end(peer_id)  # who is connected asks now and then, and so is never the one forgotten
         if now_s > member.certificate.expires_at_s + CLOCK_TOLERANCE_S:
             raise NotAMember("the peer's certificate has expired")
         return member

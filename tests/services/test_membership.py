@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import trio
@@ -257,3 +257,54 @@ async def test_an_issuer_that_has_moved_is_found_by_who_knows_where(tmp_path: Pa
             while b.mesh != a.mesh:  # noqa: ASYNC110  it looks from outside
                 await trio.sleep(0.1)
         assert not b.view().problem
+
+
+class Late:
+    """Somebody's own admission, but that its last word comes ``late_s`` after it could."""
+
+    def __init__(self, member: MembershipService, late_s: float) -> None:
+        self._member, self._late_s = member, late_s
+
+    async def admit(self, stream: Stream, direction: Literal["in", "out"]) -> None:
+        await self._member.admit(_LateStream(stream, self._late_s), direction)
+
+    def check(self, peer_id: PeerId, protocol: str) -> None: ...
+
+
+class _LateStream:
+    def __init__(self, stream: Stream, late_s: float) -> None:
+        self._stream, self._late_s = stream, late_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    async def send_all(self, data: bytes) -> None:
+        if data == wire.MEMBER.encode(wire.Welcome()):
+            await trio.sleep(self._late_s)
+        await self._stream.send_all(data)
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+async def test_who_is_revoked_while_it_dawdles_over_its_admission_is_not_admitted(
+    tmp_path: Path, autojump_clock: Clock, direction: str
+) -> None:
+    async with open_place(tmp_path) as place:
+        (a, a_swarm), (b, b_swarm) = await place.mesh()
+        await b_swarm.disconnect(a_swarm.peer_id)
+        a.standing.forget(b_swarm.peer_id)  # as after a restart: it has not met it yet
+        dawdler = await place.swarm(2, Late(b, 3))
+        one, other = (dawdler, a_swarm) if direction == "in" else (a_swarm, dawdler)
+
+        async def dial() -> None:
+            with suppress(MeshmaxError):
+                await one.dial(other.peer_id, other.addresses)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dial)
+            await trio.sleep(1)
+            assert not a_swarm.connections()
+            await a.revoke(b_swarm.peer_id)
+            for _ in range(100):
+                await trio.sleep(0.1)
+                assert not a_swarm.connections()
+        assert [view.revoked_at_s for view in a.members() if view.peer_id == b_swarm.peer_id] != [None]

@@ -18,7 +18,9 @@ from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.net.interfaces import is_zoned, running_interfaces
 
 MAX_MULTIADDR: Final = 400  # characters; a DNS name has at most 253, a PeerId 52
-_DNS_NAME: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?")
+# RFC 1035, 2.3.4: labels of 1 to 63 characters, 253 in all; on longer ones the resolver fails with no OSError.
+_LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_DNS_NAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -189,7 +189,7 @@ async def _numbers(host: str) -> list[str]:
         return [host]
     try:
         found = await trio.socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"'{host[:100]}' is no address of this machine: {error}") from None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 

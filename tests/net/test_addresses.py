@@ -48,6 +48,8 @@ def test_an_address_is_read(text: str, endpoint: Endpoint) -> None:
         "/dns4/-bad-/tcp/1",
         "/dns4/a b/tcp/1",
         "/dns4/" + "a" * 300 + "/tcp/1",
+        "/dns4/" + "a" * 64 + ".com/tcp/1",  # a resolver raises UnicodeError on it
+        "/dns4/a..b/tcp/1",
         f"/ip4/1.2.3.4/tcp/1/p2p-circuit/p2p/{PEER}",
         "/ip4/1.2.3.4/tcp/1" * 50,
     ],

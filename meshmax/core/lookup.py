@@ -56,13 +56,12 @@ class _Entry:
 
 
 class _Path:
-    __slots__ = ("asked", "entries", "in_flight", "known", "nearest", "stalled")
+    __slots__ = ("asked", "entries", "in_flight", "known", "stalled")
 
     def __init__(self, entries: Iterable[_Entry] = ()) -> None:
         self.entries = sorted(entries)  # nearest first
         self.known: set[Contact] = set()
         self.asked = self.in_flight = 0
-        self.nearest = 1 << 160
         self.stalled = False  # the last answer brought nothing nearer
 
     def counted(self, width: int) -> list[_Entry]:
@@ -135,11 +134,10 @@ class Lookup:
         entry = self._entries[who]
         path = self._settle(entry) or self._path_of(entry)
         entry.state = "answered"
+        before = path.entries[0].distance
         for contact, node_id in contacts:
             self._learn(contact, node_id, path, entry.hop + 1, who)
-        nearest = path.entries[0].distance
-        path.stalled = nearest >= path.nearest
-        path.nearest = min(path.nearest, nearest)
+        path.stalled = path.entries[0].distance >= before
         return entry.hop
 
     def failed(self, who: Contact) -> None:

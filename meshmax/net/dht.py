@@ -337,12 +337,20 @@ class _Crawl:
             await self._ask_more(contact, answer)
 
     async def _ask_more(self, contact: Contact, answer: Found) -> None:
-        """Further pages of records of one node."""
+        """Further pages of records of one node; where one takes long, the look-up may end without it: others have them."""
+        waits = [contact]
         self._busy += 1
+
+        def on_slow() -> None:
+            if waits:
+                waits.clear()
+                self._busy -= 1
+                self._news.set()
+
         try:
             for _ in range(MAX_PAGES):
                 last = max(make_node_id(encoded) for encoded in answer.records)
-                more = await self._protocol.call_find(contact, self._target, last)
+                more = await self._protocol.call_find(contact, self._target, last, 0, on_slow, self._dht.slow_s)
                 if more is None or not more.records:
                     return
                 self._take(self._dht.verified_records(self._target, more), 0)
@@ -352,8 +360,7 @@ class _Crawl:
         except ManifestInvalid:
             self._protocol.banish(contact)
         finally:
-            self._busy -= 1
-            self._news.set()
+            on_slow()
 
     def _take(self, records: Sequence[ProviderRecord], hop: int) -> None:
         if records and not self._first_hop:

@@ -117,6 +117,16 @@ def check_mesh_name(name: str) -> str:
     return name
 
 
+def shown_mesh_name(*told: str) -> str:
+    """The first of the names that others told that can be shown; what they call it decides nothing."""
+    for name in told:
+        try:
+            return check_mesh_name(name)
+        except InvalidRequest:
+            continue
+    return "unnamed"
+
+
 def parse_scopes(text: str) -> tuple[Scope, ...]:
     """Scopes in ``text``, comma separated. Raises InvalidRequest that says what is accepted."""
     words = {word.strip().lower() for word in text.split(",") if word.strip()}

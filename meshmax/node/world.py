@@ -31,7 +31,7 @@ from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver
-from meshmax.ports import Admission, Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
+from meshmax.ports import Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
 from meshmax.services.look_back import Knock, knock_nowhere
 from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
@@ -95,13 +95,12 @@ def _listen(config: Config) -> list[tuple[str, int]]:
 def _open_swarm(
     config: Config, private_bytes: bytes, membership: MembershipService
 ) -> AbstractAsyncContextManager[Swarm]:
-    def lives(ip: str) -> bool:
+    def near(ip: str) -> bool:
         return membership.allows(ip, is_lan_address)
 
-    admission: Admission = membership
-    allow = lives
-    if config.serve.rendezvous or config.serve.relay:  # strangers come from anywhere
-        admission, allow = BesideStrangers(membership, lives), allow_any
+    # Who may connect is not who may be a member: strangers that we serve, and a ticket's issuer, are anywhere.
+    admission = BesideStrangers(membership, lambda ip: membership.houses(ip, is_lan_address))
+    allow = allow_any if config.serve.rendezvous or config.serve.relay else near
     return open_swarm(private_bytes, _listen(config), allow=allow, admission=admission, max_guests=config.max_guests)
 
 

@@ -81,8 +81,7 @@ class MembershipService:
         self._random, self._run_sync, self._name = random, run_sync, name
         files.sweep()
         self._standing = self._load()
-        pending = files.load_pending()
-        self._joining = Joining(parse_ticket(pending), name) if pending else None
+        self._joining = self._load_pending(name)
         self._writing = trio.Lock()
         self._woken = trio.Event()  # somebody was admitted, the mesh or a ticket changed: look again at what is due
         self._hearing: Counter[PeerId] = Counter()
@@ -103,6 +102,17 @@ class MembershipService:
         root = self._files.load_root(own.mesh)
         notices, given = self._files.load_notices(own.mesh), self._files.load_tickets(own.mesh)
         return Standing(self._signer, own, root, notices, given, self._unix_now())
+
+    def _load_pending(self, name: str) -> Joining | None:
+        text = self._files.load_pending()
+        if text is None:
+            return None
+        ticket = parse_ticket(text)
+        if self._standing.mesh in (OPEN_MESH, ticket.mesh):
+            return Joining(ticket, name)
+        _log.warning("a ticket of another mesh is not used: this peer is in a mesh already", mesh=self._standing.name)
+        self._files.drop_pending()
+        return None
 
     # --- ports.Admission ---------------------------------------------------------------------------------------------
 
@@ -180,8 +190,10 @@ class MembershipService:
     async def create(self, name: str) -> MeshView:
         """Make a mesh with this node as its first member and the keeper of its root key. Raises InvalidRequest, StoreError."""
         name = check_mesh_name(name)
-        self._require_open()
         async with self._writing:
+            self._require_open()
+            await self._run_sync(self._files.drop_pending)  # else it would be followed out of the new mesh
+            self._stop_joining()
             found = partial(self._files.found, name, self._signer.peer_id, self._unix_now())
             own = await self._run_sync(found)
             await self._enter(own)
@@ -221,11 +233,12 @@ class MembershipService:
         Raises InvalidRequest (no ticket, in another mesh), NotAMember (refused), StoreError.
         """
         ticket = parse_ticket(text)
-        if self._standing.mesh not in (OPEN_MESH, ticket.mesh):
-            self._require_open()
         async with self._writing:
+            if self._standing.mesh not in (OPEN_MESH, ticket.mesh):
+                self._require_open()
             await self._run_sync(partial(self._files.save_pending, "".join(text.split())))
-        joining = self._joining = Joining(ticket, self._name)
+            self._stop_joining()
+            joining = self._joining = Joining(ticket, self._name)
         self._wake()
         with trio.move_on_after(JOIN_WAIT_S):
             await joining.settled.wait()
@@ -256,10 +269,14 @@ class MembershipService:
         """Go back to the open mesh; a root key stays where it is. Raises StoreError."""
         async with self._writing:
             await self._run_sync(self._files.leave)
-            if self._joining:
-                self._joining.settled.set()
-            self._joining = None
+            self._stop_joining()
             await self._enter(None)
+
+    def _stop_joining(self) -> None:
+        """Nobody waits for the outcome of another ticket any more."""
+        if self._joining:
+            self._joining.settled.set()
+        self._joining = None
 
     def _require_open(self) -> None:
         if self._standing.core is not None:
@@ -277,7 +294,11 @@ class MembershipService:
 
     def allows(self, ip: str, is_lan: Callable[[str], bool]) -> bool:
         """Whether ``ip`` may be dialled, and may connect: any in a private mesh or on the way into one, else those of a LAN."""
-        return self._standing.core is not None or self._joining is not None or is_lan(ip)
+        return self._joining is not None or self.houses(ip, is_lan)
+
+    def houses(self, ip: str, is_lan: Callable[[str], bool]) -> bool:
+        """Whether a member may be at ``ip``: anywhere in a private mesh, on a LAN in the open one, also on the way out of it."""
+        return self._standing.core is not None or is_lan(ip)
 
     async def _enter(self, own: OwnMesh | None) -> None:
         """The mesh has changed on disk: follow. The caller holds the lock."""
@@ -298,6 +319,8 @@ class MembershipService:
 
     async def _keep_tickets(self, standing: Standing) -> None:
         async with self._writing:
+            if standing is not self._standing:
+                raise NotAMember("this peer has just left the mesh that the ticket is for")
             await self._run_sync(partial(self._files.save_tickets, standing.mesh, standing.tickets.given))
 
     # --- news ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The Admissions of nodes that let strangers connect in order to serve them.
+"""The Admissions of nodes to which others than members may connect.
 
-Rules: a bootstrap node is in no mesh, so nobody is a member. A peer of an open mesh that serves strangers lets anybody connect,
-from anywhere; members are still only those from where its mesh lives. Who is refused is told why, and may use what is for
-anyone on a connection as a guest. Not here: who is a member otherwise (services.membership).
+Rules: a bootstrap node is in no mesh, so nobody is a member. A peer of an open mesh that serves strangers, or is on its way
+into a private mesh, lets anybody connect, from anywhere; members are still only those from where its mesh lives. Who is
+refused is told why, and may use what is for anyone on a connection as a guest. Not here: who is a member otherwise
+(services.membership).
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ LOOK_UP_S: Final = 8.0  # as in services.providers
 class Plan(msgspec.Struct, frozen=True):
     """What is simulated. ``churn``: share of the nodes that leave in an hour; ``look_ups``: in all, while it is measured.
 
-    ``grow_s``: over which the nodes come at first; ``settle_s``: over which they begin to announce, then it is measured.
+    ``grow_s``: over which the nodes come at first; ``settle_s``: in its second half they begin to announce, after it it is
+    measured.
     """
 
     nodes: int = 1000
@@ -58,7 +59,7 @@ class Plan(msgspec.Struct, frozen=True):
     loss: float = 0.015
     look_ups: int = 1500
     grow_s: float = 600.0
-    settle_s: float = 1200.0
+    settle_s: float = 1500.0
 
     @property
     def round_trip_s(self) -> float:
@@ -210,7 +211,7 @@ class DhtNetwork:
         all_there_s = trio.current_time() + self.plan.grow_s
         for _ in range(self.plan.nodes):
             peer = self.add()
-            peer.announces_at_s = all_there_s + 0.8 * self.plan.settle_s * self.random.random()
+            peer.announces_at_s = all_there_s + self.plan.settle_s * (0.5 + 0.4 * self.random.random())
             await trio.sleep(self.plan.grow_s / self.plan.nodes)
 
     def add(self) -> Peer:

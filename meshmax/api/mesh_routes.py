@@ -142,6 +142,7 @@ class MeshFace:
                 "connections": len(node.swarm.connections()),
                 "uptime": nanoseconds(node.now() - node.started_at_s),
                 "partials": partials,
+                "bootstrap": [msgspec.to_builtins(each) for each in mesh.bootstrap],
                 "discovery": [msgspec.to_builtins(report) for report in node.ladder.reports()],
                 "resources": node.resources(),
                 "problems": [problem] if (problem := node.presence.problem) else [],
@@ -179,7 +180,7 @@ class MeshFace:
     async def model(self, request: Request) -> Response:
         """GET /api/v1/models/{name}: with its blobs where the model is here."""
         name = request.path_params["name"]
-        resolved = self._prompts.resolve(name)
+        resolved = await self._prompts.find(name)
         blobs: list[dict[str, Any]] = []
         for layer in resolved.stored.manifest.blobs if resolved.stored else ():
             blob: dict[str, Any] = {"digest": layer.digest, "size": layer.size, "media_type": layer.media_type}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from meshmax.api.membership_routes import HasMembership
@@ -104,6 +105,10 @@ class _Facts(Protocol):
 
     def now(self) -> float:
         """Unix time in seconds."""
+        ...
+
+    async def seek(self, name: str, found: Callable[[], bool], /) -> bool:
+        """See services.providers.ProviderSearch."""
         ...
 
     def resources(self) -> dict[str, Any]:

@@ -199,7 +199,7 @@ class OllamaFace:
         body = await read_words(request, ShowBody)
         if not body.given:
             raise InvalidRequest("model is required")
-        resolved = self._prompts.resolve(body.given)
+        resolved = await self._prompts.find(body.given)
         try:
             described = await self._node.catalog.describe(body.given, bool(body.verbose))
         except (InvalidName, ModelNotFound):
@@ -214,19 +214,19 @@ class OllamaFace:
     async def generate(self, request: Request) -> PromptReply:
         """POST /api/generate."""
         body = await read_words(request, GenerateBody, PROMPT_BODY_BYTES)
-        return self._answer(request, body, ollama_words.generate_request, chat=False)
+        return await self._answer(request, body, ollama_words.generate_request, chat=False)
 
     async def chat(self, request: Request) -> PromptReply:
         """POST /api/chat."""
         body = await read_words(request, ChatBody, PROMPT_BODY_BYTES)
         if not body.model:
             raise InvalidRequest("model is required")
-        return self._answer(request, body, ollama_words.chat_request, chat=True)
+        return await self._answer(request, body, ollama_words.chat_request, chat=True)
 
-    def _answer(
+    async def _answer(
         self, http: Request, body: Asked, read: Callable[[Asked], tuple[InferRequest, list[str]]], *, chat: bool
     ) -> PromptReply:
-        resolved = self._prompts.resolve(body.model)
+        resolved = await self._prompts.find(body.model)
         prompt, ignored = read(body)
 
         def form(served: Route) -> OllamaForm:
@@ -248,18 +248,18 @@ class OllamaFace:
         """POST /api/embed."""
         body = await read_words(request, EmbedBody, PROMPT_BODY_BYTES)
         prompt, ignored = ollama_words.embed_request(body)
-        return self._vectors(request, body, prompt, ignored, legacy=False)
+        return await self._vectors(request, body, prompt, ignored, legacy=False)
 
     async def embeddings(self, request: Request) -> PromptReply | Response:
         """POST /api/embeddings: the older interface."""
         body = await read_words(request, EmbeddingsBody, PROMPT_BODY_BYTES)
         prompt, ignored = ollama_words.embeddings_request(body)
-        return self._vectors(request, body, prompt, ignored, legacy=True)
+        return await self._vectors(request, body, prompt, ignored, legacy=True)
 
-    def _vectors(
+    async def _vectors(
         self, http: Request, body: EmbedBody | EmbeddingsBody, prompt: EmbedRequest, ignored: list[str], *, legacy: bool
     ) -> PromptReply | Response:
-        resolved = self._prompts.resolve(body.model)
+        resolved = await self._prompts.find(body.model)
         keep_alive_s = ollama_words.keep_alive_s(body.keep_alive)
         if not prompt.inputs:
             return json_reply({"embedding": []} if legacy else {"model": body.model, "embeddings": []})

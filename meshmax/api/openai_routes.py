@@ -108,7 +108,7 @@ class OpenAiFace:
     async def model(self, request: Request) -> Response:
         """GET /v1/models/:model."""
         name = request.path_params["model"]
-        resolved = self._prompts.resolve(name)
+        resolved = await self._prompts.find(name)
         return json_reply(self._model_json(name, resolved.entry))
 
     def _model_json(self, name: str, entry: CatalogEntry) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class OpenAiFace:
         prompt = openai_words.chat_request(body)
         writer = ChatWriter(body.model, random.randrange(_ID_NUMBERS), int(self._node.now()))
         form = CompletionForm(writer, body.include_usage)
-        return self._reply(request, body.model, prompt, lambda: form, bool(body.stream))
+        return await self._reply(request, body.model, prompt, lambda: form, bool(body.stream))
 
     async def completion(self, request: Request) -> PromptReply:
         """POST /v1/completions."""
@@ -134,21 +134,21 @@ class OpenAiFace:
         prompt = openai_words.completion_request(body)
         writer = CompletionWriter(body.model, random.randrange(_ID_NUMBERS), int(self._node.now()))
         form = CompletionForm(writer, body.include_usage)
-        return self._reply(request, body.model, prompt, lambda: form, bool(body.stream))
+        return await self._reply(request, body.model, prompt, lambda: form, bool(body.stream))
 
     async def embeddings(self, request: Request) -> PromptReply:
         """POST /v1/embeddings."""
         body = await read_words(request, EmbeddingBody, PROMPT_BODY_BYTES)
         prompt = openai_words.embed_request(body)
         form = VectorForm(body.model, body.encoding_format == "base64")
-        return self._reply(request, body.model, prompt, lambda: form, stream=False)
+        return await self._reply(request, body.model, prompt, lambda: form, stream=False)
 
-    def _reply(
+    async def _reply(
         self, http: Request, model: str, prompt: InferRequest, form: Callable[[], Form], stream: bool
     ) -> PromptReply:
         if not model:
             raise InvalidRequest("model is required")
-        resolved = self._prompts.resolve(model)
+        resolved = await self._prompts.find(model)
         return self._prompts.reply(
             http, resolved, model, prompt, lambda _route: form(), stream=stream, dialect="openai"
         )

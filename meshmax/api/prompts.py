@@ -50,6 +50,9 @@ from meshmax.telemetry.log import get_logger
 
 REQUEST_ID: Final = "meshmax.request_id"  # key in an ASGI scope
 
+SEEK_S: Final = (
+    4.0  # a look-up, a dial and a status take less than one where all goes well; a person waits for the answer
+)
 INPUT_TOO_LONG: Final = "the input length exceeds the context length"
 
 _log = get_logger("prompts")
@@ -77,6 +80,22 @@ class Prompts:
             raise model_not_found(name) from None
         except ModelNotFound as error:
             raise NotFound(error.message + self.who_had(name)) from None
+
+    async def find(self, name: str) -> Resolved:
+        """As `resolve`; what no neighbour has is looked for farther away first, for SEEK_S at most."""
+        if not self._is_known(name):
+            with trio.move_on_after(SEEK_S):
+                await self.node.seek(name, lambda: self._is_known(name))
+        return self.resolve(name)
+
+    def _is_known(self, name: str) -> bool:
+        try:
+            self.node.catalog.resolve(name)
+        except ModelNotFound:
+            return False
+        except InvalidName:  # nothing that could be looked for
+            pass
+        return True
 
     def who_had(self, name: str) -> str:
         """The end of a sentence that tells which peer had the model and when it was last seen; '' where none is known."""

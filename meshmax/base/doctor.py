@@ -12,6 +12,7 @@ import msgspec
 
 from meshmax.base.discovery import RungReport, SeenBy
 from meshmax.base.ids import PeerId
+from meshmax.base.membership import BootstrapSource
 
 Severity = Literal["ok", "warning", "error"]
 PortKind = Literal["control", "lane", "udp"]
@@ -71,10 +72,11 @@ class LookedBack(msgspec.Struct, frozen=True):
 
 
 class BootstrapSeen(msgspec.Struct, frozen=True):
-    """A bootstrap node of the configuration, by its address. ``problem`` '' where it answers."""
+    """A bootstrap node in use, by its address. ``problem`` '' where it answers; ``source``: who named it."""
 
     address: str
     problem: str = ""
+    source: BootstrapSource = "config"
 
 
 class RefusedPeer(msgspec.Struct, frozen=True):

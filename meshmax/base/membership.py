@@ -25,6 +25,9 @@ MAX_CHAIN: Final = 4  # certificates from a member to the root's signature; more
 MAX_MESH_NAME: Final = 64  # characters
 MAX_REVOCATIONS: Final = 4096  # kept and spread; each with its signer's chain has 1 KB, at most 4
 MAX_TICKET_ADDRESSES: Final = 8  # of the issuer, so that a ticket stays short enough for a QR code
+MAX_LEARNT_BOOTSTRAP: Final = 16  # addresses of bootstrap nodes kept of tickets: those of two
+
+BootstrapSource = Literal["config", "ticket"]
 
 
 class Certificate(msgspec.Struct, frozen=True):
@@ -75,6 +78,13 @@ class Ticket(msgspec.Struct, frozen=True):
         return f"Ticket(mesh={self.mesh!r}, issuer={self.issuer!r}, secret=...)"
 
 
+class BootstrapAddress(msgspec.Struct, frozen=True):
+    """A multiaddr with /p2p of a bootstrap node that is in use, and where it comes from."""
+
+    address: str
+    source: BootstrapSource
+
+
 class MemberView(msgspec.Struct, frozen=True):
     """A member as this node knows it; ``revoked_at_s`` None unless it was."""
 
@@ -94,3 +104,4 @@ class MeshView(msgspec.Struct, frozen=True):
     scopes: tuple[Scope, ...]
     expires_at_s: int | None = None
     problem: str = ""  # what keeps this node from being a member, or from becoming one; '' if nothing does
+    bootstrap: tuple[BootstrapAddress, ...] = ()  # in use; those of tickets end with the membership

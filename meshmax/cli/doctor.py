@@ -75,6 +75,8 @@ def describe(diagnosis: dict[str, Any]) -> str:
     parts: list[str] = []
     if peer.get("rungs"):
         parts += [table(("RUNG", "STATE", "FOUND", "FIRST", "NOW", "PROBLEM"), map(_rung_row, peer["rungs"])), ""]
+    if peer.get("bootstrap"):
+        parts += [table(("BOOTSTRAP NODE", "NAMED BY", "PROBLEM"), map(_bootstrap_row, peer["bootstrap"])), ""]
     if peer.get("looked_back"):
         header = ("PEER", "WE SEE IT BY", "IT SEES US BY", "AT", "CLOCK", "PORTS")
         parts += [table(header, map(_peer_row, peer["looked_back"])), ""]
@@ -91,6 +93,10 @@ def _rung_row(look: dict[str, Any]) -> tuple[str, ...]:
     first_s, now_s = report.get("first_found_s"), look.get("first_s")
     now = f"{look['found_now']} in {_seconds(now_s)}" if now_s is not None else "-"
     return (report["name"], report["state"], str(report["found"]), _seconds(first_s), now, report.get("problem", ""))
+
+
+def _bootstrap_row(seen: dict[str, Any]) -> tuple[str, ...]:
+    return (seen["address"], seen.get("source", "config"), seen.get("problem") or "-")
 
 
 def _peer_row(told: dict[str, Any]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import App, Parameter
 
 from meshmax.base.errors import InvalidRequest, NotAMember
-from meshmax.base.membership import OPEN_MESH, SCOPES, MeshView
+from meshmax.base.membership import OPEN_MESH, SCOPES, BootstrapAddress, MeshView
 from meshmax.cli.client import NoPeerRunning, Target, home_folder, open_client, running_api
 from meshmax.cli.models import HERE, AsJson
 from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable, table
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LABEL_WIDTH = 10
 OPEN_WORDS = "the open LAN mesh: anyone on this LAN may use it; `meshmax mesh new NAME` closes it"
+_NAMED_BY = {"config": "of the configuration", "ticket": "a ticket named it; forgotten with the mesh"}
 
 mesh = App(
     name="mesh",
@@ -115,6 +116,7 @@ def describe(answer: dict[str, Any], now_s: float) -> str:
             )
         if answer["root"]:
             lines.append(("root key", "on this machine, in mesh/roots/ of its home: keep a copy where nobody finds it"))
+    lines += [("bootstrap", f"{each['address']} ({_NAMED_BY[each['source']]})") for each in answer.get("bootstrap", ())]
     if answer.get("problem"):
         lines.append(("problem", answer["problem"]))
     return "\n".join(f"{label:<{LABEL_WIDTH}}{printable(text)}" for label, text in lines)
@@ -182,6 +184,7 @@ def _local_view(target: Target) -> dict[str, Any]:
     if own is None:
         return mesh_json(MeshView(OPEN_MESH, "", False, SCOPES, problem=waiting))
     root = files.load_root(own.mesh) is not None
+    learnt = tuple(BootstrapAddress(text, "ticket") for text in own.bootstrap)
     if not (home / KEY_FILE).exists():
         return mesh_json(MeshView(own.mesh, own.name, root, (), problem="the identity is gone: join with a new ticket"))
     try:
@@ -190,4 +193,4 @@ def _local_view(target: Target) -> dict[str, Any]:
         )
     except NotAMember as error:
         return mesh_json(MeshView(own.mesh, own.name, root, (), problem=error.message))
-    return mesh_json(MeshView(own.mesh, own.name, root, certificate.scopes, certificate.expires_at_s, waiting))
+    return mesh_json(MeshView(own.mesh, own.name, root, certificate.scopes, certificate.expires_at_s, waiting, learnt))

@@ -190,12 +190,13 @@ def _rungs(peer: PeerFacts) -> Iterator[Finding]:
     for node in peer.bootstrap:
         if node.problem:
             advice = "see that it runs (`meshmax bootstrap`) and that TCP and UDP 11435 of it can be reached from here"
-            text = f"the bootstrap node {node.address} does not answer: {node.problem}"
+            whose = " (a ticket named it)" if node.source == "ticket" else ""
+            text = f"the bootstrap node {node.address}{whose} does not answer: {node.problem}"
             yield Finding("bootstrap_silent", "warning", text, advice)
     if not peer.bootstrap:
         lonely = peer.mesh and not peer.online
         advice = "run `meshmax bootstrap` where all can reach it, and name it: --bootstrap ADDRESS" if lonely else ""
-        text = "no bootstrap node is configured: only peers of this network, and given ones, are found"
+        text = "no bootstrap node is configured, nor did a ticket name one: only peers of this network, and given ones, are found"
         yield Finding("no_bootstrap", "warning" if lonely else "ok", text, advice)
 
 

@@ -35,7 +35,8 @@ class PeerEntry(msgspec.Struct):
     addresses: tuple[str, ...] = ()
     signed: Signed | None = None
     status: PeerStatus | None = None
-    seen: bool = False  # a rung of ours saw it, or it was connected; else we know it by hearsay
+    seen: bool = False  # it was seen by its own sign (mDNS), or connected, or a person named it
+    named: bool = False  # a list of peers named it; neither seen nor named: we know it by hearsay
     asked: bool = False  # a person gave its address
     proven: bool = False  # it answered a heartbeat once: it is one of us
     tellers: tuple[PeerId, ...] = ()  # neighbours that say that it is their neighbour, some of them

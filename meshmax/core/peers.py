@@ -12,9 +12,12 @@ that we are not of its mesh is dialled again rarely, and kept aside (`refused`).
 A peer is online while it is connected; after that it is shown as offline until GONE_AFTER_S after its last sign of life, and
 not at all if it said farewell or parted. What others tell never makes a peer online: only its own connection does. Peers of which
 only others speak may be made up, by the thousand: at most GOSSIP_DIALS of them are dialled at once, after those that we have seen
-ourselves, the least failed ones first, and they are forgotten as soon as no neighbour vouches for them. When the table is full,
-the peer that was longest without a sign goes, those of hearsay first and for no other reason than a better one, those that
-answered us once last; never a connected one. So the table holds ``limit`` peers, or as many as are connected.
+ourselves, the least failed ones first, and they are forgotten as soon as no neighbour vouches for them. Between the two stand
+those that a list names (`named`: peers of former days, a rendezvous, the DHT): they may be gone, or made up as well. Of the
+dials at once RESERVED are kept for each kind, those that answered us once being one, so that a flood of one kind holds up no
+other. When the table is full, the peer longest without a sign goes, those of hearsay first and for no other reason than a
+better one, then the named ones, those that answered us once last; never a connected one. So the table holds ``limit``
+peers, or as many as are connected.
 Not here: heartbeats and streams (services.heartbeat), who tells whom what (core.gossip), what peers are good for (core.routing).
 """
 
@@ -51,10 +54,13 @@ SPREAD_S: Final = (
 AGAIN_S: Final = 3.0  # the network comes back at most that often
 REFUSED_S: Final = 300.0  # before who refused us is dialled again at the same address
 PARTED_S: Final = 120.0  # before who has too many neighbours is dialled again
-DIALS_AT_ONCE: Final = 16
-GOSSIP_DIALS: Final = 4  # at once, of peers known by hearsay; a quarter of what is dialled at once
+DIALS_AT_ONCE: Final = 22  # 16 of one kind, and what is reserved for the three others
+GOSSIP_DIALS: Final = 4  # at once, of peers known by hearsay
+RESERVED: Final = 2  # dials kept free for each other kind: one that leads nowhere takes five seconds
 MAX_TELLERS: Final = 3  # remembered of one peer; when these lose it, the others tell of it again if they still have it
 RTT_WEIGHT: Final = 0.3  # of a new round trip in the smoothed one
+_HEARSAY: Final = 3  # the last of the kinds of `_kind`
+_KINDS: Final = _HEARSAY + 1
 
 __all__ = ["Dial", "PeerEntry", "PeerTable", "Refusal"]
 
@@ -75,13 +81,20 @@ class PeerTable:
     # --- events ------------------------------------------------------------------------------------------------------
 
     def on_sighting(
-        self, peer_id: PeerId, addresses: Iterable[str], now: float, hearsay: bool = False, asked: bool = False
+        self,
+        peer_id: PeerId,
+        addresses: Iterable[str],
+        now: float,
+        hearsay: bool = False,
+        asked: bool = False,
+        named: bool = False,
     ) -> None:
         """Somebody says that the peer is at these addresses; the newest named come first, at most MAX_ADDRESSES are kept.
 
-        ``hearsay``: another peer says so. ``asked``: a person gave the address.
+        ``hearsay``: another peer says so. ``asked``: a person gave the address. ``named``: a list of peers does, which is not
+        its own word of this moment; unlike hearsay it counts also for one that said farewell, and may be back.
         """
-        if peer_id == self._own or not (entry := self._entry(peer_id, now, seen=not hearsay)):
+        if peer_id == self._own or not (entry := self._entry(peer_id, now, not (hearsay or named), named)):
             return
         fresh = tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES]
         news = not set(fresh) <= set(entry.addresses)
@@ -190,7 +203,7 @@ class PeerTable:
                 self._add_teller(entry, teller)
         elif teller in entry.tellers:
             entry.tellers = tuple(each for each in entry.tellers if each != teller)
-            if not (entry.tellers or entry.seen or entry.connected or entry.dialing):
+            if not (entry.tellers or entry.seen or entry.named or entry.connected or entry.dialing):
                 self._forget(entry)
 
     def on_teller_lost(self, teller: PeerId) -> None:
@@ -228,22 +241,20 @@ class PeerTable:
         for entry in [entry for entry in self._entries.values() if self._is_stale(entry, now)]:
             self._forget(entry)
         due = []
-        at_once, room, told = self._rooms()
+        rooms = _Rooms(self._entries.values())
         waiting = [entry for entry in self._entries.values() if self._waits(entry) and (entry.dial_at or 0.0) <= now]
         for entry in sorted(waiting, key=_preference) if len(waiting) > 1 else waiting:
-            if at_once <= 0 or not _has_room(entry, room, told):
+            if not rooms.has_room(entry):
                 continue
             entry.dialing, entry.dial_at = True, None
-            at_once, room, told = at_once - 1, room - 1, told - (not entry.seen)
+            rooms.take(entry)
             due.append(Dial(entry.peer_id, entry.addresses))
         return due
 
     def deadline(self) -> float | None:
         """When `tick` is due next; None: when something happens."""
-        at_once, room, told = self._rooms()
-        if at_once <= 0:
-            return None
-        waiting = (entry for entry in self._entries.values() if self._waits(entry) and _has_room(entry, room, told))
+        rooms = _Rooms(self._entries.values())
+        waiting = (entry for entry in self._entries.values() if self._waits(entry) and rooms.has_room(entry))
         return min((entry.dial_at for entry in waiting if entry.dial_at is not None), default=None)
 
     def review(self, now: float) -> list[PeerId]:
@@ -307,16 +318,6 @@ class PeerTable:
     def _waits(self, entry: PeerEntry) -> bool:
         return entry.dial_at is not None and not entry.connected and not entry.dialing
 
-    def _rooms(self) -> tuple[int, int, int]:
-        """How many more dials there may be at once, until there are enough neighbours, and of peers of hearsay."""
-        connected = dialing = told = 0
-        for entry in self._entries.values():
-            connected += entry.connected
-            if entry.dialing:
-                dialing += 1
-                told += not entry.seen
-        return DIALS_AT_ONCE - dialing, NEIGHBOURS - connected - dialing, GOSSIP_DIALS - told
-
     def _is_stale(self, entry: PeerEntry, now: float) -> bool:
         if entry.connected or entry.dialing:
             return False
@@ -325,29 +326,31 @@ class PeerTable:
         elif entry.proven or entry.refusal:
             most_s = FORGET_PROVEN_S
         else:
-            most_s = FORGET_AFTER_S if entry.seen or entry.tellers else UNVOUCHED_S
+            most_s = FORGET_AFTER_S if entry.seen or entry.named or entry.tellers else UNVOUCHED_S
         return now - entry.last_sign_at > most_s
 
     def _add_teller(self, entry: PeerEntry, teller: PeerId) -> None:
         if teller not in entry.tellers and len(entry.tellers) < MAX_TELLERS:
             entry.tellers = (*entry.tellers, teller)
 
-    def _entry(self, peer_id: PeerId, now: float, seen: bool, connected: bool = False) -> PeerEntry | None:
+    def _entry(
+        self, peer_id: PeerId, now: float, seen: bool, named: bool = False, connected: bool = False
+    ) -> PeerEntry | None:
         entry = self._entries.get(peer_id)
-        if entry is None and (len(self._entries) < self._limit or self._evict(seen) or connected):
+        if entry is None and (len(self._entries) < self._limit or self._evict(seen, named) or connected):
             entry = PeerEntry(peer_id, now, key_of(peer_id), self._random.random())
             self._entries[peer_id] = self._by_key[entry.key] = entry
         if entry is not None:
-            entry.seen = entry.seen or seen
+            entry.seen, entry.named = entry.seen or seen, entry.named or named
         return entry
 
-    def _evict(self, seen: bool) -> bool:
-        """Make room for a peer; one of hearsay takes it only from its like."""
-        entries = self._entries.values()
-        idle = [e for e in entries if not (e.connected or e.dialing) and (seen or not e.seen)]
+    def _evict(self, seen: bool, named: bool) -> bool:
+        """Make room for a peer; one of hearsay takes it only from its like, a named one from these and its like."""
+        free = (entry for entry in self._entries.values() if not (entry.connected or entry.dialing))
+        idle = [e for e in free if seen or (not e.seen and (named or not e.named))]
         if not idle:
             return False
-        self._forget(min(idle, key=lambda entry: (entry.proven, entry.seen, entry.last_sign_at)))
+        self._forget(min(idle, key=lambda entry: (entry.proven, entry.seen, entry.named, entry.last_sign_at)))
         return True
 
     def _forget(self, entry: PeerEntry) -> None:
@@ -356,16 +359,44 @@ class PeerTable:
             del self._by_key[entry.key]
 
 
-def _preference(entry: PeerEntry) -> tuple[bool, bool, int, float]:
-    return (not entry.asked, not entry.seen, entry.failures, entry.dial_at or 0.0)
+class _Rooms:
+    """How many more dials there may be: at once, of each kind, and until there are NEIGHBOURS."""
+
+    __slots__ = ("_by_kind", "_free", "_neighbours")
+
+    def __init__(self, entries: Iterable[PeerEntry]) -> None:
+        self._free, self._neighbours, self._by_kind = DIALS_AT_ONCE, NEIGHBOURS, [0] * _KINDS
+        for entry in entries:
+            if entry.dialing:
+                self.take(entry)
+            elif entry.connected:
+                self._neighbours -= 1
+
+    def take(self, entry: PeerEntry) -> None:
+        """It is dialled."""
+        self._free, self._neighbours = self._free - 1, self._neighbours - 1
+        self._by_kind[_kind(entry)] += 1
+
+    def has_room(self, entry: PeerEntry) -> bool:
+        """Whether it may be dialled now."""
+        kind = _kind(entry)
+        if self._free <= 0 or (kind == _HEARSAY and self._by_kind[kind] >= GOSSIP_DIALS):
+            return False
+        if not entry.asked and self._by_kind[kind] >= RESERVED:
+            kept = sum(max(RESERVED - count, 0) for other, count in enumerate(self._by_kind) if other != kind)
+            if self._free <= kept:
+                return False
+        beyond = MAX_NEIGHBOURS - NEIGHBOURS if entry.asked else TRIALS if entry.trial else 0
+        return self._neighbours + beyond > 0
 
 
-def _has_room(entry: PeerEntry, room: int, told: int) -> bool:
-    """``room``: until there are NEIGHBOURS. ``told``: more dials of peers of hearsay."""
-    if not entry.seen and told <= 0:
-        return False
-    beyond = MAX_NEIGHBOURS - NEIGHBOURS if entry.asked else TRIALS if entry.trial else 0
-    return room + beyond > 0
+def _kind(entry: PeerEntry) -> int:
+    """Who answered us once, was seen, is named, or known by hearsay."""
+    return 0 if entry.proven else 1 if entry.seen else 2 if entry.named else _HEARSAY
+
+
+def _preference(entry: PeerEntry) -> tuple[bool, bool, bool, int, float]:
+    return (not entry.asked, not entry.seen, not entry.named, entry.failures, entry.dial_at or 0.0)
 
 
 def _is_missed(entry: PeerEntry, now: float) -> bool:

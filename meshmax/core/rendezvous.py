@@ -17,6 +17,7 @@ import msgspec
 
 from meshmax.base.errors import ConfigError, InvalidRequest
 from meshmax.base.ids import PeerId, parse_peer_id
+from meshmax.base.membership import MAX_LEARNT_BOOTSTRAP
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.wire.multiaddr import encode_multiaddr
 
@@ -220,6 +221,22 @@ def bootstrap_nodes(texts: Iterable[str]) -> dict[PeerId, tuple[str, ...]]:
             ) from None
         nodes[peer_id] = tuple(dict.fromkeys((*nodes.get(peer_id, ()), address)))
     return nodes
+
+
+def learnt_bootstrap(named: Iterable[str], before: Iterable[str] = ()) -> tuple[str, ...]:
+    """What to keep of the addresses that a ticket names, and of those kept ``before``: the newest MAX_LEARNT_BOOTSTRAP.
+
+    What is no address of a bootstrap node is left out: a ticket is somebody else's word.
+    """
+    return tuple(dict.fromkeys(text for text in (*named, *before) if _is_node(text)))[:MAX_LEARNT_BOOTSTRAP]
+
+
+def _is_node(text: str) -> bool:
+    try:
+        bootstrap_nodes((text,))
+    except ConfigError:
+        return False
+    return True
 
 
 def told_addresses(own: Iterable[str], node: Iterable[str]) -> tuple[str, ...]:

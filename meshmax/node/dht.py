@@ -1,9 +1,10 @@
 """The DHT in a node: for which mesh, when at all, by whom it joins, and what is kept.
 
-On while the mesh is private or bootstrap nodes are configured, unless ``dht: false``. On an open LAN mesh by itself it stays
+On while the mesh is private or a bootstrap node is known, unless ``dht: false``. On an open LAN mesh by itself it stays
 silent: there only addresses of the LAN count, and whoever has one of them is found by mDNS, or by a given address. A node
 joins by what it kept, by its bootstrap nodes, and by the peers that it is connected to (their UDP port is by default their
-control port's number). When the mesh changes, the old DHT ends and the new one begins with what was kept of that mesh. Not
+control port's number). When the mesh changes, nothing more is asked or announced in the old DHT, it ends,
+and the new one begins with what was kept of that mesh; likewise when other bootstrap nodes are trusted. Not
 here: what is announced (services.announce).
 """
 
@@ -21,10 +22,10 @@ from meshmax.base.ids import PeerId
 from meshmax.base.membership import OPEN_MESH, MeshId
 from meshmax.base.model import Signed
 from meshmax.base.providers import MAX_PROVIDERS, ProviderRecord
-from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import parse_endpoint
 from meshmax.net.dht import KademliaDht, open_dht
 from meshmax.net.dht_protocol import Membership
+from meshmax.node.bootstrapping import bootstrap_places
 from meshmax.store.dht_file import load_dht, save_dht
 from meshmax.telemetry.isolate import isolate
 from meshmax.wire.dht_chain import decode_chain, encode_chain
@@ -46,15 +47,26 @@ class NodeDht:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self.current: KademliaDht | None = None
+        self._running: KademliaDht | None = None
+        self._woken = trio.Event()
         self.mesh: MeshId = OPEN_MESH  # whose `current` is
         self._on_datagram: Callable[[bytes, tuple[str, int]], None] | None = None
+
+    @property
+    def current(self) -> KademliaDht | None:
+        """The DHT of the mesh that the node is in now; None while there is none."""
+        return self._running if self.mesh == self._node.membership.mesh else None
+
+    def look_again(self) -> None:
+        """The mesh may have changed: follow at once. Cheap."""
+        self._woken.set()
+        self._woken = trio.Event()
 
     @property
     def wanted(self) -> bool:
         """Whether there is a DHT to take part in."""
         config = self._node.config
-        somewhere = self._node.membership.mesh != OPEN_MESH or bool(config.bootstrap)
+        somewhere = self._node.membership.mesh != OPEN_MESH or bool(bootstrap_places(self._node))
         return config.dht and self._node.datagrams is not None and somewhere
 
     @property
@@ -106,41 +118,45 @@ class NodeDht:
             return
         shared = _Shared(datagrams)
         while True:
-            mesh = self._node.membership.mesh
+            woken, mesh = self._woken, self._node.membership.mesh
             if self.wanted:
                 await self._run_in(mesh, shared)
-            await trio.sleep(CHECK_S)
+            else:
+                with trio.move_on_after(CHECK_S):
+                    await woken.wait()
 
     async def _run_in(self, mesh: MeshId, datagrams: Datagrams) -> None:
         """Take part in the DHT of ``mesh`` until the node is in another."""
         node, self.mesh = self._node, mesh
+        trusted = frozenset(bootstrap_places(node))
         opened = open_dht(
             node.signer,
             datagrams,
             mesh,
             random=node.world.random,
             unix_now=node.world.unix_now,
-            membership=self._rules(mesh),
+            membership=self._rules(mesh, trusted),
             state=await node.world.run_sync(partial(load_dht, node.home.path, mesh)),
         )
         try:
-            async with opened as self.current, trio.open_nursery() as nursery:
-                nursery.start_soon(self._join_on, self.current)
-                nursery.start_soon(self._keep_on, mesh, self.current)
+            async with opened as dht, trio.open_nursery() as nursery:
+                self._running = dht
+                nursery.start_soon(self._join_on, dht)
+                nursery.start_soon(self._keep_on, mesh, dht)
                 try:
-                    await self._stay(mesh)
+                    await self._stay(mesh, trusted)
                 finally:
                     with trio.CancelScope(shield=True):
-                        await self._keep(mesh, self.current)
+                        await self._keep(mesh, dht)
                 nursery.cancel_scope.cancel()
         finally:
-            self.current = None
+            self._running = None
 
-    async def _stay(self, mesh: MeshId) -> None:
-        while True:
-            await trio.sleep(CHECK_S)
-            if self._node.membership.mesh != mesh:
-                return
+    async def _stay(self, mesh: MeshId, trusted: frozenset[PeerId]) -> None:
+        while self._node.membership.mesh == mesh and bootstrap_places(self._node).keys() == trusted:
+            woken = self._woken
+            with trio.move_on_after(CHECK_S):
+                await woken.wait()
 
     async def _join_on(self, dht: KademliaDht) -> None:
         pause_s = JOIN_S[0]
@@ -153,7 +169,7 @@ class NodeDht:
 
     async def _places(self) -> list[tuple[str, int]]:
         """UDP addresses of bootstrap nodes, then those that connected peers probably have."""
-        given = [text for texts in bootstrap_nodes(self._node.config.bootstrap).values() for text in texts]
+        given = [text for texts in bootstrap_places(self._node).values() for text in texts]
         members = list(self._node.swarm.connections())[:MAX_JOIN_PEERS]
         theirs = [text for peer_id in members for text in self._node.presence.addresses_of(peer_id)]
         places: list[tuple[str, int]] = []
@@ -175,7 +191,7 @@ class NodeDht:
         save = partial(save_dht, node.home.path, dht.dump(), mesh)
         await isolate("dht file", partial(node.world.run_sync, save))
 
-    def _rules(self, mesh: MeshId) -> Membership | None:
+    def _rules(self, mesh: MeshId, trusted: frozenset[PeerId]) -> Membership | None:
         """In a private mesh: certificates, as in `MembershipService`."""
         membership = self._node.membership
         if mesh == OPEN_MESH:
@@ -188,7 +204,6 @@ class NodeDht:
                 return False
             return True
 
-        trusted = bootstrap_nodes(self._node.config.bootstrap)
         return Membership(is_member, lambda: encode_chain(membership.standing.chain), trusted)
 
 

@@ -15,8 +15,8 @@ from meshmax.base.names import parse_name
 from meshmax.base.status import PeerStatus
 from meshmax.core.announce import Word
 from meshmax.core.known_peers import KnownPeers
-from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import is_lan_address, parse_endpoint
+from meshmax.node.bootstrapping import bootstrap_places
 from meshmax.node.running import Node
 from meshmax.services.announce import Announcer
 from meshmax.services.cached_peers import CachedPeers
@@ -34,12 +34,9 @@ async def open_discovery(node: Node) -> AsyncIterator[None]:
     world = node.world
     node.network = NetworkWatch(world.addresses, world.unix_now)
     node.rendezvous = _rendezvous(node)
-    climbed = (node.rendezvous,) if node.rendezvous else ()
     known = KnownPeers(load_peers(node.home.path), world.unix_now())
-    rungs = (_cached(node, known), *world.rungs(node.config, node.swarm), *climbed, _dht_rung(node, known))
+    rungs = (_cached(node, known), *world.rungs(node.config, node.swarm), node.rendezvous, _dht_rung(node, known))
     off = {} if node.config.lan else {"mdns": "it is turned off (--no-lan, or lan: false)"}
-    if not node.config.bootstrap:
-        off["rendezvous"] = "no bootstrap node is configured (--bootstrap)"
     node.ladder = Ladder(rungs, world.random, node.network, off)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(node.network.run)
@@ -78,7 +75,13 @@ def _dht_rung(node: Node, known: KnownPeers) -> DhtRung:
 
 def make_provider_search(node: Node) -> ProviderSearch:
     """Finds providers that are no neighbours."""
-    return ProviderSearch(node.swarm, lambda: node.dht.current, lambda: node.dht.mesh, node.world.random)
+    return ProviderSearch(
+        node.swarm,
+        lambda: node.dht.current,
+        lambda: node.dht.mesh,
+        node.world.random,
+        lambda: node.presence.farther(),  # noqa: PLW0108  presence may be opened later
+    )
 
 
 @asynccontextmanager
@@ -107,15 +110,11 @@ async def open_announcing(node: Node) -> AsyncIterator[None]:
             nursery.cancel_scope.cancel()
 
 
-def _rendezvous(node: Node) -> Rendezvous | None:
-    places = bootstrap_nodes(node.config.bootstrap)
-    if not places:
-        return None
-
+def _rendezvous(node: Node) -> Rendezvous:
     return Rendezvous(
         node.swarm,
         node.signer,
-        places.items(),
+        lambda: bootstrap_places(node),
         lambda: _told_addresses(node),
         lambda: node.membership.mesh,
         node.world.unix_now,
@@ -126,6 +125,7 @@ def _rendezvous(node: Node) -> Rendezvous | None:
 def _told_addresses(node: Node) -> tuple[str, ...]:
     """Our addresses as strangers may pass them on."""
     if node.membership.mesh != OPEN_MESH:
+        none="no bootstrap node is configured (--bootstrap), nor was one named by the ticket",
         return node.swarm.addresses
     # The open mesh lives on private addresses alone, so no others are told.
     return tuple(text for text in node.swarm.addresses if is_lan_address(parse_endpoint(text).host))

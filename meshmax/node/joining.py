@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import Ticket
 from meshmax.core.catalog import FirstSeen
-from meshmax.core.rendezvous import bootstrap_nodes
+from meshmax.core.rendezvous import bootstrap_nodes, learnt_bootstrap
 from meshmax.net.addresses import is_lan_address
+from meshmax.node.bootstrapping import bootstrap_of
 from meshmax.node.running import Node
 from meshmax.ports import Discovery
 from meshmax.services.membership import MembershipService
@@ -22,18 +23,18 @@ def make_membership(node: Node) -> MembershipService:
     membership = MembershipService(
         node.signer, MeshFiles(node.home.path), world.unix_now, world.random, world.run_sync, node.name
     )
-    membership.bootstrap = lambda: node.config.bootstrap
+    membership.bootstrap = lambda: bootstrap_of(node)
     membership.search = lambda ticket: _meeting_place(node, ticket)
     return membership
 
 
 def _meeting_place(node: Node, ticket: Ticket) -> Discovery | None:
     """Where the members of the ticket's mesh meet; we only ask there, since we are none yet."""
-    places = bootstrap_nodes((*ticket.bootstrap, *node.config.bootstrap))
+    places = bootstrap_nodes((*learnt_bootstrap(ticket.bootstrap), *(each.address for each in bootstrap_of(node))))
     if not places:
         return None
     world = node.world
-    return Rendezvous(node.swarm, node.signer, places.items(), tuple, lambda: ticket.mesh, world.unix_now, world.random)
+    return Rendezvous(node.swarm, node.signer, lambda: places, tuple, lambda: ticket.mesh, world.unix_now, world.random)
 
 
 def allow_of(membership: MembershipService) -> Callable[[str], bool]:
@@ -55,6 +56,7 @@ def follow_mesh(node: Node, first_seen: FirstSeen) -> None:
         if peer_id is not None:
             node.presence.on_sighting(peer_id, addresses)
         node.catalog.note_names()
+        node.dht.look_again()
         node.ladder.look_again()
 
     membership = node.membership

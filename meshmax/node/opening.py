@@ -188,6 +188,7 @@ class _Opening:
 
     async def _open_pulls(self) -> None:
         node, world, store, config = self.node, self.world, self.store, self.config
+        node.seek = make_provider_search(node).seek
         opened = open_upstream(world.open_registry, store.staging, node.catalog, config, world.random, self.throttle)
         upstream = await self.enter(opened)
         local, leftovers = LocalSources(), make_leftovers(node, world.run_sync)
@@ -212,7 +213,7 @@ class _Opening:
                 room=node.garbage.sweeper.room,
                 guard=self.kept.pins.require_free,
                 naming=node.catalog,
-                seek=make_provider_search(node).seek,
+                seek=node.seek,
             )
         )
         node.partials, node.pulling, node.accept_pull = pulls.partials, pulls.pulling, pulls.accept

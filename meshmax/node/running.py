@@ -37,6 +37,7 @@ from meshmax.services.model_exchange import FetchedModel
 from meshmax.services.network_watch import NetworkWatch
 from meshmax.services.presence import PresenceService
 from meshmax.services.pull import PartialModel
+from meshmax.services.pull_world import Seek, seek_nowhere
 from meshmax.services.rendezvous import Rendezvous
 from meshmax.services.repositories import Repositories
 from meshmax.services.residency import ModelResidency
@@ -75,7 +76,7 @@ class Node:
         self.presence: PresenceService
         self.network: NetworkWatch
         self.ladder: Ladder
-        self.rendezvous: Rendezvous | None = None  # where bootstrap nodes are configured
+        self.rendezvous: Rendezvous
         self.doctor: Doctor
         self.lane_port = 0  # 0: no lanes are taken
         self.residency: ModelResidency
@@ -91,6 +92,7 @@ class Node:
         self.repositories: Repositories
         self.uploads: Uploads
         self.accept_pull: Callable[[PeerId, str, Sha256], Awaitable[str]] = _starting  # likewise
+        self.seek: Seek = seek_nowhere  # likewise
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
         self.pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None  # likewise
         models = Path(config.models).expanduser() if config.models else home.path

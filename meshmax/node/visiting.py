@@ -7,7 +7,9 @@ from functools import partial
 from meshmax.base.doctor import BootstrapSeen, MachineFacts, PeerFacts, PortKind, RefusedPeer
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.status import PeerView
+from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import parse_endpoint
+from meshmax.node.bootstrapping import bootstrap_of
 from meshmax.node.running import Node
 from meshmax.services.checkup import check_machine
 from meshmax.services.doctor import Doctor
@@ -54,8 +56,11 @@ class NodePatient:
 
     def bootstrap(self) -> tuple[BootstrapSeen, ...]:
         """See Patient."""
-        rendezvous = self._node.rendezvous
-        return tuple(BootstrapSeen(node.address, node.problem) for node in rendezvous.nodes) if rendezvous else ()
+        given = bootstrap_nodes(each.address for each in bootstrap_of(self._node) if each.source == "config")
+        return tuple(
+            BootstrapSeen(seen.address, seen.problem, "config" if seen.peer_id in given else "ticket")
+            for seen in self._node.rendezvous.nodes
+        )
 
     def facts(self) -> PeerFacts:
         """See Patient."""

@@ -90,7 +90,7 @@ class Announcer:
 
     async def _announce_due(self, dht: Dht) -> None:
         """Everything that is due, at the core's pace, until something changes."""
-        while not self._changed.is_set() and dht.contacts:
+        while not self._changed.is_set() and dht.contacts and self._dht() is dht:  # another one after a change of mesh
             now = trio.current_time()
             if (due := self._core.tick(now)) is not None:
                 await isolate("announce", partial(self._announce, dht, *due))

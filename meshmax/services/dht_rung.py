@@ -83,6 +83,8 @@ class DhtRung:
         lost = [peer for peer in self._known() if peer not in self._swarm.connections()]
         lost.sort(key=lambda _: self._random.random())
         for peer in lost[:OLD_NEIGHBOURS]:
+            if self._dht() is not dht:
+                return  # the mesh is another one: its keys are no business of this DHT
             await self._look_up(dht, Word("peer", peer), found, peer)
 
     async def _look_up(

@@ -52,7 +52,7 @@ class Patient(Protocol):
         ...
 
     def bootstrap(self) -> tuple[BootstrapSeen, ...]:
-        """The bootstrap nodes of the configuration."""
+        """The bootstrap nodes in use."""
         ...
 
     def facts(self) -> PeerFacts:

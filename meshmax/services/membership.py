@@ -3,8 +3,9 @@
 Rules: what changes is written down before it counts. Changing mesh cuts every connection, and discovery starts afresh. A
 revocation takes effect at once here, is told to all connected members, who tell theirs, and to everybody at admission. Our
 certificate is renewed in time by the root if its key is here, else by any connected member that may; then it is shown to those
-who are connected. A member whose certificate ends is let go. Not here: the words (wire.membership, services.admission), what is
-valid (core.membership), the files (store.mesh_files), a ticket on its way (services.joining).
+who are connected. A member whose certificate ends is let go. The bootstrap nodes of the ticket that was redeemed are kept with
+the membership, and go with it. Not here: the words (wire.membership, services.admission), what is valid (core.membership), the
+files (store.mesh_files), a ticket on its way (services.joining).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from meshmax.base.membership import (
     MAX_TICKET_ADDRESSES,
     OPEN_MESH,
     SCOPES,
+    BootstrapAddress,
     MemberView,
     MeshId,
     MeshView,
@@ -32,7 +34,8 @@ from meshmax.base.membership import (
     Scope,
     Ticket,
 )
-from meshmax.core.membership import check_mesh_name
+from meshmax.core.membership import check_mesh_name, shown_mesh_name
+from meshmax.core.rendezvous import learnt_bootstrap
 from meshmax.ports import Discovery, RunSync, Signer, Stream, Swarm
 from meshmax.services import admission
 from meshmax.services.frames import FrameStream
@@ -88,7 +91,8 @@ class MembershipService:
         self._swarm: Swarm
         self._telling: Telling
         self.desk = TicketDesk(lambda: self._standing, self._keep_tickets, unix_now)
-        self.bootstrap: Callable[[], Sequence[str]] = tuple  # what tickets name beside our own addresses
+        # The bootstrap nodes in use, which tickets name beside our own addresses.
+        self.bootstrap: Callable[[], Sequence[BootstrapAddress]] = tuple
         self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
         self.addresses_of: AddressesOf = lambda peer_id: ()
         self.search: Callable[[Ticket], Discovery | None] = lambda ticket: None  # who else may know its issuer
@@ -167,7 +171,10 @@ class MembershipService:
             problem = problem or error.message
         else:
             scopes, expires_at_s = (own.scopes, own.expires_at_s) if own else (SCOPES, None)
-        return MeshView(standing.mesh, standing.name, standing.root is not None, scopes, expires_at_s, problem)
+        bootstrap = tuple(self.bootstrap())
+        return MeshView(
+            standing.mesh, standing.name, standing.root is not None, scopes, expires_at_s, problem, bootstrap
+        )
 
     def members(self) -> tuple[MemberView, ...]:
         """Ourselves, the members that this node has met, and who was revoked; () in the open mesh."""
@@ -213,7 +220,7 @@ class MembershipService:
         given = standing.tickets.give(secret, scopes, expires_s, uses, now_s)
         await self._keep_tickets(standing)
         addresses = _reachable(self._swarm.addresses)
-        bootstrap = tuple(self.bootstrap())[:MAX_TICKET_ADDRESSES]
+        bootstrap = tuple(each.address for each in self.bootstrap())[:MAX_TICKET_ADDRESSES]
         return ticket_text(
             Ticket(
                 standing.mesh,
@@ -414,7 +421,8 @@ class MembershipService:
         async with self._writing:
             if not renewal.is_of(self._standing):
                 return
-            await self._run_sync(partial(self._files.save_own, OwnMesh(standing.mesh, standing.name, chain)))
+            own = OwnMesh(standing.mesh, standing.name, chain, standing.bootstrap)
+            await self._run_sync(partial(self._files.save_own, own))
             standing.chain = chain
         _log.info("certificate renewed", mesh=standing.name, issuer=issuer)
         self._telling.tell_all(self._show)
@@ -454,7 +462,11 @@ class MembershipService:
             if self._joining is joining:
                 if issued is not None:
                     ticket = joining.ticket
-                    own = OwnMesh(ticket.mesh, issued.mesh_name or ticket.mesh_name, issued.chain)
+                    # Those of before are of the same mesh, or none: one joins from the open mesh, or again.
+                    bootstrap = learnt_bootstrap(ticket.bootstrap, self._standing.bootstrap)
+                    own = OwnMesh(
+                        ticket.mesh, shown_mesh_name(issued.mesh_name, ticket.mesh_name), issued.chain, bootstrap
+                    )
                     await self._run_sync(partial(self._files.save_own, own))
                     await self._run_sync(self._files.drop_pending)
                     await self._enter(own)

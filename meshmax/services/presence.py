@@ -35,6 +35,7 @@ from meshmax.wire.protocols import STATUS
 DIAL_DEADLINE_S: Final = 5.0  # a LAN answers in milliseconds; a peer that needs longer is tried again later
 SIGHTINGS_WAITING: Final = 256  # rungs repeat themselves, so what does not fit is not lost
 STATUS_STREAMS: Final = 2  # open with each neighbour all the time: its heartbeat and ours
+LISTS: Final = frozenset({"cached", "rendezvous", "dht"})  # sources that remember peers, and hear none of them now
 REVIEW_S: Final = 5.0  # between two looks at whom to keep; as quick as a peer in use has to be noticed
 
 __all__ = ["BEAT_PACE_S", "MAX_STATUS_STREAMS", "PresenceService", "open_presence"]
@@ -126,6 +127,10 @@ class PresenceService:
         """A person has just named this peer, as with a ticket."""
         self._table.on_sighting(peer_id, addresses, trio.current_time(), asked=True)
         self._dial_soon.set()
+
+    def farther(self) -> tuple[PeerView, ...]:
+        """Peers that are no neighbours, as others tell of them, with addresses: hearsay until they are connected."""
+        return tuple(self._view(entry) for entry in self._table.entries() if _is_farther(entry))
 
     def addresses_of(self, peer_id: PeerId) -> tuple[str, ...]:
         """Where anybody said that the peer is; () if nobody did."""
@@ -235,8 +240,15 @@ class PresenceService:
             if sighting.peer_id == self._signer.peer_id:
                 self._clones.on_own_sighting(sighting.addresses, now)
                 continue
-            hearsay, asked = sighting.source == "gossip", sighting.source == "static"
-            self._table.on_sighting(sighting.peer_id, sighting.addresses, now, hearsay, asked)
+            source = sighting.source
+            self._table.on_sighting(
+                sighting.peer_id,
+                sighting.addresses,
+                now,
+                hearsay=source == "gossip",
+                asked=source == "static",
+                named=source in LISTS,
+            )
             self._dial_soon.set()
 
     # --- views -------------------------------------------------------------------------------------------------------
@@ -256,6 +268,13 @@ class PresenceService:
         seen_at = entry.last_sign_at if entry.alive_at is None else entry.alive_at
         seen_s = self._unix_now() - (trio.current_time() - seen_at)
         return PeerView(entry.peer_id, state, "direct", entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
+
+
+def _is_farther(entry: PeerEntry) -> bool:
+    """Whether a neighbour vouches for it and brought its status, and it may be dialled."""
+    if entry.status is None or entry.connected or entry.leaving or entry.refusal:
+        return False
+    return bool(entry.tellers and entry.addresses)
 
 
 @asynccontextmanager

@@ -2,14 +2,15 @@
 
 Each node has a task of its own, so a dead one delays no other. We visit as a guest, and leave again where the next visit is
 far off. What comes back is believed as sightings only: a record must be signed by the peer that it names, in the namespace
-that was asked for; whether the peer is of our mesh, it proves itself when it is dialled. At an orderly end we unregister.
+that was asked for; whether the peer is of our mesh, it proves itself when it is dialled. At an orderly end we unregister, also
+at a node that is named no more. Which nodes there are is asked anew every CHECK_S and when told to look again.
 Not here: when to visit (core.rendezvous), bytes (wire.rendezvous, wire.peer_record), what the other side does
 (services.rendezvous_server).
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NoReturn, TypeVar
 
 import msgspec
@@ -52,6 +53,7 @@ class _Node:
         self.schedule = Schedule(random, trio.current_time())
         self.known = Known()
         self.woken = trio.Event()
+        self.scope = trio.CancelScope()  # of its visits; cancelled when it is named no more
         self.namespace = ""  # under which we are registered there
         self.why = ""  # the last visit failed
         self.why_not = ""  # our registration was refused
@@ -72,8 +74,9 @@ class NodeView(msgspec.Struct, frozen=True):
 
 
 class Rendezvous:
-    """See the module. ``nodes``: multiaddrs by PeerId. ``own``: our multiaddrs that our mesh may know. ``mesh``: which it is.
+    """See the module. ``own``: our multiaddrs that our mesh may know. ``mesh``: which it is.
 
+    ``nodes``: multiaddrs by PeerId of now, the first MAX_NODES of which are visited; ``none``: a sentence, why there are none.
     ``in_use``: a node's connection serves somebody else, too, and must stay.
     """
 
@@ -83,22 +86,29 @@ class Rendezvous:
         self,
         swarm: Swarm,
         signer: Signer,
-        nodes: Iterable[tuple[PeerId, tuple[str, ...]]],
+        nodes: Callable[[], Mapping[PeerId, tuple[str, ...]]],
         own: Callable[[], tuple[str, ...]],
         mesh: Callable[[], MeshId],
         unix_now: Callable[[], float],
         random: Random,
         in_use: Callable[[PeerId], bool] = lambda peer_id: False,
+        none: str = "no rendezvous node is known",
     ) -> None:
         self._swarm, self._signer, self._own, self._mesh, self._in_use = swarm, signer, own, mesh, in_use
-        self._places = [(peer_id, addresses) for peer_id, addresses in nodes if peer_id != swarm.peer_id][:MAX_NODES]
+        self._named, self._none = nodes, none
         self._unix_now, self._random = unix_now, random
-        self._nodes: list[_Node] = []
+        self._nodes: tuple[_Node, ...] = ()
+        self._nursery: trio.Nursery | None = None  # of visits, while the rung is climbed
         self._sequence = 0
         self._seen: tuple[str, tuple[str, ...]] = ("", ())
         self._news = trio.Event()
 
     # --- what is -----------------------------------------------------------------------------------------------------
+
+    @property
+    def off(self) -> str:
+        """Why nothing is done, in a sentence; '' while there is a node to visit."""
+        return "" if self._places() else self._none
 
     @property
     def problem(self) -> str:
@@ -128,30 +138,30 @@ class Rendezvous:
     # --- what goes on ------------------------------------------------------------------------------------------------
 
     async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
-        """See ports.Discovery; ends at once where no node is configured."""
-        self._nodes = [_Node(peer_id, addresses, self._random) for peer_id, addresses in self._places]
-        if not self._nodes:
-            return
+        """See ports.Discovery."""
         self._seen = self._namespace_and_addresses()
         try:
-            async with trio.open_nursery() as nursery:
-                for node in self._nodes:
-                    nursery.start_soon(self._run_node, node)
-                nursery.start_soon(self._run_checks)
-                nursery.start_soon(self._run_sightings, found)
+            async with trio.open_nursery() as self._nursery:
+                self._follow_names(self._nursery)
+                self._nursery.start_soon(self._run_checks)
+                self._nursery.start_soon(self._run_sightings, found)
         finally:
+            self._nursery = None
             with trio.CancelScope(deadline=trio.current_time() + GOODBYE_S, shield=True):
                 async with trio.open_nursery() as nursery:
                     for node in self._nodes:
                         nursery.start_soon(self._leave, node)
+            self._nodes = ()
 
     async def _run_checks(self) -> NoReturn:
-        """See when our namespace or our addresses change."""
+        """See when the nodes, our namespace or our addresses change."""
         while True:
             await trio.sleep(CHECK_S)
             self._check()
 
     def _check(self) -> None:
+        if self._nursery is not None:
+            self._follow_names(self._nursery)
         before, self._seen = self._seen, self._namespace_and_addresses()
         if before == self._seen:
             return
@@ -160,6 +170,25 @@ class Rendezvous:
                 node.known.clear()
             node.schedule.on_record_changed(trio.current_time())
             node.wake()
+
+    def _places(self) -> dict[PeerId, tuple[str, ...]]:
+        """The nodes to visit: those that are named now, without ourselves."""
+        named = [(peer_id, addresses) for peer_id, addresses in self._named().items() if peer_id != self._swarm.peer_id]
+        return dict(named[:MAX_NODES])
+
+    def _follow_names(self, nursery: trio.Nursery) -> None:
+        """Leave nodes that are named no more, visit new ones, and use the addresses of now."""
+        places, known = self._places(), {node.peer_id: node for node in self._nodes}
+        for node in self._nodes:
+            if node.peer_id not in places:
+                node.scope.cancel()
+        self._nodes = tuple(
+            known.get(peer_id) or _Node(peer_id, addresses, self._random) for peer_id, addresses in places.items()
+        )
+        for node in self._nodes:
+            node.addresses = places[node.peer_id]
+            if node.peer_id not in known:
+                nursery.start_soon(self._run_node, node)
 
     def _namespace_and_addresses(self) -> tuple[str, tuple[str, ...]]:
         return rendezvous.namespace_of(self._mesh()), self._own()
@@ -179,6 +208,13 @@ class Rendezvous:
         self._news = trio.Event()
 
     async def _run_node(self, node: _Node) -> None:
+        with node.scope:
+            await self._visit_on(node)
+        with trio.move_on_after(GOODBYE_S):
+            await self._leave(node)
+        await self._drop(node)
+
+    async def _visit_on(self, node: _Node) -> None:
         while True:
             if due := node.schedule.due(trio.current_time()):
                 await self._try_visit(node, due)

@@ -1,6 +1,6 @@
 """The mesh that this node is in, kept over restarts in ``<home>/mesh/`` (mode 0700, files 0600).
 
-    member.json           mesh, name, our chain; not there: the open mesh
+    member.json           mesh, name, our chain, bootstrap nodes that tickets named; not there: the open mesh
     revocations.json      notices of one mesh
     tickets.json          tickets of one mesh that this node gave out (hashes of their secrets)
     ticket                a ticket's text that is to be redeemed when the peer runs; removed then
@@ -23,8 +23,18 @@ import msgspec
 
 from meshmax.base.errors import ConfigError, InvalidRequest
 from meshmax.base.ids import PeerId, parse_peer_id
-from meshmax.base.membership import MAX_CHAIN, MAX_MESH_NAME, MAX_REVOCATIONS, SCOPES, Chain, MeshId, RevocationNotice
+from meshmax.base.membership import (
+    MAX_CHAIN,
+    MAX_LEARNT_BOOTSTRAP,
+    MAX_MESH_NAME,
+    MAX_REVOCATIONS,
+    SCOPES,
+    Chain,
+    MeshId,
+    RevocationNotice,
+)
 from meshmax.core.membership import Membership, check_mesh_name
+from meshmax.core.rendezvous import learnt_bootstrap
 from meshmax.core.tickets import MAX_TICKETS, MAX_USES, GivenTicket
 from meshmax.store.disk import Disk, sweep_temps, translated
 from meshmax.store.identity import Identity, create_key, load_key
@@ -54,12 +64,13 @@ _REMEDY: Final = {
 W = TypeVar("W")
 
 
-class OwnMesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Our membership: the mesh, what it is called, our chain."""
+class OwnMesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Our membership: the mesh, what it is called, our chain. ``bootstrap``: multiaddrs with /p2p that tickets named."""
 
     mesh: MeshId
     name: str
     chain: Chain
+    bootstrap: tuple[str, ...] = ()
 
 
 class _Notices(msgspec.Struct, frozen=True):
@@ -96,6 +107,8 @@ class MeshFiles:
         except InvalidRequest:
             self._damaged(MEMBER_FILE)
         if not own.chain or len(own.chain) > MAX_CHAIN or not 0 < len(own.name) <= MAX_MESH_NAME:
+            self._damaged(MEMBER_FILE)
+        if len(own.bootstrap) > MAX_LEARNT_BOOTSTRAP or learnt_bootstrap(own.bootstrap) != own.bootstrap:
             self._damaged(MEMBER_FILE)
         return own
 

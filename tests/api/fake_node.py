@@ -365,8 +365,18 @@ class FakeNode:
         self.store = SimpleNamespace(blobs=FakeBlobs())
         self.membership = FakeMembership()
         self.saved: list[Override] = []
+        self.sought: list[str] = []
+        self.farther: dict[str, CatalogEntry] = {}
         throttle = RateThrottle(Plan(config.limits), Override(), trio.current_time, lambda: (0, 0))
         self.limits = Limits(throttle, self._save_limits)
+
+    async def seek(self, name: str, found: Callable[[], bool]) -> bool:
+        """Farther away are the models of ``farther``."""
+        await trio.sleep(0.5)
+        self.sought.append(name)
+        if (entry := self.farther.pop(name, None)) is not None:
+            self.catalog.known.append(entry)
+        return found()
 
     async def _save_limits(self, override: Override) -> None:
         await trio.lowlevel.checkpoint()

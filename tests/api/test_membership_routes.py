@@ -17,6 +17,7 @@ OPEN = {
     "root": False,
     "scopes": ["infer", "pull", "admin"],
     "expires_at": None,
+    "bootstrap": [],
 }
 
 

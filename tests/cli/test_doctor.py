@@ -30,13 +30,18 @@ TOLD = {
     "clock_ahead_s": -10800.0, "uncertain_s": 0.1, "ports": [{"kind": "control", "port": 11435, "outcome": "silent"}],
 }  # fmt: skip
 RUNGS = [look("mdns"), {**look("dht", state="off", problem="not configured"), "found_now": 0, "first_s": None}]
+BOOTSTRAP = [{"address": "/ip4/10.0.0.9/tcp/1", "problem": "", "source": "ticket"}]
 WELL = [finding("peers_online", "ok", "1 peer is online: box")]
 ILL = [finding("port_unreachable", "error", "TCP port 11435 cannot be reached", "let it in"), *WELL]
 
 
 def diagnosis(findings: list[dict[str, str]]) -> dict[str, Any]:
     well = all(each["severity"] == "ok" for each in findings)
-    peer = {"rungs": RUNGS, "looked_back": [TOLD, {**TOLD, "name": "mute", "why": "it did not answer"}]}
+    peer = {
+        "rungs": RUNGS,
+        "bootstrap": BOOTSTRAP,
+        "looked_back": [TOLD, {**TOLD, "name": "mute", "why": "it did not answer"}],
+    }
     return {"well": well, "findings": findings, "facts": {"machine": {}, "peer": peer}, "took_s": 3.2}
 
 
@@ -60,6 +65,7 @@ def test_findings_are_shown_with_what_to_do(fake_peer: FakePeer, capsys: pytest.
     assert rows[0] == ["RUNG", "STATE", "FOUND", "FIRST", "NOW", "PROBLEM"]
     assert rows[1] == ["mdns", "working", "2", "0.25", "s", "1", "in", "0.12", "s"]
     assert rows[2] == ["dht", "off", "-", "-", "-", "not", "configured"]
+    assert ["/ip4/10.0.0.9/tcp/1", "ticket", "-"] in rows
     assert any(line.startswith("box") and "-10800 s" in line and "control 11435 silent" in line for line in lines)
     assert any(line.startswith("mute") and "it did not answer" in line for line in lines)
     assert "FAIL  TCP port 11435 cannot be reached" in lines

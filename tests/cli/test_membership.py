@@ -20,6 +20,7 @@ PRIVATE = {
     **OPEN, "mesh": "12D3KooWx", "name": "our \x1b[31mhouse", "private": True, "root": True,
     "scopes": ["infer", "pull"], "expires_at": "2100-01-01T00:00:00Z",
 }  # fmt: skip
+NAMED = {"address": "/ip4/10.0.0.9/tcp/1/p2p/12D3KooWb", "source": "ticket"}
 
 
 def test_the_open_mesh_is_said_to_be_open_and_how_to_close_it(
@@ -33,13 +34,14 @@ def test_the_open_mesh_is_said_to_be_open_and_how_to_close_it(
 def test_a_private_mesh_is_shown_with_what_we_may_and_no_escape_sequence(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_peer.on("GET", "/api/v1/mesh", {**PRIVATE, "problem": "clock off by 3 h?"})
+    fake_peer.on("GET", "/api/v1/mesh", {**PRIVATE, "problem": "clock off by 3 h?", "bootstrap": [NAMED]})
     assert main(["mesh"]) == 0
     out = capsys.readouterr().out
     for words in (
         "our [31mhouse (private)",
         "12D3KooWx",
         "infer, pull; the certificate ends",
+        "/ip4/10.0.0.9/tcp/1/p2p/12D3KooWb (a ticket named it; forgotten with the mesh)",
         "mesh/roots/",
         "clock off",
     ):

@@ -16,6 +16,7 @@ from meshmax.core.peers import (
     GOSSIP_DIALS,
     MAX_BACKOFF_S,
     REFUSED_S,
+    RESERVED,
     SPREAD_S,
     PeerTable,
 )
@@ -40,6 +41,7 @@ def said(peer: PeerId, sequence: int, leaving: bool = False) -> tuple[PeerStatus
 KINDS = [
     "sight",
     "hear",
+    "name",
     "connect",
     "lose",
     "fail",
@@ -63,8 +65,8 @@ def test_no_sequence_of_events_breaks_a_bound_or_shows_a_ghost(events: list[tupl
     for kind, number, pause_s in events:
         now, sequence, peer = now + pause_s, sequence + 1, IDS[number]
         connected = (entry := peers.entry(peer)) is not None and entry.connected
-        if kind == "sight":
-            peers.on_sighting(peer, [at(number)], now)
+        if kind in ("sight", "name"):
+            peers.on_sighting(peer, [at(number)], now, named=kind == "name")
         elif kind == "connect":
             peers.on_connected(peer, at(number), now)
             alive[peer] = now
@@ -96,7 +98,7 @@ def check(peers: PeerTable, alive: dict[PeerId, float], now: float) -> None:
     assert len(entries) <= max(LIMIT, len(connected) + len(dialing) + 1)
     assert len(dialing) <= DIALS_AT_ONCE
     # One that is heard of first and seen later counts no more, one that is dialled stays.
-    assert sum(not entry.seen for entry in dialing) <= GOSSIP_DIALS
+    assert sum(not (entry.seen or entry.named) for entry in dialing) <= GOSSIP_DIALS
     assert not any(entry.connected and entry.dialing for entry in entries)
     for entry in peers.shown(now):
         assert entry.peer_id != OWN
@@ -203,3 +205,48 @@ def test_who_refused_us_is_dialled_again_after_minutes_or_at_a_new_address() -> 
     assert peers.refused() == ()
     peers.clear()
     assert peers.deadline() is None
+
+
+def test_a_flood_of_made_up_peers_holds_up_no_dial_of_another_kind() -> None:
+    peers = table()
+    peers.on_sighting(IDS[199], [at(199)], 0.0)
+    peers.on_connected(IDS[199], at(199), 0.0)
+    peers.on_round_trip(IDS[199], 0.01, 0.0)
+    peers.on_disconnected(IDS[199], 1.0)
+    for number in range(1, 100):
+        peers.on_sighting(IDS[number], [at(number)], 1.0, named=True)
+    assert (
+        len(peers.tick(1.0 + MAX_BACKOFF_S)) == DIALS_AT_ONCE - 2 * RESERVED - 1
+    )  # one more is kept for such as were lost
+    assert peers.entry(IDS[199]).dialing  # type: ignore[union-attr]
+    peers.on_sighting(IDS[150], [at(150)], 70.0)
+    assert IDS[150] in [dial.peer_id for dial in peers.tick(75.0)]
+    peers.on_status(*said(IDS[151], 1), bearer=IDS[1], now=75.0)
+    assert IDS[151] in [dial.peer_id for dial in peers.tick(80.0)]
+
+
+def test_peers_that_a_list_names_push_none_out_that_was_seen() -> None:
+    peers = table(4)
+    peers.on_sighting(IDS[1], [at(1)], 0.0)
+    peers.on_sighting(IDS[2], [at(2)], 0.0)
+    for number in range(10, 60):
+        peers.on_sighting(IDS[number], [at(number)], 5.0, named=True)
+    assert peers.entry(IDS[1])
+    assert peers.entry(IDS[2])
+    assert peers.entry(IDS[59])
+    peers.on_status(*said(IDS[150], 1), bearer=IDS[1], now=6.0)
+    assert not peers.entry(IDS[150])  # hearsay takes no place of one that is named
+    peers.on_sighting(IDS[3], [at(3)], 6.0)
+    peers.on_sighting(IDS[4], [at(4)], 6.0)
+    assert all(peers.entry(IDS[number]) for number in range(1, 5))
+
+
+def test_one_that_said_farewell_and_is_named_by_a_list_again_is_dialled() -> None:
+    peers = table()
+    peers.on_connected(IDS[5], at(5), 0.0)
+    peers.on_status(*said(IDS[5], 3, leaving=True), bearer=IDS[5], now=1.0)
+    peers.on_disconnected(IDS[5], 1.0)
+    peers.on_status(*said(IDS[5], 2), bearer=IDS[1], now=2.0)  # others' old words do not bring it back
+    assert not peers.tick(10.0)
+    peers.on_sighting(IDS[5], [at(77)], 10.0, named=True)
+    assert [dial.peer_id for dial in peers.tick(12.0)] == [IDS[5]]

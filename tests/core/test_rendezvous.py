@@ -21,6 +21,7 @@ from meshmax.core.rendezvous import (
     Schedule,
     Told,
     bootstrap_nodes,
+    learnt_bootstrap,
     told_addresses,
 )
 from meshmax.testing.memory_swarm import SeededSigner
@@ -207,3 +208,10 @@ def test_bootstrap_nodes_are_read_by_peer_and_what_is_none_is_refused_with_what_
     for wrong in ("", "10.0.0.1:11435", "/ip4/10.0.0.1/tcp/1", f"/p2p/{one}", "/ip4/10.0.0.1/tcp/1/p2p/nobody"):
         with pytest.raises(ConfigError, match="write /ip4/ADDRESS/tcp/PORT/p2p/PEER-ID"):
             bootstrap_nodes([wrong])
+
+
+def test_what_tickets_name_is_kept_the_newest_first_and_bounded_and_what_is_no_address_is_not() -> None:
+    nodes = [f"/ip4/192.0.2.1/tcp/{port}/p2p/{SeededSigner(1).peer_id}" for port in range(1, 20)]
+    assert learnt_bootstrap((nodes[1], "/x/p2p/y", nodes[1]), (nodes[0], nodes[1])) == (nodes[1], nodes[0])
+    assert learnt_bootstrap(nodes[:2], nodes) == tuple(nodes[:16])
+    assert learnt_bootstrap(()) == ()

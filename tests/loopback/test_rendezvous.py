@@ -76,7 +76,13 @@ async def until(true: Callable[[], bool]) -> None:
 async def find(swarm: LibrarySwarm, signer: SeededSigner, server: LibrarySwarm, found: list[Sighting]) -> None:
     send, receive = trio.open_memory_channel[Sighting](8)
     rung = Rendezvous(
-        swarm, signer, [place(server)], lambda: swarm.addresses, lambda: OPEN_MESH, time.time, random.Random(1)
+        swarm,
+        signer,
+        lambda: dict([place(server)]),
+        lambda: swarm.addresses,
+        lambda: OPEN_MESH,
+        time.time,
+        random.Random(1),
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(rung.run, send)
@@ -97,7 +103,7 @@ async def test_two_swarms_find_each_other_at_a_third() -> None:
             rung = Rendezvous(
                 first,
                 SIGNERS[1],
-                [place(server)],
+                lambda: dict([place(server)]),
                 lambda: first.addresses,
                 lambda: OPEN_MESH,
                 time.time,
@@ -151,7 +157,13 @@ async def test_a_node_that_takes_no_signed_records_is_told_of_as_a_problem() -> 
             at = (SeededSigner(9).peer_id, (str(host.get_addrs()[0]).partition("/p2p/")[0],))
             send, _receive = trio.open_memory_channel[Sighting](8)
             rung = Rendezvous(
-                swarm, SIGNERS[1], [at], lambda: swarm.addresses, lambda: OPEN_MESH, time.time, random.Random(1)
+                swarm,
+                SIGNERS[1],
+                lambda: dict([at]),
+                lambda: swarm.addresses,
+                lambda: OPEN_MESH,
+                time.time,
+                random.Random(1),
             )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(rung.run, send)

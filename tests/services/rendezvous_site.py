@@ -28,15 +28,16 @@ class Point:
 class Seeker:
     """A peer with the rung, and whom it was told of so far."""
 
-    def __init__(self, swarm: MemorySwarm, signer: SeededSigner, places: list[tuple[PeerId, tuple[str, ...]]]) -> None:
+    def __init__(self, swarm: MemorySwarm, signer: SeededSigner, places: dict[PeerId, tuple[str, ...]]) -> None:
         self.swarm, self.signer, self.mesh = swarm, signer, OPEN_MESH
         self.found: dict[PeerId, tuple[str, ...]] = {}
         self.sightings: list[tuple[float, Sighting]] = []
         self.scope = trio.CancelScope()
+        self.places = places
         self.rung = Rendezvous(
             swarm,
             signer,
-            places,
+            lambda: self.places,
             lambda: swarm.addresses,
             lambda: self.mesh,
             lambda: 1_700_000_000.0 + trio.current_time(),
@@ -79,7 +80,7 @@ class Site:
 
     async def seeker(self, seed: int, *points: Point) -> Seeker:
         signer = SeededSigner(seed)
-        seeker = Seeker(await self.swarm(signer), signer, [point.place for point in points])
+        seeker = Seeker(await self.swarm(signer), signer, dict(point.place for point in points))
         self._nursery.start_soon(seeker.run)
         return seeker
 

@@ -12,6 +12,7 @@ import trio.testing
 
 from meshmax.base.errors import Busy, MeshmaxError, NotAMember
 from meshmax.base.ids import PeerId
+from meshmax.base.membership import BootstrapAddress
 from meshmax.net import limits
 from meshmax.ports import Admission, Sighting, Stream
 from meshmax.services.frames import FrameStream
@@ -308,3 +309,28 @@ async def test_who_is_revoked_while_it_dawdles_over_its_admission_is_not_admitte
                 await trio.sleep(0.1)
                 assert not a_swarm.connections()
         assert [view.revoked_at_s for view in a.members() if view.peer_id == b_swarm.peer_id] != [None]
+
+
+async def test_bootstrap_nodes_of_a_ticket_outlast_renewal_and_another_ticket_and_end_with_the_mesh(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    nodes = [BootstrapAddress(f"/ip4/192.0.2.1/tcp/{port}/p2p/{SeededSigner(90).peer_id}", "config") for port in (1, 2)]
+    async with open_place(tmp_path) as place:
+        (a, _a_swarm), (b, b_swarm) = await place.mesh()
+        assert b.standing.bootstrap == ()
+        for kept in (1, 2):
+            a.bootstrap = lambda kept=kept: nodes[kept - 1 : kept]  # type: ignore[misc]
+            await b.join(await a.ticket(("infer", "pull"), 3600, 1))
+        newest_first = (nodes[1].address, nodes[0].address)
+        assert b.standing.bootstrap == newest_first
+        assert a.standing.bootstrap == ()
+        chain = b.standing.chain
+        await b_swarm.dial(a._signer.peer_id, _a_swarm.addresses)
+        await trio.sleep(25 * 86400)
+        assert b.standing.chain != chain
+        own = MeshFiles(tmp_path / "2").load_own()
+        assert own is not None
+        assert (own.bootstrap, own.chain) == (newest_first, b.standing.chain)
+        await b.leave()
+        assert b.standing.bootstrap == ()
+        assert MeshFiles(tmp_path / "2").load_own() is None

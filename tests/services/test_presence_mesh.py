@@ -1,5 +1,7 @@
 """Presence among many, in virtual time: leaving, dying, hearsay, partitions, enough neighbours, copies, strangers."""
 
+import random
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -8,9 +10,11 @@ import trio.testing
 
 from meshmax.base.errors import NotAMember
 from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.membership import OPEN_MESH
 from meshmax.base.status import ModelPresence
 from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS
 from meshmax.ports import Stream
+from meshmax.services.providers import ProviderSearch
 from tests.services.presence_site import Mesh, Peer, open_mesh, until
 
 
@@ -117,6 +121,33 @@ async def test_in_a_larger_mesh_everybody_has_enough_neighbours_and_nobody_all(
         while more := {n for peer in mesh.peers if peer.name in reached for n in peer.sees()} - reached:
             reached |= more
         assert len(reached) == count
+
+
+async def test_a_model_of_a_peer_that_is_no_neighbour_is_found_without_any_dht(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    name = "registry.ollama.ai/library/rare:latest"
+    async with open_mesh() as mesh:
+        for _ in range(44):
+            await mesh.peer(*mesh.peers[:2])
+        await until(lambda: all(len(peer.sees()) >= NEIGHBOURS for peer in mesh.peers))
+        await trio.sleep(5)
+        holder = min(mesh.peers, key=lambda peer: len(peer.sees()))
+        far = [peer for peer in mesh.peers if holder.name not in peer.sees() and peer is not holder]
+        assert far
+        holder.models = (ModelPresence(Sha256("ab" * 32), (name,), "disk", 1),)
+        holder.presence.changed()
+        await trio.sleep(2)  # news reach all who keep the peer in one; nobody has tried it as a better neighbour yet
+        for peer in far[:4]:
+            search = ProviderSearch(
+                peer.swarm, lambda: None, lambda: OPEN_MESH, random.Random(1), peer.presence.farther
+            )
+            assert await search.seek("rare", partial(has_a_neighbour_with, peer, name))
+
+
+def has_a_neighbour_with(peer: Peer, name: str) -> bool:
+    views = peer.presence.peers()
+    return any(name in model.names for view in views if view.status for model in view.status.models)
 
 
 async def test_two_peers_with_one_identity_and_a_third_are_told_so(autojump_clock: trio.testing.MockClock) -> None:

@@ -7,8 +7,10 @@ from random import Random
 import trio
 import trio.testing
 
+from meshmax.base.ids import Sha256
 from meshmax.base.membership import OPEN_MESH
 from meshmax.base.providers import ProviderRecord
+from meshmax.base.status import ModelPresence, PeerStatus, PeerView
 from meshmax.core.announce import Word
 from meshmax.ports import Sighting, Swarm
 from meshmax.services.announce import IN_MESH
@@ -79,6 +81,37 @@ async def test_without_a_node_of_the_dht_nothing_is_waited_for(autojump_clock: t
         began_s = trio.current_time()
         assert not await site.search.seek("llama", lambda: False)
         assert trio.current_time() == began_s
+
+
+def told_of(swarm: Swarm, *names: str) -> PeerView:
+    """A peer as a neighbour tells of it."""
+    models = (ModelPresence(Sha256("ab" * 32), names, "disk", 1),)
+    status = PeerStatus(swarm.peer_id, 1, 0, "far", "0", addresses=swarm.addresses, models=models)
+    return PeerView(swarm.peer_id, "offline", "direct", status)
+
+
+async def test_without_a_dht_a_provider_that_neighbours_tell_of_is_connected(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with (
+        open_site() as site,
+        site.network.open_swarm(SeededSigner(5)) as provider,
+        site.network.open_swarm(SeededSigner(6)) as other,
+    ):
+        told = (told_of(provider, NAME.text), told_of(other, "registry.ollama.ai/library/else:latest"))
+        there = site.swarm.connections
+        for wanted in ("llama", "llama@" + "ab" * 32):
+            search = ProviderSearch(site.swarm, lambda: None, lambda: OPEN_MESH, Random(1), lambda: told)
+            assert await search.seek(wanted, lambda: provider.peer_id in there())
+        assert not await search.seek("another", lambda: False)
+
+
+async def test_when_all_dials_fail_at_once_nobody_is_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        await site.announce(5, NAME, "/memory/9999")
+        began_s = trio.current_time()
+        assert not await site.search.seek("llama", lambda: False)
+        assert trio.current_time() - began_s < 1.0
 
 
 async def test_of_many_providers_only_a_few_are_dialled(autojump_clock: trio.testing.MockClock) -> None:

@@ -9,8 +9,8 @@ from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId
 from meshmax.core.registrations import Registrations
 from meshmax.core.rendezvous import DISCOVER_EARLY_S, REPEAT_S
-from meshmax.ports import LooksAgain, Sighting, Stream
-from meshmax.services.rendezvous import IDLE_S, VISIT_S, Rendezvous
+from meshmax.ports import LooksAgain, Stream
+from meshmax.services.rendezvous import CHECK_S, IDLE_S, VISIT_S, Rendezvous
 from meshmax.services.rendezvous_stream import RendezvousStream
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.wire import rendezvous
@@ -196,12 +196,39 @@ async def test_the_connection_is_given_up_between_visits_that_are_far_apart(
         assert first.rung.nodes[0].registered
 
 
-async def test_a_peer_with_nodes_is_told_what_to_look_at_again_and_one_without_ends() -> None:
+async def test_the_rung_is_off_until_a_node_is_named_and_again_when_none_is(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     async with open_site() as site:
-        seeker = await site.seeker(1)
-        assert isinstance(seeker.rung, LooksAgain)
-        send, _receive = trio.open_memory_channel[Sighting](1)
-        await seeker.rung.run(send)
+        point = await site.point()
+        first, late = await site.seeker(1, point), await site.seeker(2)
+        assert isinstance(late.rung, LooksAgain)
+        await trio.sleep(100)
+        assert (late.rung.nodes, late.found) == ((), {}) and late.rung.off and not first.rung.off
+        late.places = dict([point.place])
+        late.rung.look_again()
+        await trio.sleep(SOON_S)
+        assert set(late.found) == {first.swarm.peer_id}
+        assert not late.rung.off and len(point.server.registrations) == 2
+        late.places = {}
+        await trio.sleep(CHECK_S + SOON_S)
+        assert (late.rung.nodes, len(point.server.registrations)) == ((), 1) and late.rung.off
+        assert point.swarm.peer_id not in late.swarm.connections()
+
+
+async def test_other_nodes_take_the_place_of_those_before(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site() as site:
+        old, new = await site.point(0), await site.point(1)
+        there, mover = await site.seeker(1, new), await site.seeker(2, old)
+        await trio.sleep(100)
+        mover.places = dict([new.place])
+        await trio.sleep(CHECK_S + SOON_S)
+        assert set(mover.found) == {there.swarm.peer_id}
+        assert (len(old.server.registrations), len(new.server.registrations)) == (0, 2)
+        moved = (*new.place[1], "/ip4/10.8.8.8/tcp/1")
+        mover.places = {new.place[0]: moved}
+        await trio.sleep(CHECK_S + SOON_S)
+        assert len(new.server.registrations) == 2 and mover.rung.problem == ""
 
 
 # --- nodes that lie --------------------------------------------------------------------------------------------------
@@ -335,13 +362,13 @@ def test_our_own_node_is_not_visited() -> None:
     rung = Rendezvous(
         Nobody(),  # type: ignore[arg-type]
         SeededSigner(1),
-        [(SeededSigner(1).peer_id, ("/ip4/10.0.0.1/tcp/1",))],
+        lambda: {SeededSigner(1).peer_id: ("/ip4/10.0.0.1/tcp/1",)},
         tuple,
         lambda: MeshId(""),
         lambda: 0.0,
         random.Random(1),
     )
-    assert rung.nodes == () and rung.problem == ""
+    assert rung.nodes == () and rung.problem == "" and rung.off
 
 
 async def test_questions_go_out_with_the_page_size_and_the_cookie_of_the_last_answer(

@@ -37,7 +37,7 @@ async def enter_peer(site: Site, seed: int, *points: Point) -> Peer:
     rung = Rendezvous(
         swarm,
         signer,
-        [point.place for point in points],
+        lambda: dict(point.place for point in points),
         lambda: swarm.addresses,
         lambda: OPEN_MESH,
         unix_now,

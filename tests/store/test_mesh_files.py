@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from meshmax.base.errors import ConfigError, InvalidRequest, StoreError
@@ -13,12 +15,15 @@ from meshmax.base.membership import SCOPES, MeshId, Revocation, RevocationNotice
 from meshmax.core.membership import Membership
 from meshmax.core.tickets import Tickets
 from meshmax.store.disk import Disk
-from meshmax.store.mesh_files import MeshFiles, OwnMesh
+from meshmax.store.mesh_files import MEMBER_FILE, MeshFiles, OwnMesh
 from meshmax.wire.membership import sign_revocation
 from tests.members import MESH, NOW_S, A, B, chain_of, notice
 
 OTHER = MeshId(B.peer_id)
 OWN = OwnMesh(MESH, "home", chain_of(A, B))
+
+
+NODE = f"/ip4/192.0.2.1/tcp/11435/p2p/{A.peer_id}"
 
 
 @pytest.fixture
@@ -186,3 +191,27 @@ def test_what_the_root_signs_is_of_its_mesh(files: MeshFiles) -> None:
     membership = Membership(own.mesh)
     signed = sign_revocation(Revocation(own.mesh, B.peer_id, NOW_S), root.peer_id, root.sign)
     assert membership.revoke([RevocationNotice(signed)], NOW_S)
+
+
+def test_bootstrap_nodes_are_kept_with_the_membership_and_go_with_it(files: MeshFiles, tmp_path: Path) -> None:
+    own = msgspec.structs.replace(OWN, bootstrap=(NODE,))
+    files.save_own(own)
+    assert MeshFiles(tmp_path).load_own() == own
+    files.leave()
+    assert files.load_own() is None
+    assert not any(NODE.encode() in path.read_bytes() for path in files.folder.rglob("*") if path.is_file())
+
+
+def test_a_membership_without_bootstrap_nodes_is_written_as_it_always_was(files: MeshFiles) -> None:
+    files.save_own(OWN)
+    assert set(json.loads((files.folder / MEMBER_FILE).read_bytes())) == {"mesh", "name", "chain"}
+    assert files.load_own() == OWN
+
+
+@pytest.mark.parametrize(
+    "bootstrap", [("nowhere",), (NODE, NODE), tuple(NODE.replace("11435", str(port)) for port in range(1, 18))]
+)
+def test_bootstrap_nodes_that_cannot_be_are_damage(files: MeshFiles, bootstrap: tuple[str, ...]) -> None:
+    files.save_own(msgspec.structs.replace(OWN, bootstrap=bootstrap))
+    with pytest.raises(ConfigError, match="damaged"):
+        files.load_own()

@@ -1,0 +1,36 @@
+"""Which bootstrap nodes a node uses: configured ones first, those of tickets after them, all bounded."""
+
+from types import SimpleNamespace
+from typing import Any
+
+from meshmax.base.config import Config
+from meshmax.base.membership import BootstrapAddress
+from meshmax.node.bootstrapping import MAX_BOOTSTRAP, bootstrap_of, bootstrap_places
+from meshmax.testing.memory_swarm import SeededSigner
+
+P, Q = SeededSigner(1).peer_id, SeededSigner(2).peer_id
+
+
+def node(given: tuple[str, ...], learnt: tuple[str, ...]) -> Any:
+    standing = SimpleNamespace(bootstrap=learnt)
+    return SimpleNamespace(config=Config(bootstrap=given), membership=SimpleNamespace(standing=standing))
+
+
+def test_configured_ones_come_first_and_what_both_name_is_configured() -> None:
+    one, two, more = f"/ip4/192.0.2.1/tcp/1/p2p/{P}", f"/ip4/192.0.2.2/tcp/1/p2p/{Q}", f"/ip6/2001:db8::2/tcp/1/p2p/{Q}"
+    both = node((two,), (one, two, more))
+    assert bootstrap_of(both) == (
+        BootstrapAddress(two, "config"),
+        BootstrapAddress(one, "ticket"),
+        BootstrapAddress(more, "ticket"),
+    )
+    assert bootstrap_places(both) == {
+        Q: ("/ip4/192.0.2.2/tcp/1", "/ip6/2001:db8::2/tcp/1"),
+        P: ("/ip4/192.0.2.1/tcp/1",),
+    }
+    assert bootstrap_of(node((), ())) == ()
+
+
+def test_there_are_no_more_than_can_be_used() -> None:
+    many = tuple(f"/ip4/192.0.2.1/tcp/{port}/p2p/{P}" for port in range(1, 100))
+    assert bootstrap_of(node(many, many)) == tuple(BootstrapAddress(text, "config") for text in many[:MAX_BOOTSTRAP])

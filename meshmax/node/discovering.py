@@ -119,13 +119,13 @@ def _rendezvous(node: Node) -> Rendezvous:
         lambda: node.membership.mesh,
         node.world.unix_now,
         node.world.random,
+        none="no bootstrap node is configured (--bootstrap), nor was one named by the ticket",
     )
 
 
 def _told_addresses(node: Node) -> tuple[str, ...]:
     """Our addresses as strangers may pass them on."""
     if node.membership.mesh != OPEN_MESH:
-        none="no bootstrap node is configured (--bootstrap), nor was one named by the ticket",
         return node.swarm.addresses
     # The open mesh lives on private addresses alone, so no others are told.
     return tuple(text for text in node.swarm.addresses if is_lan_address(parse_endpoint(text).host))

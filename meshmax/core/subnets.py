@@ -1,4 +1,5 @@
-"""Which addresses probably belong to one party: /24 of IPv4, /64 of IPv6, as far as the internet goes.
+"""Which addresses probably belong to one party: /24 of IPv4, /48 of IPv6, as far as the internet goes; and to whom one means
+anything.
 
 Identities cost nothing, addresses in many networks do. So tables, look-ups and stores bound what comes from one subnet. On a
 LAN or on loopback everybody shares a subnet, and whoever is there was let in: those are not bounded.
@@ -11,7 +12,7 @@ from functools import lru_cache
 from typing import Final
 
 IPV4_PREFIX: Final = 24
-IPV6_PREFIX: Final = 64
+IPV6_PREFIX: Final = 48  # what a site is given (RFC 6177), often for nothing: 65,536 networks of /64
 _CACHED: Final = 4096  # addresses whose subnet is remembered
 
 
@@ -31,6 +32,26 @@ def subnet_of(ip: str) -> str | None:
 def source_of(ip: str) -> str:
     """Whom to count what came from ``ip`` for: its subnet, or the address itself where there is none."""
     return subnet_of(ip) or ip
+
+
+def may_tell(ip: str, to: str) -> bool:
+    """Whether the address ``ip`` means the same to who is at ``to``.
+
+    One of a LAN means nothing, or somebody else, to who is elsewhere; loopback to who is on another machine; a zone to anybody.
+    """
+    if subnet_of(ip) is not None:
+        return True
+    if "%" in ip or subnet_of(to) is not None:
+        return False
+    return _is_loopback(to) or not _is_loopback(ip)
+
+
+@lru_cache(_CACHED)
+def _is_loopback(ip: str) -> bool:
+    try:
+        return ipaddress.ip_address(ip.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
 
 
 def ip_of(address: str) -> str:

@@ -402,10 +402,12 @@ async def open_dht(
         signer, datagrams, random=random, unix_now=unix_now, client=client, verify=verify, scale=4.0 if others else 1.0
     )
 
+    secret = random.randbytes(32)  # of cookies; one, so that they stay good when an overlay gives way and comes again
+
     def make_protocol(tag: bytes, rules: Membership, max_records: int | None = None) -> DhtProtocol:
         bound = {} if max_records is None else {"max_records": max_records}
         storage = RecordStorage(ProviderRecords(endpoint.node_id, verify, **bound), unix_now)
-        return DhtProtocol(endpoint, tag, storage, rules, random.randbytes(32), confirm_after_s)
+        return DhtProtocol(endpoint, tag, storage, rules, secret, confirm_after_s)
 
     tag = overlay_tag(overlay)
     protocol = make_protocol(tag, membership or Membership())

@@ -1,10 +1,11 @@
 """Where DHT datagrams leave and arrive: signing, matching answers to questions, and refusing before anything is spent.
 
-An arriving datagram passes these doors in this order: length and header; overlay; receiver; time; for an answer, that it was
-asked for, of this node at this address; for a question, the rates of strangers; the signature; for a question, that it was not
-seen before; the body. What passes is handled at once, in this task, within about a millisecond; nothing is queued and no task
-is started for it. The kademlia package starts one or two tasks for each datagram and trusts its content; none of its
-datagram code runs here. Not here: what is answered (net.dht_protocol).
+An arriving datagram passes these doors in this order: length and header; receiver; for an answer, that it was asked for, of
+this node at this address; for a question, its body, the rates of its source, and of all who have proven their addresses or of
+all others; the signature; for a question, its time, that it was not seen before, and its overlay. What passes is handled at
+once, in this task, within about a millisecond; nothing is queued and no task is started for it. The kademlia package starts one
+or two tasks for each datagram and trusts its content; none of its datagram code runs here.
+Not here: what is answered (net.dht_protocol).
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ SKEWED_SENDERS: Final = 3  # distinct ones whose clocks disagree with ours befor
 
 class Overlay(Protocol):
     """One DHT among those that share the port."""
+
+    def proves(self, body: Question, sender: Contact) -> bool:
+        """Whether ``body`` holds what was sent to this sender's address before. Cheap: nothing is verified yet."""
+        ...
 
     def question(self, body: Question, envelope: Envelope, sender: Contact) -> Answer | None:
         """What to answer; None: nothing."""
@@ -173,7 +178,12 @@ class Endpoint:
             return "misdirected"
         if envelope.answer:
             return self._take_answer(envelope, sender) if envelope.receiver == self.node_id else "misdirected"
-        if not self._arrivals.take(source_of(sender[0]), trio.current_time()):
+        body = decode_body(envelope)
+        if not isinstance(body, (Ping, Find, Store)) or (envelope.receiver == NOBODY and not isinstance(body, Ping)):
+            return "malformed"
+        overlay, contact = self._overlays.get(envelope.overlay), Contact(envelope.sender, *sender)
+        proven = overlay is not None and overlay.proves(body, contact)
+        if not self._arrivals.take(source_of(sender[0]), trio.current_time(), proven=proven):
             return "throttled"
         skew_s = envelope.time_ms / 1000 - self._unix_now()
         if not verified(envelope, self.verify):
@@ -183,13 +193,10 @@ class Endpoint:
             return "untimely"
         if not self._is_new(envelope):
             return "replayed"
-        body = decode_body(envelope)
-        if not isinstance(body, (Ping, Find, Store)) or (envelope.receiver == NOBODY and not isinstance(body, Ping)):
-            return "malformed"
-        overlay = self._overlays.get(envelope.overlay) or self._adopt(envelope.overlay, source_of(sender[0]))
+        overlay = overlay or self._adopt(envelope.overlay, source_of(sender[0]))
         if overlay is None:
             return "foreign"
-        answer = overlay.question(body, envelope, Contact(envelope.sender, *sender))
+        answer = overlay.question(body, envelope, contact)
         if answer is not None:
             self._send(envelope.overlay, node_id_of(envelope.sender), envelope.request, answer, sender)
         return ""

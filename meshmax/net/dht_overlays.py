@@ -1,8 +1,8 @@
 """Overlays of meshes that a bootstrap node serves without being in them: how many, and which one gives way.
 
 A node serves them as hints: it cannot judge who is a member, the members do. Each has small bounds of its own. A new one
-takes the place of the one that was used longest ago, and of one that is in use only if that has few nodes; one source may
-bring few.
+takes the place of the one that was used longest ago, by somebody who had proven his address: what spoofed datagrams bring is used
+by nobody and goes first. One that is in use gives way only if it has few nodes; one source may bring few.
 Not here: datagrams, rules of an overlay (dht_protocol).
 """
 

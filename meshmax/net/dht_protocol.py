@@ -13,8 +13,9 @@ Not here: datagrams (dht_endpoint), look-ups and upkeep (dht).
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 import trio
@@ -25,7 +26,7 @@ from msgspec.structs import replace
 from meshmax.base.errors import ManifestInvalid, MeshmaxError, RemoteProtocolError
 from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.base.providers import KEY_BYTES
-from meshmax.core.subnets import source_of, subnet_of
+from meshmax.core.subnets import may_tell, source_of, subnet_of
 from meshmax.net.dht_endpoint import Endpoint
 from meshmax.net.dht_storage import RecordStorage
 from meshmax.net.dht_table import BUCKET_NODES, Table, TableNode, make_node
@@ -56,14 +57,26 @@ from meshmax.wire.dht import (
 CONFIRM_AFTER_S: Final = 130.0  # RFC 4787 REQ-5: a NAT keeps an opening for two minutes at least; some for less
 CONFIRM_LATEST_S: Final = 600.0  # even if it goes on asking
 MAX_CANDIDATES: Final = 256
+MAX_UNPROVEN: Final = 128  # of these, who may be where they seem to be or not
 MAX_PEERS: Final = 2048  # remembered: their cookies for us, and whether they are members
 MEMBER_CHECK_S: Final = 300.0  # after that a known member's certificates are looked at again: one may have been revoked
 COOKIE_EPOCH_S: Final = 1800.0  # a cookie is good for one to two of these
 FAR_NODES: Final = 100  # so many known nodes nearer to a key than we: it is not for us to hold
 MIN_CONTACTS: Final = 6  # in an answer, before records take the room
 MAX_HAND_OVERS: Final = 256  # records waiting to be handed to newcomers; announcers renew what is dropped
+MAX_NEWCOMERS: Final = 64  # for whom it is not looked yet what they should be handed
 
 Member = Callable[[PeerId, bytes], bool]
+
+
+class Candidate:
+    """A node that asked us, and is to be asked at ``due_s``, put off to ``latest_s`` while it goes on asking."""
+
+    __slots__ = ("due_s", "latest_s", "proven")
+
+    def __init__(self, latest_s: float) -> None:
+        self.due_s, self.latest_s = 0.0, latest_s
+        self.proven = False  # it is where it seems to be
 
 
 class DhtPeer:
@@ -105,10 +118,11 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         self.router = Table(self.source_node, trio.current_time)
         self.endpoint, self.tag, self.membership = endpoint, tag, membership
         self.confirm_after_s = confirm_after_s
-        self.candidates: dict[Contact, tuple[float, float]] = {}  # to (due, at the latest)
+        self.candidates: dict[Contact, Candidate] = {}
+        self.newcomers: deque[TableNode] = deque(maxlen=MAX_NEWCOMERS)
         self.hand_overs: deque[tuple[Contact, bytes]] = deque(maxlen=MAX_HAND_OVERS)
         self.doubted: dict[bytes, None] = {}  # node ids to be asked whether they are still there
-        self.touched_s = trio.current_time()  # when somebody who had proven his address last asked
+        self.touched_s = float("-inf")  # when somebody who had proven his address last asked
         self._peers: dict[tuple[bytes, tuple[str, int]], DhtPeer] = {}
         self._secret = secret
 
@@ -119,8 +133,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
 
     def question(self, body: Question, envelope: Envelope, sender: Contact) -> Answer | None:
         """See dht_endpoint.Overlay."""
-        cookie = self._cookie(sender, 0)
-        proven = bool(body.cookie) and body.cookie in (cookie, self._cookie(sender, 1))
+        cookie, proven = self._cookie(sender, 0), self.proves(body, sender)
         room = MAX_BODY_BYTES if proven else min(MAX_BODY_BYTES, envelope.body_bytes)
         answer: Answer | None
         if not self._is_member(sender, getattr(body, "chain", b"")) or (isinstance(body, Store) and not proven):
@@ -136,10 +149,14 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
                 case Store():
                     answer = Stored(self.rpc_store(sender, body.record))
             if not envelope.client:
-                self._note_candidate(sender)
+                self._note_candidate(sender, proven)
         if answer is None or body_bytes(answer) <= room:
             return answer
         return Pong() if isinstance(answer, Pong) else None
+
+    def proves(self, body: Question, sender: Contact) -> bool:
+        """See dht_endpoint.Overlay."""
+        return bool(body.cookie) and body.cookie in (self._cookie(sender, 0), self._cookie(sender, 1))
 
     def rpc_store(self, sender: Contact, encoded: bytes) -> bool:
         """See KademliaProtocol; whether the record is kept."""
@@ -160,7 +177,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         """See KademliaProtocol; packed contacts, nearest first, after ``skip`` that are nearer."""
         point, asker = make_node(target_of(target)), make_node(sender.node_id)
         near = self.router.find_neighbors(point, MAX_CONTACTS + skip, asker)[skip:]
-        return [pack_contact(node.contact) for node in near if _may_name(node.ip, sender.ip)]
+        return [pack_contact(node.contact) for node in near if may_tell(node.ip, sender.ip)]
 
     def rpc_find_value(self, key: bytes, after: bytes) -> list[tuple[bytes, bytes]]:
         """See KademliaProtocol; records of a key with what orders them, from after ``after`` on."""
@@ -210,7 +227,10 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
     ) -> Found | None:
         """See KademliaProtocol.call_find_node and call_find_value; None where no valid answer came."""
         answer = await self._call(contact, Find(target, skip, after), on_slow, slow_s)
-        return answer if isinstance(answer, Found) else None
+        if not isinstance(answer, Found):
+            return None
+        # Else whoever answers could have us send datagrams to any machine of our own network.
+        return replace(answer, contacts=tuple(packed for packed in answer.contacts if _may_name(packed, contact.ip)))
 
     async def call_store(self, contact: Contact, encoded: bytes) -> bool:
         """See KademliaProtocol; whether it keeps the record."""
@@ -279,7 +299,7 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
             return
         newcomer = TableNode(node, trio.current_time())
         if self.router.add_contact(newcomer):
-            self._hand_over(newcomer)
+            self.newcomers.append(newcomer)
         else:
             bucket = self.router.buckets[self.router.get_bucket_for(newcomer)]
             if bucket.nodes:
@@ -297,35 +317,53 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
 
     def confirm_due(self, now_s: float, most: int) -> list[Contact]:
         """Candidates to be asked now whether they can be reached; each is named once."""
-        due = [contact for contact, (due_s, _) in self.candidates.items() if due_s <= now_s][:most]
+        due = [contact for contact, candidate in self.candidates.items() if candidate.due_s <= now_s]
+        due = sorted(due, key=lambda contact: not self.candidates[contact].proven)[:most]
         for contact in due:
             del self.candidates[contact]
         return due
 
-    def _note_candidate(self, contact: Contact) -> None:
+    def _note_candidate(self, contact: Contact, proven: bool) -> None:
         known = self.router.get(contact.node_id)
         if known is not None and known.contact == contact:
             return
         now_s = trio.current_time()
-        latest_s = self.candidates.get(contact, (0.0, now_s + CONFIRM_LATEST_S))[1]
-        if contact not in self.candidates and not self._has_room_for_candidate(contact):
-            return
-        self.candidates[contact] = (min(now_s + self.confirm_after_s, latest_s), latest_s)
+        candidate = self.candidates.get(contact)
+        if candidate is None:
+            if not self._has_room_for_candidate(contact, proven):
+                return
+            candidate = self.candidates[contact] = Candidate(now_s + CONFIRM_LATEST_S)
+        candidate.due_s = min(now_s + self.confirm_after_s, candidate.latest_s)
+        candidate.proven = candidate.proven or proven
 
-    def _has_room_for_candidate(self, contact: Contact) -> bool:
+    def _has_room_for_candidate(self, contact: Contact, proven: bool) -> bool:
+        """Who may be spoofed leaves room for others, and makes room for who is not."""
         subnet = subnet_of(contact.ip)
-        of_subnet = sum(subnet_of(other.ip) == subnet for other in self.candidates) if subnet else 0
-        return of_subnet < 2 and len(self.candidates) < MAX_CANDIDATES
+        of_subnet = [other for other in self.candidates if subnet and subnet_of(other.ip) == subnet]
+        unproven = [other for other, candidate in self.candidates.items() if not candidate.proven]
+        if not proven:
+            return len(of_subnet) < 2 and len(unproven) < MAX_UNPROVEN and len(self.candidates) < MAX_CANDIDATES
+        for crowd, most in ((of_subnet, 2), (list(self.candidates), MAX_CANDIDATES)):
+            if len(crowd) >= most:
+                spoofed = next((other for other in crowd if not self.candidates[other].proven), None)
+                if spoofed is None:
+                    return False
+                del self.candidates[spoofed]
+        return True
 
-    def _hand_over(self, newcomer: TableNode) -> None:
-        """Kademlia 2.5: of those who hold a record, the nearest hands it to a newcomer who should hold it."""
-        for key in self.storage.records.keys():  # noqa: SIM118
-            target = make_node(target_of(key))
-            near = [node for node in self.router.find_neighbors(target) if node.id != newcomer.id]
-            ours = self.source_node.distance_to(target)
-            if near and ours > near[0].distance_to(target):
+    def hand_over(self, newcomer: TableNode, keys: Sequence[bytes]) -> None:
+        """Kademlia 2.5: of those who hold a record, the nearest hands it to a newcomer who should hold it.
+
+        Takes up to 0.1 ms a key: give it a few at a time.
+        """
+        ids = [node.long_id for node in self.router if node.id != newcomer.id]
+        for key in keys:
+            target = int.from_bytes(target_of(key), "big")
+            ours = self.source_node.long_id ^ target
+            if any(other ^ target < ours for other in ids):
                 continue
-            if len(near) < BUCKET_NODES or newcomer.distance_to(target) < near[-1].distance_to(target):
+            near = heapq.nsmallest(BUCKET_NODES, (other ^ target for other in ids))
+            if len(near) < BUCKET_NODES or newcomer.long_id ^ target < near[-1]:
                 self.hand_overs.extend((newcomer.contact, encoded) for encoded in self.storage.records.encoded_of(key))
 
     # --- cookies and members -----------------------------------------------------------------------------------------
@@ -356,13 +394,14 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
         peer_id = peer_id_of(contact.public_key)
         if peer_id in self.membership.trusted:
             return True
-        peer = self._peer(contact)
-        chain = chain or peer.chain
+        known = self._peers.get((contact.public_key, contact.address))
+        chain = chain or (known.chain if known else b"")
         try:
             if not chain or not member(peer_id, chain):
                 return False
         except MeshmaxError:
             return False
+        peer = self._peer(contact)  # only now: strangers would push out the members that we know
         peer.chain, peer.checked_s = chain, trio.current_time()
         return True
 
@@ -389,6 +428,9 @@ def _fitting(parts: list[bytes], room: int) -> tuple[list[bytes], int]:
     return taken, room
 
 
-def _may_name(ip: str, to: str) -> bool:
-    """An address of a LAN means nothing to who is elsewhere, and one with a zone to nobody but us."""
-    return "%" not in ip and (subnet_of(ip) is not None or subnet_of(to) is None)
+def _may_name(packed: bytes, by: str) -> bool:
+    """Whether who is at ``by`` may name that contact; what is malformed is left to `contacts_of`."""
+    try:
+        return may_tell(unpack_contact(packed).ip, by)
+    except RemoteProtocolError:
+        return True

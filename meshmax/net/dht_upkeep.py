@@ -24,6 +24,10 @@ SWEEP_S: Final = 60.0  # between forgettings of what has expired
 CONFIRMED_PER_TURN: Final = 8
 ASKED_PER_TURN: Final = 4  # whether they are still there
 HANDED_PER_TURN: Final = 24
+NEWCOMERS_PER_TURN: Final = (
+    4  # for whom it is looked what they should hold: 2 s of work at worst, with 16,384 keys near us
+)
+KEYS_AT_ONCE: Final = 64  # looked at before others have their turn: 8 ms at worst
 STALE_S: Final = 900.0  # a node heard later than that is not asked whether it is there
 FIRST_LOOKS_S: Final = (
     30.0,
@@ -57,8 +61,7 @@ class Upkeep:
             nursery.start_soon(protocol.call_ping, contact)
         for contact in self._to_ask(protocol, now_s):
             nursery.start_soon(protocol.call_ping, contact)
-        for _ in range(min(HANDED_PER_TURN, len(protocol.hand_overs))):
-            nursery.start_soon(self._hand, protocol, *protocol.hand_overs.popleft())
+        nursery.start_soon(self._hand_over, protocol)
         if now_s - self._swept_s >= SWEEP_S and protocol is self._dht.protocol:
             self._swept_s = now_s
             for each in (protocol, *self._overlays.protocols):
@@ -73,8 +76,15 @@ class Upkeep:
         return [node.contact for node in doubted]
 
     @staticmethod
-    async def _hand(protocol: DhtProtocol, newcomer: Contact, encoded: bytes) -> None:
-        await protocol.call_store(newcomer, encoded)
+    async def _hand_over(protocol: DhtProtocol) -> None:
+        for _ in range(min(NEWCOMERS_PER_TURN, len(protocol.newcomers))):
+            newcomer, keys = protocol.newcomers.popleft(), protocol.storage.records.keys()
+            for start in range(0, len(keys), KEYS_AT_ONCE):
+                protocol.hand_over(newcomer, keys[start : start + KEYS_AT_ONCE])
+                await trio.lowlevel.checkpoint()
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(HANDED_PER_TURN, len(protocol.hand_overs))):
+                nursery.start_soon(protocol.call_store, *protocol.hand_overs.popleft())
 
     async def _look(self) -> None:
         age_s = trio.current_time() - self._started_s

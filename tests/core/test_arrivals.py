@@ -32,3 +32,11 @@ def test_what_was_refused_is_counted() -> None:
     for _ in range(int(BURST) + 7):
         arrivals.take("a", 0.0)
     assert arrivals.refused == 7
+
+
+def test_a_flood_of_made_up_addresses_takes_nothing_from_who_has_proven_his() -> None:
+    arrivals = Arrivals(0.0)
+    for number in range(10_000):
+        arrivals.take(f"spoofed {number}", 0.0)
+    assert not arrivals.take("newcomer", 0.0)
+    assert arrivals.take("known", 0.0, proven=True)

@@ -14,7 +14,7 @@ from meshmax.base.model import Signed
 from meshmax.base.providers import MAX_RECORD_BYTES, ProviderRecord
 from meshmax.core.arrivals import BURST
 from meshmax.net.dht_endpoint import CLOCK_TOLERANCE_S, MAX_SEEN
-from meshmax.net.dht_protocol import MAX_CANDIDATES
+from meshmax.net.dht_protocol import CONFIRM_AFTER_S, MAX_CANDIDATES, MAX_UNPROVEN, Membership
 from meshmax.testing.memory_datagrams import Address
 from meshmax.wire.dht import (
     Body,
@@ -292,6 +292,64 @@ async def test_a_flood_of_spoofed_senders_costs_bounded_memory_and_no_tasks(auto
         assert len(dht.endpoint._seen) <= MAX_SEEN
         assert dht.endpoint.counts["throttled"] > 0
         assert dht.endpoint._pending == {}
+
+
+def spoof(crowd: Crowd, number: int, dht_index: int = 0, **options: Any) -> None:
+    """A signed greeting of a made-up identity from a made-up address."""
+    signer, dht = crowd.signer(5000 + number), crowd.nodes[dht_index]
+    speaker = Stranger(crowd.net, signer, port=crowd.ports[0])
+    data = speaker.datagram(options.get("body", Ping()), dht.endpoint.node_id, number.to_bytes(8, "big"))
+    crowd.net.spoof(data, (f"12.{number >> 8}.{number & 255}.1", 7), crowd.ports[dht_index].address)
+
+
+async def test_spoofed_senders_do_not_keep_those_who_are_there_out_of_the_table(autojump_clock: Any) -> None:
+    async with open_crowd(2) as crowd:
+        dht = crowd.nodes[0]
+        for number in range(2 * MAX_CANDIDATES):
+            spoof(crowd, number)
+        await trio.sleep(1)
+        assert len(dht.protocol.candidates) == MAX_UNPROVEN
+        stranger = Stranger(crowd.net, crowd.signer(900))
+        stranger.answer = lambda _envelope, body, _sender: Pong() if isinstance(body, Ping) else None
+        cookie = await cookie_of(stranger, crowd)
+        await stranger.say(Ping(cookie=cookie), dht, crowd.ports[0].address)
+        await trio.sleep(CONFIRM_AFTER_S + 30)
+        assert dht.protocol.router.get(stranger.node_id) is not None
+
+
+async def test_a_flood_of_spoofed_senders_does_not_keep_known_nodes_from_being_answered(autojump_clock: Any) -> None:
+    async with open_crowd(3) as crowd:
+        await crowd.nodes[1].announce(crowd.encoded(1, KEY))
+        for number in range(2000):
+            spoof(crowd, number)
+        await trio.sleep(0.05)
+        assert crowd.nodes[0].endpoint.counts["throttled"] > 0
+        contact = Contact(crowd.nodes[0].endpoint.public_key, *crowd.ports[0].address)
+        assert await crowd.nodes[2].protocol.call_find(contact, KEY) is not None
+
+
+async def test_strangers_do_not_make_a_node_of_a_private_mesh_forget_its_members(autojump_clock: Any) -> None:
+    rules = Membership(lambda _peer, chain: chain == b"member", lambda: b"member")
+    async with open_crowd() as crowd:
+        one = await crowd.add(1, membership=rules)
+        await crowd.add(2, membership=rules, join=[crowd.ports[0].address])
+        known = dict(one.protocol._peers)
+        for number in range(50):
+            spoof(crowd, number, body=Ping(chain=b"forged"))
+        await trio.sleep(1)
+        assert dict(one.protocol._peers) == known
+
+
+async def test_nobody_elsewhere_has_us_send_datagrams_into_our_own_network(autojump_clock: Any) -> None:
+    async with open_crowd(3) as crowd:
+        liar, sent = Stranger(crowd.net, crowd.signer(900)), set()
+        inside = [Contact(bytes([n]) * 32, ip, 53) for n, ip in enumerate(("192.168.1.1", "127.0.0.1", "fd00::1"), 1)]
+        liar.answer = answering(Found(tuple(pack_contact(contact) for contact in inside)))
+        await crowd.nodes[0].protocol.call_hello(liar.port.address)
+        crowd.net.taps.append(lambda _data, _sender, to: sent.add(to[0]))
+        await crowd.nodes[0].find(KEY)
+        assert liar.port.address[0] in sent
+        assert not sent & {contact.ip for contact in inside}
 
 
 # --- nodes that lie --------------------------------------------------------------------------------------------------

@@ -102,6 +102,11 @@ def may_renew(own: Certificate, other: Certificate) -> bool:
     return "admin" in other.scopes and set(own.scopes) <= set(other.scopes)
 
 
+def is_better(own: Certificate, offered: Certificate) -> bool:
+    """Whether to take ``offered`` in place of ``own``, both as `Membership.verify` returned them."""
+    return offered.expires_at_s > own.expires_at_s and set(own.scopes) <= set(offered.scopes)
+
+
 def renew_at_s(own: Certificate, random: Any) -> float:
     """When to renew ``own`` (as `Membership.verify` returned it), Unix seconds. ``random``: a random.Random."""
     life_s = own.expires_at_s - own.issued_at_s

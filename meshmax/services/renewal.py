@@ -1,8 +1,9 @@
 """When and by whom our certificate is renewed: the due time of one chain, and the members that were asked lately.
 
 Rules: the root renews itself, even what has expired. Else connected members that may give all our scopes are asked, one after the
-other, each again after RENEW_AGAIN_S at the earliest. Not here: what a renewed certificate says (core.membership), keeping it
-(services.membership).
+other, each again after RENEW_AGAIN_S at the earliest. What they give is taken only if it is worth more than what we have: a
+chain through an admin ends with that admin's, and falls with it. Not here: what a renewed certificate says
+(core.membership), keeping it (services.membership).
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any, Final
 
 import trio
 
-from meshmax.base.errors import NotAMember, PeerGone
+from meshmax.base.errors import NotAMember, PeerGone, Refused
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import SCOPES, Certificate, Chain
-from meshmax.core.membership import RENEW_AGAIN_S, may_renew, renew_at_s
+from meshmax.core.membership import RENEW_AGAIN_S, is_better, may_renew, renew_at_s
 from meshmax.ports import Swarm
 from meshmax.services.standing import Standing
 from meshmax.services.tickets import ask_issuer
@@ -68,7 +69,9 @@ class Renewal:
             return standing.issue(standing.signer.peer_id, SCOPES, now_s, self._own.serial if self._own else 0)
         with trio.move_on_after(ASK_TIMEOUT_S):
             issued = await ask_issuer(swarm, issuer, Renew(self.chain))
-            standing.verify(issued.chain, standing.signer.peer_id, now_s)
+            offered = standing.verify(issued.chain, standing.signer.peer_id, now_s).certificate
+            if self._own is None or not is_better(self._own, offered):
+                raise Refused("the certificate that it can give is no better than ours")
             return issued.chain
         raise PeerGone(f"no answer within {ASK_TIMEOUT_S:g} s")
 

@@ -94,3 +94,37 @@ async def test_changing_the_mesh_begins_another_dht(autojump_clock: Any, tmp_pat
             a.membership.mesh = MeshId(SeededSigner(9).peer_id)
             await trio.sleep(5)
             assert a.dht.current not in (None, first)
+
+
+async def test_right_after_a_change_of_mesh_nothing_is_asked_or_announced_in_the_old_dht(
+    autojump_clock: Any, tmp_path: Path
+) -> None:
+    async with open_net() as net:
+        async with node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config()) as a:
+            await trio.sleep(2)
+            first = a.dht.current
+            other = a.membership.mesh = MeshId(SeededSigner(9).peer_id)
+            assert (a.dht.current, a.dht.contacts) == (None, 0)
+            a.dht.look_again()
+            await trio.sleep(0.2)
+            assert a.dht.current not in (None, first)
+            assert a.dht.mesh == other
+
+
+async def test_a_bootstrap_node_that_a_ticket_named_is_joined_by_and_trusted(
+    autojump_clock: Any, tmp_path: Path
+) -> None:
+    standing = private(SeededSigner(2))
+    async with open_net() as net:
+        async with (
+            node_dht(net, tmp_path / "a", 1, private(SeededSigner(4)), Config()) as a,
+            node_dht(net, tmp_path / "b", 2, standing, Config()) as b,
+        ):
+            await trio.sleep(2)
+            assert await b.dht.join([a.datagrams.address]) == 0  # it has no certificate of its own
+            host, port = a.datagrams.address
+            standing.bootstrap = (f"/ip4/{host}/tcp/{port}/p2p/{a.signer.peer_id}",)
+            before = b.dht.current
+            await trio.sleep(3)
+            assert b.dht.current not in (None, before)
+            assert b.dht.contacts == 1

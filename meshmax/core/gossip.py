@@ -6,7 +6,8 @@ neighbours lose it; nobody passes on what it has from others, so an old status o
 up to which it was told is kept. What is told is a notice; the receiver wants the body if it keeps that peer (a slot is free,
 or the peer is in its table already) and has an earlier one. Peers that the receiver is connected with tell it themselves. When
 the table is full it looks at one unknown peer every PEEK_S, which takes the place of another of hearsay. Our own status goes as
-a body if it is small, else as a notice like any other, since a neighbour that comes back may have it still.
+a body if it is small, else as a notice like any other, since a neighbour that comes back may have it still. Other bodies
+that were not wanted are not looked at: a signature costs a third of a millisecond, and a flood of them would cost a core.
 So what a peer sends grows with its neighbours (bounded, core.neighbours) and with how often they change, not with the mesh.
 Not here: whom to keep and dial (core.peers), frames and nonces (services.heartbeat).
 """
@@ -77,6 +78,9 @@ class _Neighbour(msgspec.Struct):
     fresh: bool = True  # it was told nothing yet
     owed: dict[bytes, None] = msgspec.field(default_factory=dict)  # bodies that it wants
     wants: dict[bytes, None] = msgspec.field(default_factory=dict)  # bodies that we want of it
+    awaited: dict[bytes, None] = msgspec.field(
+        default_factory=dict
+    )  # bodies that it was asked for and did not bring yet
 
 
 class Gossip:
@@ -169,6 +173,19 @@ class Gossip:
             self._table.on_told(entry, bearer, there=True)
         return True
 
+    def is_welcome(self, signed: Signed, bearer: PeerId) -> bool:
+        """Whether this status, which is not known, is worth a check: ``bearer``'s own, ours, or one that it was asked for.
+
+        Raises InvalidRequest if its signer is no PeerId.
+        """
+        if signed.signer in (bearer, self._own):
+            return True
+        neighbour, key = self._neighbours.get(bearer), key_of(signed.signer)
+        if neighbour is None or key not in neighbour.awaited:
+            return False
+        del neighbour.awaited[key]
+        return True
+
     def on_notices(self, bearer: PeerId, notices: Iterable[tuple[bytes, int]], now: float) -> bool:
         """A neighbour speaks of itself and of its neighbours; True if we want something of it now."""
         neighbour = self._neighbours.get(bearer)
@@ -215,6 +232,9 @@ class Gossip:
         if self._doubts:
             self._resolve_doubts(now)
         wants = list(neighbour.wants)
+        neighbour.awaited |= neighbour.wants
+        for key in list(neighbour.awaited)[: max(len(neighbour.awaited) - MAX_PENDING, 0)]:
+            del neighbour.awaited[key]
         neighbour.wants.clear()
         return Outgoing(tuple(statuses), notices, wants)
 

@@ -42,6 +42,7 @@ from meshmax.wire.status import (
     read_wants,
 )
 
+SAME_SIGNER: Final = 2  # statuses of one peer looked at in a message: those of two copies of it
 MAX_STATUS_STREAMS: Final = 4  # answered at once for one peer: one a connection, and those that are ending
 BEAT_PACE_S: Final = 0.1  # after each answer: checking 64 signatures takes about 20 ms, and nobody honest beats faster
 # What the other side may be silent for before we give its status stream up; it beats every heartbeat_s.
@@ -248,10 +249,13 @@ class Heartbeat:
 
     def _take_statuses(self, statuses: Sequence[Signed], bearer: PeerId, now: float) -> bool:
         check_statuses(tuple(statuses))
-        news = False
+        news, signers = False, Counter[PeerId]()
         for signed in statuses:
             if self._gossip.is_known(signed, bearer):
                 continue  # it came from another neighbour, or from itself, meanwhile
+            signers[signed.signer] += 1
+            if signers[signed.signer] > SAME_SIGNER or not self._gossip.is_welcome(signed, bearer):
+                continue
             try:
                 status: PeerStatus = read_status(signed)
             except ManifestInvalid as error:

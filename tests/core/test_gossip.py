@@ -10,9 +10,9 @@ from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus
 from meshmax.core.clones import Clones
-from meshmax.core.gossip import DOUBT_S, PEEK_S, PUSH_BYTES, Gossip, NewsLog
+from meshmax.core.gossip import DOUBT_S, MAX_PENDING, PEEK_S, PUSH_BYTES, Gossip, NewsLog
 from meshmax.core.peers import PeerTable
-from meshmax.wire.status import GONE, key_of
+from meshmax.wire.status import GONE, MAX_WANTS, key_of
 
 IDS = [peer_id_of(bytes([n]) * 32) for n in range(1, 60)]
 
@@ -70,7 +70,7 @@ class Mesh:
                 gossip = self.peers[b].gossip
                 for signed in out.statuses:
                     self.bodies += 1
-                    if not gossip.is_known(signed, IDS[a]):
+                    if not gossip.is_known(signed, IDS[a]) and gossip.is_welcome(signed, IDS[a]):
                         gossip.on_status(BODIES[signed.payload], signed, IDS[a], self.now)
                 gossip.on_notices(IDS[a], out.notices, self.now)
                 gossip.on_wants(IDS[a], out.wants)
@@ -111,6 +111,33 @@ def test_a_peer_that_nobody_vouches_for_any_more_is_forgotten() -> None:
     mesh.part(0, 1)
     mesh.beat(5)
     assert mesh.peers[2].table.entry(IDS[0]) is None
+
+
+def test_a_body_that_was_not_wanted_is_not_looked_at_and_one_that_was_is_taken_once() -> None:
+    mesh = Mesh(2)
+    mesh.join(0, 1)
+    gossip = mesh.peers[0].gossip
+    stranger = Signed(IDS[9], b"x", bytes(64))
+    assert not gossip.is_welcome(stranger, IDS[1])
+    assert gossip.is_welcome(Signed(IDS[1], b"its own", bytes(64)), IDS[1])
+    assert gossip.is_welcome(Signed(IDS[0], b"ours, as a copy of us would sign", bytes(64)), IDS[1])
+    gossip.on_notices(IDS[1], [(key_of(IDS[9]), 1)], 10.0)
+    assert not gossip.is_welcome(stranger, IDS[1])  # not asked for yet
+    assert gossip.message_for(IDS[1], 10.0).wants == [key_of(IDS[9])]
+    assert not gossip.is_welcome(stranger, IDS[5])  # nobody else was asked
+    assert gossip.is_welcome(stranger, IDS[1])
+    assert not gossip.is_welcome(stranger, IDS[1])
+
+
+def test_a_neighbour_that_names_thousands_and_brings_none_fills_nothing() -> None:
+    mesh = Mesh(2, limit=100_000)
+    mesh.join(0, 1)
+    gossip = mesh.peers[0].gossip
+    for beat in range(100):
+        gossip.on_notices(IDS[1], [((beat * 1000 + n).to_bytes(8, "big"), 1) for n in range(1000)], beat * 2.0)
+        assert len(gossip.message_for(IDS[1], beat * 2.0).wants) <= MAX_WANTS
+    assert len(gossip._neighbours[IDS[1]].awaited) <= MAX_PENDING
+    assert len(gossip._asked) <= MAX_PENDING
 
 
 def test_a_farewell_is_known_to_all_who_keep_the_peer_and_no_old_word_brings_it_back() -> None:

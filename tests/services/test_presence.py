@@ -236,6 +236,28 @@ async def test_a_status_that_is_known_already_is_not_checked_again(
     assert len(read) < 1.5 * 4 * len(set(read))
 
 
+async def test_statuses_that_nobody_asked_for_cost_no_check(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[PeerId] = []
+
+    def counted(signed: Signed) -> PeerStatus:
+        read.append(signed.signer)
+        return read_status(signed)
+
+    monkeypatch.setattr("meshmax.services.heartbeat.read_status", counted)
+    made_up = tuple(Signed(SeededSigner(seed).peer_id, b"x", bytes(64)) for seed in range(100, 164))
+    async with open_site() as site:
+        await site.peer()
+        await site.peer()
+        await trio.sleep(5)
+        frames = FrameStream(await site.swarms[1].open_stream(site.swarms[0].peer_id, STATUS))
+        for nonce in range(10):
+            await frames.send(BEAT, Beat(nonce, made_up))
+            await frames.receive(ECHO)
+        assert not set(read) & {signed.signer for signed in made_up}
+
+
 async def test_a_peer_with_an_odd_model_stays_in_the_mesh(autojump_clock: trio.testing.MockClock) -> None:
     async with open_site() as site:
         a, _ = await site.peer(), await site.peer()

@@ -13,6 +13,7 @@ import ipaddress
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain, zip_longest
 from typing import Any, Final
 
 import msgspec
@@ -151,10 +152,12 @@ class KademliaDht:
         own = self._announced.get(key)
         if own is not None and not is_withdrawal(own.record) and own.record.expires_at_s > self._unix_now():
             found[own.record.peer_id] = own.record
-        if len(found) < enough:
-            await self.look_up(key, found, enough)
-        live = sorted(found.values(), key=lambda record: (record.issued_at_s, record.peer_id), reverse=True)
-        return tuple(record for record in live if not is_withdrawal(record))[:MAX_PROVIDERS]
+        told = [list(found)]
+        if enough >= MAX_PROVIDERS or len(found) < enough:
+            await self.look_up(key, found, enough, told)
+        live = [{peer_id: None for peer_id in each if not is_withdrawal(found[peer_id])} for each in told]
+        chosen = [found[peer_id] for peer_id in self._chosen([list(each) for each in live])]
+        return tuple(sorted(chosen, key=lambda record: (record.issued_at_s, record.peer_id), reverse=True))
 
     async def announce(self, record: Signed) -> int:
         """See ports.Dht."""
@@ -211,12 +214,21 @@ class KademliaDht:
             await self.look_up(self.endpoint.node_id)
 
     async def look_up(
-        self, target: bytes, found: dict[PeerId, ProviderRecord] | None = None, enough: int = MAX_PROVIDERS
+        self,
+        target: bytes,
+        found: dict[PeerId, ProviderRecord] | None = None,
+        enough: int = MAX_PROVIDERS,
+        told: list[list[PeerId]] | None = None,
     ) -> Lookup:
-        """Find the nodes nearest ``target``; with ``found`` and a key as target, the records there, until ``enough`` are."""
+        """Find the nodes nearest ``target``; with ``found`` and a key as target, the records there, until ``enough`` are.
+
+        With MAX_PROVIDERS as ``enough`` nobody can end it by naming that many. ``told``: whom each node named.
+        """
         async with self._limit:
             crawl = _Crawl(self, target, found, enough)
             await crawl.run()
+        if told is not None:
+            told.extend(crawl.told.values())
         if size := crawl.lookup.size_estimate:
             self._sizes.pop(target, None)
             self._sizes[target] = size
@@ -247,6 +259,13 @@ class KademliaDht:
         """A node id in a bucket's range."""
         number = int.from_bytes(self._random.randbytes(20), "big")
         return (lower + number % (upper - lower + 1)).to_bytes(20, "big")
+
+    def _chosen(self, told: list[list[PeerId]]) -> list[PeerId]:
+        """At most MAX_PROVIDERS, taken in turn from what each node told: one that names many does not crowd out the others."""
+        for each in (told, *told):
+            self._random.shuffle(each)
+        ranks = chain.from_iterable(zip_longest(*told))
+        return list(dict.fromkeys(peer_id for peer_id in ranks if peer_id is not None))[:MAX_PROVIDERS]
 
     async def _store_at(self, holders: Sequence[Contact], encoded: bytes) -> int:
         took: list[bool] = []
@@ -281,6 +300,7 @@ class _Crawl:
         self._started_s = trio.current_time()
         self._first_hop, self._first_s, self._answered, self._busy = 0, 0.0, 0, 0
         self._news = trio.Event()
+        self.told: dict[Contact, list[PeerId]] = {}  # whom each node named as a provider, MAX_PROVIDERS at most
         seeds = self._protocol.router.find_neighbors(make_node(target_of(target)), WIDTH)
         self.lookup = Lookup(
             target_of(target), [(node.contact, node.id) for node in seeds], dht.endpoint.node_id, dht.network_size
@@ -308,7 +328,7 @@ class _Crawl:
         )  # fmt: skip
 
     def _is_enough(self) -> bool:
-        return self._found is not None and len(self._found) >= self._enough
+        return self._found is not None and len(self._found) >= self._enough and self._enough < MAX_PROVIDERS
 
     async def _ask(self, contact: Contact) -> None:
         def on_slow() -> None:
@@ -326,7 +346,7 @@ class _Crawl:
             records = self._dht.verified_records(self._target, answer) if self._found is not None else []
             hop = self.lookup.answered(contact, named)
             self._answered += 1
-            self._take(records, hop)
+            self._take(contact, records, hop)
         except (RemoteProtocolError, ManifestInvalid):
             self.lookup.failed(contact)
             self._protocol.banish(contact)
@@ -353,19 +373,21 @@ class _Crawl:
                 more = await self._protocol.call_find(contact, self._target, last, 0, on_slow, self._dht.slow_s)
                 if more is None or not more.records:
                     return
-                self._take(self._dht.verified_records(self._target, more), 0)
+                self._take(contact, self._dht.verified_records(self._target, more), 0)
                 answer = more
-                if not answer.more or self._is_enough():
+                if not answer.more or self._is_enough() or len(self.told[contact]) >= MAX_PROVIDERS:
                     return
         except ManifestInvalid:
             self._protocol.banish(contact)
         finally:
             on_slow()
 
-    def _take(self, records: Sequence[ProviderRecord], hop: int) -> None:
+    def _take(self, contact: Contact, records: Sequence[ProviderRecord], hop: int) -> None:
         if records and not self._first_hop:
             self._first_hop, self._first_s = hop, trio.current_time() - self._started_s
         found = self._found if self._found is not None else {}
+        told = self.told.setdefault(contact, []) if records else []
+        told.extend(record.peer_id for record in records)
         for record in records:
             known = found.get(record.peer_id)
             if known is None or known.sequence < record.sequence:

@@ -7,6 +7,8 @@ import random
 from typing import Any
 
 from meshmax.base.ids import peer_id_of
+from meshmax.base.providers import KEY_BYTES, ProviderRecord
+from meshmax.net.dht import make_node_id
 from meshmax.wire.dht import (
     MAX_CONTACTS,
     Body,
@@ -20,12 +22,13 @@ from meshmax.wire.dht import (
     node_id_of,
     pack_contact,
 )
-from tests.net.dht_site import CheapSigner, Crowd, Stranger, key_of, open_crowd
+from meshmax.wire.provider_records import encode_record, sign_record
+from tests.net.dht_site import CheapSigner, Crowd, Stranger, key_of, open_crowd, unix_now
 
 HONEST = 200
 FAKES = 1000
 # What the fakes do, and in how many networks they are. More seeds were tried by hand: docs/security.md has the figures.
-ATTACKS = (("mute", FAKES), ("censor", FAKES), ("inventor", FAKES), ("censor", 20))
+ATTACKS = (("mute", FAKES), ("censor", FAKES), ("inventor", FAKES), ("censor", 20), ("forger", FAKES))
 
 
 class FakeSigner(CheapSigner):
@@ -69,7 +72,15 @@ class Swarm:
             wanted = int.from_bytes(body.target[:20], "big")
             nearest = heapq.nsmallest(100, self.fakes, key=lambda f: int.from_bytes(f.node_id, "big") ^ wanted)
             named = [fake.contact for fake in self.chance.sample(nearest, MAX_CONTACTS)]
+        if self.manner == "forger" and len(body.target) == KEY_BYTES:  # providers that do not exist, without end
+            records = tuple(sorted((self.forged(body.target) for _ in range(3)), key=make_node_id))
+            return Found(tuple(pack_contact(contact) for contact in named[:10]), records, more=True)
         return Found(tuple(pack_contact(contact) for contact in named))
+
+    def forged(self, key: bytes) -> bytes:
+        signer, now_s = FakeSigner(self.chance.randbytes(32)), int(unix_now())
+        word = ProviderRecord(key, signer.peer_id, 1, now_s, now_s + 7200, ("/ip4/40.1.2.3/tcp/1",))
+        return encode_record(sign_record(word, signer.sign))
 
 
 async def enter_tables(crowd: Crowd, swarm: Swarm) -> None:

@@ -42,7 +42,7 @@ class RungLook(msgspec.Struct, frozen=True):
 
 
 class PortSeen(msgspec.Struct, frozen=True):
-    """A port of ours as another peer found it. ``address`` is IP:PORT as the other tried it."""
+    """A port of ours as another peer found it."""
 
     kind: PortKind
     port: int
@@ -135,7 +135,6 @@ class PeerFacts(msgspec.Struct, frozen=True):
     mesh_problem: str = ""
     certificate_left_s: float | None = None
     copies: tuple[str, ...] = ()
-    api: str = ""
 
 
 class Facts(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from meshmax.base.errors import RemoteProtocolError
+from meshmax.base.errors import NotFound, NotOffered, RemoteProtocolError
 from meshmax.cli.client import NoPeerRunning, PeerClient, Target, home_folder, open_client
 from meshmax.cli.models import HERE, AsJson
 from meshmax.cli.output import emit, emit_json, printable, table
@@ -39,13 +39,16 @@ def doctor(*, as_json: AsJson = False, target: Target = HERE) -> int:
 
 
 def _examine(client: PeerClient, *, show: bool) -> dict[str, Any]:
-    with client.open_answer("GET", _PATH) as answer:
-        for line in answer.lines():
-            if line.get("status") == "success":
-                return {key: value for key, value in line.items() if key != "status"}
-            if show:
-                sys.stderr.write(f"{printable(str(line.get('status', '')))} ...\n")
-                sys.stderr.flush()
+    try:
+        with client.open_answer("GET", _PATH, timed=True) as answer:
+            for line in answer.lines():
+                if line.get("status") == "success":
+                    return {key: value for key, value in line.items() if key != "status"}
+                if show:
+                    sys.stderr.write(f"{printable(str(line.get('status', '')))} ...\n")
+                    sys.stderr.flush()
+    except NotFound:
+        raise NotOffered(f"the peer at {client.url} is older than `meshmax doctor`: update it") from None
     raise RemoteProtocolError("the peer stopped in the middle of it; ask again")
 
 

@@ -56,7 +56,7 @@ class Patient(Protocol):
         ...
 
     def facts(self) -> PeerFacts:
-        """The rest: `control`, `joined`, `mesh`, `mesh_name`, `certificate_left_s`, `copies`, `api`."""
+        """The rest: `control`, `joined`, `mesh`, `mesh_name`, `certificate_left_s`, `copies`."""
         ...
 
     async def machine(self) -> MachineFacts:

@@ -95,6 +95,11 @@ def test_an_answer_that_stops_in_the_middle_is_an_error(
     assert "ask again" in capsys.readouterr().err
 
 
+def test_a_peer_that_knows_no_doctor_is_said_to_be_old(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) not in (0, 1)
+    assert "older than `meshmax doctor`: update it" in capsys.readouterr().err
+
+
 def test_without_a_peer_the_machine_alone_is_looked_at(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -106,7 +106,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
     ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
     only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
-    ``dht``: take part in the DHT where the mesh is private or bootstrap nodes are configured.
+    ``dht``: take part in the DHT where the mesh is private or a bootstrap node is known.
     ``dht_port``: the UDP port (DHT, STUN), or the next free one; the default stands for the number of the control port.
     ``observer_port`` likewise, of the TCP observer.
     ``serve``: what is done for strangers; ``max_guests``: how many of them may be connected at once.

@@ -98,7 +98,10 @@ class PeerTable:
             return
         fresh = tuple(dict.fromkeys(addresses))[:MAX_ADDRESSES]
         news = not set(fresh) <= set(entry.addresses)
-        entry.addresses = tuple(dict.fromkeys((*fresh, *entry.addresses)))[:MAX_ADDRESSES]
+        # What the peer itself signed is not pushed out by what anybody may say of it.
+        signed = entry.status.addresses if entry.status else ()
+        said = (*fresh[: MAX_ADDRESSES // 2], *signed, *fresh, *entry.addresses)
+        entry.addresses = tuple(dict.fromkeys(said))[:MAX_ADDRESSES]
         entry.asked = entry.asked or asked
         if entry.leaving and hearsay:
             return

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.base.model import Signed
-from meshmax.base.status import PeerStatus, Vitals
+from meshmax.base.status import MAX_ADDRESSES, PeerStatus, Vitals
 from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS, TRIALS
 from meshmax.core.peers import (
     CANARY_BACKOFF_S,
@@ -239,6 +239,17 @@ def test_peers_that_a_list_names_push_none_out_that_was_seen() -> None:
     peers.on_sighting(IDS[3], [at(3)], 6.0)
     peers.on_sighting(IDS[4], [at(4)], 6.0)
     assert all(peers.entry(IDS[number]) for number in range(1, 5))
+
+
+def test_addresses_that_a_peer_signed_are_dialled_whatever_is_announced_in_its_name() -> None:
+    peers = table()
+    status, signed = said(IDS[5], 1)
+    peers.on_status(status, signed, bearer=IDS[1], now=0.0)
+    peers.on_sighting(IDS[5], [at(number) for number in range(50, 80)], 1.0)
+    (dial,) = peers.tick(5.0)
+    assert set(status.addresses) < set(dial.addresses)
+    assert dial.addresses[0] == at(50)  # one that moved is found: what was said last comes first
+    assert len(dial.addresses) == MAX_ADDRESSES
 
 
 def test_one_that_said_farewell_and_is_named_by_a_list_again_is_dialled() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from meshmax.cli.main import main
@@ -116,6 +117,18 @@ def test_without_a_peer_a_mesh_is_made_shown_and_left_in_the_files(
     assert main(["mesh", "leave"]) == 0
     assert MeshFiles(home).load_own() is None
     assert MeshFiles(home).load_root(own.mesh) is not None
+
+
+def test_without_a_peer_bootstrap_nodes_of_tickets_are_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mesh", "new", "x"]) == 0
+    files = MeshFiles(home)
+    own = files.load_own()
+    assert own is not None
+    named = f"/ip4/192.0.2.1/tcp/11435/p2p/{own.mesh}"
+    files.save_own(msgspec.structs.replace(own, bootstrap=(named,)))
+    capsys.readouterr()
+    assert main(["mesh"]) == 0
+    assert f"bootstrap {named} (a ticket named it" in capsys.readouterr().out
 
 
 def test_a_home_that_a_starting_peer_holds_is_not_changed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,8 @@ def test_sentences_say_who_and_what_to_do() -> None:
     assert "in another mesh" in sentences(alone(refused=(OTHER,)))
     assert "the clock of B is 3 h behind this machine's" in sentences(peer(told(clock_ahead_s=-HOURS_3)))
     assert "this machine is 3 h slow: 3 of 3" in sentences(peer(*[told(clock_ahead_s=HOURS_3)] * 3))
+    learnt = sentences(peer(bootstrap=(BootstrapSeen("/b", "refused", "ticket"),)))
+    assert "the bootstrap node /b (a ticket named it) does not answer: refused" in learnt
     silent = sentences(peer(tried("silent")))
     assert "TCP port 11435 of this machine cannot be reached from outside" in silent
     assert "ufw allow 11435/tcp" in silent

@@ -9,16 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import trio
 
 from meshmax.base.config import Config
+from meshmax.base.errors import PeerGone
 from meshmax.base.membership import SCOPES, Certificate, MeshId
-from meshmax.node.dht import NodeDht
+from meshmax.node.dht import NodeDht, _udp_places
+from meshmax.services.observe import ObserveServer
 from meshmax.services.standing import Standing
+from meshmax.services.strangers import NoMesh
 from meshmax.store.dht_file import load_dht
 from meshmax.store.mesh_files import OwnMesh
 from meshmax.testing.memory_datagrams import MemoryNet, open_net
-from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.testing.memory_swarm import MemoryNetwork, SeededSigner
 from meshmax.wire.membership import sign_certificate
 from tests.net.dht_site import EPOCH_S, unix_now
 
@@ -36,19 +40,26 @@ async def run_sync(work: Any) -> Any:
     return work()
 
 
+async def nobody(*_: Any) -> Any:
+    await trio.lowlevel.checkpoint()
+    raise PeerGone("nobody is connected")
+
+
 @asynccontextmanager
-async def node_dht(net: MemoryNet, home: Path, seed: int, standing: Standing, config: Config) -> AsyncIterator[Any]:
+async def node_dht(
+    net: MemoryNet, home: Path, seed: int, standing: Standing, config: Config, udp_port: int = 11435
+) -> AsyncIterator[Any]:
     signer = SeededSigner(seed)
     home.mkdir(exist_ok=True)
     node: Any = SimpleNamespace(
         config=config,
         signer=signer,
-        datagrams=net.open(),
+        datagrams=net.open(port=udp_port),
         home=SimpleNamespace(path=home),
         world=SimpleNamespace(random=random.Random(seed), unix_now=unix_now, run_sync=run_sync),
         membership=SimpleNamespace(mesh=standing.mesh, standing=standing),
-        swarm=SimpleNamespace(connections=dict),
-        presence=SimpleNamespace(addresses_of=lambda peer_id: ()),
+        swarm=SimpleNamespace(connections=dict, open_stream=nobody),
+        presence=SimpleNamespace(addresses_of=lambda peer_id: (), view=lambda peer_id: None),
     )
     node.dht = NodeDht(node)
     async with trio.open_nursery() as nursery:
@@ -128,3 +139,66 @@ async def test_a_bootstrap_node_that_a_ticket_named_is_joined_by_and_trusted(
             await trio.sleep(3)
             assert b.dht.current not in (None, before)
             assert b.dht.contacts == 1
+
+
+# --- ports -----------------------------------------------------------------------------------------------------------
+
+ELSEWHERE = 11999  # a UDP port that nobody would guess from the control port's number
+
+
+def knows(node: Any, other: Any, udp_port: int) -> None:
+    """``node`` is connected to ``other``, which told this UDP port and a control port of another number."""
+    status = SimpleNamespace(udp_port=udp_port)
+    node.swarm.connections = lambda: {other.signer.peer_id: None}
+    node.presence.view = lambda _: SimpleNamespace(status=status)
+    node.presence.addresses_of = lambda _: (f"/ip4/{other.datagrams.address[0]}/tcp/11435", "/dns4/a.test/tcp/1")
+
+
+async def test_a_member_whose_udp_port_is_another_one_is_joined_by_what_it_tells(
+    autojump_clock: Any, tmp_path: Path
+) -> None:
+    async with open_net() as net:
+        async with (
+            node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config(), ELSEWHERE) as a,
+            node_dht(net, tmp_path / "b", 2, private(SeededSigner(2)), Config()) as b,
+        ):
+            knows(b, a, 0)
+            await trio.sleep(10)
+            assert b.dht.contacts == 0
+            knows(b, a, ELSEWHERE)
+            await trio.sleep(70)
+            assert b.dht.contacts == 1
+
+
+async def test_a_bootstrap_node_is_asked_for_its_udp_port_where_it_is_connected(
+    autojump_clock: Any, tmp_path: Path
+) -> None:
+    network = MemoryNetwork()
+    async with (
+        open_net() as net,
+        network.open_swarm(SeededSigner(1), NoMesh()) as bootstrap,
+        network.open_swarm(SeededSigner(2)) as swarm,
+        node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config(), ELSEWHERE) as a,
+        node_dht(net, tmp_path / "b", 2, private(SeededSigner(2)), Config()) as b,
+    ):
+        ObserveServer(ELSEWHERE, 0, ()).register(bootstrap)
+        b.swarm = swarm
+        b.membership.standing.bootstrap = (f"/ip4/{a.datagrams.address[0]}/tcp/11435/p2p/{bootstrap.peer_id}",)
+        await trio.sleep(10)
+        assert b.dht.contacts == 0
+        await swarm.dial(bootstrap.peer_id, bootstrap.addresses, guest=True)
+        await trio.sleep(70)
+        assert b.dht.contacts == 1
+
+
+async def test_names_that_peers_tell_are_not_looked_up(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def looked_up(*_: Any, **__: Any) -> Any:
+        await trio.sleep(60)
+        return [(0, 0, 0, "", ("11.0.0.1", 0))]
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", looked_up)
+    texts = ("/ip4/11.0.0.7/tcp/5", "/dns4/a.test/tcp/6", "/ip4/11.0.0.8/tcp/5/p2p-circuit")
+    assert await _udp_places(texts, 9) == [("11.0.0.7", 9), ("11.0.0.7", 5)]
+    began_s = trio.current_time()
+    assert await _udp_places(texts[1:], 9, names=True) == []
+    assert trio.current_time() - began_s < 10

@@ -37,6 +37,13 @@ class NewBody(msgspec.Struct, forbid_unknown_fields=True):
     name: Annotated[str, msgspec.Meta(max_length=MAX_PEER)]
 
 
+class RejoinBody(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of POST /api/v1/mesh/rejoin. ``mesh``: its id or name, '' the only one; ``name``: '' as it was called."""
+
+    mesh: Annotated[str, msgspec.Meta(max_length=MAX_PEER)] = ""
+    name: Annotated[str, msgspec.Meta(max_length=MAX_PEER)] = ""
+
+
 class JoinBody(msgspec.Struct, forbid_unknown_fields=True):
     """The body of POST /api/v1/mesh/join."""
 
@@ -57,6 +64,10 @@ class TicketBody(msgspec.Struct, forbid_unknown_fields=True):
     uses: Annotated[int, msgspec.Meta(ge=1, le=MAX_USES)] = 1
 
 
+class WithdrawBody(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of POST /api/v1/mesh/tickets/withdraw: {}."""
+
+
 class LeaveBody(msgspec.Struct, forbid_unknown_fields=True):
     """The body of POST /api/v1/mesh/leave: {}."""
 
@@ -74,7 +85,7 @@ class _Shows(Protocol):
 class _Acts(Protocol):
     async def create(self, name: str) -> MeshView: ...
 
-    async def ticket(self, scopes: Sequence[Scope], expires_s: float, uses: int) -> str: ...
+    async def rejoin(self, wanted: str, name: str) -> MeshView: ...
 
     async def join(self, ticket_text: str) -> MeshView: ...
 
@@ -83,7 +94,13 @@ class _Acts(Protocol):
     async def leave(self) -> None: ...
 
 
-class ShownMembership(_Shows, _Acts, Protocol):
+class _Invites(Protocol):
+    async def ticket(self, scopes: Sequence[Scope], expires_s: float, uses: int) -> str: ...
+
+    async def withdraw_tickets(self) -> int: ...
+
+
+class ShownMembership(_Shows, _Acts, _Invites, Protocol):
     """`services.membership`, as far as it is shown here."""
 
 
@@ -113,7 +130,9 @@ class MembershipFace:
             route("/api/v1/mesh/join", self.join, post),
             route("/api/v1/mesh/leave", self.leave, post),
             route("/api/v1/mesh/revoke", self.revoke, post),
+            route("/api/v1/mesh/rejoin", self.rejoin, post),
             route("/api/v1/mesh/tickets", self.ticket, post),
+            route("/api/v1/mesh/tickets/withdraw", self.withdraw, post),
         ]
 
     async def show(self, _request: Request) -> Response:
@@ -134,6 +153,16 @@ class MembershipFace:
         body = await read_words(request, JoinBody)
         parse_ticket(body.ticket)  # what is no ticket is refused before anything is asked
         return json_reply(mesh_json(await self._node.membership.join(body.ticket)))
+
+    async def rejoin(self, request: Request) -> Response:
+        """POST /api/v1/mesh/rejoin: into a mesh whose root key is on this machine."""
+        body = await read_words(request, RejoinBody)
+        return json_reply(mesh_json(await self._node.membership.rejoin(body.mesh, body.name)))
+
+    async def withdraw(self, request: Request) -> Response:
+        """POST /api/v1/mesh/tickets/withdraw: tickets that this node gave out are worth nothing any more."""
+        await read_words(request, WithdrawBody)
+        return json_reply({"withdrawn": await self._node.membership.withdraw_tickets()})
 
     async def leave(self, request: Request) -> Response:
         """POST /api/v1/mesh/leave: back to the open mesh."""

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -78,12 +78,39 @@ def revoke(peer: str, /, *, as_json: AsJson = False, target: Target = HERE) -> N
     if as_json:
         emit_json(answer)
     else:
-        emit(f"{answer['peer_id']} is no member any more. Tickets that were given out before go on: it may hold one.")
+        emit(
+            f"{answer['peer_id']} is no member any more. Tickets that were given out before go on, and it may hold one:"
+            " `meshmax ticket --withdraw` takes back those of a peer."
+        )
+
+
+@mesh.command
+def rejoin(
+    mesh_: Annotated[str, Parameter(name="MESH", help="Its id or name; not needed where one root key is here.")] = "",
+    /,
+    *,
+    name: Annotated[str, Parameter(help="What the mesh is called, if its key came from elsewhere.")] = "",
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
+    """Come back into a mesh whose root key is on this machine: after leaving it, or with a copy put into mesh/roots/."""
+    if runs_none(target):
+        with held_mesh(target) as (files, peer_id):
+            _require_open(files, root := files.find_root(mesh_))
+            files.rejoin(root, peer_id, time.time(), name)
+            files.drop_pending()
+        answer = _local_view(target)
+    else:
+        answer = _asked(target, "POST", "/api/v1/mesh/rejoin", {"mesh": mesh_, "name": name})
+    _tell(answer, as_json)
 
 
 @mesh.command
 def leave(*, as_json: AsJson = False, target: Target = HERE) -> None:
-    """Leave the private mesh: this peer is in the open mesh of its LAN again. A root key stays where it is."""
+    """Leave the private mesh: this peer is in the open mesh of its LAN again.
+
+    Its tickets are worth nothing any more. A root key stays where it is: `meshmax mesh rejoin` comes back with it.
+    """
     if runs_none(target):
         with held_mesh(target) as (files, _):
             files.leave()
@@ -164,10 +191,15 @@ def held_mesh(target: Target) -> Iterator[tuple[MeshFiles, PeerId]]:
 
 def _make(name: str, target: Target) -> None:
     with held_mesh(target) as (files, peer_id):
-        if (own := files.load_own()) is not None:
-            raise InvalidRequest(f"this peer is in the mesh '{own.name}' already: `meshmax mesh leave` leaves it first")
+        _require_open(files)
         files.found(name, peer_id, time.time())
         files.drop_pending()
+
+
+def _require_open(files: MeshFiles, but: str = "") -> None:
+    own = files.load_own()
+    if own is not None and own.mesh != but:
+        raise InvalidRequest(f"this peer is in the mesh '{own.name}' already: `meshmax mesh leave` leaves it first")
 
 
 def _local_view(target: Target) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def ticket(
         str, Parameter(help="What its user may do: infer (have prompts answered), pull (be sent models), admin.")
     ] = "infer,pull",
     uses: Annotated[int, Parameter(help="How many peers can use it.")] = 1,
+    withdraw: Annotated[bool, Parameter(help="Make none, but take back all that this peer gave out.")] = False,
     no_qr: Annotated[bool, Parameter(help="Print no QR code.")] = False,
     as_json: AsJson = False,
     target: Target = HERE,
@@ -44,6 +45,9 @@ def ticket(
 
     Into a pipe only the ticket's text is printed: `meshmax ticket | ssh other meshmax join`.
     """
+    if withdraw:
+        _withdraw(as_json, target)
+        return
     body = {"expires_s": parse_span_s(expires), "scopes": parse_scopes(scope), "uses": uses}
     with open_client(target) as client:
         answer = client.call("POST", "/api/v1/mesh/tickets", body)
@@ -53,6 +57,16 @@ def ticket(
         emit(printable(answer["ticket"]))
     else:
         emit(invitation(answer, time.time(), shutil.get_terminal_size().columns, qr=not no_qr))
+
+
+def _withdraw(as_json: bool, target: Target) -> None:
+    with open_client(target) as client:
+        answer = client.call("POST", "/api/v1/mesh/tickets/withdraw", {})
+    if as_json:
+        emit_json(answer)
+    else:
+        count = answer["withdrawn"]
+        emit(f"{'One ticket' if count == 1 else f'{count} tickets'} that could still be used will be refused now.")
 
 
 def invitation(answer: dict[str, Any], now_s: float, width: int, qr: bool) -> str:

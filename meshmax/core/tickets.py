@@ -92,9 +92,9 @@ class Tickets:
         self._given[index] = msgspec.structs.replace(ticket, used_by=(*ticket.used_by, peer_id))
         return ticket.scopes
 
-    def withdraw_all(self) -> int:
-        """Nobody new may use a ticket given so far; how many were taken back."""
-        count, self._given = len(self._given), []
+    def withdraw_all(self, now_s: float) -> int:
+        """Nobody may use a ticket given so far any more; how many somebody still could have."""
+        count, self._given = self.open_count(now_s), []
         return count
 
     def open_count(self, now_s: float) -> int:

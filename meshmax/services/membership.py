@@ -10,7 +10,6 @@ files (store.mesh_files), a ticket on its way (services.joining).
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -50,7 +49,7 @@ from meshmax.telemetry.log import get_logger
 from meshmax.wire import membership as wire
 from meshmax.wire.failure import failure_of
 from meshmax.wire.protocols import BLOB, INFER, LANE, MEMBER, MODEL, TICKET
-from meshmax.wire.ticket import parse_ticket, ticket_text
+from meshmax.wire.ticket import parse_ticket
 
 GUARDS: Final[dict[str, tuple[Scope, ...]]] = {  # any one of these scopes opens the protocol; others are any member's
     INFER: ("infer",),
@@ -206,33 +205,30 @@ class MembershipService:
             await self._enter(own)
         return self.view()
 
+    async def rejoin(self, wanted: str = "", name: str = "") -> MeshView:
+        """Come back into a mesh by its root key, which is here: see `MeshFiles.find_root` and `MeshFiles.rejoin`.
+
+        Raises InvalidRequest (in another mesh, no such key), ConfigError, StoreError.
+        """
+        async with self._writing:
+            mesh = await self._run_sync(partial(self._files.find_root, wanted))
+            if self._standing.mesh != mesh:
+                self._require_open()
+            rejoin = partial(self._files.rejoin, mesh, self._signer.peer_id, self._unix_now(), name)
+            own = await self._run_sync(rejoin)
+            await self._run_sync(self._files.drop_pending)
+            self._stop_joining()
+            await self._enter(own)
+        return self.view()
+
     async def ticket(self, scopes: Sequence[Scope], expires_s: float, uses: int) -> str:
         """The text of a new ticket. Raises InvalidRequest, OutOfScope, NotAMember, QuotaExceeded, StoreError."""
-        standing, now_s = self._standing, self._unix_now()
-        if standing.core is None:
-            raise InvalidRequest("the open mesh needs no tickets: `meshmax mesh new NAME` makes a mesh that has them")
-        own = standing.own(now_s)
-        if standing.root is None and own and not {"admin", *scopes} <= set(own.scopes):
-            raise OutOfScope(
-                "a ticket can give what its giver has, and needs the scope admin: " + ", ".join(own.scopes)
-            )
-        secret = secrets.token_bytes(wire.SECRET_BYTES)
-        given = standing.tickets.give(secret, scopes, expires_s, uses, now_s)
-        await self._keep_tickets(standing)
-        addresses = _reachable(self._swarm.addresses)
-        bootstrap = tuple(each.address for each in self.bootstrap())[:MAX_TICKET_ADDRESSES]
-        return ticket_text(
-            Ticket(
-                standing.mesh,
-                standing.name,
-                self._signer.peer_id,
-                secret,
-                given.scopes,
-                given.expires_at_s,
-                addresses,
-                bootstrap,
-            )
-        )
+        bootstrap = [each.address for each in self.bootstrap()]
+        return await self.desk.give(scopes, expires_s, uses, _reachable(self._swarm.addresses), bootstrap)
+
+    async def withdraw_tickets(self) -> int:
+        """Take back every ticket that this node gave out; how many could still be used. Raises InvalidRequest, StoreError."""
+        return await self.desk.withdraw_all()
 
     async def join(self, text: str) -> MeshView:
         """Join with a ticket; returns after the first outcome, or JOIN_WAIT_S: see `MeshView.problem`, it goes on behind.

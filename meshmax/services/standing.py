@@ -88,6 +88,10 @@ class Standing:
         if len(self._members) > MAX_MEMBERS:
             self._members.popitem(last=False)
 
+    def knows(self, peer_id: PeerId) -> bool:
+        """Whether it has proved to be a member, and was not found to be none any more."""
+        return peer_id in self._members
+
     def forget(self, peer_id: PeerId) -> None:
         """It is no member any more."""
         self._members.pop(peer_id, None)

@@ -5,6 +5,7 @@
     tickets.json          tickets of one mesh that this node gave out (hashes of their secrets)
     ticket                a ticket's text that is to be redeemed when the peer runs; removed then
     roots/<MeshId>.key    root keys of meshes made here, PKCS #8 PEM; never overwritten, and kept when the mesh is left
+    roots/<MeshId>.json   of a mesh that was left with its root key here: its name and revocations, to come back with
 
 Rules: each file is the old or the new one, whole; revocations and tickets name their mesh, so that those of a mesh that was
 left count for nothing. A file that is damaged is a ConfigError and never taken for none: a node must not fall into the open
@@ -39,7 +40,7 @@ from meshmax.core.tickets import MAX_TICKETS, MAX_USES, GivenTicket
 from meshmax.store.disk import Disk, sweep_temps, translated
 from meshmax.store.identity import Identity, create_key, load_key
 from meshmax.wire.membership import sign_certificate
-from meshmax.wire.ticket import MAX_PASTED
+from meshmax.wire.ticket import MAX_PASTED, parse_ticket
 
 FOLDER: Final = "mesh"
 MEMBER_FILE: Final = "member.json"
@@ -54,6 +55,8 @@ _MAX_BYTES: Final = {
     TICKETS_FILE: MAX_TICKETS * (512 + 64 * MAX_USES),  # a hash, and 52 characters a use
     PENDING_FILE: MAX_PASTED * 4,
 }
+_MAX_LEFT_BYTES: Final = _MAX_BYTES[REVOCATIONS_FILE]
+_LEFT_REMEDY: Final = "put back a copy of it, or move it away: other members tell the revocations again"
 _REMEDY: Final = {
     MEMBER_FILE: "put back a copy of it, or move it away to be in the open mesh and join again with a new ticket",
     REVOCATIONS_FILE: "put back a copy of it, or move it away: other members tell it again",
@@ -76,6 +79,12 @@ class OwnMesh(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 class _Notices(msgspec.Struct, frozen=True):
     mesh: MeshId
     notices: tuple[RevocationNotice, ...]
+
+
+class _Left(msgspec.Struct, frozen=True):
+    mesh: MeshId
+    name: str
+    notices: tuple[RevocationNotice, ...] = ()
 
 
 class _Given(msgspec.Struct, frozen=True):
@@ -117,17 +126,23 @@ class MeshFiles:
         self._save(MEMBER_FILE, own)
 
     def leave(self) -> None:
-        """We are in the open mesh from now on; root keys stay. Raises StoreError."""
+        """We are in the open mesh from now on; root keys stay, and what is needed to use them. Raises ConfigError, StoreError."""
+        self._keep_to_return()
         with translated(f"{self.folder} was not changed"):
-            for name in (
-                MEMBER_FILE,
-                REVOCATIONS_FILE,
-                TICKETS_FILE,
-                PENDING_FILE,
-            ):  # what says that we are in it first
+            # What would lead us into it again first, then what says that we are in it.
+            for name in (PENDING_FILE, MEMBER_FILE, REVOCATIONS_FILE, TICKETS_FILE):
                 self._disk.unlink(self.folder / name)
             if self.folder.is_dir():
                 self._disk.sync_folder(self.folder)
+
+    def _keep_to_return(self) -> None:
+        """The root outlives its membership: without the revocations it would let in again whom it threw out."""
+        try:
+            own = self.load_own()
+        except ConfigError:
+            return  # damaged: leaving is the way out of it
+        if own is not None and self.root_path(own.mesh).exists():
+            self._save(_left_name(own.mesh), _Left(own.mesh, own.name, self.load_notices(own.mesh)))
 
     # --- root keys -----------------------------------------------------------------------------------------------------
 
@@ -153,6 +168,52 @@ class MeshFiles:
         if root.peer_id != PeerId(mesh):
             raise ConfigError(f"the root key {path} is of another mesh: its name is the mesh that it belongs to")
         return root
+
+    def find_root(self, wanted: str = "") -> MeshId:
+        """The mesh with the id or the name ``wanted`` whose root key is here; '': the only one. Raises InvalidRequest."""
+        names = {mesh: self._left(mesh).name for mesh in self._roots()}
+        found = [mesh for mesh, name in names.items() if wanted in ("", mesh, name)]
+        if len(found) == 1:
+            return found[0]
+        if not names:
+            raise InvalidRequest(
+                f"no root key is here: copy it to {self.folder / ROOTS_FOLDER} under its own name, or join with a ticket"
+            )
+        shown = ", ".join(f"{mesh} ({name})" if name else mesh for mesh, name in sorted(names.items()))
+        raise InvalidRequest(f"say of which mesh; root keys are here of {shown}")
+
+    def rejoin(self, mesh: MeshId, peer_id: PeerId, now_s: float, name: str = "") -> OwnMesh:
+        """Make ``peer_id`` a member of ``mesh``, all scopes, by its root key; revocations that were kept count again.
+
+        ``name``: '' as it was called. Raises InvalidRequest (no key, no name), ConfigError, StoreFull, StoreError.
+        """
+        root = self.load_root(mesh)
+        if root is None:
+            raise InvalidRequest(f"the root key {self.root_path(mesh)} is not here")
+        own, left = self.load_own(), self._left(mesh)
+        known = own.name if own is not None and own.mesh == mesh else left.name
+        if not name and not known:
+            raise InvalidRequest("what the mesh is called is not known here: say it, `meshmax mesh rejoin --name NAME`")
+        name = check_mesh_name(name or known)
+        revocations = Membership(mesh, (*left.notices, *self.load_notices(mesh)), now_s).revocations
+        membership = Membership(mesh, revocations.notices(), now_s)
+        certificate = membership.issue(peer_id, SCOPES, now_s, issuer=(), issuer_id=root.peer_id)
+        back = OwnMesh(mesh, name, (sign_certificate(certificate, root.peer_id, root.sign),))
+        self.save_notices(mesh, revocations.notices())
+        self.save_own(back)
+        return back
+
+    def _roots(self) -> tuple[MeshId, ...]:
+        names = (path.stem for path in (self.folder / ROOTS_FOLDER).glob("*.key"))
+        return tuple(MeshId(name) for name in names if _is_id(name))
+
+    def _left(self, mesh: MeshId) -> _Left:
+        left = self._load(_left_name(mesh), _Left)
+        if left is None:
+            return _Left(mesh, "")
+        if left.mesh != mesh or len(left.name) > MAX_MESH_NAME:
+            self._damaged(_left_name(mesh))
+        return left
 
     def root_path(self, mesh: MeshId) -> Path:
         """Where the root key of ``mesh`` is, if it is here. Raises InvalidRequest for what is no mesh."""
@@ -199,9 +260,10 @@ class MeshFiles:
         if raw is None:
             return None
         try:
-            return raw.decode("ascii")
-        except UnicodeDecodeError:
+            parse_ticket(text := raw.decode("ascii"))
+        except (UnicodeDecodeError, InvalidRequest):
             self._damaged(PENDING_FILE)
+        return text
 
     def save_pending(self, text: str) -> None:
         """Keep a ticket for the next start. Raises StoreFull, StoreError."""
@@ -224,7 +286,7 @@ class MeshFiles:
             self._damaged(name)
 
     def _read(self, name: str) -> bytes | None:
-        path, limit = self.folder / name, _MAX_BYTES[name]
+        path, limit = self.folder / name, _MAX_BYTES.get(name, _MAX_LEFT_BYTES)
         try:
             with path.open("rb") as file:
                 raw = file.read(limit + 1)
@@ -237,7 +299,7 @@ class MeshFiles:
         return raw
 
     def _damaged(self, name: str) -> NoReturn:
-        raise ConfigError(f"{self.folder / name} is damaged: {_REMEDY[name]}")
+        raise ConfigError(f"{self.folder / name} is damaged: {_REMEDY.get(name, _LEFT_REMEDY)}")
 
     def _save(self, name: str, word: Any) -> None:
         self._write(name, msgspec.json.encode(word))
@@ -252,3 +314,15 @@ class MeshFiles:
             return
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         self._disk.sync_folder(self.folder.parent)
+
+
+def _left_name(mesh: MeshId) -> str:
+    return f"{ROOTS_FOLDER}/{parse_peer_id(mesh)}.json"
+
+
+def _is_id(text: str) -> bool:
+    try:
+        parse_peer_id(text)
+    except InvalidRequest:
+        return False
+    return True

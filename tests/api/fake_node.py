@@ -327,6 +327,14 @@ class FakeMembership:
         self.did.append(("ticket", scopes, expires_s, uses))
         return ticket_text(Ticket(MeshId(OURS), "home", OURS, bytes(16), tuple(scopes), 1_800_000_000))
 
+    async def withdraw_tickets(self) -> int:
+        await trio.lowlevel.checkpoint()
+        return 3
+
+    async def rejoin(self, wanted: str, name: str) -> MeshView:
+        self.did.append(("rejoin", wanted, name))
+        return await self.create(name or "home")
+
     async def join(self, ticket_text: str) -> MeshView:
         await trio.lowlevel.checkpoint()
         if self.now.mesh:

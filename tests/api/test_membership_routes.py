@@ -125,3 +125,15 @@ async def test_a_web_page_of_elsewhere_may_not_ask_for_tickets(client: httpx.Asy
     form = await client.post("/api/v1/mesh/tickets", content="{}", headers={"content-type": "text/plain"})
     assert form.status_code == 415
     assert node.membership.did == []
+
+
+async def test_tickets_are_taken_back(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/api/v1/mesh/tickets/withdraw", json={})).json() == {"withdrawn": 3}
+    assert (await client.post("/api/v1/mesh/tickets/withdraw", json={"which": 1})).status_code == 400
+
+
+async def test_a_mesh_is_come_back_to(client: httpx.AsyncClient, node: Any) -> None:
+    answer = (await client.post("/api/v1/mesh/rejoin", json={"mesh": OURS, "name": "house"})).json()
+    assert (answer["name"], answer["root"]) == ("house", True)
+    assert (await client.post("/api/v1/mesh/rejoin", json={})).status_code == 200
+    assert node.membership.did == [("rejoin", OURS, "house"), ("rejoin", "", "")]

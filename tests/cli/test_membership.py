@@ -158,3 +158,27 @@ def test_an_identity_that_is_not_the_members_is_told(home: Path, capsys: pytest.
 def test_what_needs_a_running_peer_says_so(home: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command) == 4
     assert "start one with `meshmax peer`" in capsys.readouterr().err
+
+
+def test_the_running_peer_comes_back_into_a_mesh(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("POST", "/api/v1/mesh/rejoin", PRIVATE)
+    assert main(["mesh", "rejoin"]) == 0
+    assert main(["mesh", "rejoin", "house", "--name", "home", "--json"]) == 0
+    assert fake_peer.bodies("/api/v1/mesh/rejoin") == [{"mesh": "", "name": ""}, {"mesh": "house", "name": "home"}]
+
+
+def test_without_a_peer_a_mesh_is_come_back_to_in_the_files(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mesh", "rejoin"]) == 2
+    assert "no root key is here" in capsys.readouterr().err
+    assert main(["mesh", "new", "house"]) == 0
+    own = MeshFiles(home).load_own()
+    assert own is not None
+    assert main(["mesh", "leave"]) == 0
+    capsys.readouterr()
+    assert main(["mesh", "rejoin", "house", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["mesh"], shown["name"], shown["root"]) == (own.mesh, "house", True)
+    assert main(["mesh", "leave"]) == 0
+    assert main(["mesh", "new", "other"]) == 0
+    assert main(["mesh", "rejoin", "house"]) == 2
+    assert "`meshmax mesh leave` leaves it first" in capsys.readouterr().err

@@ -164,3 +164,12 @@ def test_a_ticket_that_was_given_as_an_argument_is_gone_from_the_process_list(tm
     assert TEXT.encode() not in shown
     assert TEXT[8:40].encode() not in shown
     assert b"*" * len(TEXT) in shown
+
+
+def test_tickets_are_taken_back_and_none_is_made(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("POST", "/api/v1/mesh/tickets/withdraw", {"withdrawn": 1})
+    assert main(["ticket", "--withdraw"]) == 0
+    assert capsys.readouterr().out == "One ticket that could still be used will be refused now.\n"
+    assert main(["ticket", "--withdraw", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"withdrawn": 1}
+    assert fake_peer.bodies("/api/v1/mesh/tickets") == []

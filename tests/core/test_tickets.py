@@ -84,7 +84,7 @@ def test_uses_are_counted_over_a_restart() -> None:
 
 def test_tickets_can_be_taken_back() -> None:
     made = tickets(5)
-    assert made.withdraw_all() == 1
+    assert made.withdraw_all(NOW_S) == 1
     with pytest.raises(NotAMember, match="withdrawn"):
         made.redeem(SECRET, A.peer_id, NOW_S)
 

@@ -3,11 +3,16 @@
 from pathlib import Path
 
 import msgspec
+import pytest
 import trio
 import trio.testing
 
-from meshmax.base.errors import InvalidRequest, NotAMember
+from meshmax.base.errors import Busy, InvalidRequest, MeshmaxError, NotAMember, StoreError
+from meshmax.services.tickets import TRIES, TRIES_PER_S, ask_issuer
+from meshmax.store.disk import Disk
 from meshmax.store.mesh_files import MeshFiles
+from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.wire import membership as wire
 from meshmax.wire.ticket import parse_ticket, ticket_text
 from tests.services.test_membership import NAME, open_place
 
@@ -87,3 +92,89 @@ async def test_a_ticket_that_is_made_while_the_mesh_is_left_is_not_kept(tmp_path
                 await trio.sleep(1)
         assert len(refused) == 1
         assert not (tmp_path / "1" / "mesh" / "tickets.json").exists()
+
+
+async def test_who_was_revoked_comes_back_with_an_open_ticket_under_another_identity_unless_it_is_taken_back(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_place(tmp_path) as place:
+        (a, _), (b, b_swarm), (c, _), (d, _) = [await place.peer(seed) for seed in (1, 2, 3, 4)]
+        with pytest.raises(InvalidRequest, match="open mesh"):
+            await a.withdraw_tickets()
+        await a.create(NAME)
+        ticket = await a.ticket(("infer",), 3600, 10)
+        await b.join(ticket)
+        await a.revoke(b_swarm.peer_id)
+        assert (await c.join(ticket)).mesh == a.mesh
+        assert await a.withdraw_tickets() == 1
+        with pytest.raises(NotAMember, match="withdrawn"):
+            await d.join(ticket)
+        assert await a.withdraw_tickets() == 0
+        assert MeshFiles(tmp_path / "1").load_tickets(a.mesh) == ()
+
+
+async def test_the_root_leaves_and_comes_back_and_refuses_whom_it_revoked(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_place(tmp_path) as place:
+        (a, a_swarm), (_, b_swarm) = await place.mesh()
+        mesh, ticket = a.mesh, await a.ticket(("infer",), 3600, 1)
+        c, c_swarm = await place.peer(3)
+        await c.join(await a.ticket(("infer",), 3600, 1))
+        place.network.freeze(b_swarm.peer_id)  # so that it does not know
+        await a.revoke(b_swarm.peer_id)
+        await a.leave()
+        with pytest.raises(InvalidRequest, match="say of which mesh"):
+            await a.rejoin("another")
+        place.network.thaw(b_swarm.peer_id)
+        view = await a.rejoin()
+        assert (view.mesh, view.name, view.root, view.scopes) == (mesh, NAME, True, ("infer", "pull", "admin"))
+        with pytest.raises(NotAMember, match="revoked"):
+            await b_swarm.dial(a_swarm.peer_id, a_swarm.addresses)
+        await c_swarm.dial(a_swarm.peer_id, a_swarm.addresses)
+        await trio.sleep(1)
+        assert set(a_swarm.connections()) == {c_swarm.peer_id}
+        with pytest.raises(NotAMember, match="withdrawn"):
+            await (await place.peer(4))[0].join(ticket)
+
+
+class _Full(Disk):
+    def sync(self, fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+
+async def test_a_disk_that_fails_the_issuer_is_no_news_of_its_paths(tmp_path: Path, autojump_clock: Clock) -> None:
+    async with open_place(tmp_path) as place:
+        (a, a_swarm), _ = await place.mesh()
+        ticket = parse_ticket(await a.ticket(("infer",), 3600, 1))
+        a._files._disk = _Full()
+        guest = await place.swarm(8)
+        await guest.dial(a_swarm.peer_id, a_swarm.addresses, guest=True)
+        with pytest.raises(StoreError) as told:
+            await ask_issuer(guest, a_swarm.peer_id, wire.Redeem(ticket.secret))
+        assert str(tmp_path) not in told.value.message
+        a._files._disk = Disk()
+        assert (await ask_issuer(guest, a_swarm.peer_id, wire.Redeem(ticket.secret))).chain  # the use was its own
+
+
+async def test_strangers_that_try_tickets_all_the_time_keep_no_member_from_renewing(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_place(tmp_path) as place:
+        (_, a_swarm), (b, b_swarm) = await place.mesh()
+        busy = []
+
+        async def guess(seed: int) -> None:
+            async with place.network.open_swarm(SeededSigner(seed)) as swarm:
+                await swarm.dial(a_swarm.peer_id, a_swarm.addresses, guest=True)
+                for _ in range(TRIES):
+                    try:
+                        await ask_issuer(swarm, a_swarm.peer_id, wire.Redeem(bytes(16)))
+                    except MeshmaxError as error:
+                        busy.append(isinstance(error, Busy))
+
+        async with trio.open_nursery() as nursery:
+            for seed in range(100, 100 + int(TRIES_PER_S)):
+                nursery.start_soon(guess, seed)
+        assert sum(busy) > TRIES_PER_S
+        assert (await ask_issuer(b_swarm, a_swarm.peer_id, wire.Renew(b.standing.chain))).chain

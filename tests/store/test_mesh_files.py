@@ -11,18 +11,20 @@ import msgspec
 import pytest
 
 from meshmax.base.errors import ConfigError, InvalidRequest, StoreError
-from meshmax.base.membership import SCOPES, MeshId, Revocation, RevocationNotice
+from meshmax.base.membership import SCOPES, MeshId, Revocation, RevocationNotice, Ticket
 from meshmax.core.membership import Membership
 from meshmax.core.tickets import Tickets
 from meshmax.store.disk import Disk
 from meshmax.store.mesh_files import MEMBER_FILE, MeshFiles, OwnMesh
 from meshmax.wire.membership import sign_revocation
+from meshmax.wire.ticket import ticket_text
 from tests.members import MESH, NOW_S, A, B, chain_of, notice
 
 OTHER = MeshId(B.peer_id)
 OWN = OwnMesh(MESH, "home", chain_of(A, B))
 
 
+TEXT = ticket_text(Ticket(MESH, "home", A.peer_id, bytes(16), ("infer",), NOW_S))
 NODE = f"/ip4/192.0.2.1/tcp/11435/p2p/{A.peer_id}"
 
 
@@ -51,12 +53,12 @@ def test_what_was_kept_is_there_after_a_restart(files: MeshFiles, tmp_path: Path
     files.save_own(OWN)
     files.save_notices(MESH, [notice(A), notice(A, B, chain=chain_of(B))])
     files.save_tickets(MESH, given().given)
-    files.save_pending("meshmax-abc")
+    files.save_pending(TEXT)
     again = MeshFiles(tmp_path)
     assert again.load_own() == OWN
     assert again.load_notices(MESH) == (notice(A), notice(A, B, chain=chain_of(B)))
     assert again.load_tickets(MESH) == given().given
-    assert again.load_pending() == "meshmax-abc"
+    assert again.load_pending() == TEXT
     again.drop_pending()
     assert again.load_pending() is None
 
@@ -95,6 +97,78 @@ def test_nobody_else_may_read_any_of_it(files: MeshFiles) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
     for path in [*files.folder.glob("*"), files.root_path(own.mesh)]:
         assert path.is_dir() or stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_a_kept_ticket_that_is_damaged_is_told_and_names_the_file(files: MeshFiles) -> None:
+    files.save_pending(TEXT[:-1])
+    with pytest.raises(ConfigError, match="mesh/ticket is damaged: remove it"):
+        files.load_pending()
+
+
+def test_the_root_comes_back_and_still_knows_whom_it_threw_out(files: MeshFiles) -> None:
+    own = files.found("home", A.peer_id, NOW_S)
+    root = files.load_root(own.mesh)
+    assert root is not None
+    word = sign_revocation(Revocation(own.mesh, B.peer_id, NOW_S), root.peer_id, root.sign)
+    files.save_notices(own.mesh, [RevocationNotice(word)])
+    files.leave()
+    files.save_own(OWN)  # another mesh in between
+    files.save_notices(MESH, [notice(A)])
+    files.leave()
+    for wanted in ("", "home", own.mesh):
+        assert files.find_root(wanted) == own.mesh
+        back = files.rejoin(own.mesh, A.peer_id, NOW_S + 5)
+        assert files.load_own() == back
+        assert back.name == "home"
+        assert files.load_notices(own.mesh) == (RevocationNotice(word),)
+        assert Membership(own.mesh).verify(back.chain, A.peer_id, NOW_S).scopes == SCOPES
+        files.leave()
+
+
+def test_a_copy_of_the_root_key_makes_this_machine_the_root(files: MeshFiles, tmp_path: Path) -> None:
+    own = files.found("home", A.peer_id, NOW_S)
+    other = MeshFiles(tmp_path / "other")
+    with pytest.raises(InvalidRequest, match="no root key is here: copy it to"):
+        other.find_root()
+    (other.folder / "roots").mkdir(parents=True)
+    other.root_path(own.mesh).write_bytes(files.root_path(own.mesh).read_bytes())
+    with pytest.raises(InvalidRequest, match="--name"):
+        other.rejoin(other.find_root(), B.peer_id, NOW_S)
+    assert other.load_own() is None
+    assert other.rejoin(own.mesh, B.peer_id, NOW_S, "home").name == "home"
+    assert stat.S_IMODE(other.root_path(own.mesh).stat().st_mode) == 0o600
+
+
+def test_the_root_that_an_admin_revoked_comes_back_with_a_certificate_that_counts(files: MeshFiles) -> None:
+    own = files.found("home", A.peer_id, NOW_S)
+    root = files.load_root(own.mesh)
+    assert root is not None
+    word = sign_revocation(Revocation(own.mesh, A.peer_id, NOW_S + 9), root.peer_id, root.sign)
+    files.save_notices(own.mesh, [RevocationNotice(word)])
+    back = files.rejoin(own.mesh, A.peer_id, NOW_S + 9)
+    membership = Membership(own.mesh, files.load_notices(own.mesh), NOW_S + 9)
+    assert membership.verify(back.chain, A.peer_id, NOW_S + 10).scopes == SCOPES
+
+
+def test_which_of_several_roots_is_meant_must_be_said(files: MeshFiles) -> None:
+    first, second = files.found("a", A.peer_id, NOW_S), files.found("b", A.peer_id, NOW_S)
+    files.leave()
+    with pytest.raises(InvalidRequest, match=r"say of which mesh.*\(b\)"):
+        files.find_root()
+    with pytest.raises(InvalidRequest, match="say of which mesh"):
+        files.find_root("c")
+    assert (files.find_root("b"), files.find_root(first.mesh)) == (second.mesh, first.mesh)
+
+
+def test_what_is_left_of_a_mesh_is_damaged_or_whole(files: MeshFiles) -> None:
+    own = files.found("home", A.peer_id, NOW_S)
+    files.leave()
+    path = files.folder / "roots" / f"{own.mesh}.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="is damaged: put back a copy"):
+        files.rejoin(own.mesh, A.peer_id, NOW_S)
+    assert files.load_own() is None
 
 
 def test_who_leaves_keeps_nothing_but_root_keys(files: MeshFiles) -> None:

@@ -11,8 +11,9 @@ import trio
 
 from meshmax.base.errors import ManifestInvalid
 from meshmax.base.model import Signed
-from meshmax.base.providers import MAX_RECORD_BYTES, ProviderRecord
+from meshmax.base.providers import MAX_PROVIDERS, MAX_RECORD_BYTES, ProviderRecord
 from meshmax.core.arrivals import BURST
+from meshmax.net.dht import make_node_id
 from meshmax.net.dht_endpoint import CLOCK_TOLERANCE_S, MAX_SEEN
 from meshmax.net.dht_protocol import CONFIRM_AFTER_S, MAX_CANDIDATES, MAX_UNPROVEN, Membership
 from meshmax.testing.memory_datagrams import Address
@@ -443,3 +444,25 @@ async def test_one_subnet_fills_neither_bucket_nor_table(autojump_clock: Any) ->
             await crowd.nodes[0].protocol.call_hello(liar.port.address)
         assert crowd.nodes[0].contacts <= 10
         assert all(len(bucket) <= 2 for bucket in crowd.nodes[0].protocol.router.buckets)
+
+
+async def test_nodes_that_invent_providers_without_end_do_not_crowd_out_those_that_others_tell(
+    autojump_clock: Any,
+) -> None:
+    seeds = iter(range(10_000, 20_000))
+
+    async with open_crowd(12, cheap=True) as crowd:
+
+        def invent(_envelope: Envelope, body: Body, _sender: Address) -> Body | None:
+            invented = [encode_record(record_of(crowd.signer(next(seeds)), issued_s=200)) for _ in range(2)]
+            return Pong() if isinstance(body, Ping) else Found((), tuple(sorted(invented, key=make_node_id)), more=True)
+
+        await crowd.nodes[3].announce(crowd.encoded(3, KEY))
+        for number in range(4):
+            liar = Stranger(crowd.net, crowd.signer(900 + number))
+            liar.answer = invent
+            await crowd.nodes[0].protocol.call_hello(liar.port.address)
+        crowd.nodes[0].protocol.storage.records.sweep(unix_now() + 86400)  # so that it has to ask
+        found = await crowd.nodes[0].find(KEY)
+        assert len(found) == MAX_PROVIDERS
+        assert crowd.signers[3].peer_id in {record.peer_id for record in found}

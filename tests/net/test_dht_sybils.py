@@ -78,7 +78,7 @@ class Swarm:
         return Found(tuple(pack_contact(contact) for contact in named))
 
     def forged(self, key: bytes) -> bytes:
-        signer, now_s = FakeSigner(self.chance.randbytes(32)), int(unix_now())
+        signer, now_s = FakeSigner(self.chance.randbytes(32)), int(unix_now()) + 200  # newer than honest ones
         word = ProviderRecord(key, signer.peer_id, 1, now_s, now_s + 7200, ("/ip4/40.1.2.3/tcp/1",))
         return encode_record(sign_record(word, signer.sign))
 

@@ -81,6 +81,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     ``engine`` names what runs models there; a peer with NO_ENGINE stores and routes only. ``instance`` is drawn at each start:
     one PeerId with two of them at once is a copied identity. ``changed`` is the sequence of the issue at which lasting facts
     last changed (`lasting`); what changes all the time (`Vitals`) is told beside it. ``leaving``: the last word before the end.
+    ``udp_port`` takes datagrams of the DHT, 0 if there is none: it may be another one than the control port's number.
     """
 
     peer_id: PeerId
@@ -101,6 +102,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     instance: str = ""
     changed: int = 0
     leaving: bool = False
+    udp_port: int = 0
 
 
 class Vitals(msgspec.Struct, frozen=True):
@@ -126,8 +128,8 @@ def lasting(status: PeerStatus) -> tuple[object, ...]:
         for model in status.models
     )
     gpus = tuple((gpu.name, gpu.memory_total_bytes) for gpu in status.gpus)
-    facts = (status.name, status.version, status.mesh, status.engine, status.addresses, status.load.capacity)
-    return (*facts, status.draining, status.instance, status.leaving, models, gpus)
+    facts = (status.name, status.version, status.mesh, status.engine, status.addresses, status.udp_port)
+    return (*facts, status.load.capacity, status.draining, status.instance, status.leaving, models, gpus)
 
 
 def vitals_of(status: PeerStatus) -> Vitals:

@@ -2,10 +2,9 @@
 
 On while the mesh is private or a bootstrap node is known, unless ``dht: false``. On an open LAN mesh by itself it stays
 silent: there only addresses of the LAN count, and whoever has one of them is found by mDNS, or by a given address. A node
-joins by what it kept, by its bootstrap nodes, and by the peers that it is connected to (their UDP port is by default their
-control port's number). When the mesh changes, nothing more is asked or announced in the old DHT, it ends,
-and the new one begins with what was kept of that mesh; likewise when other bootstrap nodes are trusted. Not
-here: what is announced (services.announce).
+joins by what it kept, by its bootstrap nodes, and by the peers that it is connected to, at the UDP ports that they tell. When
+the mesh changes, nothing more is asked or announced in the old DHT, it ends, and the new one begins with what was kept of that
+mesh; likewise when other bootstrap nodes are trusted. Not here: what is announced (services.announce).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from meshmax.base.errors import InvalidRequest, ManifestInvalid, NotAMember, RemoteProtocolError
+from meshmax.base.errors import InvalidRequest, ManifestInvalid, MeshmaxError, NotAMember, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import OPEN_MESH, MeshId
 from meshmax.base.model import Signed
@@ -25,7 +24,8 @@ from meshmax.base.providers import MAX_PROVIDERS, ProviderRecord
 from meshmax.net.addresses import parse_endpoint
 from meshmax.net.dht import KademliaDht, open_dht
 from meshmax.net.dht_protocol import Membership
-from meshmax.node.bootstrapping import bootstrap_places
+from meshmax.node.bootstrapping import MAX_BOOTSTRAP, bootstrap_places
+from meshmax.services.observe import ask_observed
 from meshmax.store.dht_file import load_dht, save_dht
 from meshmax.telemetry.isolate import isolate
 from meshmax.wire.dht_chain import decode_chain, encode_chain
@@ -39,6 +39,7 @@ JOIN_S: Final = (2.0, 60.0)  # first and longest pause while nobody is known
 JOIN_AGAIN_S: Final = 900.0  # while somebody is: those who came since may know others
 MAX_JOIN_PEERS: Final = 32  # connected peers that are asked
 CHECK_S: Final = 1.0  # between looks at whether the mesh is another one
+RESOLVE_S: Final = 5.0  # for a bootstrap node's name
 MIN_CONTACTS: Final = 3  # with fewer, joining goes on as with none
 
 
@@ -50,7 +51,7 @@ class NodeDht:
         self._running: KademliaDht | None = None
         self._woken = trio.Event()
         self.mesh: MeshId = OPEN_MESH  # whose `current` is
-        self._on_datagram: Callable[[bytes, tuple[str, int]], None] | None = None
+        self._ports: dict[PeerId, int] = {}  # UDP ports that bootstrap nodes told
 
     @property
     def current(self) -> KademliaDht | None:
@@ -168,18 +169,34 @@ class NodeDht:
             pause_s = min(2 * pause_s, JOIN_S[1]) if dht.contacts < MIN_CONTACTS else JOIN_AGAIN_S
 
     async def _places(self) -> list[tuple[str, int]]:
-        """UDP addresses of bootstrap nodes, then those that connected peers probably have."""
-        given = [text for texts in bootstrap_places(self._node).values() for text in texts]
-        members = list(self._node.swarm.connections())[:MAX_JOIN_PEERS]
-        theirs = [text for peer_id in members for text in self._node.presence.addresses_of(peer_id)]
-        places: list[tuple[str, int]] = []
-        for text in (*given, *theirs):
-            try:
-                endpoint = parse_endpoint(text)
-            except InvalidRequest:  # relayed: nothing to send datagrams to
-                continue
-            places += await _numeric(endpoint.host, endpoint.port)
-        return list(dict.fromkeys(places))
+        """UDP addresses of bootstrap nodes, then those of connected peers, at the ports that they tell; else a guess."""
+        node, found = self._node, dict[tuple[str, int], None]()
+
+        async def of_bootstrap(peer_id: PeerId, texts: Sequence[str]) -> None:
+            port = await self._udp_port_of(peer_id)
+            for place in await _udp_places(texts, port, names=True):
+                found[place] = None
+
+        async with trio.open_nursery() as nursery:
+            for peer_id, texts in bootstrap_places(node).items():
+                nursery.start_soon(of_bootstrap, peer_id, texts)
+        for peer_id in list(node.swarm.connections())[:MAX_JOIN_PEERS]:
+            view = node.presence.view(peer_id)
+            port = view.status.udp_port if view is not None and view.status is not None else 0
+            for place in await _udp_places(node.presence.addresses_of(peer_id), port):
+                found[place] = None
+        return list(found)
+
+    async def _udp_port_of(self, peer_id: PeerId) -> int:
+        """What a bootstrap node that we are connected with tells, or told last; 0 if it never did."""
+        try:
+            told = (await ask_observed(self._node.swarm, peer_id)).udp_port
+        except MeshmaxError:  # not connected, or it does not serve this
+            return self._ports.get(peer_id, 0)
+        self._ports[peer_id] = told
+        while len(self._ports) > MAX_BOOTSTRAP:
+            del self._ports[next(iter(self._ports))]
+        return told
 
     async def _keep_on(self, mesh: MeshId, dht: KademliaDht) -> None:
         while True:
@@ -230,13 +247,30 @@ class _Shared:
         self._receivers[first_bytes] = on_datagram
 
 
-async def _numeric(host: str, port: int) -> list[tuple[str, int]]:
-    """``host`` as IP addresses; none if its name means nothing here at the moment."""
-    try:
-        found: list[tuple[Any, ...]] = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_DGRAM)
-    except OSError:
-        return []
-    return [(str(entry[4][0]), port) for entry in found]
+async def _udp_places(texts: Sequence[str], port: int, *, names: bool = False) -> list[tuple[str, int]]:
+    """Where datagrams to who is at these multiaddrs may go: to the ``port`` that it told, and to the control port's number,
+    which a port mapping may have kept. Names are only looked up (``names``) that a person gave.
+    """
+    places: list[tuple[str, int]] = []
+    for text in texts:
+        try:
+            endpoint = parse_endpoint(text)
+        except InvalidRequest:  # relayed: nothing to send datagrams to
+            continue
+        hosts = [endpoint.host] if not endpoint.name else await _looked_up(endpoint.host) if names else []
+        places += [(host, number) for number in dict.fromkeys((port, endpoint.port)) if number for host in hosts]
+    return places
+
+
+async def _looked_up(host: str) -> list[str]:
+    """``host`` as IP addresses; none if its name means nothing here at the moment, or nobody says in time."""
+    found: list[tuple[Any, ...]] = []
+    with trio.move_on_after(RESOLVE_S):
+        try:
+            found = await trio.socket.getaddrinfo(host, None, type=trio.socket.SOCK_DGRAM)
+        except OSError:
+            return []
+    return [str(entry[4][0]) for entry in found]
 
 
 @asynccontextmanager

@@ -156,6 +156,7 @@ class Node:
             memory_bytes=reading.memory_bytes,
             memory_total_bytes=reading.memory_total_bytes,
             draining=self.state == "draining",
+            udp_port=self.serving.udp_port,
         )
 
     def _models(self) -> tuple[ModelPresence, ...]:

@@ -243,6 +243,7 @@ def _within_bounds(status: PeerStatus) -> bool:
         and 0 <= status.sequence <= MAX_NUMBER
         and 0 <= status.changed <= status.sequence
         and len(status.instance) <= MAX_INSTANCE
+        and 0 <= status.udp_port <= 65535
         and 1 <= status.load.capacity <= MAX_CAPACITY
         and all(math.isfinite(p) for p in (status.cpu_percent, *(gpu.utilization_percent for gpu in status.gpus)))
     )

@@ -83,15 +83,17 @@ class DhtRung:
         lost = [peer for peer in self._known() if peer not in self._swarm.connections()]
         lost.sort(key=lambda _: self._random.random())
         for peer in lost[:OLD_NEIGHBOURS]:
-            if self._dht() is not dht:
-                return  # the mesh is another one: its keys are no business of this DHT
             await self._look_up(dht, Word("peer", peer), found, peer)
 
     async def _look_up(
         self, dht: Dht, word: Word, found: trio.MemorySendChannel[Sighting], only: PeerId | None = None
     ) -> None:
+        if self._dht() is not dht:
+            return  # the mesh is another one: its keys are no business of this DHT
         with trio.move_on_after(LOOK_UP_S):
             for record in await dht.find(dht_key(self._mesh(), word.kind, word.text)):
+                if self._dht() is not dht:
+                    return  # and whom the old one knows is no peer of ours any more
                 if record.peer_id == self._swarm.peer_id or not record.addresses or only not in (None, record.peer_id):
                     continue
                 await found.send(Sighting(record.peer_id, record.addresses, "dht"))

@@ -27,9 +27,10 @@ class Node:
         self.words: list[Word] = [LLAMA]
         self.addresses: tuple[str, ...] = ("/ip4/10.0.0.1/tcp/11435",)
         self.mesh = OPEN_MESH
+        self.current: MemoryDht | None = dht
         self.announcer = Announcer(
             signer,
-            lambda: self.dht,
+            lambda: self.current,
             lambda: self.mesh,
             lambda: self.words,
             lambda: self.addresses,
@@ -112,3 +113,18 @@ async def test_in_another_mesh_everything_is_announced_under_its_keys(autojump_c
         node.mesh = MeshId(SeededSigner(9).peer_id)
         await trio.sleep(2 * LOOK_S)
         assert await node.found(LLAMA, node.mesh)
+
+
+async def test_when_the_dht_ends_while_much_is_announced_nothing_more_is_told_to_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_node() as node:
+        node.words = [Word("model", f"{number:064x}") for number in range(200)]
+        node.announcer.changed()
+        while node.announcer.snapshot()[0] < 3:  # noqa: ASYNC110  it looks from outside
+            await trio.sleep(0.01)
+        node.current = None
+        await trio.sleep(0.5)  # what was on its way
+        told = sum([bool(await node.found(word)) for word in node.words])
+        await trio.sleep(60)
+        assert sum([bool(await node.found(word)) for word in node.words]) == told < 200

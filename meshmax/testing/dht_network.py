@@ -42,22 +42,23 @@ MIN_CONTACTS: Final = 3
 MODELS_EACH: Final = 1  # it is two words: its digest and its name
 FAREWELL_S: Final = 30.0  # between providing nothing and leaving, of those that leave in order
 LOOK_UP_S: Final = 8.0  # as in services.providers
+COUNT_S: Final = 36.0  # between countings of the nodes
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What is simulated. ``churn``: share of the nodes that leave in an hour; ``look_ups``: in all, while it is measured.
+    """What is simulated. ``churn``: share of the nodes that leave in an hour; ``look_ups``: in all.
 
     ``grow_s``: over which the nodes come at first; ``settle_s``: in its second half they begin to announce, after it it is
     measured.
     """
 
     nodes: int = 1000
-    hours: float = 0.5
+    hours: float = 0.3
     churn: float = 0.2
     seed: int = 1
     latency_s: tuple[float, float] = (0.005, 0.120)  # one way, of each datagram anew
     loss: float = 0.015
-    look_ups: int = 1500
+    look_ups: int = 1000
     grow_s: float = 600.0
     settle_s: float = 1500.0
 
@@ -242,7 +243,7 @@ class DhtNetwork:
         """Look things up, at the plan's rate, until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
-                await trio.sleep(self.random.expovariate(self.plan.look_ups / self.plan.hours / 3600))
+                await trio.sleep(self.random.expovariate(self.plan.look_ups / self.plan.hours / 1800))
                 ready = [peer for peer in self.peers if peer.dht is not None]
                 if len(ready) > 1:
                     seeker = self.random.choice(ready)
@@ -250,24 +251,25 @@ class DhtNetwork:
                     nursery.start_soon(self._look_up, seeker, self.random.choice(provider.words))
 
     async def measure(self) -> Outcome:
-        """Churn and look-ups; what is counted begins after the plan's ``settle_s`` and lasts for its ``hours``."""
+        """Churn throughout. After ``settle_s`` what it costs, for ``hours``, then look-ups, for half of that."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.churn)
             await trio.sleep(self.plan.settle_s)
             sent, sent_bytes, self.measuring = self.net.sent, self.net.sent_bytes, True
-            nursery.start_soon(self.probe)
-            nursery.start_soon(self._count)
-            await trio.sleep(self.plan.hours * 3600)
+            with trio.move_on_after(self.plan.hours * 3600):
+                await self._count()
+            self.outcome.datagrams = self.net.sent - sent
+            self.outcome.wire_bytes = self.net.sent_bytes - sent_bytes + HEADERS_BYTES * self.outcome.datagrams
+            with trio.move_on_after(self.plan.hours * 1800):
+                await self.probe()
             nursery.cancel_scope.cancel()
-        self.outcome.datagrams = self.net.sent - sent
-        self.outcome.wire_bytes = self.net.sent_bytes - sent_bytes + HEADERS_BYTES * self.outcome.datagrams
         self.outcome.contacts = [peer.dht.contacts for peer in self.peers if peer.dht is not None]
         return self.outcome
 
     async def _count(self) -> None:
         while True:
-            await trio.sleep(36)
-            self.outcome.node_hours += len(self.peers) / 100
+            await trio.sleep(COUNT_S)
+            self.outcome.node_hours += len(self.peers) * COUNT_S / 3600
 
     async def _look_up(self, seeker: Peer, word: Word) -> None:
         key = dht_key(MESH, word.kind, word.text)

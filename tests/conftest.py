@@ -14,6 +14,13 @@ settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ and os.environ.get("MESHMAX_TEST_APART"):  # set by scripts/test
+        from tests.apart import go_apart
+
+        go_apart()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quiet_logs() -> None:
     """Errors only: a test asserts on behaviour, and a failing one prints what was logged."""

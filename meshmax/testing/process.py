@@ -156,7 +156,22 @@ def spawn(arguments: Sequence[str], env: dict[str, str], log: Path) -> Process:
         )
 
 
-def start_peer(home: Path, *flags: str, wait: bool = True, spawned_by: Spawn = spawn, **settings: str) -> PeerProcess:
+_usual: list[Spawn] = [spawn]
+
+
+@contextmanager
+def usually_spawned_by(starter: Spawn) -> Iterator[None]:
+    """Within the block peers are started by ``starter`` where nothing else is said, as by a fork server's `start`."""
+    _usual.append(starter)
+    try:
+        yield
+    finally:
+        _usual.pop()
+
+
+def start_peer(
+    home: Path, *flags: str, wait: bool = True, spawned_by: Spawn | None = None, **settings: str
+) -> PeerProcess:
     """Start a peer on loopback only; ``settings`` are further MESHMAX_* variables, lower case without the prefix."""
     home.mkdir(parents=True, exist_ok=True)
     defaults = {
@@ -172,7 +187,7 @@ def start_peer(home: Path, *flags: str, wait: bool = True, spawned_by: Spawn = s
     env = {key: value for key, value in os.environ.items() if not key.startswith("MESHMAX_")}
     env |= {f"MESHMAX_{key.upper()}": value for key, value in {**defaults, **settings}.items()}
     log = home / "peer.log"
-    peer = PeerProcess(spawned_by(["peer", *flags], env, log), home, log)
+    peer = PeerProcess((spawned_by or _usual[-1])(["peer", *flags], env, log), home, log)
     if wait:
         wait_for_api(peer)
     return peer
@@ -199,7 +214,7 @@ def peers(folder: Path, *names: str, **settings: str) -> Iterator[list[PeerProce
     started: list[PeerProcess] = []
     try:
         started.extend(
-            start_peer(folder / name, "--name", name, wait=False, spawned_by=spawn, **settings) for name in names
+            start_peer(folder / name, "--name", name, wait=False, spawned_by=None, **settings) for name in names
         )
         for peer in started:
             wait_for_api(peer)

@@ -23,7 +23,7 @@ from meshmax.base.ids import Sha256
 from meshmax.base.model import CHUNK_BYTES
 from meshmax.base.units import MIB
 from meshmax.core.fetch_source import BAN_STRIKES, FIRST_WINDOW, WINDOW_S
-from meshmax.testing.fork_server import ForkServer, open_fork_server
+from meshmax.testing.fork_server import ForkServer
 from meshmax.testing.process import until
 from tests.loopback.transfer_site import NAME, Mesh, calm, mesh, random_model
 
@@ -42,12 +42,6 @@ IDLE_THREADS: Final = 3  # the main one, and what the disk needs now and then; 1
 SHM: Final = Path("/dev/shm")  # in memory, so that the speed is the machine's
 BIG_CHUNKS: Final = 600
 MOST_ABOVE_IDLE_MIB: Final = 60
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServer]:
-    with open_fork_server() as server:
-        yield server
 
 
 # --- kill -9 -------------------------------------------------------------------------------------------------------------

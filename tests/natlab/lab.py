@@ -76,6 +76,10 @@ class Namespace:
         with self.inside():
             _write_setting(key, value)
 
+    def enter(self) -> None:
+        """This thread is in there from now on, and what it starts."""
+        _enter(self.fd)
+
     def close(self) -> None:
         """It is gone as soon as no process is in there."""
         with suppress(OSError):

@@ -16,7 +16,15 @@ from typing import Final
 
 import trio
 
-from meshmax.base.errors import Busy, InvalidRequest, MeshmaxError, OutOfScope, RemoteProtocolError, StoreError
+from meshmax.base.errors import (
+    Busy,
+    InvalidRequest,
+    MeshmaxError,
+    NotAMember,
+    OutOfScope,
+    RemoteProtocolError,
+    StoreError,
+)
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import MAX_TICKET_ADDRESSES, Chain, Scope, Ticket
 from meshmax.core.rates import Rates
@@ -125,7 +133,13 @@ class TicketDesk:
         revoked_at_s = standing.core.revocations.revoked_at_s(peer_id) if standing.core else None
         scopes = standing.tickets.redeem(message.secret, peer_id, now_s, revoked_at_s)
         await self._keep(standing)
-        return standing.issue(peer_id, scopes, now_s)
+        try:
+            return standing.issue(peer_id, scopes, now_s)
+        except (NotAMember, OutOfScope) as error:
+            _log.warning("a ticket of ours is worth nothing any more", peer=peer_id, why=error.message)
+            raise NotAMember(
+                "who gave the ticket may not admit others any more: ask another member for a new one"
+            ) from None
 
 
 def _private(standing: Standing) -> Standing:

@@ -178,3 +178,20 @@ async def test_strangers_that_try_tickets_all_the_time_keep_no_member_from_renew
                 nursery.start_soon(guess, seed)
         assert sum(busy) > TRIES_PER_S
         assert (await ask_issuer(b_swarm, a_swarm.peer_id, wire.Renew(b.standing.chain))).chain
+
+
+async def test_a_ticket_of_an_admin_that_was_revoked_is_refused_for_good_and_says_why(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_place(tmp_path) as place:
+        (a, _), (b, b_swarm), (c, _) = [await place.peer(seed) for seed in (1, 2, 3)]
+        await a.create(NAME)
+        await b.join(await a.ticket(("infer", "pull", "admin"), 3600, 1))
+        ticket = await b.ticket(("infer",), 3600, 1)
+        await a.revoke(b_swarm.peer_id)
+        with pytest.raises(NotAMember):
+            await b_swarm.dial(a._signer.peer_id, a._swarm.addresses)
+        assert "revoked" in b.view().problem
+        with pytest.raises(NotAMember, match="who gave the ticket may not admit"):
+            await c.join(ticket)
+        assert MeshFiles(tmp_path / "3").load_pending() is None

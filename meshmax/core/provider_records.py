@@ -3,16 +3,17 @@
 Rules. A record is verified before it is kept (wire.provider_records). Of one provider and key the highest sequence is kept;
 the same again changes nothing, an older one is refused. A withdrawal leaves a mark until what it withdrew could not be
 replayed any more. Bounds: providers a key, keys a provider, records in all. Whoever comes when a bound is reached
-must take the place of somebody who has more than he: the source (subnet) with the most records there loses the one
-whose key is furthest from this node, and where no source has clearly more than the newcomer's, the newcomer is refused. So a
-flood of identities displaces itself, and what many bring stays. Time is Unix seconds, passed in. Not here: signatures,
-who may store (net.dht_protocol), files (store.dht_file).
+must take the place of somebody who has more than he: the source (subnet) with the most records there loses one of its newest,
+that whose key is furthest from this node, and where no source has clearly more than the newcomer's, the newcomer is refused. So
+a flood of identities displaces itself, and what many bring stays. Time is Unix seconds, passed in. Not here: signatures, who may
+store (net.dht_protocol), files (store.dht_file).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final, TypeVar
 
 import msgspec
@@ -26,6 +27,9 @@ from meshmax.wire.provider_records import MAX_TTL_S, decode_record, encode_recor
 
 MAX_RECORDS: Final = 16_384  # in all; 1.2 KB each with their objects make 20 MB
 MAX_KEYS_PER_PROVIDER: Final = 2048  # a model's digest and its name for each of 1,024 models
+MAX_VICTIMS: Final = (
+    64  # of the largest source, the newest, of which one is chosen: to look at thousands takes milliseconds
+)
 MAX_DUMPED_BYTES: Final = MAX_RECORDS * 800  # of the persisted form
 
 
@@ -59,7 +63,7 @@ class ProviderRecords:
         self._verify, self._max_records = verify, max_records
         self._keys: dict[bytes, dict[PeerId, _Kept]] = {}
         self._by_provider: Counter[PeerId] = Counter()
-        self._by_source: Counter[str] = Counter()
+        self._by_source: dict[str, dict[tuple[bytes, PeerId], None]] = {}  # what came from there, oldest first
         self._count = 0
 
     def __len__(self) -> int:
@@ -83,7 +87,7 @@ class ProviderRecords:
         kept = _Kept(record, encoded, source, node_id_of_peer(record.peer_id), until_s)
         self._keys.setdefault(record.key, {})[record.peer_id] = kept
         self._by_provider[record.peer_id] += 1
-        self._by_source[source] += 1
+        self._by_source.setdefault(source, {})[record.key, record.peer_id] = None
         self._count += 1
         return True
 
@@ -157,22 +161,20 @@ class ProviderRecords:
             return False
         of_key = self._keys.get(record.key, {})
         if len(of_key) >= MAX_PROVIDERS:
-            victim = self._victim(Counter(kept.source for kept in of_key.values()), source, of_key.values())
-            return self._replace(victim)
+            held = Counter(kept.source for kept in of_key.values())
+            largest = _crowding(held, source)
+            return self._replace([kept for kept in of_key.values() if kept.source == largest])
         if self._count >= self._max_records:
-            return self._replace(self._victim(self._by_source, source, self._all()))
+            largest = _crowding({name: len(kept) for name, kept in self._by_source.items()}, source)
+            newest = islice(reversed(self._by_source[largest] if largest is not None else {}), MAX_VICTIMS)
+            return self._replace([self._keys[key][peer_id] for key, peer_id in newest])
         return True
 
-    def _replace(self, victim: _Kept | None) -> bool:
-        if victim is not None:
-            self._drop(victim)
-        return victim is not None
-
-    def _victim(self, held: Counter[str], source: str, among: Iterable[_Kept]) -> _Kept | None:
-        largest, count = held.most_common(1)[0]
-        if count <= held[source] + 1:
-            return None
-        return max((k for k in among if k.source == largest), key=lambda kept: self._distance(kept.record.key))
+    def _replace(self, among: Sequence[_Kept]) -> bool:
+        """Drop the one whose key is furthest from us; whether there was one."""
+        if among:
+            self._drop(max(among, key=lambda kept: self._distance(kept.record.key)))
+        return bool(among)
 
     def _distance(self, key: bytes) -> int:
         return int.from_bytes(target_of(key), "big") ^ self._long_id
@@ -187,7 +189,16 @@ class ProviderRecords:
             del self._keys[kept.record.key]
         self._count -= 1
         _less(self._by_provider, kept.record.peer_id)
-        _less(self._by_source, kept.source)
+        of_source = self._by_source[kept.source]
+        del of_source[kept.record.key, kept.record.peer_id]
+        if not of_source:
+            del self._by_source[kept.source]
+
+
+def _crowding(held: Mapping[str, int], source: str) -> str | None:
+    """Whoever has most, if that is clearly more than ``source`` has."""
+    largest = max(held, key=held.__getitem__)
+    return largest if held[largest] > held.get(source, 0) + 1 else None
 
 
 def _less(counter: Counter[T], name: T) -> None:

@@ -12,6 +12,7 @@ are. Not here: proving who asks (services.rendezvous_server).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
@@ -27,6 +28,7 @@ from meshmax.wire.rendezvous import Discover, DiscoverResponse, Register, Regist
 MAX_REGISTRATIONS: Final = 16_384  # in all; at 2 KiB of record each 32 MiB at worst
 MAX_PER_NAMESPACE: Final = 4096  # the largest mesh that one rendezvous node serves whole
 MAX_PER_PEER: Final = 16  # namespaces of one peer, which needs one
+FULL_EXPIRE_S: Final = 1.0  # the same while there is no room: each takes some milliseconds
 EXPIRE_S: Final = 30.0  # between looks for what has expired; an answer never tells it anyway
 
 _SERIAL_BYTES, _PROOF_BYTES = 8, 8
@@ -50,7 +52,18 @@ class Registration(msgspec.Struct):
 class Registrations:
     """The table. ``secret``: 32 random bytes that prove our cookies."""
 
-    __slots__ = ("_groups", "_limit", "_pairs", "_peers", "_secret", "_serial", "_space_limit", "_spaces", "_total")
+    __slots__ = (
+        "_expired_at",
+        "_groups",
+        "_limit",
+        "_pairs",
+        "_peers",
+        "_secret",
+        "_serial",
+        "_space_limit",
+        "_spaces",
+        "_total",
+    )
 
     def __init__(self, secret: bytes, limit: int = MAX_REGISTRATIONS, space_limit: int = MAX_PER_NAMESPACE) -> None:
         self._secret, self._limit, self._space_limit = secret, limit, space_limit
@@ -59,6 +72,7 @@ class Registrations:
         self._pairs: Counter[tuple[str, str]] = Counter()
         self._peers: Counter[PeerId] = Counter()
         self._serial = self._total = 0
+        self._expired_at = -math.inf
 
     def __len__(self) -> int:
         return self._total
@@ -121,6 +135,7 @@ class Registrations:
 
     def expire(self, now: float) -> None:
         """Forget what has expired; call it each EXPIRE_S."""
+        self._expired_at = now
         for found in [r for space in self._spaces.values() for r in space.values() if r.expires_at <= now]:
             self._drop(found)
 
@@ -141,7 +156,8 @@ class Registrations:
 
     def _make_room(self, new: Registration, now: float) -> bool:
         """Whether there is room for ``new``, after the largest crowd gave way where that is fair."""
-        if self._total >= self._limit or len(self._spaces.get(new.namespace, {})) >= self._space_limit:
+        full = self._total >= self._limit or len(self._spaces.get(new.namespace, {})) >= self._space_limit
+        if full and now >= self._expired_at + FULL_EXPIRE_S:
             self.expire(now)
         space = self._spaces.get(new.namespace, {})
         if len(space) >= self._space_limit:

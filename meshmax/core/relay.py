@@ -2,8 +2,8 @@
 
 Rules. A peer that wants to be reached through us reserves a place for TTL_S, of which there are `RelayLimits.reservations`, some
 for one subnet; asking again renews it. A circuit joins two peers, of which the target has a reservation. Circuits are
-bounded in all, by peer (at either end) and by subnet of the one who asks. Each has a life of its own: so many seconds, so
-many bytes each way, at a rate; ending one changes nothing for any other, those of the same peers included. Requests are
+bounded in all, by peer (at either end), by subnet of the one who asks, and by both. Each has a life of its own: so many seconds,
+so many bytes each way, at a rate; ending one changes nothing for any other, those of the same peers included. Requests are
 paced by peer and subnet. A peer that does not answer any more loses its reservation (`forget`), not the circuits that are
 open. Time is passed in. Not here: messages (wire.relay), streams (services.relay_server).
 """
@@ -11,7 +11,7 @@ open. Time is passed in. Not here: messages (wire.relay), streams (services.rela
 from __future__ import annotations
 
 from collections import Counter
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
@@ -28,6 +28,7 @@ REQUESTS_PER_S, REQUESTS_BURST = (
 SUBNET_PER_S, SUBNET_BURST = 5.0, 100.0  # of a site behind one NAT
 TOTAL_PER_S: Final = 100.0  # requests in all; a few percent of one core
 
+K = TypeVar("K")
 Direction = Literal["there", "back"]  # from the one who asked for the circuit, and to it
 Refusal = Literal["reservations", "circuits", "no reservation", "rate", "itself"]
 
@@ -40,6 +41,7 @@ class RelayLimits(msgspec.Struct, frozen=True):
     circuits: int = 64  # at once; at most 8 MiB/s each way in all
     circuits_per_peer: int = 8
     circuits_per_subnet: int = 16  # asked for from one
+    circuits_per_pair: int = 4  # from one subnet to one peer, so that nobody alone keeps others from reaching it
     duration_s: float = 1800.0  # of one circuit; peers that still need it ask for another
     data_bytes: int = 64 * MIB  # in each direction of one circuit
     rate_bytes_per_s: int = 128 * KIB  # likewise; above it a sender waits, less than five seconds for a full window
@@ -85,7 +87,7 @@ class Circuit:
 class Relay:
     """Reservations and circuits of one node."""
 
-    __slots__ = ("_circuits", "_peers", "_rates", "_reservations", "_subnet_rates", "_subnets", "limits")
+    __slots__ = ("_circuits", "_pairs", "_peers", "_rates", "_reservations", "_subnet_rates", "_subnets", "limits")
 
     def __init__(self, limits: RelayLimits = RelayLimits()) -> None:  # noqa: B008  frozen
         self.limits = limits
@@ -93,6 +95,7 @@ class Relay:
         self._circuits: set[Circuit] = set()
         self._peers: Counter[PeerId] = Counter()  # circuits by peer, at either end
         self._subnets: Counter[str] = Counter()  # circuits by the asker's subnet
+        self._pairs: Counter[tuple[str, PeerId]] = Counter()  # by the asker's subnet and the target
         self._rates = Rates(REQUESTS_PER_S, REQUESTS_BURST, TOTAL_PER_S)
         self._subnet_rates = Rates(SUBNET_PER_S, SUBNET_BURST, TOTAL_PER_S)
 
@@ -143,6 +146,7 @@ class Relay:
             len(self._circuits) >= self.limits.circuits
             or max(self._peers[source], self._peers[target]) >= self.limits.circuits_per_peer
             or self._subnets[subnet] >= self.limits.circuits_per_subnet
+            or self._pairs[subnet, target] >= self.limits.circuits_per_pair
         )
         if full:
             return "circuits"
@@ -163,13 +167,16 @@ class Relay:
         return len(self._circuits)
 
     def _count(self, circuit: Circuit, by: int) -> None:
-        for peer_id in (circuit.source, circuit.target):
-            self._peers[peer_id] += by
-            if not self._peers[peer_id]:
-                del self._peers[peer_id]
-        self._subnets[circuit.subnet] += by
-        if not self._subnets[circuit.subnet]:
-            del self._subnets[circuit.subnet]
+        _add_to(self._peers, circuit.source, by)
+        _add_to(self._peers, circuit.target, by)
+        _add_to(self._subnets, circuit.subnet, by)
+        _add_to(self._pairs, (circuit.subnet, circuit.target), by)
 
     def _paced(self, peer_id: PeerId, subnet: str, now: float) -> bool:
         return self._subnet_rates.take(subnet, now) and self._rates.take(peer_id, now)
+
+
+def _add_to(counter: Counter[K], key: K, by: int) -> None:
+    counter[key] += by
+    if not counter[key]:
+        del counter[key]  # strangers choose the keys

@@ -28,6 +28,7 @@ from meshmax.base.errors import (
     VersionMismatch,
 )
 from meshmax.base.ids import PeerId
+from meshmax.core.subnets import source_of
 from meshmax.net import limits
 from meshmax.ports import Admission, Stream
 from meshmax.telemetry.log import get_logger
@@ -43,7 +44,7 @@ Answer = Callable[[Stream], Awaitable[None]]
 
 
 class Passage:
-    """How far one connection has come. ``origin``: the remote's IP address, by which crowds are told."""
+    """How far one connection has come. ``origin``: the remote's subnet (core.subnets), by which crowds are told."""
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Passage:
         cut: Callable[[], None],
     ) -> None:
         """``welcome`` is called once when it becomes a member's; ``cut`` ends it now, which calls `Gate.over`."""
-        self.peer_id, self.origin, self.direction = peer_id, origin, direction
+        self.peer_id, self.origin, self.direction = peer_id, source_of(origin), direction
         self.welcome, self.cut = welcome, cut
         self.state: State = "waiting"
         self.settled = trio.Event()  # no longer waiting

@@ -134,3 +134,13 @@ def test_a_circuit_ends_with_its_time_and_earlier_when_nothing_moves() -> None:
     one.carry("there", 1, 90.0)
     assert one.deadline() == 100
     assert one.carry("there", 1, 100.0) is None
+
+
+def test_one_subnet_does_not_take_all_circuits_to_a_peer() -> None:
+    ours = relay(RelayLimits(circuits_per_peer=3, circuits_per_pair=2), B)
+    first = circuit(ours, A, B)
+    circuit(ours, C, B)
+    assert ours.connect(PeerId("d"), NET, B, 0.0) == "circuits"
+    circuit(ours, PeerId("e"), B, "198.51.100.0/24")
+    ours.close(first)
+    circuit(ours, PeerId("d"), B)

@@ -117,13 +117,6 @@ class Table(RoutingTable):  # type: ignore[misc]
         self._by_id[node.id] = node
         return True
 
-    def split_bucket(self, index: int) -> None:
-        """See RoutingTable; those in reserve for whom there is a place now are in the table."""
-        super().split_bucket(index)
-        for bucket in self.buckets[index : index + 2]:
-            for node in bucket.nodes.values():
-                self._by_id.setdefault(node.id, node)
-
     def remove_contact(self, node: Node) -> None:
         """See RoutingTable; one in reserve takes its place."""
         bucket = self.buckets[self.get_bucket_for(node)]

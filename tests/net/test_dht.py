@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 import trio
 
-from meshmax.base.ids import PeerId
+from meshmax.base.ids import PeerId, public_key_of
 from meshmax.base.membership import MeshId
 from meshmax.base.providers import MAX_PROVIDERS, ProviderRecord
 from meshmax.net.dht import KademliaDht, open_dht
-from meshmax.net.dht_protocol import Membership
+from meshmax.net.dht_protocol import CONFIRM_LATEST_S, Membership
+from meshmax.net.dht_table import TableNode
+from meshmax.net.dht_upkeep import KEYS_AT_ONCE, TURN_S
 from meshmax.testing.memory_datagrams import MemoryDatagrams, MemoryNet, open_net
 from meshmax.testing.memory_swarm import SeededSigner
-from meshmax.wire.dht import overlay_tag
-from meshmax.wire.provider_records import sign_record
+from meshmax.wire.dht import Ping, encode_datagram, overlay_tag
+from meshmax.wire.provider_records import encode_record, sign_record
 from tests.net.dht_site import key_of, open_crowd, unix_now
 
 KEY = key_of("llama")
@@ -116,6 +120,56 @@ async def test_a_bootstrap_node_serves_so_many_meshes_and_no_more_of_one_source(
         assert joined == 8
         assert len(bootstrap.endpoint._overlays) == 9
         assert overlay_tag(MeshId("mesh0")) in bootstrap.endpoint._overlays
+
+
+async def test_spoofed_datagrams_of_invented_meshes_push_out_no_mesh_that_is_served(autojump_clock: Any) -> None:
+    async with open_net() as net, opened(net, 1, MeshId(""), others=8) as (bootstrap, port):
+        trusted = (SeededSigner(1).peer_id,)
+        async with (
+            opened(net, 2, membership=rules(trusted), client=lambda: True) as (a, _),
+            opened(net, 3, membership=rules(trusted), client=lambda: True) as (b, _),
+        ):
+            assert await a.join([port.address]) == 1
+            assert await provide(a, 2) == 1
+            signer = SeededSigner(77)
+            for number in range(100):
+                data = encode_datagram(
+                    overlay_tag(MeshId(f"invented {number}")),
+                    public_key_of(signer.peer_id),
+                    bootstrap.endpoint.node_id,
+                    int(unix_now() * 1000),
+                    number.to_bytes(8, "big"),
+                    False,
+                    Ping(),
+                    signer.sign,
+                )
+                net.spoof(data, (f"12.0.{number}.1", 7), port.address)
+            await trio.sleep(1)
+            assert len(bootstrap.endpoint._overlays) == 9
+            assert await b.join([port.address]) == 1
+            assert len(await b.find(KEY)) == 1
+
+
+async def test_a_newcomer_is_handed_records_while_others_have_their_turn(
+    autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_crowd(4) as crowd:
+        keys = [key_of(f"word {number}") for number in range(3 * KEYS_AT_ONCE)]
+        protocol = crowd.nodes[0].protocol
+        asked: list[int] = []
+        hand_over = protocol.hand_over
+
+        def noted(newcomer: TableNode, some: Sequence[bytes]) -> None:
+            asked.append(len(some))
+            hand_over(newcomer, some)
+
+        monkeypatch.setattr(protocol, "hand_over", noted)
+        for key in keys:
+            protocol.storage.store(encode_record(crowd.encoded(1, key)), "a")
+        await crowd.add(100, join=[crowd.ports[0].address])
+        await trio.sleep(CONFIRM_LATEST_S + 3 * TURN_S)
+        assert asked
+        assert max(asked) == KEYS_AT_ONCE
 
 
 # --- what happens to networks ----------------------------------------------------------------------------------------

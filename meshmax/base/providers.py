@@ -15,7 +15,7 @@ from meshmax.base.ids import PeerId
 
 KEY_BYTES: Final = 32
 MAX_RECORD_ADDRESSES: Final = 8
-MAX_RECORD_BYTES: Final = 720  # of a signed record in a datagram: eight long addresses; about three usual ones fit an answer
+MAX_RECORD_BYTES: Final = 720  # of a signed record: eight long addresses; about three usual ones fit a datagram
 MAX_PROVIDERS: Final = 64  # records that one key keeps at a node, and that one look-up returns
 
 KeyKind = Literal["model", "name", "peer", "mesh"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import trio
 
 from meshmax.base.config import Config, ServeConfig
 from meshmax.base.errors import NotAMember
@@ -28,6 +29,7 @@ class From:
         self.address, self.sent = f"/ip4/{ip}/tcp/1", b""
 
     async def send_all(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
         self.sent += data
 
 
@@ -44,6 +46,7 @@ async def test_the_open_mesh_has_no_members_beyond_the_lan_whoever_may_connect(
     admitted: list[str] = []
 
     async def admit(stream: Stream, direction: Literal["in", "out"]) -> None:
+        await trio.lowlevel.checkpoint()
         admitted.append(stream.address)
 
     monkeypatch.setattr(membership, "admit", admit)

@@ -28,7 +28,7 @@ from meshmax.node.bootstrapping import MAX_BOOTSTRAP, bootstrap_places
 from meshmax.services.observe import ask_observed
 from meshmax.store.dht_file import load_dht, save_dht
 from meshmax.telemetry.isolate import isolate
-from meshmax.wire.dht_chain import decode_chain, encode_chain
+from meshmax.wire.dht_chain import open_chain, seal_chain
 
 if TYPE_CHECKING:
     from meshmax.node.running import Node
@@ -216,12 +216,12 @@ class NodeDht:
 
         def is_member(peer_id: PeerId, chain: bytes) -> bool:
             try:
-                membership.standing.verify(decode_chain(chain), peer_id, self._node.world.unix_now())
+                membership.standing.verify(open_chain(mesh, chain), peer_id, self._node.world.unix_now())
             except (NotAMember, ManifestInvalid, RemoteProtocolError):
                 return False
             return True
 
-        return Membership(is_member, lambda: encode_chain(membership.standing.chain), trusted)
+        return Membership(is_member, lambda: seal_chain(mesh, membership.standing.chain), trusted)
 
 
 class _Shared:

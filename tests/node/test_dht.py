@@ -14,6 +14,7 @@ import trio
 
 from meshmax.base.config import Config
 from meshmax.base.errors import PeerGone
+from meshmax.base.ids import public_key_of
 from meshmax.base.membership import SCOPES, Certificate, MeshId
 from meshmax.node.dht import NodeDht, _udp_places
 from meshmax.services.observe import ObserveServer
@@ -81,6 +82,22 @@ async def test_members_of_a_private_mesh_meet_and_strangers_do_not(autojump_cloc
             assert await thief.dht.join([a.datagrams.address]) == 0
             assert (b.dht.contacts, b.dht.problem) == (1, "")
         assert load_dht(tmp_path / "b", MESH)
+
+
+async def test_who_reads_the_datagrams_of_a_private_mesh_does_not_learn_its_id(
+    autojump_clock: Any, tmp_path: Path
+) -> None:
+    heard: list[bytes] = []
+    async with open_net() as net:
+        net.taps.append(lambda data, _sender, _to: heard.append(data))
+        async with (
+            node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config()) as a,
+            node_dht(net, tmp_path / "b", 2, private(SeededSigner(2)), Config()) as b,
+        ):
+            await trio.sleep(2)
+            assert await b.dht.join([a.datagrams.address]) == 1
+    assert heard
+    assert not any(public_key_of(ROOT.peer_id) in data or ROOT.peer_id.encode() in data for data in heard)
 
 
 async def test_an_open_lan_mesh_by_itself_sends_nothing(autojump_clock: Any, tmp_path: Path) -> None:

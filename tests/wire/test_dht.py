@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from meshmax.base.errors import LocalProtocolError, RemoteProtocolError
 from meshmax.base.ids import public_key_of
 from meshmax.base.membership import OPEN_MESH, MeshId
+from meshmax.base.model import Signed
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.wire import dht
-from meshmax.wire.dht_chain import decode_chain, encode_chain
+from meshmax.wire.dht_chain import decode_chain, encode_chain, open_chain, seal_chain
 from meshmax.wire.membership import sign_certificate
 
 SIGNER = SeededSigner(1)
@@ -124,3 +125,18 @@ def test_certificates_arrive_as_they_were_sent() -> None:
             decode_chain(encoded[:cut])
     with pytest.raises(RemoteProtocolError):
         decode_chain(bytes(98) * 50)
+
+
+def test_a_sealed_chain_is_read_by_who_knows_the_mesh_and_tells_others_nothing_of_it() -> None:
+    root = SeededSigner(9)
+    mesh, chain = MeshId(root.peer_id), (Signed(root.peer_id, root.peer_id.encode() * 3, bytes(64)),)
+    sealed = seal_chain(mesh, chain)
+    assert open_chain(mesh, sealed) == chain
+    assert public_key_of(root.peer_id) not in sealed
+    assert root.peer_id.encode() not in sealed
+    assert seal_chain(mesh, ()) == b""
+    for broken in (sealed[:-1], sealed[1:], sealed[:5], b""):
+        with pytest.raises(RemoteProtocolError):
+            open_chain(mesh, broken)
+    with pytest.raises(RemoteProtocolError):
+        open_chain(MeshId(SeededSigner(8).peer_id), sealed)

@@ -121,7 +121,8 @@ class NodeDht:
         while True:
             woken, mesh = self._woken, self._node.membership.mesh
             if self.wanted:
-                await self._run_in(mesh, shared)
+                if not await isolate("dht", partial(self._run_in, mesh, shared)):  # a failure of it is none of the node
+                    await trio.sleep(JOIN_S[1])
             else:
                 with trio.move_on_after(CHECK_S):
                     await woken.wait()

@@ -16,7 +16,7 @@ from meshmax.base.config import Config
 from meshmax.base.errors import PeerGone
 from meshmax.base.ids import public_key_of
 from meshmax.base.membership import SCOPES, Certificate, MeshId
-from meshmax.node.dht import NodeDht, _udp_places
+from meshmax.node.dht import JOIN_S, NodeDht, _udp_places
 from meshmax.services.observe import ObserveServer
 from meshmax.services.standing import Standing
 from meshmax.services.strangers import NoMesh
@@ -105,6 +105,29 @@ async def test_an_open_lan_mesh_by_itself_sends_nothing(autojump_clock: Any, tmp
         async with node_dht(net, tmp_path / "a", 1, Standing(SeededSigner(1)), Config()) as a:
             await trio.sleep(600)
             assert (net.sent, a.dht.contacts, a.dht.problem) == (0, 0, "")
+
+
+async def test_a_failure_of_the_dht_is_none_of_the_node_and_it_begins_again(
+    autojump_clock: Any, tmp_path: Path
+) -> None:
+    fail = True
+
+    async def run_sync_at_times(work: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        if fail:
+            raise ValueError("nobody expected this")
+        return work()
+
+    async with open_net() as net:
+        async with node_dht(net, tmp_path / "a", 1, Standing(SeededSigner(1)), Config()) as a:
+            a.world.run_sync = run_sync_at_times
+            a.membership.standing = private(SeededSigner(1))
+            a.membership.mesh = MESH
+            await trio.sleep(5)
+            assert a.dht.current is None
+            fail = False
+            await trio.sleep(JOIN_S[1] + 5)
+            assert a.dht.current is not None
 
 
 async def test_it_is_turned_off_by_configuration(autojump_clock: Any, tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ class Dht(Protocol):
     async def find(self, key: bytes, enough: int = MAX_PROVIDERS) -> tuple[ProviderRecord, ...]:
         """Live records of distinct providers, at most MAX_PROVIDERS, newest first; () where none was found.
 
-        It ends as soon as ``enough`` providers are known: ask for few where that will do, but for more than one, since who
-        answers first may name peers that do not exist. Ours is among them if we announced it.
+        With fewer than MAX_PROVIDERS it ends as soon as ``enough`` are known: ask for few where that will do, but for more than
+        one, since who answers first may name peers that do not exist. Ours is among them if we announced it.
         """
         ...
 

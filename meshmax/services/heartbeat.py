@@ -91,12 +91,11 @@ class Heartbeat:
         self._hurry(peer_id)
 
     async def farewell(self) -> None:
-        """Tell every neighbour at once that we leave; within FAREWELL_S, cancelled or not."""
+        """Tell every neighbour at once that we leave. Deadlines are the caller's: FAREWELL_S is enough."""
         signed = self._own.farewell()
-        with trio.CancelScope(deadline=trio.current_time() + FAREWELL_S, shield=True):
-            async with trio.open_nursery() as nursery:
-                for peer_id in tuple(self._beats):
-                    nursery.start_soon(self._say_farewell, peer_id, signed)
+        async with trio.open_nursery() as nursery:
+            for peer_id in tuple(self._beats):
+                nursery.start_soon(self._say_farewell, peer_id, signed)
 
     async def _say_farewell(self, peer_id: PeerId, signed: Signed) -> None:
         try:

@@ -25,7 +25,7 @@ from meshmax.core.gossip import Gossip
 from meshmax.core.peers import Dial, PeerEntry, PeerTable, Refusal
 from meshmax.core.sequence import StatusSequence
 from meshmax.ports import CountsStreams, Discovery, Sighting, Signer, Swarm
-from meshmax.services.heartbeat import BEAT_PACE_S, MAX_STATUS_STREAMS, Heartbeat
+from meshmax.services.heartbeat import BEAT_PACE_S, FAREWELL_S, MAX_STATUS_STREAMS, Heartbeat
 from meshmax.services.own_status import Keep, OwnStatus
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -308,5 +308,6 @@ async def open_presence(
         try:
             yield presence
         finally:
-            await presence.heartbeat.farewell()
+            with trio.CancelScope(deadline=trio.current_time() + FAREWELL_S, shield=True):
+                await presence.heartbeat.farewell()
             nursery.cancel_scope.cancel()

@@ -7,9 +7,9 @@ sources. Not here: the steps of a pull (services.pull_steps), which pulls there 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 import trio
@@ -31,7 +31,7 @@ LocalSources = Callable[[Sha256], Sequence[ChunkSource]]
 Room = Callable[[Sequence[Layer]], AbstractAsyncContextManager[None]]
 
 
-Seek = Callable[[str, Callable[[], bool]], Awaitable[bool]]  # until there are some; whether there are
+Seek = Callable[[str, Callable[[], bool]], Coroutine[Any, Any, bool]]  # until there are some; whether there are
 
 
 async def seek_nowhere(_name: str, _found: Callable[[], bool]) -> bool:

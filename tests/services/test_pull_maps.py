@@ -60,7 +60,7 @@ async def test_a_false_map_is_condemned_with_its_provider_and_what_both_maps_agr
         assert last.peers[liar.peer_id].strikes >= 1
         assert last.peers[b.peer_id].strikes == 0  # it sent what the false map did not know, which was true
         served = sorted(liar.served(digest) + b.served(digest))
-        assert served.count(7) <= 3
+        assert served.count(7) <= 4  # by each map: once of whom it makes a liar, and once of the other
         assert len(served) <= CHUNKS + 4
 
 

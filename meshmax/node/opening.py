@@ -43,6 +43,7 @@ from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage, Kept
+from meshmax.services.guards import MODEL_GUARDS
 from meshmax.services.infer_server import InferServer
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.lane_server import LaneServer, open_lane_server
@@ -162,7 +163,13 @@ class _Opening:
             node.lane_port = lanes.port
         node.garbage = Garbage(node, self.kept, self.outflow, world.run_sync)
         # Pulls are opened after this, hence the looking up at each call.
-        ModelServer(store.models, store.blobs, lambda digest: node.pulling(digest), node.accept).register(node.swarm)  # noqa: PLW0108
+        ModelServer(
+            store.models,
+            store.blobs,
+            lambda digest: node.pulling(digest),  # noqa: PLW0108
+            node.accept,
+            lambda peer, request: node.membership.require(peer, *MODEL_GUARDS[type(request)]),
+        ).register(node.swarm)
         BlobServer(store.blobs, outflow=self.outflow, offers=self.offers, throttle=self.throttle).register(node.swarm)
         InferServer(node.residency, self.throttle.precedence).register(node.swarm)
         await self.enter(open_node_serving(node))

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from meshmax.base.catalog import CatalogEntry, ModelDescription, Resolved
-from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders
+from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders, OutOfScope
 from meshmax.base.ids import MapAddress, PeerId, Sha256
 from meshmax.base.model import Manifest, ModelRecord, Signed, StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
@@ -85,17 +85,22 @@ class CatalogService:
         return resolve(name, self._merged(parts=True), self._local, self._first_seen, pinned)
 
     async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
-        """From our store, or asked of a holder, then never verbose. Raises InvalidName, ModelNotFound, NoProviders."""
+        """From our store, or of a holder, then never verbose. Raises InvalidName, ModelNotFound, NoProviders, OutOfScope."""
         resolved = self.resolve(name)
         if resolved.stored:
             return await self._models.describe(resolved.digest, verbose)
+        refused: OutOfScope | None = None
         with trio.move_on_after(DESCRIBE_DEADLINE_S):
             for holder in resolved.entry.holders:
                 try:
                     with trio.move_on_after(HOLDER_DEADLINE_S):
                         return await self._ask_peer(holder, resolved.digest)
+                except OutOfScope as error:
+                    refused = error
                 except MeshmaxError:
                     continue  # the next holder may answer; when none does, the caller is told below
+        if refused is not None:
+            raise refused  # what the person can do something about
         raise NoProviders(f"no peer that has '{name}' answered")
 
     async def copy(self, source: str, destination: str) -> StoredModel:

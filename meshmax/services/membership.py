@@ -4,8 +4,8 @@ Rules: what changes is written down before it counts. Changing mesh cuts every c
 revocation takes effect at once here, is told to all connected members, who tell theirs, and to everybody at admission. Our
 certificate is renewed in time by the root if its key is here, else by any connected member that may; then it is shown to those
 who are connected. A member whose certificate ends is let go. The bootstrap nodes of the ticket that was redeemed are kept with
-the membership, and go with it. Not here: the words (wire.membership, services.admission), what is valid (core.membership), the
-files (store.mesh_files), a ticket on its way (services.joining).
+the membership, and go with it. Not here: the words (wire.membership, services.admission), what is valid (core.membership), what
+needs which scope (services.guards), the files (store.mesh_files), a ticket on its way (services.joining).
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from meshmax.core.rendezvous import learnt_bootstrap
 from meshmax.ports import Discovery, RunSync, Signer, Stream, Swarm
 from meshmax.services import admission
 from meshmax.services.frames import FrameStream
+from meshmax.services.guards import guard, guard_protocol, lacking
 from meshmax.services.joining import AddressesOf, Joining
 from meshmax.services.renewal import Renewal
 from meshmax.services.standing import Standing
@@ -48,15 +49,9 @@ from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 from meshmax.wire import membership as wire
 from meshmax.wire.failure import failure_of
-from meshmax.wire.protocols import BLOB, INFER, LANE, MEMBER, MODEL, TICKET
+from meshmax.wire.protocols import MEMBER, TICKET
 from meshmax.wire.ticket import parse_ticket
 
-GUARDS: Final[dict[str, tuple[Scope, ...]]] = {  # any one of these scopes opens the protocol; others are any member's
-    INFER: ("infer",),
-    MODEL: ("pull", "admin"),  # who may tell others to pull must be able to ask them
-    BLOB: ("pull",),
-    LANE: ("pull",),
-}
 JOIN_WAIT_S: Final = 20.0  # how long `join` waits for the first outcome; afterwards it goes on behind
 HEAR_TIMEOUT_S: Final = 10.0  # for what one member tells
 NEWS_PACE_S: Final = 0.1  # after each message of a peer's news: 64 notices take up to 50 ms to check
@@ -136,16 +131,13 @@ class MembershipService:
         if self._standing.core is None:
             return
         held = self._standing.member(peer_id, self._unix_now()).certificate.scopes
-        wanted = GUARDS.get(protocol, SCOPES)
-        if not set(wanted) & set(held):
-            raise OutOfScope(_lacking(wanted[0]))
+        guard_protocol(held, protocol, _whose(peer_id))
 
-    def require(self, peer_id: PeerId, scope: Scope) -> None:
-        """Raises OutOfScope unless the member ``peer_id`` has ``scope``, NotAMember. In the open mesh everybody has all."""
+    def require(self, peer_id: PeerId, *scopes: Scope) -> None:
+        """Raises OutOfScope unless the member ``peer_id`` has one of ``scopes``, NotAMember. In the open mesh all have all."""
         if self._standing.core is None:
             return
-        if scope not in self._standing.member(peer_id, self._unix_now()).certificate.scopes:
-            raise OutOfScope(_lacking(scope))
+        guard(self._standing.member(peer_id, self._unix_now()).certificate.scopes, scopes, _whose(peer_id))
 
     # --- for faces ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +254,7 @@ class MembershipService:
         signer, chain = (standing.root, ()) if standing.root else (self._signer, standing.chain)
         own = standing.own(now_s)
         if standing.root is None and own and "admin" not in own.scopes:
-            raise OutOfScope(_lacking("admin"))
+            raise OutOfScope(lacking("admin", "this peer's certificate"))
         word = Revocation(standing.mesh, peer_id, int(now_s))
         notice = RevocationNotice(wire.sign_revocation(word, signer.peer_id, signer.sign), chain)
         standing.core.revocations.check(notice, now_s)
@@ -485,8 +477,8 @@ async def open_membership(membership: MembershipService, swarm: Swarm) -> AsyncI
             nursery.cancel_scope.cancel()
 
 
-def _lacking(scope: Scope) -> str:
-    return f"the peer's certificate lacks the scope '{scope}': a ticket with it (`meshmax ticket --scope ...`) gives it"
+def _whose(peer_id: PeerId) -> str:
+    return f"the certificate of {peer_id}"
 
 
 def _reachable(addresses: Sequence[str]) -> tuple[str, ...]:

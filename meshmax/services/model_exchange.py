@@ -47,6 +47,7 @@ MAX_REQUESTS_PER_PEER: Final = (
 REPLY_TIMEOUT_S: Final = 10.0  # for one message, either way; a map's parts are half a MiB each
 
 R = TypeVar("R", wire.RecordReply, wire.ManifestReply, wire.MapPart, wire.DescribeReply, wire.DownloadReply)
+Guard = Callable[[PeerId, wire.FromAsker], None]  # raises OutOfScope, NotAMember
 Accept = Callable[[PeerId, str, Sha256], Awaitable[str]]  # who asks us to pull what, by which name: the transfer's id
 
 
@@ -62,6 +63,7 @@ class ModelServer:
     """Answers from ``models`` and ``blobs``; ``pulling`` knows the models of which we have only some yet.
 
     ``accept`` decides whether we pull what a peer asks us to; it raises Refused or Busy, or gives the transfer's id.
+    ``guard`` decides who may ask for what (services.guards).
     """
 
     def __init__(
@@ -70,8 +72,9 @@ class ModelServer:
         blobs: BlobStore,
         pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None,
         accept: Accept | None = None,
+        guard: Guard = lambda peer, request: None,
     ) -> None:
-        self._accept = accept
+        self._accept, self._guard = accept, guard
         self._models = models
         self._blobs = blobs
         self._pulling = pulling
@@ -92,6 +95,7 @@ class ModelServer:
             return
         self._running[peer] += 1
         try:
+            self._guard(peer, request)
             await self._answer(frames, request)
         except (PeerGone, RemoteProtocolError):
             raise

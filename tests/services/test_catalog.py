@@ -9,7 +9,7 @@ import trio
 import trio.testing
 
 from meshmax.base.catalog import ModelDescription
-from meshmax.base.errors import InvalidName, ModelNotFound, NoProviders, PeerGone
+from meshmax.base.errors import InvalidName, ModelNotFound, NoProviders, OutOfScope, PeerGone
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ModelDetails, ModelRecord
 from meshmax.base.names import parse_name
@@ -35,6 +35,7 @@ class World:
         self.changes = 0
         self.gone: set[PeerId] = set()
         self.mute: set[PeerId] = set()
+        self.strict: set[PeerId] = set()
 
     def peers(self) -> tuple[PeerView, ...]:
         return (PeerView(OWN.peer_id, "self", "self", None), *self.views)
@@ -45,6 +46,8 @@ class World:
     async def ask(self, peer: PeerId, digest: Sha256) -> ModelDescription:
         if peer in self.mute:
             await trio.sleep_forever()
+        if peer in self.strict:
+            raise OutOfScope("the certificate of x lacks the scope")
         if peer in self.gone:
             raise PeerGone
         return ModelDescription(digest, ModelDetails(), template=peer)
@@ -128,6 +131,9 @@ async def test_a_model_that_only_a_peer_has_is_listed_described_and_not_ours_to_
             await catalog.delete("far")
         world.gone.add(ATTIC)
         with pytest.raises(NoProviders):
+            await catalog.describe("far")
+        world.strict.add(KITCHEN)  # it says what one can do something about
+        with pytest.raises(OutOfScope, match="lacks the scope"):
             await catalog.describe("far")
 
 

@@ -8,6 +8,7 @@ import trio.testing
 
 from meshmax.base.errors import InvalidRequest, NotAMember, OutOfScope, PeerGone
 from meshmax.node import Node
+from meshmax.services.model_exchange import fetch_model
 from meshmax.wire.protocols import INFER
 from tests.sim.site import Site, ask, online, open_site, pull, until
 
@@ -181,6 +182,9 @@ async def test_scopes_are_guarded_at_their_protocols(tmp_path: Path, autojump_cl
         await site.add(a, "m")
         await until(lambda: len(b.catalog.entries()) == len(c.catalog.entries()) == 1)
         assert await ask(b, "m", "hello") == ("hello", "a")
+        assert (await b.catalog.describe("m")).digest  # who may use a model may see what it is
+        with pytest.raises(OutOfScope, match=f"{b.peer_id} lacks the scope 'pull'"):
+            await fetch_model(b.swarm, a.peer_id, b.catalog.resolve("m").digest)
         transfer = await pull(b, "m")
         assert transfer.state == "failed"
         assert "'pull'" in str(transfer)

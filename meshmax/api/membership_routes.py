@@ -213,6 +213,8 @@ def mesh_json(view: MeshView) -> dict[str, Any]:
         "scopes": list(view.scopes),
         "expires_at": None if view.expires_at_s is None else rfc3339(view.expires_at_s),
         "problem": view.problem,
+        "joining": view.joining,
+        "lan": view.lan,
         "bootstrap": [msgspec.to_builtins(each) for each in view.bootstrap],
     }
 

@@ -138,6 +138,7 @@ class MeshFace:
                 "state": node.state,
                 "mesh": mesh.name if mesh.mesh else "open LAN mesh",
                 "mesh_id": mesh.mesh,
+                "joining": mesh.joining,
                 "addresses": list(node.swarm.addresses),
                 "connections": len(node.swarm.connections()),
                 "uptime": nanoseconds(node.now() - node.started_at_s),
@@ -145,7 +146,7 @@ class MeshFace:
                 "bootstrap": [msgspec.to_builtins(each) for each in mesh.bootstrap],
                 "discovery": [msgspec.to_builtins(report) for report in node.ladder.reports()],
                 "resources": node.resources(),
-                "problems": [problem] if (problem := node.presence.problem) else [],
+                "problems": [problem for problem in (mesh.problem, node.presence.problem) if problem],
                 "reachability": {"addresses": len(node.swarm.addresses), "lan": node.config.lan},
             }
         )

@@ -105,3 +105,5 @@ class MeshView(msgspec.Struct, frozen=True):
     expires_at_s: int | None = None
     problem: str = ""  # what keeps this node from being a member, or from becoming one; '' if nothing does
     bootstrap: tuple[BootstrapAddress, ...] = ()  # in use; those of tickets end with the membership
+    joining: str = ""  # what the mesh is called whose ticket is still on its way; '' if none is
+    lan: bool = True  # whether this node shows itself on its LAN

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from meshmax.store.mesh_files import MeshFiles
 
 LABEL_WIDTH = 10
-OPEN_WORDS = "the open LAN mesh: anyone on this LAN may use it; `meshmax mesh new NAME` closes it"
 _NAMED_BY = {"config": "of the configuration", "ticket": "a ticket named it; forgotten with the mesh"}
 
 mesh = App(
@@ -65,7 +64,7 @@ def members(*, as_json: AsJson = False, target: Target = HERE) -> None:
         emit_json(answer)
         return
     if not answer["members"]:
-        emit(f"This peer is in {OPEN_WORDS}.")
+        emit("This peer is in the open mesh, which has no list of members: `meshmax peers` shows who is there.")
         return
     header = ("NAME", "PEER ID", "SCOPES", "STATE")
     emit(table(header, [_member_row(member, time.time()) for member in answer["members"]]))
@@ -130,10 +129,21 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
         emit(describe(answer, time.time()))
 
 
+def open_words(lan: bool) -> str:
+    """What the open mesh means to a person; ``lan``: the peer shows itself on its LAN."""
+    if lan:
+        return "the open LAN mesh: anyone on this LAN may use it; `meshmax mesh new NAME` closes it"
+    return (
+        "open, and not announced on the LAN (--no-lan): peers given with --join, and those that join this one;"
+        " `meshmax mesh new NAME` closes it"
+    )
+
+
 def describe(answer: dict[str, Any], now_s: float) -> str:
     """The lines of `meshmax mesh`."""
     if not answer["private"]:
-        lines = [("mesh", OPEN_WORDS)]
+        joining = answer.get("joining")
+        lines = [("mesh", f"joining '{joining}'" if joining else open_words(answer.get("lan", True)))]
     else:
         lines = [("mesh", f"{answer['name']} (private)"), ("id", answer["mesh"])]
         if answer["scopes"]:
@@ -208,13 +218,16 @@ def _local_view(target: Target) -> dict[str, Any]:
     from meshmax.core.membership import Membership
     from meshmax.store.identity import KEY_FILE, load_identity
     from meshmax.store.mesh_files import MeshFiles
+    from meshmax.wire.ticket import parse_ticket
 
     home = home_folder(target.home).absolute()
     files = MeshFiles(home)
     own, now_s = files.load_own(), time.time()
-    waiting = "a ticket waits to be used: `meshmax peer` does it" if files.load_pending() else ""
+    pending = files.load_pending()
+    waiting = "not joined yet: a ticket waits to be used, and `meshmax peer` does it" if pending else ""
+    joining = parse_ticket(pending).mesh_name if pending else ""
     if own is None:
-        return mesh_json(MeshView(OPEN_MESH, "", False, SCOPES, problem=waiting))
+        return mesh_json(MeshView(OPEN_MESH, "", False, SCOPES, problem=waiting, joining=joining))
     root = files.load_root(own.mesh) is not None
     learnt = tuple(BootstrapAddress(text, "ticket") for text in own.bootstrap)
     if not (home / KEY_FILE).exists():
@@ -225,4 +238,5 @@ def _local_view(target: Target) -> dict[str, Any]:
         )
     except NotAMember as error:
         return mesh_json(MeshView(own.mesh, own.name, root, (), problem=error.message))
-    return mesh_json(MeshView(own.mesh, own.name, root, certificate.scopes, certificate.expires_at_s, waiting, learnt))
+    scopes, until = certificate.scopes, certificate.expires_at_s
+    return mesh_json(MeshView(own.mesh, own.name, root, scopes, until, waiting, learnt, joining))

@@ -21,6 +21,7 @@ from meshmax import __version__
 from meshmax.base.config import DEFAULT_API_PORT, Config
 from meshmax.base.errors import MeshmaxError
 from meshmax.base.membership import OPEN_MESH, MeshView
+from meshmax.cli.membership import open_words
 from meshmax.cli.output import emit, printable
 from meshmax.cli.settings import load_config
 
@@ -183,13 +184,8 @@ def banner(facts: Mapping[str, Any], url: str, holder: str) -> str:
 def _mesh_lines(mesh: MeshView, lan: bool) -> list[str]:
     if mesh.mesh != OPEN_MESH:
         lines = [f"{printable(mesh.name)}, private: its members alone; `meshmax ticket` invites another peer"]
-    elif lan:
-        lines = [
-            "the open LAN mesh: anyone on this LAN may use it; `meshmax mesh new NAME` closes it, --no-lan stays out of it"
-        ]
+    elif mesh.joining:
+        return [f"joining '{printable(mesh.joining)}' ({printable(mesh.problem)})"]
     else:
-        lines = [
-            "open, and not announced on the LAN (--no-lan): peers given with --join, and those that join this one;"
-            " `meshmax mesh new NAME` closes it"
-        ]
+        lines = [f"{open_words(lan)}, --no-lan stays out of it" if lan else open_words(lan)]
     return [*lines, f"({printable(mesh.problem)})"] if mesh.problem else lines

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 
-from meshmax.base.errors import InvalidRequest
+from meshmax.base.errors import ConnectError, InvalidRequest
 from meshmax.base.membership import Ticket
 from meshmax.base.units import format_span, parse_span_s
 from meshmax.cli.client import Target, open_client
@@ -102,25 +102,32 @@ def join(
     *,
     as_json: AsJson = False,
     target: Target = HERE,
-) -> None:
+) -> int:
     """Join the mesh that a ticket invites to. Without TICKET it is read from standard input, or asked for.
 
-    Where no peer is running, the ticket is kept, and the next `meshmax peer` uses it.
+    Where no peer is running, the ticket is kept, and the next `meshmax peer` uses it. Exit code 4: not joined yet.
     """
     given = parse_ticket(text or _asked())
     if (late_s := time.time() - given.expires_at_s) > 0:
         raise InvalidRequest(f"the ticket expired {format_span(late_s)} ago by this machine's clock: ask for a new one")
     if runs_none(target):
         _keep(given, target, as_json)
-        return
+        return 0
     if sys.stderr.isatty() and not as_json:
         sys.stderr.write(f"joining '{printable(given.mesh_name)}' ...\n")
     with open_client(target) as client:
         answer = client.call("POST", "/api/v1/mesh/join", {"ticket": ticket_text(given)})
+    joined = answer["mesh"] == given.mesh and not answer.get("joining")
     if as_json:
         emit_json(answer)
     else:
-        emit(describe(answer, time.time()))
+        emit(describe(answer, time.time()) if joined else _not_yet(answer, given))
+    return 0 if joined else ConnectError.exit_code
+
+
+def _not_yet(answer: dict[str, Any], given: Ticket) -> str:
+    why = printable(answer["problem"]) or "not joined yet; it is tried on by the running peer"
+    return f"The ticket for '{printable(given.mesh_name)}' is kept; {why}. `meshmax mesh` shows how it stands."
 
 
 def _asked() -> str:

@@ -23,6 +23,7 @@ def make_membership(node: Node) -> MembershipService:
     membership = MembershipService(
         node.signer, MeshFiles(node.home.path), world.unix_now, world.random, world.run_sync, node.name
     )
+    membership.lan = node.config.lan
     membership.bootstrap = lambda: bootstrap_of(node)
     membership.search = lambda ticket: _meeting_place(node, ticket)
     return membership

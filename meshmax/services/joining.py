@@ -43,7 +43,7 @@ class Joining:
     def __init__(self, ticket: Ticket, name: str) -> None:
         """``name``: what people call this node; the issuer's log shows it."""
         self.ticket = ticket
-        self.problem = "the ticket's issuer is being asked"
+        self.problem = "not joined yet: the ticket's issuer is being asked"
         self.settled = trio.Event()
         self.refused: NotAMember | None = None
         self._name = name
@@ -63,7 +63,11 @@ class Joining:
             try:
                 issued = await self._attempt(swarm, addresses_of, unix_now)
             except NotAMember as error:
-                self.refused, self.problem = error, error.message
+                self.refused = error
+                self.problem = (
+                    f"the ticket for '{self.ticket.mesh_name}' was refused: {error.message}"
+                    " (`meshmax ticket` at a member makes another, `meshmax join` takes it)"
+                )
                 _log.warning("the ticket was refused", issuer=self.ticket.issuer, why=error.message)
                 return None
             except MeshmaxError as error:
@@ -73,7 +77,11 @@ class Joining:
                 return issued
             log = _log.info if failures == 1 else _log.debug
             pause_s = backoff_s(failures, FIRST_PAUSE_S, MAX_PAUSE_S, random)
-            self.problem = f"the ticket's issuer was not reached ({failures} times): {why[:400]}"
+            times = "once" if failures == 1 else f"{failures} times"
+            self.problem = (
+                f"not joined yet: the ticket's issuer was not reached (tried {times}): {why[:400]};"
+                " it is tried on by the running peer, and `meshmax mesh leave` gives it up"
+            )
             log("the ticket's issuer was not reached", issuer=self.ticket.issuer, why=why, again_in_s=round(pause_s, 1))
             self.settled.set()
             with trio.move_on_after(pause_s):

@@ -79,6 +79,7 @@ class MembershipService:
         files.sweep()
         self._standing = self._load()
         self._joining = self._load_pending(name)
+        self._refused = ""  # what became of the last ticket, if it was worth nothing; until a person acts
         self._writing = trio.Lock()
         self._woken = trio.Event()  # somebody was admitted, the mesh or a ticket changed: look again at what is due
         self._hearing: Counter[PeerId] = Counter()
@@ -89,6 +90,7 @@ class MembershipService:
         self.bootstrap: Callable[[], Sequence[BootstrapAddress]] = tuple
         self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
         self.addresses_of: AddressesOf = lambda peer_id: ()
+        self.lan = True  # whether this node shows itself on its LAN; for people
         self.search: Callable[[Ticket], Discovery | None] = lambda ticket: None  # who else may know its issuer
         # Called after the mesh has changed, with who is to be dialled first and where.
         self.on_change: Callable[[PeerId | None, Sequence[str]], None] = lambda peer_id, addresses: None
@@ -153,7 +155,7 @@ class MembershipService:
 
     def view(self) -> MeshView:
         """The mesh that this node is in, and what is wrong with it."""
-        standing, problem = self._standing, self._joining.problem if self._joining else ""
+        standing, problem = self._standing, self._joining.problem if self._joining else self._refused
         scopes: tuple[Scope, ...] = ()
         expires_at_s = None
         try:
@@ -163,9 +165,8 @@ class MembershipService:
         else:
             scopes, expires_at_s = (own.scopes, own.expires_at_s) if own else (SCOPES, None)
         bootstrap = tuple(self.bootstrap())
-        return MeshView(
-            standing.mesh, standing.name, standing.root is not None, scopes, expires_at_s, problem, bootstrap
-        )
+        joining, root = self._joining.ticket.mesh_name if self._joining else "", standing.root is not None
+        return MeshView(standing.mesh, standing.name, root, scopes, expires_at_s, problem, bootstrap, joining, self.lan)
 
     def members(self) -> tuple[MemberView, ...]:
         """Ourselves, the members that this node has met, and who was revoked; () in the open mesh."""
@@ -271,7 +272,7 @@ class MembershipService:
         """Nobody waits for the outcome of another ticket any more."""
         if self._joining:
             self._joining.settled.set()
-        self._joining = None
+        self._joining, self._refused = None, ""
 
     def _require_open(self) -> None:
         if self._standing.core is not None:
@@ -460,7 +461,7 @@ class MembershipService:
                     await self._enter(own)
                 else:
                     await self._run_sync(self._files.drop_pending)
-                    self._joining = None
+                    self._joining, self._refused = None, joining.problem
         joining.settled.set()
 
 

@@ -18,6 +18,8 @@ OPEN = {
     "scopes": ["infer", "pull", "admin"],
     "expires_at": None,
     "bootstrap": [],
+    "joining": "",
+    "lan": True,
 }
 
 

@@ -30,6 +30,9 @@ def test_the_open_mesh_is_said_to_be_open_and_how_to_close_it(
     fake_peer.on("GET", "/api/v1/mesh", OPEN)
     assert main(["mesh"]) == 0
     assert "anyone on this LAN may use it; `meshmax mesh new NAME` closes it" in capsys.readouterr().out
+    fake_peer.on("GET", "/api/v1/mesh", {**OPEN, "lan": False})
+    assert main(["mesh"]) == 0
+    assert "not announced on the LAN (--no-lan)" in capsys.readouterr().out
 
 
 def test_a_private_mesh_is_shown_with_what_we_may_and_no_escape_sequence(
@@ -76,7 +79,7 @@ def test_members_are_a_table(fake_peer: FakePeer, capsys: pytest.CaptureFixture[
 def test_in_the_open_mesh_there_are_no_members_to_list(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     fake_peer.on("GET", "/api/v1/mesh/members", {"members": []})
     assert main(["mesh", "members"]) == 0
-    assert "open LAN mesh" in capsys.readouterr().out
+    assert "in the open mesh" in capsys.readouterr().out
 
 
 def test_a_member_is_revoked_and_a_refusal_ends_with_its_code(

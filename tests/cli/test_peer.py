@@ -45,6 +45,14 @@ def test_the_banner_of_a_peer_off_the_lan_says_so() -> None:
     assert "--no-lan" in text
 
 
+def test_the_banner_with_a_kept_ticket_has_one_line_on_the_mesh() -> None:
+    mesh = MeshView(OPEN_MESH, "", False, SCOPES, problem="not joined yet: it is being asked", joining="home")
+    text = banner({**FACTS, "mesh": mesh}, "http://127.0.0.1:11434", "")
+    assert "  mesh     joining 'home' (not joined yet: it is being asked)\n" in text
+    assert text.count("  mesh  ") == 1
+    assert "open" not in text
+
+
 async def test_nobody_is_asked_who_holds_the_default_port_when_we_have_it_or_chose_another() -> None:
     assert await who_holds_default_port(Config(), "http://127.0.0.1:11434") == ""
     assert await who_holds_default_port(Config(api="127.0.0.1:5"), "http://127.0.0.1:5") == ""

@@ -91,6 +91,20 @@ def test_a_ticket_goes_to_the_running_peer_in_a_body(fake_peer: FakePeer, capsys
     assert all(TEXT not in path for _, path, _ in fake_peer.asked)
 
 
+def test_who_has_not_joined_yet_hears_so_and_no_success(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    why = "not joined yet: not reached (tried once): x; it is tried on by the running peer"
+    waiting = {**JOINED, "mesh": "", "name": "", "private": False, "problem": why, "joining": "home"}
+    fake_peer.on("POST", "/api/v1/mesh/join", waiting)
+    assert main(["join", TEXT]) == 4
+    out = capsys.readouterr().out
+    assert f"The ticket for 'home' is kept; {why}." in out
+    assert "open LAN mesh" not in out
+    assert main(["join", "--json", TEXT]) == 4
+    assert json.loads(capsys.readouterr().out) == waiting
+
+
 def test_a_ticket_is_read_from_standard_input(
     fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +150,9 @@ def test_without_a_peer_the_ticket_is_kept_for_the_next_one(home: Path, capsys: 
     assert parse_ticket(pending) == TICKET
     assert stat.S_IMODE((home / "mesh" / "ticket").stat().st_mode) == 0o600
     assert main(["mesh"]) == 0
-    assert "a ticket waits to be used" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("mesh      joining 'home'\n")
+    assert "a ticket waits to be used" in out
 
 
 def test_who_is_in_another_mesh_leaves_it_first(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,6 +55,9 @@ async def test_a_ticket_is_used_as_often_as_it_says(tmp_path: Path, autojump_clo
         with pytest.raises(NotAMember, match="used up"):
             await c.membership.join(ticket)
         assert c.membership.mesh == ""
+        view = c.membership.view()
+        assert (view.joining, "used up" in view.problem) == ("", True)  # said until a person does something
+        await c.membership.leave()
         assert not c.membership.view().problem
         with pytest.raises(InvalidRequest, match="leave"):
             await b.membership.create("another")
@@ -67,7 +70,8 @@ async def test_a_ticket_waits_until_its_issuer_can_be_reached(tmp_path: Path, au
         site.network.freeze(a.peer_id)
         view = await b.membership.join(ticket)
         assert view.mesh == ""
-        assert "not reached" in view.problem
+        assert view.joining == "home"
+        assert "not joined yet: the ticket's issuer was not reached (tried once)" in view.problem
         await trio.sleep(300)
         site.network.thaw(a.peer_id)
         await until(lambda: b.membership.mesh == a.membership.mesh, 120)

@@ -80,7 +80,9 @@ def parse_span_s(text: str) -> int:
     """Seconds in a length of time of one unit (``30m``, ``12h``, ``7d``, ``2w``), above zero. Raises InvalidRequest."""
     match = _SPAN.fullmatch(text.strip().lower()) if len(text) <= _MAX_DURATION_TEXT else None
     if match is None or not int(match[1]):
-        raise InvalidRequest(f"'{text[:_MAX_DURATION_TEXT]}' is no length of time: write it like 30m, 12h, 7d or 2w")
+        raise InvalidRequest(
+            f"'{text[:_MAX_DURATION_TEXT]}' is no length of time: write it like 90s, 30m, 12h, 7d or 2w"
+        )
     return int(match[1]) * _SPAN_UNITS_S[match[2]]
 
 

@@ -38,22 +38,29 @@ mesh = App(
 
 
 @mesh.default
-def show(*, as_json: AsJson = False, target: Target = HERE) -> None:
+def show(
+    word: Annotated[str, Parameter(show=False)] = "", /, *, as_json: AsJson = False, target: Target = HERE
+) -> None:
     """Show the mesh that this peer is in."""
-    _tell(_local_view(target) if runs_none(target) else _asked(target, "GET", "/api/v1/mesh"), as_json)
+    if word:
+        accepted = "new NAME, members, revoke PEER, leave and rejoin; alone it shows the mesh"
+        raise InvalidRequest(f"`meshmax mesh` does not know '{word[:40]}': it takes {accepted}")
+    if target.home and not target.api and not home_folder(target.home).is_dir():
+        raise InvalidRequest(f"no peer's home is at {home_folder(target.home)}: `meshmax peer --home` makes one")
+    _tell(local_view(target) if runs_none(target) else _asked(target, "GET", "/api/v1/mesh"), as_json)
 
 
 @mesh.command
 def new(name: str, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
     """Make a private mesh called NAME, whose first member this peer is. Its root key stays on this machine."""
-    if runs_none(target):
+    if alone := runs_none(target):
         _make(name, target)
-        answer = _local_view(target)
+        answer = local_view(target)
     else:
         answer = _asked(target, "POST", "/api/v1/mesh", {"name": name})
     _tell(answer, as_json)
     if not as_json:
-        emit("`meshmax ticket` invites another peer.")
+        emit(f"`meshmax ticket` invites another peer{'; for that, `meshmax peer` must run' if alone else ''}.")
 
 
 @mesh.command
@@ -98,7 +105,7 @@ def rejoin(
             _require_open(files, root := files.find_root(mesh_))
             files.rejoin(root, peer_id, time.time(), name)
             files.drop_pending()
-        answer = _local_view(target)
+        answer = local_view(target)
     else:
         answer = _asked(target, "POST", "/api/v1/mesh/rejoin", {"mesh": mesh_, "name": name})
     _tell(answer, as_json)
@@ -111,11 +118,15 @@ def leave(*, as_json: AsJson = False, target: Target = HERE) -> None:
     Its tickets are worth nothing any more. A root key stays where it is: `meshmax mesh rejoin` comes back with it.
     """
     if runs_none(target):
+        before = local_view(target)
         with held_mesh(target) as (files, _):
             files.leave()
-        answer = _local_view(target)
+        answer = local_view(target)
     else:
+        before = _asked(target, "GET", "/api/v1/mesh")
         answer = _asked(target, "POST", "/api/v1/mesh/leave", {})
+    if not as_json:
+        emit(_left(before))
     _tell(answer, as_json)
 
 
@@ -127,6 +138,17 @@ def _tell(answer: dict[str, Any], as_json: bool) -> None:
         emit_json(answer)
     else:
         emit(describe(answer, time.time()))
+
+
+def _left(before: dict[str, Any]) -> str:
+    """What it means that the mesh ``before`` was left."""
+    if not before["private"]:
+        joining = printable(before.get("joining") or "")
+        return f"The ticket for '{joining}' is given up." if joining else "This peer was in no private mesh."
+    words = f"Left '{printable(before['name'])}'. Tickets of this peer that were still open are void."
+    if before["root"]:
+        words += " The root key stays on this machine: `meshmax mesh rejoin` returns with it."
+    return words
 
 
 def open_words(lan: bool) -> str:
@@ -212,7 +234,7 @@ def _require_open(files: MeshFiles, but: str = "") -> None:
         raise InvalidRequest(f"this peer is in the mesh '{own.name}' already: `meshmax mesh leave` leaves it first")
 
 
-def _local_view(target: Target) -> dict[str, Any]:
+def local_view(target: Target) -> dict[str, Any]:
     """The mesh as the files say, in the shape of GET /api/v1/mesh."""
     from meshmax.api.membership_routes import mesh_json
     from meshmax.core.membership import Membership

@@ -20,10 +20,11 @@ from meshmax.base.errors import ConnectError, InvalidRequest
 from meshmax.base.membership import Ticket
 from meshmax.base.units import format_span, parse_span_s
 from meshmax.cli.client import Target, open_client
-from meshmax.cli.membership import describe, held_mesh, runs_none
+from meshmax.cli.membership import describe, held_mesh, local_view, runs_none
 from meshmax.cli.models import HERE, AsJson
 from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable
 from meshmax.core.membership import parse_scopes
+from meshmax.core.tickets import MAX_LIFE_S, MAX_USES
 from meshmax.wire.ticket import MAX_PASTED, parse_ticket, ticket_text
 
 QUIET_ZONE: Final = 2  # dots around a QR code; readers want some, the standard's four cost four lines
@@ -31,11 +32,23 @@ QUIET_ZONE: Final = 2  # dots around a QR code; readers want some, the standard'
 
 def ticket(
     *,
-    expires: Annotated[str, Parameter(help="How long it can be used: 30m, 12h, 7d, 2w.")] = "7d",
+    expires: Annotated[
+        str,
+        Parameter(
+            help="How long it can be used: 90s, 30m, 12h, 7d, 2w; 366d at most, 7d if not said.",
+            allow_leading_hyphen=True,
+        ),
+    ] = "7d",
     scope: Annotated[
-        str, Parameter(help="What its user may do: infer (have prompts answered), pull (be sent models), admin.")
+        str,
+        Parameter(
+            help="What its user may do: infer (have prompts answered), pull (be sent models), admin (admit and revoke"
+            " others); infer,pull if not said."
+        ),
     ] = "infer,pull",
-    uses: Annotated[int, Parameter(help="How many peers can use it.")] = 1,
+    uses: Annotated[
+        int, Parameter(help=f"How many peers can use it: 1 to {MAX_USES}, 1 if not said.", allow_leading_hyphen=True)
+    ] = 1,
     withdraw: Annotated[bool, Parameter(help="Make none, but take back all that this peer gave out.")] = False,
     no_qr: Annotated[bool, Parameter(help="Print no QR code.")] = False,
     as_json: AsJson = False,
@@ -48,7 +61,7 @@ def ticket(
     if withdraw:
         _withdraw(as_json, target)
         return
-    body = {"expires_s": parse_span_s(expires), "scopes": parse_scopes(scope), "uses": uses}
+    body = {"expires_s": _life_s(expires), "scopes": parse_scopes(scope), "uses": _checked_uses(uses)}
     with open_client(target) as client:
         answer = client.call("POST", "/api/v1/mesh/tickets", body)
     if as_json:
@@ -57,6 +70,19 @@ def ticket(
         emit(printable(answer["ticket"]))
     else:
         emit(invitation(answer, time.time(), shutil.get_terminal_size().columns, qr=not no_qr))
+
+
+def _life_s(text: str) -> int:
+    seconds = parse_span_s(text)
+    if seconds > MAX_LIFE_S:
+        raise InvalidRequest(f"--expires takes {MAX_LIFE_S // 86400}d at most, like 90s, 30m, 12h, 7d or 2w")
+    return seconds
+
+
+def _checked_uses(uses: int) -> int:
+    if not 1 <= uses <= MAX_USES:
+        raise InvalidRequest(f"--uses takes a number from 1 to {MAX_USES}: how many peers can use the ticket")
+    return uses
 
 
 def _withdraw(as_json: bool, target: Target) -> None:
@@ -72,11 +98,15 @@ def _withdraw(as_json: bool, target: Target) -> None:
 def invitation(answer: dict[str, Any], now_s: float, width: int, qr: bool) -> str:
     """What a person sees of a new ticket, ``width`` columns wide."""
     text = printable(answer["ticket"])
-    lines = [code] if qr and (code := qr_code(text, width)) else []
+    lines = []
+    if qr:
+        narrow = "(This terminal is too narrow for the QR code: a wider one shows it.)"
+        lines = [qr_code(text, width) or narrow]
     count = answer["uses"]
     until = human_time(parse_time_s(answer["expires_at"]), now_s)
     lines += [
-        f"On the other machine:  meshmax join {text}",
+        text,
+        "On the other machine:  meshmax join  (it asks for the ticket, and shows it to nobody)",
         f"It invites {'one peer' if count == 1 else f'{count} peers'} into '{printable(answer['mesh_name'])}'"
         f" with {', '.join(answer['scopes'])}, and ends {until}. Keep it secret until it is used.",
     ]
@@ -116,6 +146,10 @@ def join(
     if sys.stderr.isatty() and not as_json:
         sys.stderr.write(f"joining '{printable(given.mesh_name)}' ...\n")
     with open_client(target) as client:
+        before = client.get("/api/v1/mesh")
+        if _has_all(before, given):
+            _tell_member(before, as_json)
+            return 0
         answer = client.call("POST", "/api/v1/mesh/join", {"ticket": ticket_text(given)})
     joined = answer["mesh"] == given.mesh and not answer.get("joining")
     if as_json:
@@ -123,6 +157,21 @@ def join(
     else:
         emit(describe(answer, time.time()) if joined else _not_yet(answer, given))
     return 0 if joined else ConnectError.exit_code
+
+
+def _has_all(view: dict[str, Any], given: Ticket) -> bool:
+    """Whether the ticket would bring nothing: it is left to somebody else."""
+    return view["mesh"] == given.mesh and not view["problem"] and set(given.scopes) <= set(view["scopes"])
+
+
+def _tell_member(view: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        emit_json(view)
+    else:
+        emit(
+            f"This peer is already a member of '{printable(view['name'])}', with {', '.join(view['scopes'])};"
+            " the ticket was not used."
+        )
 
 
 def _not_yet(answer: dict[str, Any], given: Ticket) -> str:
@@ -139,6 +188,10 @@ def _asked() -> str:
 
 
 def _keep(given: Ticket, target: Target, as_json: bool) -> None:
+    view = local_view(target)
+    if _has_all(view, given):
+        _tell_member(view, as_json)
+        return
     with held_mesh(target) as (files, _):
         own = files.load_own()
         if own is not None and own.mesh != given.mesh:

@@ -56,10 +56,14 @@ def test_a_private_mesh_is_shown_with_what_we_may_and_no_escape_sequence(
 def test_a_mesh_is_made_and_left_at_the_running_peer(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     fake_peer.on("POST", "/api/v1/mesh", PRIVATE)
     fake_peer.on("POST", "/api/v1/mesh/leave", OPEN)
+    fake_peer.on("GET", "/api/v1/mesh", PRIVATE)
     assert main(["mesh", "new", "home", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == PRIVATE
     assert main(["mesh", "leave"]) == 0
-    assert fake_peer.bodies("/api/v1/mesh") == [{"name": "home"}]
+    out = capsys.readouterr().out
+    assert "Left 'our [31mhouse'. Tickets of this peer that were still open are void." in out
+    assert "`meshmax mesh rejoin` returns" in out
+    assert fake_peer.bodies("/api/v1/mesh") == [{"name": "home"}, None]
     assert fake_peer.bodies("/api/v1/mesh/leave") == [{}]
 
 
@@ -108,7 +112,13 @@ def test_without_a_peer_a_mesh_is_made_shown_and_left_in_the_files(
     assert json.loads(capsys.readouterr().out)["private"] is False
     assert not home.exists()
     assert main(["mesh", "new", "our house"]) == 0
-    assert "our house (private)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "our house (private)" in out
+    assert "for that, `meshmax peer` must run" in out
+    assert main(["mesh", "--home", str(home / "nothere")]) == 2
+    assert "no peer's home is at" in capsys.readouterr().err
+    assert main(["mesh", "bogus"]) == 2
+    assert "it takes new NAME, members, revoke PEER, leave and rejoin" in capsys.readouterr().err
     assert main(["mesh", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["name"], shown["root"], shown["scopes"]) == ("our house", True, ["infer", "pull", "admin"])

@@ -33,6 +33,7 @@ JOINED = {
     "mesh": MESH, "name": "home", "private": True, "root": False, "scopes": ["infer"],
     "expires_at": "2100-01-01T00:00:00Z", "problem": "",
 }  # fmt: skip
+OPEN = {**JOINED, "mesh": "", "name": "", "private": False, "expires_at": None}
 
 
 @pytest.fixture
@@ -57,15 +58,32 @@ def test_what_a_ticket_is_for_is_asked_of_the_peer(fake_peer: FakePeer, capsys: 
     assert fake_peer.bodies("/api/v1/mesh/tickets") == [{"expires_s": 7200, "scopes": ["infer", "admin"], "uses": 5}]
 
 
-@pytest.mark.parametrize("flags", [["--expires", "soon"], ["--scope", "root"], ["--uses", "many"]])
-def test_what_is_no_ticket_to_be_made_is_refused_here(fake_peer: FakePeer, flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--expires", "soon"], "like 90s, 30m, 12h, 7d or 2w"),
+        (["--expires", "-1d"], "like 90s, 30m, 12h, 7d or 2w"),
+        (["--expires", "99999w"], "366d at most"),
+        (["--scope", "root"], "scopes are infer"),
+        (["--uses", "many"], "--uses"),
+        (["--uses", "0"], "from 1 to 100"),
+        (["--uses", "-1"], "from 1 to 100"),
+    ],
+)
+def test_what_is_no_ticket_to_be_made_is_refused_here(
+    fake_peer: FakePeer, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["ticket", *flags]) == 2
+    assert said in capsys.readouterr().err
     assert fake_peer.asked == []
 
 
 def test_a_person_gets_a_code_to_scan_a_line_to_type_and_what_it_is_worth() -> None:
     shown = invitation(GIVEN, time.time(), 80, qr=True)
-    assert f"meshmax join {TEXT}" in shown
+    assert f"{TEXT}\n" in shown
+    assert "meshmax join  (it asks for the ticket" in shown
+    assert "too narrow for the QR code" in invitation(GIVEN, time.time(), 40, qr=True)
+    assert "too narrow" not in invitation(GIVEN, time.time(), 40, qr=False)
     assert "one peer into 'home' with infer, pull" in shown
     assert "█" in shown
     assert max(len(line) for line in shown.splitlines() if "█" in line) <= 80
@@ -82,6 +100,7 @@ def test_the_code_of_the_longest_ticket_fits_a_usual_terminal() -> None:
 
 
 def test_a_ticket_goes_to_the_running_peer_in_a_body(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/mesh", OPEN)
     fake_peer.on("POST", "/api/v1/mesh/join", JOINED)
     assert main(["join", f" {TEXT[:40]}\n{TEXT[40:]} "]) == 0
     assert fake_peer.bodies("/api/v1/mesh/join") == [{"ticket": TEXT}]
@@ -91,11 +110,21 @@ def test_a_ticket_goes_to_the_running_peer_in_a_body(fake_peer: FakePeer, capsys
     assert all(TEXT not in path for _, path, _ in fake_peer.asked)
 
 
+def test_a_member_hears_that_it_is_one_and_its_ticket_is_left_to_another(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("GET", "/api/v1/mesh", {**JOINED, "scopes": ["infer", "pull"]})
+    assert main(["join", TEXT]) == 0
+    assert "already a member of 'home', with infer, pull" in capsys.readouterr().out
+    assert fake_peer.bodies("/api/v1/mesh/join") == []
+
+
 def test_who_has_not_joined_yet_hears_so_and_no_success(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     why = "not joined yet: not reached (tried once): x; it is tried on by the running peer"
     waiting = {**JOINED, "mesh": "", "name": "", "private": False, "problem": why, "joining": "home"}
+    fake_peer.on("GET", "/api/v1/mesh", OPEN)
     fake_peer.on("POST", "/api/v1/mesh/join", waiting)
     assert main(["join", TEXT]) == 4
     out = capsys.readouterr().out
@@ -108,6 +137,7 @@ def test_who_has_not_joined_yet_hears_so_and_no_success(
 def test_a_ticket_is_read_from_standard_input(
     fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    fake_peer.on("GET", "/api/v1/mesh", OPEN)
     fake_peer.on("POST", "/api/v1/mesh/join", JOINED)
     monkeypatch.setattr("sys.stdin", io.StringIO(TEXT.upper() + "\r\n"))
     assert main(["join", "--json"]) == 0
@@ -116,6 +146,7 @@ def test_a_ticket_is_read_from_standard_input(
 
 
 def test_a_refused_ticket_ends_with_the_sentence(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/mesh", OPEN)
     fake_peer.on("POST", "/api/v1/mesh/join", {"error": "the ticket is used up", "code": "not_a_member"}, 403)
     assert main(["join", TEXT]) == 5
     assert "the ticket is used up" in capsys.readouterr().err

@@ -15,7 +15,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ and os.environ.get("MESHMAX_TEST_APART"):  # set by scripts/test
+    if "PYTEST_XDIST_WORKER" in os.environ and os.environ.get("TESTS_APART"):  # set by scripts/test
         from tests.apart import go_apart
 
         go_apart()

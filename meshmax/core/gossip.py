@@ -6,7 +6,8 @@ neighbours lose it; nobody passes on what it has from others, so an old status o
 up to which it was told is kept. What is told is a notice; the receiver wants the body if it keeps that peer (a slot is free,
 or the peer is in its table already) and has an earlier one. Peers that the receiver is connected with tell it themselves. When
 the table is full it looks at one unknown peer every PEEK_S, which takes the place of another of hearsay. Our own status goes as
-a body if it is small, else as a notice like any other, since a neighbour that comes back may have it still. Other bodies
+a body if it is small, else as a notice like any other, since a neighbour that comes back may have it still. A neighbour
+whose own status we lack is asked for it every WANT_AGAIN_S, whatever it believes that it told us. Other bodies
 that were not wanted are not looked at: a signature costs a third of a millisecond, and a flood of them would cost a core.
 So what a peer sends grows with its neighbours (bounded, core.neighbours) and with how often they change, not with the mesh.
 Not here: whom to keep and dial (core.peers), frames and nonces (services.heartbeat).
@@ -211,6 +212,8 @@ class Gossip:
         neighbour = self._neighbours.get(peer_id)
         if neighbour is None:
             return Outgoing((), [], [])
+        if not neighbour.fresh:  # else it is only about to tell us
+            self._ask_for_own(peer_id, neighbour, now)
         notices = self._log.since(neighbour.told)
         if neighbour.fresh:  # it knows of nobody who could be gone
             notices = [(key, changed) for key, changed in notices if changed != GONE]
@@ -231,8 +234,8 @@ class Gossip:
                 statuses.append(body)
         if self._doubts:
             self._resolve_doubts(now)
-        wants = list(neighbour.wants)
-        neighbour.awaited |= neighbour.wants
+        wants = list(neighbour.wants)[:MAX_WANTS]  # a message with more is none
+        neighbour.awaited |= dict.fromkeys(wants)
         for key in list(neighbour.awaited)[: max(len(neighbour.awaited) - MAX_PENDING, 0)]:
             del neighbour.awaited[key]
         neighbour.wants.clear()
@@ -255,6 +258,12 @@ class Gossip:
             return self._own_signed
         entry = self._table.by_key(key)
         return entry.signed if entry and (entry.connected or entry.leaving) else None
+
+    def _ask_for_own(self, peer_id: PeerId, neighbour: _Neighbour, now: float) -> None:
+        entry, key = self._table.entry(peer_id), key_of(peer_id)
+        if (entry is None or entry.status is None) and not self._was_asked(key, now):
+            neighbour.wants = {key: None, **neighbour.wants}
+            self._note_asked(key, now)
 
     def _is_wanted(self, key: bytes, changed: int, bearer: PeerId, now: float) -> bool:
         if key == self._own_key:

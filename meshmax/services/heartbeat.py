@@ -154,7 +154,7 @@ class Heartbeat:
             if echo.nonce != nonce:
                 raise RemoteProtocolError("the peer echoed another heartbeat than it was sent")
             now = trio.current_time()
-            self._table.on_round_trip(peer_id, now - started, now)
+            self._note_alive(peer_id, now - started, now)
             if nonce == 0:
                 self._table.on_teller_lost(peer_id)
             self._take(echo, peer_id)
@@ -166,6 +166,12 @@ class Heartbeat:
                 self._hurry(peer_id)
             with trio.move_on_after(self._config.heartbeat_s):
                 await self._either(reissued, hurry)
+
+    def _note_alive(self, peer_id: PeerId, rtt_s: float, now: float) -> None:
+        connection = self._swarm.connections().get(peer_id)
+        if self._table.entry(peer_id) is None and connection is not None:  # the table was cleared since it connected
+            self._table.on_connected(peer_id, connection.address, now, connection.direction == "out")
+        self._table.on_round_trip(peer_id, rtt_s, now)
 
     async def _either(self, reissued: trio.Event, hurry: trio.Event) -> None:
         """Wait until our status is another, or BEAT_PACE_S after somebody is in a hurry."""

@@ -63,6 +63,10 @@ class OwnStatus:
         self._forced = self._forced or force
         self._changed.set()
 
+    def issue(self) -> None:
+        """Sign it anew at once, with no pause: what it said before is wrong now."""
+        self._issue(force=True)
+
     async def reserve(self) -> None:
         """Keep how far our sequence may come, if it is time; a disk that takes it not is logged and costs no status."""
         bound = self._sequence.to_keep(int(self._unix_now() * 1000))

@@ -22,6 +22,7 @@ from meshmax.base.status import PeerStatus, PeerView
 from meshmax.core.backoff import Random
 from meshmax.core.clones import Clones
 from meshmax.core.gossip import Gossip
+from meshmax.core.peer_entry import cause_of
 from meshmax.core.peers import Dial, PeerEntry, PeerTable, Refusal
 from meshmax.core.sequence import StatusSequence
 from meshmax.ports import CountsStreams, Discovery, Sighting, Signer, Swarm
@@ -104,6 +105,11 @@ class PresenceService:
         """Peers that take us for none of their mesh: where, why, when (monotonic seconds)."""
         return self._table.refused()
 
+    def why_not(self, peer_id: PeerId, address: str) -> str:
+        """Why the last dial did not reach the peer at that address; '' where it is connected or was not dialled."""
+        entry = self._table.entry(peer_id)
+        return cause_of(entry, address) if entry else ""
+
     # --- for meshmax.node -------------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
@@ -119,7 +125,7 @@ class PresenceService:
     def on_mesh_change(self) -> None:
         """We are of another mesh now, and every connection was cut: nothing that was known of peers counts."""
         self._table.clear()
-        self.own.changed(force=True)
+        self.own.issue()  # now: as long as ours names the former mesh, we dismiss the statuses of the new one
         self._dial_soon.set()
         self._tell()
 
@@ -188,13 +194,14 @@ class PresenceService:
     async def _dial(self, dial: Dial) -> None:
         why = "no answer in time"
         refused = False
+        attempts: tuple[tuple[str, str, str], ...] = ()
         with trio.move_on_after(DIAL_DEADLINE_S):
             try:
                 await self._swarm.dial(dial.peer_id, dial.addresses)
             except NotAMember as error:
                 why, refused = error.message, True
             except MeshmaxError as error:
-                why = error.message
+                why, attempts = error.message, getattr(error, "attempts", ())
             else:
                 if connection := self._swarm.connections().get(dial.peer_id):
                     now = trio.current_time()
@@ -209,7 +216,7 @@ class PresenceService:
         if refused:
             self._table.on_refused(dial.peer_id, dial.addresses[0], why, now)
         else:
-            self._table.on_dial_failed(dial.peer_id, now)
+            self._table.on_dial_failed(dial.peer_id, now, why, attempts)
         self._dial_soon.set()
 
     async def run_review(self) -> NoReturn:

@@ -10,7 +10,7 @@ from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus
 from meshmax.core.clones import Clones
-from meshmax.core.gossip import DOUBT_S, MAX_PENDING, PEEK_S, PUSH_BYTES, Gossip, NewsLog
+from meshmax.core.gossip import DOUBT_S, MAX_PENDING, PEEK_S, PUSH_BYTES, WANT_AGAIN_S, Gossip, NewsLog
 from meshmax.core.peers import PeerTable
 from meshmax.wire.status import GONE, MAX_WANTS, key_of
 
@@ -140,6 +140,21 @@ def test_a_neighbour_that_names_thousands_and_brings_none_fills_nothing() -> Non
     assert len(gossip._asked) <= MAX_PENDING
 
 
+def test_a_neighbour_whose_own_status_is_lacking_is_asked_for_it_first_and_not_with_each_message() -> None:
+    mesh = Mesh(2)
+    mesh.join(0, 1)
+    gossip, own = mesh.peers[0].gossip, key_of(IDS[1])
+    assert gossip.message_for(IDS[1], 0.0).wants == []  # it is about to tell it
+    gossip.on_notices(IDS[1], [(n.to_bytes(8, "big"), 1) for n in range(1000)], 0.0)
+    wants = gossip.message_for(IDS[1], 0.0).wants
+    assert (wants[0], len(wants)) == (own, MAX_WANTS)
+    assert gossip.message_for(IDS[1], 2.0).wants == []
+    assert gossip.message_for(IDS[1], WANT_AGAIN_S).wants == [own]
+    mesh.beat(2)
+    assert mesh.sequence(0, 1) == 1
+    assert gossip.message_for(IDS[1], 60.0).wants == []
+
+
 def test_a_farewell_is_known_to_all_who_keep_the_peer_and_no_old_word_brings_it_back() -> None:
     mesh = line(3)
     mesh.peers[0].issue(leaving=True)
@@ -172,6 +187,7 @@ def test_a_large_status_is_named_first_and_fetched_once() -> None:
 def test_a_full_table_looks_at_one_unknown_peer_now_and_then() -> None:
     mesh = Mesh(2, limit=2)
     mesh.join(0, 1)
+    mesh.beat(2)
     gossip = mesh.peers[0].gossip
     mesh.peers[0].table.on_sighting(IDS[30], ["/ip4/10.0.0.1/tcp/1"], 0.0)
     strangers = [(key_of(peer), 1) for peer in IDS[10:20]]

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import trio
 
 from meshmax.base.config import Config
+from meshmax.base.membership import OPEN_MESH, MeshId
 from meshmax.base.status import ModelPresence, PeerStatus
 from meshmax.ports import Admission, Sighting
 from meshmax.services.presence import PresenceService, open_presence
@@ -34,6 +35,7 @@ class Peer:
     def __init__(self, name: str, seed: int) -> None:
         self.name, self.signer = name, SeededSigner(seed)
         self.models: tuple[ModelPresence, ...] = ()
+        self.mesh_id = OPEN_MESH
         self.swarm: MemorySwarm
         self.presence: PresenceService
         self.end, self.ended = trio.Event(), trio.Event()
@@ -60,10 +62,16 @@ class Mesh:
         self._nursery = nursery
 
     async def peer(
-        self, *told: Peer, seed: int | None = None, admission: Admission | None = None, config: Config | None = None
+        self,
+        *told: Peer,
+        seed: int | None = None,
+        admission: Admission | None = None,
+        config: Config | None = None,
+        mesh_id: MeshId = OPEN_MESH,
     ) -> Peer:
         number = len(self.peers)
         peer = Peer(f"peer{number}", seed or number + 1)
+        peer.mesh_id = mesh_id
         self.peers.append(peer)
         started = trio.Event()
         self._nursery.start_soon(self._live, peer, number, told, admission, config or Config(), started)
@@ -87,7 +95,9 @@ class Mesh:
                     peer.swarm,
                     peer.signer,
                     config,
-                    lambda: PeerStatus(peer.signer.peer_id, 0, 0, peer.name, "0", models=peer.models),
+                    lambda: PeerStatus(
+                        peer.signer.peer_id, 0, 0, peer.name, "0", models=peer.models, mesh=peer.mesh_id
+                    ),
                     rung,
                     lambda: STARTED_AT_S + trio.current_time(),
                     random.Random(number),

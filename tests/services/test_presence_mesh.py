@@ -10,7 +10,7 @@ import trio.testing
 
 from meshmax.base.errors import NotAMember
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.membership import OPEN_MESH
+from meshmax.base.membership import OPEN_MESH, MeshId
 from meshmax.base.status import ModelPresence
 from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS
 from meshmax.ports import Stream
@@ -210,3 +210,35 @@ async def test_a_peer_of_another_mesh_is_asked_rarely_and_kept_aside(
         assert 3 <= dials <= 5
         a.presence.on_mesh_change()
         assert a.presence.refused() == ()
+
+
+@pytest.mark.parametrize("after_start_s", [0.001, 0.03, 0.2, 3.0, 15.1])
+@pytest.mark.parametrize("reconnect_s", [0.0, 0.01, 0.03, 0.076, 0.3, 1.0])
+async def test_a_peer_that_changes_its_mesh_sees_at_once_who_is_in_the_new_one(
+    after_start_s: float, reconnect_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_mesh() as mesh:
+        giver = await mesh.peer(mesh_id=MeshId("far"))
+        await trio.sleep(20)
+        fresh = await mesh.peer()
+        fresh.presence.changed()  # as at each start, when the models are counted
+        await trio.sleep(after_start_s)
+        fresh.mesh_id = MeshId("far")
+        fresh.presence.on_mesh_change()
+        await trio.sleep(reconnect_s)
+        await fresh.swarm.dial(giver.swarm.peer_id, giver.swarm.addresses)
+        await until(lambda: fresh.sees() == {"peer0"} and giver.sees() == {"peer1"}, 1.0)
+
+
+@pytest.mark.parametrize("away_s", [0.0, 0.05, 0.5, 5.0])
+async def test_a_neighbour_whose_status_was_dismissed_or_forgotten_is_asked_for_it(
+    away_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_mesh() as mesh:
+        giver = await mesh.peer(mesh_id=MeshId("far"))
+        fresh = await mesh.peer()
+        await fresh.swarm.dial(giver.swarm.peer_id, giver.swarm.addresses)  # before it knows of its change
+        await trio.sleep(away_s)
+        fresh.mesh_id = MeshId("far")
+        fresh.presence.on_mesh_change()
+        await until(lambda: fresh.sees() == {"peer0"} and giver.sees() == {"peer1"}, 7.0)

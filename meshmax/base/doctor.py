@@ -85,6 +85,14 @@ class RefusedPeer(msgspec.Struct, frozen=True):
     peer_id: PeerId
     address: str
     reason: str
+    name: str = ""
+
+
+class GivenSeen(msgspec.Struct, frozen=True):
+    """An address given by --join. ``problem``: why it was not reached when it was dialled last; '' where nothing is wrong."""
+
+    address: str
+    problem: str = ""
 
 
 class LocalPort(msgspec.Struct, frozen=True):
@@ -119,7 +127,7 @@ class PeerFacts(msgspec.Struct, frozen=True):
     ``online``: peers connected. ``control``: IP addresses and ports where it takes connections. ``mesh`` '' the open one;
     ``mesh_problem``: what is wrong with our membership, a sentence.
     ``certificate_left_s``: until ours expires, None where there is none. ``copies``: sentences on a second machine that has our
-    identity. ``joined``: addresses given by --join.
+    identity. ``joined``: how many addresses were given by --join; ``given``: how each stands.
     """
 
     rungs: tuple[RungLook, ...] = ()
@@ -135,6 +143,7 @@ class PeerFacts(msgspec.Struct, frozen=True):
     mesh_problem: str = ""
     certificate_left_s: float | None = None
     copies: tuple[str, ...] = ()
+    given: tuple[GivenSeen, ...] = ()
 
 
 class Facts(msgspec.Struct, frozen=True):

@@ -91,15 +91,16 @@ def describe(diagnosis: dict[str, Any]) -> str:
 
 def _rung_row(look: dict[str, Any]) -> tuple[str, ...]:
     report = look["report"]
+    problem = "see below" if report["state"] == "failing" else report.get("problem", "")  # told once, as a finding
     if report["state"] == "off":
         return (report["name"], "off", "-", "-", "-", report.get("problem", ""))
     first_s, now_s = report.get("first_found_s"), look.get("first_s")
     now = f"{look['found_now']} in {_seconds(now_s)}" if now_s is not None else "-"
-    return (report["name"], report["state"], str(report["found"]), _seconds(first_s), now, report.get("problem", ""))
+    return (report["name"], report["state"], str(report["found"]), _seconds(first_s), now, problem)
 
 
 def _bootstrap_row(seen: dict[str, Any]) -> tuple[str, ...]:
-    return (seen["address"], seen.get("source", "config"), seen.get("problem") or "-")
+    return (seen["address"], seen.get("source", "config"), "see below" if seen.get("problem") else "-")
 
 
 def _peer_row(told: dict[str, Any]) -> tuple[str, ...]:

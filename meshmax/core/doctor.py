@@ -12,7 +12,17 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from meshmax.base.doctor import Diagnosis, Facts, Finding, LookedBack, MachineFacts, PeerFacts, PortKind, PortOutcome
+from meshmax.base.doctor import (
+    Diagnosis,
+    Facts,
+    Finding,
+    LookedBack,
+    MachineFacts,
+    PeerFacts,
+    PortKind,
+    PortOutcome,
+    RefusedPeer,
+)
 from meshmax.base.units import format_bytes
 
 CLOCK_ERROR_S: Final = 300.0  # certificates bear that much (base.membership)
@@ -21,18 +31,24 @@ CLOCK_BACK_S: Final = 60.0
 EXPIRES_SOON_S: Final = (
     7 * 86400.0
 )  # renewed from a third of 30 days on: with a week left, three weeks brought no renewal
-MDNS_STALE_S: Final = 180.0  # each asks at least once a minute: who was not heard for three is not heard any more
+MDNS_STALE_S: Final = (
+    150.0  # each asks at least once a minute: who was not heard for two and a half is not heard any more
+)
 DISK_ERROR_BYTES: Final = 64 << 20  # statuses, peers and certificates are still written, models no longer
 DISK_WARNING_BYTES: Final = 2 << 30
 CODES: Final = (
     "alone", "bootstrap_silent", "certificate_expired", "certificate_expiring", "clock_off", "clock_off_here", "clock_went_back",
-    "copied_identity", "disk_full", "disk_low", "engine_missing", "home_unusable", "identity_unusable", "lane_unreachable",
+    "copied_identity", "disk_full", "disk_low", "engine_missing", "given_unreached",
+    "home_unusable", "identity_unusable", "lane_unreachable",
     "look_back_failed", "loopback_only", "mdns_failing", "mdns_one_way_here", "mdns_one_way_there", "mdns_socket", "membership",
     "nat", "no_bootstrap", "no_multicast", "no_network", "no_peer_running", "other_mesh", "peers_online", "port_taken",
     "port_unreachable", "refused", "rung_failing", "some_cannot_reach", "udp_lost",
 )  # fmt: skip
 
 _OTHER_MESH: Final = ("different mesh", "another mesh")  # in what is said to a stranger (services.admission)
+_FOREIGN_ADDRESS: Final = "does not connect to that address"  # net.dialler's words, and of whom it asks
+_UNREACHED_ISSUER: Final = "issuer was not reached"  # services.joining's
+_NO_DHT_NODE: Final = "no node of the DHT"  # net.dht's: being alone explains it
 _ORDER: Final = {"error": 0, "warning": 1, "ok": 2}
 _PORT_NAMES: Final[dict[PortKind, str]] = {"control": "TCP", "lane": "TCP", "udp": "UDP"}
 _BAD: Final[frozenset[PortOutcome]] = frozenset({"refused", "silent", "unreachable", "lost"})
@@ -119,6 +135,7 @@ def _disk(machine: MachineFacts) -> Iterator[Finding]:
 
 def _peer(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     yield from _company(peer, machine)
+    yield from _given(peer)
     yield from _membership(peer)
     yield from _rungs(peer)
     yield from _clocks(peer.looked_back)
@@ -140,7 +157,24 @@ def _company(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
         yield Finding("loopback_only", "warning", text, "leave out `listen` (or --no-lan), so that others can reach it")
 
 
+def _given(peer: PeerFacts) -> Iterator[Finding]:
+    for given in peer.given:
+        if not given.problem:
+            continue
+        if _FOREIGN_ADDRESS in given.problem:
+            advice = "the open mesh lives on private addresses alone: make a mesh of your own with `meshmax mesh new`"
+        else:
+            advice = (
+                "see that the peer runs there and has that address (`meshmax status`), and that nothing blocks the way"
+            )
+        yield Finding("given_unreached", "warning", f"{given.address} was not reached: {given.problem}", advice)
+
+
 def _how_to_meet(peer: PeerFacts) -> str:
+    if peer.mesh_problem or any(not _is_elsewhere(refused) for refused in peer.refused):
+        return "settle first why this peer is not taken for a member, as said here"
+    if any(given.problem for given in peer.given):
+        return "the addresses given by --join are said here one by one"
     start = "start `meshmax peer` on another machine of this network"
     if peer.mesh:
         return f"{start} and `meshmax join` there with a ticket (`meshmax ticket` here)"
@@ -151,17 +185,11 @@ def _membership(peer: PeerFacts) -> Iterator[Finding]:
     for copy in peer.copies:
         advice = "two machines have one identity: stop one, remove `identity.key` in its home, start it again"
         yield Finding("copied_identity", "error", copy, advice)
-    for refused in peer.refused:
-        name = f"{refused.peer_id[-8:]} at {refused.address}" if refused.address else refused.peer_id
-        if any(words in refused.reason for words in _OTHER_MESH):
-            severity = "ok" if peer.online else "warning"
-            advice = "" if peer.online else "if it is yours: `meshmax ticket` there, `meshmax join TICKET` here"
-            yield Finding("other_mesh", severity, f"{name} is in another mesh", advice)  # type: ignore[arg-type]
-        else:
-            advice = "follow what it says; `meshmax ticket` at a member and `meshmax join TICKET` here make a new certificate"
-            yield Finding("refused", "warning", f"{name} refuses this peer: {refused.reason}", advice)
+    yield from _refused(peer)
     if peer.mesh_problem:
         advice = "`meshmax ticket` at a member makes a ticket, `meshmax join` takes it; see that all clocks are right"
+        if _UNREACHED_ISSUER in peer.mesh_problem:
+            advice = "start the peer that gave the ticket, or check the way to it"
         yield Finding("membership", "error", peer.mesh_problem, advice)
     left_s = peer.certificate_left_s
     if left_s is not None and left_s <= 0:
@@ -174,13 +202,38 @@ def _membership(peer: PeerFacts) -> Iterator[Finding]:
         yield Finding("certificate_expiring", "warning", text, advice)
 
 
+def _is_elsewhere(refused: RefusedPeer) -> bool:
+    return any(words in refused.reason for words in _OTHER_MESH)
+
+
+def _refused(peer: PeerFacts) -> Iterator[Finding]:
+    said: dict[str, list[str]] = {}
+    for refused in peer.refused:
+        name = refused.name or refused.peer_id[-8:]
+        if _is_elsewhere(refused):
+            name += f" at {refused.address}" if refused.address else ""
+            severity = "ok" if peer.online else "warning"
+            advice = "" if peer.online else "if it is yours: `meshmax ticket` there, `meshmax join TICKET` here"
+            yield Finding("other_mesh", severity, f"{name} is in another mesh", advice)  # type: ignore[arg-type]
+        elif refused.reason != peer.mesh_problem:
+            said.setdefault(refused.reason, []).append(name)
+    for reason, names in said.items():
+        advice = (
+            "follow what it says; `meshmax ticket` at a member and `meshmax join TICKET` here make a new certificate"
+        )
+        verb = "refuses" if len(names) == 1 else "refuse"
+        yield Finding("refused", "warning", f"{', '.join(names)} {verb} this peer: {reason}", advice)
+
+
 def _rungs(peer: PeerFacts) -> Iterator[Finding]:
     for look in peer.rungs:
         report = look.report
-        if report.state != "failing":
+        if report.state != "failing" or (not peer.online and report.problem.startswith(_NO_DHT_NODE)):
             continue
         if report.name == "mdns":
-            advice = "see which program holds UDP 5353, and whether an interface is up; other rungs go on meanwhile"
+            advice = (
+                "it is tried again by itself, and other rungs go on; `ss -ulpn 'sport = 5353'` shows who has the port"
+            )
             yield Finding("mdns_failing", "warning", f"mDNS does not work: {report.problem}", advice)
         elif report.name != "rendezvous" or not peer.bootstrap:  # its nodes are named one by one
             text = f"the rung {report.name} does not work: {report.problem}"
@@ -189,7 +242,9 @@ def _rungs(peer: PeerFacts) -> Iterator[Finding]:
             )
     for node in peer.bootstrap:
         if node.problem:
-            advice = "see that it runs (`meshmax bootstrap`) and that TCP and UDP 11435 of it can be reached from here"
+            advice = (
+                f"see that it runs (`meshmax bootstrap`) and that {_port_of(node.address)} can be reached from here"
+            )
             whose = " (a ticket named it)" if node.source == "ticket" else ""
             text = f"the bootstrap node {node.address}{whose} does not answer: {node.problem}"
             yield Finding("bootstrap_silent", "warning", text, advice)
@@ -295,7 +350,7 @@ def _multicast(told: LookedBack, peer: PeerFacts) -> Iterator[Finding]:
     if not works or "mdns" not in told.their_rungs:
         return
     ours, theirs = (
-        any(seen.rung == "mdns" and seen.ago_s < MDNS_STALE_S for seen in side) for side in (told.ours, told.theirs)
+        any(seen.rung == "mdns" and seen.ago_s <= MDNS_STALE_S for seen in side) for side in (told.ours, told.theirs)
     )
     if ours and not theirs:
         text = (
@@ -322,6 +377,12 @@ def _same_network(told: LookedBack, peer: PeerFacts) -> bool:
     net = ipaddress.IPv4Network(f"{seen}/24", strict=False)
     others = {_ip(address) for each in told.ours for address in each.addresses} | {_ip(told.at)}
     return any(ip and ":" not in ip and ipaddress.IPv4Address(ip) in net for ip in others)
+
+
+def _port_of(address: str) -> str:
+    """The port that a multiaddr names, in words."""
+    port = (address.split("/") + [""] * 5)[4]
+    return f"TCP and UDP {port} of it" if port.isdigit() else "it"
 
 
 def _ip(address: str) -> str:

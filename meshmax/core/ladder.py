@@ -94,6 +94,12 @@ class RungRecord:
         self._look_at, self._look_first_s = now, None
         self._look.clear()
 
+    def on_mesh_change(self, now: float) -> None:
+        """We are of another mesh: whom it named before was of the old one."""
+        self._started_at, self._first_found_s, self._forgotten = now, None, 0
+        self._seen.clear()
+        self.on_look(now)
+
     # --- what is -----------------------------------------------------------------------------------------------------
 
     def report(self, problem: str = "", now: float | None = None) -> RungReport:

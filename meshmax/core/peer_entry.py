@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus
+
+MAX_WHY: Final = 200  # characters kept of an address that failed, and of a cause
 
 
 class Dial(msgspec.Struct, frozen=True):
@@ -54,6 +58,15 @@ class PeerEntry(msgspec.Struct):
     dialing: bool = False
     trial: bool = False  # may be dialled although there are enough neighbours, to see whether it is a better one
     refusal: Refusal | None = None
+    why: str = ""  # the last dial failed; and by address, as far as that is known
+    tried: tuple[tuple[str, str], ...] = ()
+
+
+def cause_of(entry: PeerEntry, address: str) -> str:
+    """Why the last dial did not reach the peer at ``address``; '' if it is connected, refused us or was not dialled."""
+    if entry.connected or entry.refusal:
+        return ""
+    return dict(entry.tried).get(address[:MAX_WHY], entry.why)
 
 
 def changed_of(status: PeerStatus) -> int:

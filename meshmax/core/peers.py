@@ -31,7 +31,7 @@ from meshmax.base.model import Signed
 from meshmax.base.status import MAX_ADDRESSES, PeerStatus, Vitals, vitals_of, with_vitals
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS, TRIALS, candidate, surplus
-from meshmax.core.peer_entry import Dial, PeerEntry, Refusal, changed_of
+from meshmax.core.peer_entry import MAX_WHY, Dial, PeerEntry, Refusal, changed_of
 from meshmax.wire.status import key_of
 
 GONE_AFTER_S: Final = (
@@ -124,6 +124,7 @@ class PeerTable:
             entry.address = address
             entry.last_sign_at = entry.alive_at = now
             entry.refusal, entry.parted = None, False
+            entry.why, entry.tried = "", ()
             if lost:
                 self.on_network_back(now)
 
@@ -139,10 +140,14 @@ class PeerTable:
             else:
                 self._back_off(entry, now)
 
-    def on_dial_failed(self, peer_id: PeerId, now: float) -> None:
-        """No address answered as that peer."""
+    def on_dial_failed(
+        self, peer_id: PeerId, now: float, why: str = "", attempts: Iterable[tuple[str, str, str]] = ()
+    ) -> None:
+        """No address answered as that peer: ``why``, and of each attempt the address, the stage and the cause."""
         if (entry := self._entries.get(peer_id)) and entry.dialing:
             entry.dialing = entry.trial = False
+            tried = [(address[:MAX_WHY], cause[:MAX_WHY]) for address, _, cause in attempts]
+            entry.why, entry.tried = why[:MAX_WHY], tuple(tried[:MAX_ADDRESSES])
             self._back_off(entry, now)
 
     def on_refused(self, peer_id: PeerId, address: str, reason: str, now: float) -> None:

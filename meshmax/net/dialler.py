@@ -8,6 +8,7 @@ should be dialled, and when again (services).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
@@ -138,4 +139,8 @@ class Dialler(Generic[L]):
 def _cause(error: BaseException) -> str:
     while error.__cause__ is not None and str(error.__cause__):
         error = error.__cause__
+    while isinstance(error, BaseExceptionGroup):  # trio's, of all that it tried for one address
+        error = error.exceptions[0]
+    if isinstance(error, OSError) and error.errno and error.errno > 0:  # the names' errors have numbers of their own
+        return os.strerror(error.errno)
     return f"{error or type(error).__name__}"[:200]

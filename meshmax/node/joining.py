@@ -58,7 +58,7 @@ def follow_mesh(node: Node, first_seen: FirstSeen) -> None:
             node.presence.on_sighting(peer_id, addresses)
         node.catalog.note_names()
         node.dht.look_again()
-        node.ladder.look_again()
+        node.ladder.on_mesh_change()
 
     membership = node.membership
     membership.name_of = name_of

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from meshmax.base.doctor import BootstrapSeen, MachineFacts, PeerFacts, PortKind, RefusedPeer
+from meshmax.base.doctor import BootstrapSeen, GivenSeen, MachineFacts, PeerFacts, PortKind, RefusedPeer
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.status import PeerView
 from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import parse_endpoint
+from meshmax.net.static import parse_join
 from meshmax.node.bootstrapping import bootstrap_of
 from meshmax.node.running import Node
 from meshmax.services.checkup import check_machine
@@ -52,7 +53,12 @@ class NodePatient:
 
     def refused(self) -> tuple[RefusedPeer, ...]:
         """See Patient."""
-        return tuple(RefusedPeer(each.peer_id, each.address, each.reason) for each in self._node.presence.refused())
+        presence = self._node.presence
+        return tuple(
+            RefusedPeer(each.peer_id, each.address, each.reason, view.status.name if view and view.status else "")
+            for each in presence.refused()
+            for view in (presence.view(each.peer_id),)
+        )
 
     def bootstrap(self) -> tuple[BootstrapSeen, ...]:
         """See Patient."""
@@ -69,6 +75,7 @@ class NodePatient:
         return PeerFacts(
             control=tuple(address.partition("/p2p/")[0] for address in node.swarm.addresses),
             joined=len(node.config.join),
+            given=tuple(GivenSeen(text, node.presence.why_not(*parse_join(text))) for text in node.config.join),
             mesh=mesh.mesh,
             mesh_name=mesh.name,
             mesh_problem=mesh.problem,

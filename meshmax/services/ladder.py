@@ -27,6 +27,7 @@ _log = get_logger("ladder")
 
 BURST: Final = 256  # sightings of one rung passed on at once: a large site's first answer
 PACE_PER_S: Final = 32.0  # later; rungs repeat themselves every 30 s or more seldom
+ORDER: Final = ("cached", "mdns", "static", "rendezvous", "dht")  # of reports
 WAITING: Final = 16  # sightings of one rung between it and the pacing
 
 
@@ -51,14 +52,15 @@ class Ladder:
     # --- what is -----------------------------------------------------------------------------------------------------
 
     def reports(self) -> tuple[RungReport, ...]:
-        """Each rung now, those that are off last."""
+        """Each rung now, always in the order of ORDER."""
         off = {rung.name: why for rung in self._rungs if (why := getattr(rung, "off", ""))} | self._off
         climbed = tuple(
             self._records[rung.name].report(getattr(rung, "problem", ""), trio.current_time())
             for rung in self._rungs
             if rung.name in self._records and rung.name not in off
         )
-        return (*climbed, *(RungReport(name, "off", why) for name, why in off.items()))
+        found = (*climbed, *(RungReport(name, "off", why) for name, why in off.items()))
+        return tuple(sorted(found, key=lambda report: ORDER.index(report.name) if report.name in ORDER else len(ORDER)))
 
     def seen(self, peer_id: PeerId) -> tuple[SeenBy, ...]:
         """Which rungs named a peer, when and where."""
@@ -80,6 +82,12 @@ class Ladder:
         for rung in self._rungs:
             if isinstance(rung, LooksAgain):
                 rung.look_again()
+
+    def on_mesh_change(self) -> None:
+        """We are of another mesh: what was found counts from now on, and rungs look again."""
+        for record in self._records.values():
+            record.on_mesh_change(trio.current_time())
+        self.look_again()
 
     def look(self) -> None:
         """Count anew what each rung finds, and have them look."""

@@ -12,6 +12,7 @@ from meshmax.base.doctor import (
     BootstrapSeen,
     Diagnosis,
     Facts,
+    GivenSeen,
     LocalPort,
     LookedBack,
     MachineFacts,
@@ -92,6 +93,10 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("alone", alone(), {"alone": "warning"}),
     ("alone on loopback", alone(control=("127.0.0.1:11435",)), {"alone": "warning", "loopback_only": "warning"}),
     ("on loopback in company", peer(control=("127.0.0.1:11435",)), {}),
+    ("alone, and no node of the DHT",
+     alone(rungs=(MDNS, rung("dht", problem="no node of the DHT answers"))), {"alone": "warning"}),
+    ("a given address is silent", alone(given=(GivenSeen("/a", "Connection refused"), GivenSeen("/b"))),
+     {"alone": "warning", "given_unreached": "warning"}),
     ("alone in a private mesh", alone(mesh="m", bootstrap=()), {"alone": "warning", "no_bootstrap": "warning"}),
     ("no bootstrap on a lan", peer(bootstrap=()), {}),
     ("B does not see us", peer(told(theirs=())), {"mdns_one_way_there": "warning"}),
@@ -195,3 +200,23 @@ def test_sentences_say_who_and_what_to_do() -> None:
 )
 def test_lengths_of_time_have_one_unit(seconds: float, text: str) -> None:
     assert span(seconds) == text
+
+
+def test_advice_fits_the_case() -> None:
+    assert "TCP and UDP 7001 of it" in sentences(peer(bootstrap=(BootstrapSeen("/ip4/10.0.0.1/tcp/7001", "silent"),)))
+    foreign = GivenSeen("/ip4/8.8.8.8/tcp/1", "this mesh does not connect to that address")
+    assert "meshmax mesh new" in sentences(alone(given=(foreign,)))
+    assert "start the peer that gave the ticket" in sentences(
+        alone(mesh_problem="not joined yet: the ticket's issuer was not reached (tried once)")
+    )
+
+
+def test_one_refusal_by_several_is_said_once_by_their_names() -> None:
+    refusals = tuple(RefusedPeer(B, "/a", "your certificate was revoked", name) for name in ("ann", "bob"))
+    told_all = sentences(alone(mesh="m", refused=refusals))
+    assert "ann, bob refuse this peer: your certificate was revoked" in told_all
+    assert "(`meshmax ticket` here)" not in told_all
+    assert (
+        "refuse"
+        not in sentences(alone(refused=refusals, mesh_problem="your certificate was revoked")).partition("settle")[0]
+    )

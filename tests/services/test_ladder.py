@@ -146,7 +146,7 @@ async def test_a_rung_that_recovers_is_reported_as_working(autojump_clock: trio.
 async def test_a_rung_that_ends_is_off_and_the_others_go_on(autojump_clock: trio.testing.MockClock) -> None:
     async with climbed(Ending(), Rung("working")) as (ladder, collected):
         await trio.sleep(10)
-        assert [report.state for report in ladder.reports()] == ["off", "working", "off"]
+        assert [report.state for report in ladder.reports()] == ["off", "off", "working"]
         assert len(collected.sightings) >= 10
 
 

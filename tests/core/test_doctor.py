@@ -220,3 +220,8 @@ def test_one_refusal_by_several_is_said_once_by_their_names() -> None:
         "refuse"
         not in sentences(alone(refused=refusals, mesh_problem="your certificate was revoked")).partition("settle")[0]
     )
+
+
+def test_a_sighting_by_mdns_counts_for_two_and_a_half_minutes() -> None:
+    for ago_s, expected in ((150.0, {}), (151.0, {"mdns_one_way_there": "warning"})):
+        assert not_ok(diagnose(peer(told(theirs=(SeenBy("mdns", (), ago_s),))))) == expected

@@ -84,3 +84,13 @@ def test_a_look_counts_anew() -> None:
     rung.on_found(A, (), 50.25)
     assert rung.looked() == (1, 0.25)
     assert rung.report().found == 1
+
+
+def test_after_a_change_of_the_mesh_it_counts_anew() -> None:
+    record = RungRecord("mdns", 0.0)
+    record.on_found(PeerId("b"), ("/a",), 1.0)
+    record.on_mesh_change(10.0)
+    assert (record.report().found, record.report().first_found_s, record.looked()) == (0, None, (0, None))
+    assert record.seen(PeerId("b"), 11.0) is None
+    record.on_found(PeerId("c"), ("/a",), 12.0)
+    assert (record.report().found, record.report().first_found_s) == (1, 2.0)

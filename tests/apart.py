@@ -17,7 +17,8 @@ _kept: list[Namespace] = []  # for as long as this process lives
 def go_apart() -> None:
     """Move this thread, and so all that it starts from now on, into a network of its own. Raises OSError, CalledProcessError."""
     namespace = Namespace("apart")
-    namespace.ip("link add lan type veth peer name cable", "link set lan up", "link set cable up")
-    namespace.ip(f"address add {LAN_ADDRESS} dev lan")
+    namespace.ip("link add eth0 type veth peer name cable", "link set eth0 up", "link set cable up")
+    namespace.ip(f"address add {LAN_ADDRESS} dev eth0")
+    namespace.ip("route add default dev eth0")  # as a machine has one: what leads nowhere is lost, not refused
     namespace.enter()
     _kept.append(namespace)

@@ -40,7 +40,7 @@ def running(folder: Path, given: dict[str, Settings]) -> Iterator[list[PeerProce
 
 def forget_peers(home: Path) -> None:
     """What it knows of where others are; its membership stays."""
-    (home / peers_file.FILE_NAME).unlink()
+    (home / peers_file.FILE_NAME).unlink(missing_ok=True)  # who left within a moment was not written down
     (home / dht_file.FILE_NAME).unlink(missing_ok=True)
 
 

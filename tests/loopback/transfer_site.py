@@ -19,6 +19,7 @@ import httpx
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES
+from meshmax.services.pull_job import LOOK_INTERVAL_S
 from meshmax.store.disk import Disk
 from meshmax.store.identity import load_identity
 from meshmax.store.layout import Layout
@@ -245,8 +246,8 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def calm(read: Any, still_s: float = 0.3, deadline_s: float = 10.0) -> Any:
-    """What ``read()`` gives once it has not changed for ``still_s``."""
+def calm(read: Any, still_s: float = LOOK_INTERVAL_S + 0.3, deadline_s: float = 10.0) -> Any:
+    """What ``read()`` gives once it has not changed for ``still_s``; transfers are told anew each LOOK_INTERVAL_S."""
     give_up, value, since_s = time.monotonic() + deadline_s, read(), time.monotonic()
     while time.monotonic() - since_s < still_s:
         assert time.monotonic() < give_up, "it does not come to rest"

@@ -18,7 +18,8 @@ from meshmax.base.errors import ConnectError, InvalidRequest, MeshmaxError
 from meshmax.base.ids import PeerId
 from meshmax.net import library, limits
 from meshmax.net.addresses import Endpoint, parse_endpoint, without_own_loopback
-from meshmax.net.wire import ByteStream, Transport
+from meshmax.net.wire import Transport
+from meshmax.ports import ByteStream
 
 Attempt = tuple[str, str, str]  # address, stage, cause
 

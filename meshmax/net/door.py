@@ -18,7 +18,8 @@ from meshmax.base.config import PORT_TRIES
 from meshmax.base.errors import ConfigError
 from meshmax.net import limits
 from meshmax.net.tcp import is_port_taken
-from meshmax.net.wire import ByteStream, Listener, Transport
+from meshmax.net.wire import Listener, Transport
+from meshmax.ports import ByteStream
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 

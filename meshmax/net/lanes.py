@@ -29,7 +29,8 @@ from meshmax.net.door import Door, listen_near
 from meshmax.net.lane import TcpFetchLane, TcpServeLane
 from meshmax.net.lane_socket import FETCHER_SEND_BUFFER_BYTES, STALL_S, LaneSocket
 from meshmax.net.tcp import TcpBytes, TcpTransport
-from meshmax.net.wire import ByteStream, Listener
+from meshmax.net.wire import Listener
+from meshmax.ports import ByteStream
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import FAILURES
 from meshmax.wire.lane import (

@@ -20,7 +20,8 @@ from meshmax.base.errors import ConfigError, RemoteProtocolError
 from meshmax.core.subnets import source_of
 from meshmax.net.door import listen_near
 from meshmax.net.tcp import TcpTransport
-from meshmax.net.wire import ByteStream, Listener, Transport
+from meshmax.net.wire import Listener, Transport
+from meshmax.ports import ByteStream
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 from meshmax.wire.stun import FIRST_BYTES, HEADER_BYTES, message_length

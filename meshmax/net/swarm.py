@@ -30,8 +30,8 @@ from meshmax.net.door import Door, listen_near
 from meshmax.net.negotiation import EagerStream, negotiate, propose
 from meshmax.net.stream import LibraryStream
 from meshmax.net.tcp import TcpTransport
-from meshmax.net.wire import ByteStream, Listener, Transport, Wire
-from meshmax.ports import Admission, ConnectionView, Stream, SwarmEvent
+from meshmax.net.wire import Listener, Transport, Wire
+from meshmax.ports import Admission, ByteStream, ConnectionView, Stream, SwarmEvent
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import CONNECTIONS

@@ -15,24 +15,7 @@ from typing import Protocol
 import trio
 
 from meshmax.net import limits
-
-
-class ByteStream(Protocol):
-    """A connected pair's one end. ``remote`` is (IP address, port)."""
-
-    remote: tuple[str, int]
-
-    async def send_all(self, data: bytes) -> None:
-        """Send everything. Raises OSError or trio's Broken- and ClosedResourceError."""
-        ...
-
-    async def receive_some(self, max_bytes: int) -> bytes:
-        """1 to ``max_bytes`` bytes or b"" at the end. Raises OSError or trio's Broken- and ClosedResourceError."""
-        ...
-
-    def close(self) -> None:
-        """Close both directions now and wake whoever sends or receives; idempotent."""
-        ...
+from meshmax.ports import ByteStream
 
 
 class Listener(Protocol):

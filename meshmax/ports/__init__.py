@@ -27,6 +27,7 @@ from meshmax.ports.lanes import (
 )
 from meshmax.ports.net import (
     Admission,
+    ByteStream,
     ConnectionView,
     CountsStreams,
     Datagrams,
@@ -40,12 +41,16 @@ from meshmax.ports.net import (
 )
 from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
 from meshmax.ports.store import BlobStore, ChunkReader, ChunkSource, ChunkWriter, ModelStore, Naming, Partial
+from meshmax.ports.traversal import ChannelEnd, Channels, Puncher, PunchPort
 
 __all__ = [
     "Admission",
     "Answer",
     "BlobStore",
+    "ByteStream",
     "Catalog",
+    "ChannelEnd",
+    "Channels",
     "ChunkReader",
     "ChunkSource",
     "ChunkWriter",
@@ -77,6 +82,8 @@ __all__ = [
     "Presence",
     "Progress",
     "Pulls",
+    "PunchPort",
+    "Puncher",
     "Residency",
     "Router",
     "RunSync",

@@ -10,6 +10,7 @@ import msgspec
 import trio
 
 from meshmax.base.ids import PeerId
+from meshmax.base.status import Path
 
 
 class Stream(Protocol):
@@ -46,20 +47,42 @@ class Stream(Protocol):
         ...
 
 
+class ByteStream(Protocol):
+    """A connected pair's one end, before anybody proved who they are. ``remote`` is (IP address, port)."""
+
+    remote: tuple[str, int]
+
+    async def send_all(self, data: bytes) -> None:
+        """Send everything. Raises OSError or trio's Broken- and ClosedResourceError."""
+        ...
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """1 to ``max_bytes`` bytes or b"" at the end. Raises OSError or trio's Broken- and ClosedResourceError."""
+        ...
+
+    def close(self) -> None:
+        """Close both directions now and wake whoever sends or receives; idempotent."""
+        ...
+
+
 class ConnectionView(msgspec.Struct, frozen=True):
-    """A connection as it is: the remote's address (multiaddr without /p2p), who dialled, since when (Unix time)."""
+    """A connection as it is: the remote's address (multiaddr without /p2p), who dialled, since when (Unix time).
+
+    ``path``: how it gets there. Over a relay the address is the relay's, followed by /p2p/<relay>/p2p-circuit.
+    """
 
     peer_id: PeerId
     address: str
     direction: Literal["in", "out"]
     opened_at_s: float
+    path: Path = "direct"
 
 
 class SwarmEvent(msgspec.Struct, frozen=True):
-    """A peer got its first connection to us, or lost its last one."""
+    """A peer got its first connection to us, lost its last one, or ("moved") its best one is another than before."""
 
     peer_id: PeerId
-    kind: Literal["connected", "disconnected"]
+    kind: Literal["connected", "disconnected", "moved"]
 
 
 class Swarm(Protocol):
@@ -85,8 +108,19 @@ class Swarm(Protocol):
         """
         ...
 
+    async def adopt(
+        self, stream: ByteStream, peer_id: PeerId, direction: Literal["in", "out"], path: Path, address: str
+    ) -> None:
+        """Make a connection of a byte stream that was made otherwise (punched, relayed); returns when it is admitted.
+
+        Both ends adopt, one of them as "out". Over it the PeerId is proved and membership settled as over any. A peer may
+        then have several connections: new streams go over the one with the best path, and the others end when their last
+        stream has. Takes ownership of ``stream``. Raises ConnectError, NotAMember. Deadlines are the caller's.
+        """
+        ...
+
     async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
-        """A new stream on an existing connection. Raises PeerGone, VersionMismatch if the peer does not serve ``protocol``."""
+        """A new stream on the best connection. Raises PeerGone, VersionMismatch if the peer does not serve ``protocol``."""
         ...
 
     def serve(
@@ -111,7 +145,7 @@ class Swarm(Protocol):
         ...
 
     def connections(self) -> Mapping[PeerId, ConnectionView]:
-        """One connection per peer that is connected now."""
+        """The best connection of each peer that is connected now."""
         ...
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:

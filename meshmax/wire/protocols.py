@@ -11,6 +11,7 @@ LEASE: Final = "/meshmax/lease/1.0.0"
 MEMBER: Final = "/meshmax/member/1.0.0"
 TICKET: Final = "/meshmax/ticket/1.0.0"
 LOOK_BACK: Final = "/meshmax/look-back/1.0.0"
+SIGNAL: Final = "/meshmax/signal/1.0.0"
 OBSERVE: Final = "/meshmax/observe/1.0.0"
 RENDEZVOUS: Final = "/rendezvous/1.0.0"  # libp2p's
 RELAY_HOP: Final = "/libp2p/circuit/relay/0.2.0/hop"  # libp2p's, as the next two

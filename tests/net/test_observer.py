@@ -11,7 +11,7 @@ import trio
 from meshmax.base.errors import ConfigError
 from meshmax.net import observer as module
 from meshmax.net.observer import Observer, open_observer
-from meshmax.net.wire import ByteStream
+from meshmax.ports import ByteStream
 from meshmax.services import stun_server
 from meshmax.services.stun_server import StunServer
 from meshmax.testing.memory_transport import MemoryTransport, MemoryWires

@@ -1,0 +1,38 @@
+"""Getting through NAT: candidates (RFC 8445), what an attempt is for, the methods that make a path.
+
+Not here: messages (wire.signal), decisions (core.signalling, core.dial_plan, core.candidates).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+CandidateKind = Literal["host", "srflx", "relay"]
+Transport = Literal["tcp", "udp"]
+Method = Literal["direct", "punch-tcp", "punch-udp", "relay", "turn"]
+Purpose = Literal["control", "lane"]
+
+PUNCH_TCP_S: Final = 2.0  # for one simultaneous open; where it works it takes one round trip
+PUNCH_UDP_S: Final = 5.0  # for ICE, gathering included; an attempt that fails does not end by itself
+
+
+class Candidate(msgspec.Struct, frozen=True, array_like=True):
+    """A transport address at which a peer may be met: its own ("host"), as an observer sees it ("srflx"), a TURN server's."""
+
+    kind: CandidateKind
+    transport: Transport
+    ip: str
+    port: int
+
+
+class TurnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A TURN server (RFC 8656). ``url``: turn:HOST:PORT?transport=tcp or udp."""
+
+    url: str
+    username: str = ""
+    password: str = ""
+
+    def __repr__(self) -> str:
+        return f"TurnServer({self.url!r})"  # never the password

@@ -1,0 +1,74 @@
+"""What makes byte streams through NATs; the streams then go to Swarm.adopt, or become blob lanes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import trio
+
+from meshmax.base.traversal import Candidate, TurnServer
+from meshmax.ports.net import ByteStream
+
+
+class PunchPort(Protocol):
+    """A local TCP port kept for one simultaneous open: its mapping at the NAT is held by a connection to an observer."""
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Where the other side may meet us: host candidates, and the mapped address where an observer told it."""
+        ...
+
+    async def run(self, targets: Sequence[Candidate], found: trio.MemorySendChannel[ByteStream]) -> None:
+        """Connect from this port to every target and accept on it at the same time, again and again for PUNCH_TCP_S.
+
+        Each connection made goes to ``found``, whose reader owns it from then on and proves who is at its other end; what
+        is sent to nobody is closed. Both sides start within half a round trip of each other. Cancelling closes all the rest.
+        """
+        ...
+
+
+class Puncher(Protocol):
+    """TCP simultaneous open."""
+
+    def open_port(self, observers: Sequence[tuple[str, int]]) -> AbstractAsyncContextManager[PunchPort]:
+        """A fresh port, ready within 1 s; ``observers`` are TCP observers (net.observer), the first that answers counts.
+
+        None answering is no error: then there are host candidates only. Raises ConnectError: no port is to be had.
+        """
+        ...
+
+
+class ChannelEnd(Protocol):
+    """Our side of one data channel over UDP (ICE, DTLS, SCTP). One offer and one answer, in this order."""
+
+    async def offer(self) -> str:
+        """Our SDP, with all candidates that were gathered."""
+        ...
+
+    async def answer(self, offer: str) -> str:
+        """Our SDP for the other's. Raises RemoteProtocolError."""
+        ...
+
+    async def accept(self, answer: str) -> None:
+        """The other's SDP for ours. Raises RemoteProtocolError."""
+        ...
+
+    async def connected(self) -> ByteStream:
+        """The open channel. Raises ConnectError. Deadlines are the caller's."""
+        ...
+
+
+class Channels(Protocol):
+    """Data channels over UDP."""
+
+    def open_channel(
+        self, stun: Sequence[tuple[str, int]], turn: Sequence[TurnServer] = ()
+    ) -> AbstractAsyncContextManager[ChannelEnd]:
+        """One end. Leaving the block ends it, unless its stream was taken (`ChannelEnd.connected`), which then owns it.
+
+        With ``turn`` only relayed candidates are gathered: ICE takes the first pair that works, so TURN would win over a
+        direct path. Without ``stun`` only host candidates.
+        """
+        ...

@@ -76,8 +76,14 @@ def describe(diagnosis: dict[str, Any]) -> str:
     """Rungs, peers, findings, and a line that sums it up."""
     peer = diagnosis["facts"].get("peer") or {}
     parts: list[str] = []
+    told = " ".join(finding["sentence"] for finding in diagnosis["findings"])
     if peer.get("rungs"):
-        parts += [table(("RUNG", "STATE", "FOUND", "FIRST", "NOW", "PROBLEM"), map(_rung_row, peer["rungs"])), ""]
+        parts += [
+            table(
+                ("RUNG", "STATE", "FOUND", "FIRST", "NOW", "PROBLEM"), [_rung_row(look, told) for look in peer["rungs"]]
+            ),
+            "",
+        ]
     if peer.get("bootstrap"):
         parts += [table(("BOOTSTRAP NODE", "NAMED BY", "PROBLEM"), map(_bootstrap_row, peer["bootstrap"])), ""]
     if peer.get("looked_back"):
@@ -89,9 +95,11 @@ def describe(diagnosis: dict[str, Any]) -> str:
     return "\n".join([*parts, "", f"{words} ({diagnosis['took_s']:.1f} s)"])
 
 
-def _rung_row(look: dict[str, Any]) -> tuple[str, ...]:
+def _rung_row(look: dict[str, Any], told: str) -> tuple[str, ...]:
     report = look["report"]
-    problem = "see below" if report["state"] == "failing" else report.get("problem", "")  # told once, as a finding
+    problem = report.get("problem", "")
+    if problem and problem in told:
+        problem = "see below"
     if report["state"] == "off":
         return (report["name"], "off", "-", "-", "-", report.get("problem", ""))
     first_s, now_s = report.get("first_found_s"), look.get("first_s")

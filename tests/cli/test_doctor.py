@@ -73,6 +73,19 @@ def test_findings_are_shown_with_what_to_do(fake_peer: FakePeer, capsys: pytest.
     assert lines[-1] == "1 thing to look at (3.2 s)"
 
 
+def test_a_problem_is_told_once_as_a_finding_or_else_in_its_rung_row(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ill = diagnosis([finding("mdns_failing", "warning", "mDNS does not work: no route")])
+    failing = [look("mdns", state="failing", problem="no route"), look("dht", state="failing", problem="no node")]
+    ill["facts"]["peer"]["rungs"] = failing
+    fake_peer.on("GET", PATH, Lines([{"status": "success", **ill}]))
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("mdns") and lines[1].endswith("see below")
+    assert lines[2].startswith("dht") and lines[2].endswith("no node")
+
+
 def test_json_is_the_diagnosis_alone(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     fake_peer.on("GET", PATH, steps(ILL))
     assert main(["doctor", "--json"]) == 1

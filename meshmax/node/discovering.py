@@ -10,12 +10,10 @@ import trio
 
 from meshmax.base.discovery import KnownPeer
 from meshmax.base.ids import PeerId
-from meshmax.base.membership import OPEN_MESH
 from meshmax.base.names import parse_name
 from meshmax.base.status import PeerStatus
 from meshmax.core.announce import Word
 from meshmax.core.known_peers import KnownPeers
-from meshmax.net.addresses import is_lan_address, parse_endpoint
 from meshmax.node.bootstrapping import bootstrap_places
 from meshmax.node.running import Node
 from meshmax.services.announce import Announcer
@@ -98,7 +96,7 @@ async def open_announcing(node: Node) -> AsyncIterator[None]:
         lambda: node.dht.current,
         lambda: node.dht.mesh,
         words,
-        lambda: _told_addresses(node),
+        node.told_addresses,
         node.world.unix_now,
         node.world.random,
     )
@@ -115,17 +113,9 @@ def _rendezvous(node: Node) -> Rendezvous:
         node.swarm,
         node.signer,
         lambda: bootstrap_places(node),
-        lambda: _told_addresses(node),
+        node.told_addresses,
         lambda: node.membership.mesh,
         node.world.unix_now,
         node.world.random,
         none="no bootstrap node is configured (--bootstrap), nor was one named by the ticket",
     )
-
-
-def _told_addresses(node: Node) -> tuple[str, ...]:
-    """Our addresses as strangers may pass them on."""
-    if node.membership.mesh != OPEN_MESH:
-        return node.swarm.addresses
-    # The open mesh lives on private addresses alone, so no others are told.
-    return tuple(text for text in node.swarm.addresses if is_lan_address(parse_endpoint(text).host))

@@ -25,6 +25,7 @@ def make_membership(node: Node) -> MembershipService:
     )
     membership.lan = node.config.lan
     membership.bootstrap = lambda: bootstrap_of(node)
+    membership.told = node.told_addresses
     membership.search = lambda ticket: _meeting_place(node, ticket)
     return membership
 
@@ -57,6 +58,7 @@ def follow_mesh(node: Node, first_seen: FirstSeen) -> None:
         if peer_id is not None:
             node.presence.on_sighting(peer_id, addresses)
         node.catalog.note_names()
+        node.traversal.on_mesh_change()
         node.dht.look_again()
         node.ladder.on_mesh_change()
 

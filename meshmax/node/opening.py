@@ -33,6 +33,7 @@ from meshmax.node.discovering import make_provider_search, open_announcing, open
 from meshmax.node.joining import allow_of, follow_mesh, make_membership
 from meshmax.node.running import Node
 from meshmax.node.serving import open_node_serving
+from meshmax.node.traversing import open_traversal
 from meshmax.node.visiting import make_doctor
 from meshmax.node.world import World, real_world
 from meshmax.services.adopt import Adoption, run_watch
@@ -174,6 +175,7 @@ class _Opening:
         InferServer(node.residency, self.throttle.precedence).register(node.swarm)
         await self.enter(open_node_serving(node))
         await self.enter(open_discovery(node))
+        await self.enter(open_traversal(node))
         node.doctor = make_doctor(node)
         node.presence = await self.enter(
             open_presence(

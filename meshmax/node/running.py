@@ -21,6 +21,7 @@ from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
 from meshmax.node.dht import NodeDht
 from meshmax.node.serving import Serving
+from meshmax.node.traversing import Traversal
 from meshmax.node.world import World
 from meshmax.ports import Datagrams, Engine, Pulls, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
@@ -69,6 +70,7 @@ class Node:
         self.swarm: Swarm
         self.datagrams: Datagrams | None = None  # the UDP port
         self.dht = NodeDht(self)
+        self.traversal = Traversal(self)
         self.serving = Serving()
         self.store: Store
         self.engine: Engine
@@ -109,8 +111,12 @@ class Node:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where we can be dialled."""
-        return self.swarm.addresses
+        """Where we can be dialled: see `Traversal.told_addresses`."""
+        return self.traversal.told_addresses()
+
+    def told_addresses(self) -> tuple[str, ...]:
+        """Our addresses as others may know them and pass them on, with /p2p, at most MAX_ADDRESSES."""
+        return self.traversal.told_addresses()
 
     def resources(self) -> dict[str, Any]:
         """The machine now, in the shape of the status interface."""
@@ -139,7 +145,7 @@ class Node:
             self.presence.changed()
 
     def describe(self) -> PeerStatus:
-        """Our status, but for what presence fills in (sequence, time, addresses)."""
+        """Our status, but for what presence fills in (sequence, time)."""
         reading = self._meter.read(trio.current_time())
         return PeerStatus(
             self.signer.peer_id,
@@ -149,6 +155,7 @@ class Node:
             __version__,
             mesh=self.membership.mesh,
             engine=self.engine.name,
+            addresses=self.told_addresses(),
             models=self._models(),
             gpus=self.gpus,
             load=self.residency.load(),

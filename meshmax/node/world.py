@@ -31,7 +31,7 @@ from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver
-from meshmax.ports import Datagrams, Discovery, Engine, Lanes, RunSync, Swarm
+from meshmax.ports import Channels, Datagrams, Discovery, Engine, Lanes, Puncher, RunSync, Swarm
 from meshmax.services.look_back import Knock, knock_nowhere
 from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
@@ -63,6 +63,8 @@ class World:
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
     addresses: Callable[[], Sequence[str]] = tuple  # of running interfaces; none ever: the network never changes
     knock: Knock = knock_nowhere
+    puncher: Puncher | None = None  # None: no simultaneous open
+    channels: Channels | None = None  # None: no ICE
 
 
 def real_world() -> World:

@@ -41,7 +41,7 @@ from meshmax.ports.net import (
 )
 from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
 from meshmax.ports.store import BlobStore, ChunkReader, ChunkSource, ChunkWriter, ModelStore, Naming, Partial
-from meshmax.ports.traversal import ChannelEnd, Channels, Puncher, PunchPort
+from meshmax.ports.traversal import ChannelEnd, Channels, Puncher, PunchPort, Relays, Signals
 
 __all__ = [
     "Admission",
@@ -84,11 +84,13 @@ __all__ = [
     "Pulls",
     "PunchPort",
     "Puncher",
+    "Relays",
     "Residency",
     "Router",
     "RunSync",
     "ServeLane",
     "Sighting",
+    "Signals",
     "Signer",
     "Stream",
     "Swarm",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 import trio
 
+from meshmax.base.ids import PeerId
+from meshmax.base.status import Path
 from meshmax.base.traversal import Candidate, TurnServer
 from meshmax.ports.net import ByteStream
 
@@ -70,5 +72,41 @@ class Channels(Protocol):
 
         With ``turn`` only relayed candidates are gathered: ICE takes the first pair that works, so TURN would win over a
         direct path. Without ``stun`` only host candidates.
+        """
+        ...
+
+
+class Relays(Protocol):
+    """The relays (circuit v2) that keep a place for us, and the way over relays to others."""
+
+    @property
+    def relays(self) -> tuple[PeerId, ...]:
+        """At which we hold a place now."""
+        ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Circuit multiaddrs by which members reach us over them, each ending in /p2p-circuit/p2p/<our PeerId>."""
+        ...
+
+    async def connect(self, peer_id: PeerId, relay: PeerId | str) -> None:
+        """Connect to a member over a relay: its PeerId where we know how to reach it, or a circuit multiaddr.
+
+        Returns once the connection is admitted. Raises ConnectError, NotAMember. Deadlines are the caller's.
+        """
+        ...
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Call ``on_change`` when `relays` or `addresses` are others. It must not block, and is kept for ever."""
+        ...
+
+
+class Signals(Protocol):
+    """Attempts at a better path to a peer with whom there is a connection."""
+
+    async def traverse(self, peer_id: PeerId) -> Path:
+        """One attempt, every method side by side; the path that was made and adopted. Raises ConnectError with each that failed.
+
+        It has deadlines of its own (base.traversal). Cancelling it ends the attempt on both sides.
         """
         ...

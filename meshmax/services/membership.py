@@ -88,6 +88,7 @@ class MembershipService:
         self.desk = TicketDesk(lambda: self._standing, self._keep_tickets, unix_now)
         # The bootstrap nodes in use, which tickets name beside our own addresses.
         self.bootstrap: Callable[[], Sequence[BootstrapAddress]] = tuple
+        self.told: Callable[[], Sequence[str]] = tuple  # our addresses that others may know; () is those of the swarm
         self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
         self.addresses_of: AddressesOf = lambda peer_id: ()
         self.lan = True  # whether this node shows itself on its LAN; for people
@@ -217,7 +218,9 @@ class MembershipService:
     async def ticket(self, scopes: Sequence[Scope], expires_s: float, uses: int) -> str:
         """The text of a new ticket. Raises InvalidRequest, OutOfScope, NotAMember, QuotaExceeded, StoreError."""
         bootstrap = [each.address for each in self.bootstrap()]
-        return await self.desk.give(scopes, expires_s, uses, _reachable(self._swarm.addresses), bootstrap)
+        return await self.desk.give(
+            scopes, expires_s, uses, _reachable(self.told() or self._swarm.addresses), bootstrap
+        )
 
     async def withdraw_tickets(self) -> int:
         """Take back every ticket that this node gave out; how many could still be used. Raises InvalidRequest, StoreError."""

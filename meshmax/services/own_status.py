@@ -90,11 +90,12 @@ class OwnStatus:
         return self.signed
 
     def _issue(self, force: bool, leaving: bool = False) -> None:
+        described = self._describe()
         status = msgspec.structs.replace(
-            self._describe(),
+            described,
             sequence=self._sequence.next(int(self._unix_now() * 1000)),
             issued_at_s=int(self._unix_now()),
-            addresses=self._swarm.addresses,
+            addresses=described.addresses or self._swarm.addresses,
             instance=self._instance,
             leaving=leaving,
         )

@@ -128,7 +128,7 @@ class Rendezvous:
 
     def look_again(self) -> None:
         """See ports.LooksAgain. Call it when our mesh or our addresses have changed, too."""
-        self._check()
+        self.check()
         for node in self._nodes:
             node.schedule.on_look_again(trio.current_time())
             node.known.name_all_again()
@@ -157,9 +157,10 @@ class Rendezvous:
         """See when the nodes, our namespace or our addresses change."""
         while True:
             await trio.sleep(CHECK_S)
-            self._check()
+            self.check()
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """The nodes, our mesh or our addresses may be others: if so, follow at once. Cheap; call it freely."""
         if self._nursery is not None:
             self._follow_names(self._nursery)
         before, self._seen = self._seen, self._namespace_and_addresses()

@@ -92,7 +92,7 @@ class Observer:
         try:
             while True:
                 with trio.move_on_after(patience_s) as waiting:
-                    message = await _message(stream)
+                    message = await receive_message(stream)
                 if waiting.cancelled_caught or not message:
                     return
                 reply = self._answer(message, stream.remote)
@@ -109,7 +109,7 @@ class Observer:
             return  # strangers come and go; none of them is a failure of ours
 
 
-async def _message(stream: ByteStream) -> bytes:
+async def receive_message(stream: ByteStream) -> bytes:
     """The next whole message, b"" at the end. Raises RemoteProtocolError where it cannot be STUN."""
     data = b""
     wanted = HEADER_BYTES

@@ -1,7 +1,8 @@
 """Addresses: multiaddrs as text, the interfaces of this machine, and what counts as a local network.
 
-A multiaddr is read here by hand (``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEER]``), because these few forms are all
-that TCP needs and everything here comes from strangers. Not here: which of them to dial (swarm).
+A multiaddr is read here by hand (``/ip4|ip6|dns|dns4|dns6/HOST/tcp/PORT[/p2p/PEER]``, and over a relay such a one with
+``/p2p-circuit[/p2p/PEER]`` behind it), because these few forms are all that TCP needs and everything here comes from
+strangers. Not here: which of them to dial (swarm).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.net.interfaces import is_zoned, running_interfaces
 
 MAX_MULTIADDR: Final = 400  # characters; a DNS name has at most 253, a PeerId 52
+_CIRCUIT: Final = "/p2p-circuit"
 # RFC 1035, 2.3.4: labels of 1 to 63 characters, 253 in all; on longer ones the resolver fails with no OSError.
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _DNS_NAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
@@ -30,6 +32,31 @@ class Endpoint(msgspec.Struct, frozen=True):
     port: int
     peer_id: PeerId | None = None
     name: bool = False
+
+
+class Circuit(msgspec.Struct, frozen=True):
+    """A way over a relay (libp2p specs, circuit relay v2). ``relay`` names its PeerId; ``target`` is who is reached so."""
+
+    relay: Endpoint
+    target: PeerId | None = None
+
+
+def is_circuit(multiaddr: str) -> bool:
+    """Whether ``multiaddr`` leads over a relay, or claims to."""
+    return _CIRCUIT in multiaddr
+
+
+def parse_circuit(multiaddr: str) -> Circuit:
+    """The way over a relay that ``multiaddr`` names. Raises InvalidRequest that says what is accepted."""
+    before, circuit, after = multiaddr.partition(_CIRCUIT)
+    if circuit and len(multiaddr) <= MAX_MULTIADDR and (not after or after.startswith("/p2p/")):
+        relay = parse_endpoint(before)
+        if relay.peer_id is not None:
+            return Circuit(relay, parse_peer_id(after.removeprefix("/p2p/")) if after else None)
+    raise InvalidRequest(
+        f"'{multiaddr[:100]}' is not an address over a relay: write /ip4/203.0.113.5/tcp/11435/p2p/<PeerId of the relay>"
+        "/p2p-circuit and, if known, /p2p/<PeerId> at the end"
+    )
 
 
 def parse_endpoint(multiaddr: str) -> Endpoint:

@@ -2,8 +2,8 @@
 
 Rules: at most MAX_DIAL_ADDRESSES addresses of one peer and MAX_DIALS attempts at once; an address that may not be used, or
 that names another peer, is an attempt that failed. Two dials to one peer do not race each other: the second waits for the
-first, which is over when its ``finish`` (the admission) is. A peer that failed before is tried like any other. Not here: who
-should be dialled, and when again (services).
+first, which is over when its ``finish`` (the admission) is. A peer that failed before is tried like any other. Addresses over
+relays are passed over. Not here: who should be dialled, and when again (services); relays (services.relay_client).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 from meshmax.base.errors import ConnectError, InvalidRequest, MeshmaxError
 from meshmax.base.ids import PeerId
 from meshmax.net import library, limits
-from meshmax.net.addresses import Endpoint, parse_endpoint, without_own_loopback
+from meshmax.net.addresses import Endpoint, is_circuit, parse_endpoint, without_own_loopback
 from meshmax.net.wire import Transport
 from meshmax.ports import ByteStream
 
@@ -72,9 +72,13 @@ class Dialler(Generic[L]):
 
     async def _race(self, peer_id: PeerId, addresses: Sequence[str]) -> L | list[Attempt]:
         """The connection of the address that won, else why each lost."""
-        chosen = without_own_loopback(addresses, self._transport.interface_addresses)[: limits.MAX_DIAL_ADDRESSES]
+        dialable = [address for address in addresses if not is_circuit(address)]
+        chosen = without_own_loopback(dialable, self._transport.interface_addresses)[: limits.MAX_DIAL_ADDRESSES]
         if not chosen:
-            raise ConnectError("no address of the peer is known")
+            only = (
+                "only addresses of the peer over relays are known" if addresses else "no address of the peer is known"
+            )
+            raise ConnectError(only)
         attempts: list[Attempt] = []
         made: list[L] = []
 

@@ -2,11 +2,14 @@ import pytest
 
 from meshmax.base.errors import InvalidRequest
 from meshmax.net.addresses import (
+    Circuit,
     Endpoint,
     concrete_addresses,
     interface_addresses,
+    is_circuit,
     is_lan_address,
     multiaddr_of,
+    parse_circuit,
     parse_endpoint,
     with_zones,
     without_own_loopback,
@@ -14,6 +17,7 @@ from meshmax.net.addresses import (
 from meshmax.testing.memory_swarm import SeededSigner
 
 PEER = SeededSigner(1).peer_id
+RELAY = SeededSigner(2).peer_id
 
 
 @pytest.mark.parametrize(
@@ -167,3 +171,39 @@ def test_a_loopback_address_is_tried_where_the_peer_may_be_on_this_machine(
     told: tuple[str, ...], tried: tuple[str, ...]
 ) -> None:
     assert without_own_loopback(told, lambda: ["10.0.0.1", "127.0.0.1"]) == tried
+
+
+@pytest.mark.parametrize(
+    ("text", "circuit"),
+    [
+        (f"/ip4/203.0.113.5/tcp/9/p2p/{RELAY}/p2p-circuit", Circuit(Endpoint("203.0.113.5", 9, RELAY))),
+        (f"/dns/a.example/tcp/9/p2p/{RELAY}/p2p-circuit", Circuit(Endpoint("a.example", 9, RELAY, name=True))),
+        (
+            f"/ip4/203.0.113.5/tcp/9/p2p/{RELAY}/p2p-circuit/p2p/{PEER}",
+            Circuit(Endpoint("203.0.113.5", 9, RELAY), PEER),
+        ),
+    ],
+)
+def test_an_address_over_a_relay_names_the_relay_and_who_is_behind_it(text: str, circuit: Circuit) -> None:
+    assert is_circuit(text)
+    assert parse_circuit(text) == circuit
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/p2p-circuit",
+        f"/p2p-circuit/p2p/{PEER}",
+        "/ip4/203.0.113.5/tcp/9",
+        f"/ip4/203.0.113.5/tcp/9/p2p/{RELAY}",
+        f"/ip4/203.0.113.5/tcp/9/p2p-circuit/p2p/{PEER}",  # whose relay?
+        f"/ip4/203.0.113.5/tcp/9/p2p/{RELAY}/p2p-circuits",
+        f"/ip4/203.0.113.5/tcp/9/p2p/{RELAY}/p2p-circuit/p2p",
+        f"/ip4/203.0.113.5/tcp/9/p2p/{RELAY}/p2p-circuit/p2p/{PEER}/p2p-circuit/p2p/{PEER}",
+        f"/ip4/203.0.113.5/udp/9/p2p/{RELAY}/p2p-circuit",
+        f"/dns/{'a.' * 200}/tcp/9/p2p/{RELAY}/p2p-circuit",
+    ],
+)
+def test_what_is_no_address_over_a_relay_is_refused_with_a_hint(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_circuit(text)

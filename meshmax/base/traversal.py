@@ -5,7 +5,7 @@ Not here: messages (wire.signal), decisions (core.signalling, core.dial_plan, co
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -16,6 +16,7 @@ Purpose = Literal["control", "lane"]
 
 PUNCH_TCP_S: Final = 2.0  # for one simultaneous open; where it works it takes one round trip
 PUNCH_UDP_S: Final = 5.0  # for ICE, gathering included; an attempt that fails does not end by itself
+MAX_IP: Final = 45  # characters; an IPv6 address in full, an IPv4 one inside (RFC 4291, 2.2)
 
 
 class Candidate(msgspec.Struct, frozen=True, array_like=True):
@@ -23,8 +24,8 @@ class Candidate(msgspec.Struct, frozen=True, array_like=True):
 
     kind: CandidateKind
     transport: Transport
-    ip: str
-    port: int
+    ip: Annotated[str, msgspec.Meta(max_length=MAX_IP)]
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class TurnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -77,18 +77,19 @@ class Site:
                 preexec_fn=_end_with_us,  # noqa: PLW1509  no thread runs where peers start like this
             )
 
-    def start_bootstrap(self, host: Host, ip: str) -> str:
-        """A bootstrap node, and its address once it answers."""
+    def start_bootstrap(self, host: Host, ip: str, *ports: int) -> str:
+        """A bootstrap node at these ports, CONTROL_PORT if none is said, and its address (at the first) once it answers."""
         home = self.folder / host.name
         home.mkdir(exist_ok=True)
         env = {key: value for key, value in os.environ.items() if not key.startswith("MESHMAX_")}
-        flags = ["--home", str(home), "--listen", f"0.0.0.0:{CONTROL_PORT}", "--api", "127.0.0.1:0"]
+        listen = [word for port in ports or (CONTROL_PORT,) for word in ("--listen", f"0.0.0.0:{port}")]
+        flags = ["--home", str(home), *listen, "--api", "127.0.0.1:0"]
         self.ids[host.name] = load_identity(home).peer_id
         log = home / "peer.log"
         process = self._spawn(host, ["bootstrap", *flags], {**env, "MESHMAX_LOG_LEVEL": "debug"}, log)
         self.points[host.name] = PeerProcess(process, home, log)
         until("the bootstrap node is up", (home / "run.json").exists, 30.0)
-        return self.address(host.name, ip)
+        return self.address(host.name, ip, *ports[:1])
 
     def stop_bootstrap(self, host: Host) -> None:
         """Kill it."""
@@ -184,10 +185,10 @@ class Site:
         """The ends of all logs."""
         return "\n".join(f"--- {name}\n{peer.tail(60)}" for name, peer in {**self.peers, **self.points}.items())
 
-    def address(self, name: str, ip: str) -> str:
+    def address(self, name: str, ip: str, port: int = CONTROL_PORT) -> str:
         """The multiaddr of the peer on that host."""
         kind = "ip6" if ":" in ip else "ip4"
-        return f"/{kind}/{ip}/tcp/{CONTROL_PORT}/p2p/{self.ids[name]}"
+        return f"/{kind}/{ip}/tcp/{port}/p2p/{self.ids[name]}"
 
     # --- ends --------------------------------------------------------------------------------------------------------
 

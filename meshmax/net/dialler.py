@@ -50,10 +50,11 @@ class Dialler(Generic[L]):
         addresses: Sequence[str],
         connected: Callable[[], bool],
         finish: Callable[[L], Awaitable[None]],
+        delays_s: Sequence[float] = (),
     ) -> None:
         """Connect to ``peer_id``. Raises ConnectError with every attempt, unless ``connected`` says that it came to us.
 
-        ``finish`` takes over the connection that won, and what it raises comes out.
+        ``delays_s`` as in ports.Swarm. ``finish`` takes over the connection that won, and what it raises comes out.
         """
         while peer_id in self._dialling and not connected():
             await self._dialling[peer_id].wait()
@@ -61,7 +62,7 @@ class Dialler(Generic[L]):
             return
         ended = self._dialling[peer_id] = trio.Event()
         try:
-            won = await self._race(peer_id, addresses)
+            won = await self._race(peer_id, addresses, delays_s)
             if not isinstance(won, list):
                 await finish(won)
             elif not connected():
@@ -70,7 +71,7 @@ class Dialler(Generic[L]):
             del self._dialling[peer_id]
             ended.set()
 
-    async def _race(self, peer_id: PeerId, addresses: Sequence[str]) -> L | list[Attempt]:
+    async def _race(self, peer_id: PeerId, addresses: Sequence[str], delays_s: Sequence[float]) -> L | list[Attempt]:
         """The connection of the address that won, else why each lost."""
         dialable = [address for address in addresses if not is_circuit(address)]
         chosen = without_own_loopback(dialable, self._transport.interface_addresses)[: limits.MAX_DIAL_ADDRESSES]
@@ -82,16 +83,28 @@ class Dialler(Generic[L]):
         attempts: list[Attempt] = []
         made: list[L] = []
 
+        delays = dict(reversed(tuple(zip(addresses, delays_s, strict=False))))
+        began, under_way, idle = trio.current_time(), 0, trio.Event()
+
         async def run(address: str) -> None:
+            nonlocal under_way
             failure = await self._try(peer_id, address, made)
-            if failure is not None:
-                attempts.append((address[:200], *failure))
-            else:
+            if failure is None:
                 nursery.cancel_scope.cancel()
+                return
+            attempts.append((address[:200], *failure))
+            under_way -= 1
+            if not under_way:
+                idle.set()
 
         try:
             async with trio.open_nursery() as nursery:
-                for address in chosen:
+                for address in sorted(chosen, key=lambda each: delays.get(each, 0.0)):
+                    if under_way or address == chosen[0]:
+                        with trio.move_on_at(began + delays.get(address, 0.0)):
+                            await idle.wait()
+                    idle = trio.Event()
+                    under_way += 1
                     nursery.start_soon(run, address)
         except BaseException:
             for link in made:

@@ -98,8 +98,20 @@ class Swarm(Protocol):
         """Dialable multiaddrs of ours, each ending in /p2p/<PeerId>."""
         ...
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[str], *, guest: bool = False) -> None:
+    async def dial(
+        self,
+        peer_id: PeerId,
+        addresses: Sequence[str],
+        *,
+        guest: bool = False,
+        delays_s: Sequence[float] = (),
+        better: bool = False,
+    ) -> None:
         """Connect, racing ``addresses`` (at most 16; the first to authenticate wins); returns at once if connected.
+
+        ``delays_s``: by address, how long after the beginning it is tried, or when those before have failed; all at once
+        otherwise. ``better``: being connected
+        over a relay, or by punching, is not enough.
 
         Members of one mesh recognise each other before anything else (`Admission`); who is not admitted is refused.
         ``guest``: do without: only protocols served to "anyone" work, as those of a bootstrap node, and the peer is neither in

@@ -302,25 +302,36 @@ class MemorySwarm:
             self.serve(MEMBER, nothing_more)
         self._serving: Counter[PeerId] = Counter()
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[str], *, guest: bool = False) -> None:
-        """See ports.Swarm. Without an admission everybody is a member."""
+    async def dial(
+        self,
+        peer_id: PeerId,
+        addresses: Sequence[str],
+        *,
+        guest: bool = False,
+        delays_s: Sequence[float] = (),
+        better: bool = False,
+    ) -> None:
+        """See ports.Swarm. Without an admission everybody is a member. Addresses are tried one by one, none too early."""
         await trio.lowlevel.checkpoint()
         if peer_id == self.peer_id:
             raise ConnectError("that is our own PeerId")
         async with self._dialling.setdefault(peer_id, trio.Lock()):
-            if peer_id in self._connections or (guest and self._guests(peer_id)):
+            there = self._connections.get(peer_id)
+            if (there and not better) or (guest and self._guests(peer_id)):
                 return
             if not addresses:
                 raise ConnectError("no address of the peer is known")
             attempts: list[tuple[str, str, str]] = []
-            for address in addresses[: limits.MAX_DIAL_ADDRESSES]:
-                failure = await self._try_dial(peer_id, address, guest)
+            began = trio.current_time()
+            for number, address in enumerate(addresses[: limits.MAX_DIAL_ADDRESSES]):
+                await trio.sleep_until(began + (delays_s[number] if number < len(delays_s) else 0.0))
+                failure = await self._try_dial(peer_id, address, guest, better)
                 if failure is None:
                     return
                 attempts.append((address, *failure))
         raise ConnectError(attempts=attempts)
 
-    async def _try_dial(self, peer_id: PeerId, address: str, guest: bool) -> tuple[str, str] | None:
+    async def _try_dial(self, peer_id: PeerId, address: str, guest: bool, better: bool) -> tuple[str, str] | None:
         target = self._network.at(address)
         if target is None or target is self or self.closed:
             return "connect", "connection refused"
@@ -333,7 +344,7 @@ class MemorySwarm:
             return "connect", "connection refused"
         if target.peer_id != peer_id:
             return "authenticate", f"the peer there is {target.peer_id}"
-        if peer_id not in self._connections:  # both may dial at once
+        if better or peer_id not in self._connections:  # both may dial at once
             connection = _Connection(self, target, address)
             self.connected(connection, peer_id, guest)
             target.connected(connection, self.peer_id, guest=False)

@@ -300,6 +300,20 @@ async def test_a_dial_wins_with_one_good_address_among_dead_ones(lan: Lan, clock
         assert b.peer_id in a.connections()
 
 
+async def test_a_later_address_is_not_tried_where_an_earlier_one_works_and_at_once_where_none_does(
+    lan: Lan, clock: Any
+) -> None:
+    async with lan.open(1) as a, lan.open(2) as b:
+        with trio.fail_after(5.0):
+            await a.dial(b.peer_id, [*b.addresses, lan.dead], delays_s=[*(0.0 for _ in b.addresses), 60.0])
+            await a.disconnect(b.peer_id)
+            await settled(a, connected=[])
+            await settled(b, connected=[])
+            with pytest.raises(ConnectError) as caught:
+                await a.dial(b.peer_id, [lan.dead, lan.dead + "0"], delays_s=[0.0, 0.2])
+        assert [attempt[0] for attempt in caught.value.attempts] == [lan.dead, lan.dead + "0"]
+
+
 async def test_a_failing_dial_reports_every_attempt_and_a_later_one_is_tried_again(lan: Lan, clock: Any) -> None:
     async with lan.open(1) as a, lan.open(2) as b:
         for _ in range(3):

@@ -102,8 +102,12 @@ class NatSite(Site):
 
     def until_path(self, name: str, other: str, *paths: str, within_s: float = 20.0) -> str:
         """Until its path to the other one is one of these; which."""
-        wanted = f"{name} has one of the paths {paths} to {other}"
-        return until(wanted, lambda: (path := self.path(name, other)) in paths and path, within_s)  # type: ignore[no-any-return]
+
+        def taken() -> str:
+            path = self.path(name, other)
+            return path if path in paths else ""
+
+        return until(f"{name} has one of the paths {paths} to {other}", taken, within_s)
 
 
 @contextmanager

@@ -60,6 +60,7 @@ class Passage:
         self.state: State = "waiting"
         self.settled = trio.Event()  # no longer waiting
         self.ended = trio.Event()
+        self.why = ""  # it was refused
         self.asked = False  # the dialling side has opened MEMBER
         self.streams = 0  # of the peer, open now
         self.our_streams = 0  # to the peer, open now
@@ -126,6 +127,25 @@ class Gate:
             if passage.state not in ("member", "refused"):
                 passage.cut()
 
+    async def wait_asked(self, passage: Passage, *, guest: bool = False) -> None:
+        """The accepting side's part, for who wants to know how it ends; ``guest``: a guest's connection is right, too.
+
+        Raises NotAMember, ConnectError; the connection is then cut, also when cancelled.
+        """
+        try:
+            await passage.settled.wait()
+        finally:
+            fine = ("member", "refused", "guest") if guest else ("member", "refused")
+            state = passage.state
+            if state not in fine:
+                passage.cut()
+        if state == "refused":
+            raise NotAMember(passage.why)
+        if state == "over":
+            raise ConnectError("the connection was lost during the admission")
+        if state not in fine:
+            raise ConnectError("the peer did not ask to be admitted")
+
     async def _ask_over(self, stream: Stream, admission: Admission, passage: Passage) -> None:
         """Closed in order after it and after a refusal, which is still to be read; else the stream is reset."""
         try:
@@ -173,7 +193,7 @@ class Gate:
         """Tell people, and cut the connection once the other side had time to read why."""
         self._tell(passage, why)
         if passage.state != "over":
-            passage.state = "refused"
+            passage.state, passage.why = "refused", why
             passage.settled.set()
             self._nursery.start_soon(self._linger, passage)
 

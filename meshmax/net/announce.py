@@ -1,8 +1,9 @@
 """Connected and disconnected, told to any number of subscribers, none of which can miss a change or make us wait.
 
-Rules: a peer's events alternate, beginning with "connected". A subscriber that has not read yet keeps at most two
-pending events a peer, because "connected, disconnected" that nobody saw cancel out; so memory is bounded by the number
-of peers, not by the number of changes. Not here: who is connected (the swarms).
+Rules: "connected" and "disconnected" of a peer alternate, beginning with "connected"; between them it may have moved. A
+subscriber that has not read yet keeps at most two pending events a peer, because "connected, disconnected" that nobody saw
+cancel out, and who reads that a peer came looks then over which connection; so memory is bounded by the number of peers, not by
+the number of changes. Not here: who is connected (the swarms).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from meshmax.base.ids import PeerId
+from meshmax.net.links import Change
 from meshmax.ports import SwarmEvent
 
 
@@ -27,7 +29,12 @@ class _Mailbox:
     def post(self, event: SwarmEvent) -> None:
         """Add ``event``; where two of the same peer are pending already, the new one takes back the last of them."""
         of_peer = [waiting for waiting in self._pending if waiting.peer_id == event.peer_id]
-        if len(of_peer) >= 2:
+        if of_peer and event.kind == "moved":
+            return  # it is there: what is pending says so already
+        if of_peer and of_peer[-1].kind == "moved":
+            self._pending.remove(of_peer[-1])
+            self._pending.append(event)
+        elif len(of_peer) >= 2:
             self._pending.remove(of_peer[-1])
         else:
             self._pending.append(event)
@@ -57,11 +64,25 @@ class Announcer:
             self._connected[peer_id] = None
             self._post(SwarmEvent(peer_id, "connected"))
 
+    def moved(self, peer_id: PeerId) -> None:
+        """The best connection of a connected peer is another than before."""
+        if peer_id in self._connected:
+            self._post(SwarmEvent(peer_id, "moved"))
+
     def disconnected(self, peer_id: PeerId) -> None:
         """The peer's last connection is lost; told once."""
         if peer_id in self._connected:
             del self._connected[peer_id]
             self._post(SwarmEvent(peer_id, "disconnected"))
+
+    def tell(self, peer_id: PeerId, change: Change | None) -> None:
+        """What a change of its links (net.links) means for the peer; None: nothing."""
+        if change == "connected":
+            self.connected(peer_id)
+        elif change == "moved":
+            self.moved(peer_id)
+        elif change == "disconnected":
+            self.disconnected(peer_id)
 
     def _post(self, event: SwarmEvent) -> None:
         for mailbox in self._mailboxes:

@@ -95,7 +95,7 @@ def make_host(private_bytes: bytes, advertised: Callable[[], Sequence[str]]) -> 
         transports=[],
         connection_config=ConnectionConfig(
             max_connections=limits.MAX_CONNECTIONS,
-            max_connections_per_peer=limits.MAX_CONNECTIONS_PER_PEER,
+            max_connections_per_peer=limits.MAX_CONNECTIONS,  # it would trim one that a stream is on; net.upgrader counts
             min_connections=0,
             low_watermark=0,
             high_watermark=limits.MAX_CONNECTIONS,

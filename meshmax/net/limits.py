@@ -26,7 +26,9 @@ LAST_WORDS_S: Final = 0.2  # for what is queued when a connection is closed
 CLOSE_TIMEOUT_S: Final = 10.0  # how long a closed stream waits for the peer's end; beyond it the stream is reset
 
 MAX_CONNECTIONS: Final = 512  # authenticated connections in all (about 1 MiB each)
-MAX_CONNECTIONS_PER_PEER: Final = 4  # two peers that dial each other twice at once have four
+MAX_CONNECTIONS_PER_PEER: Final = (
+    8  # two peers that dial each other twice at once have four, and others over other paths
+)
 MAX_HALF_OPEN: Final = 128  # inbound connections that are not authenticated yet, in all
 MAX_HALF_OPEN_PER_IP: Final = 64  # the same from one address; several peers may share a machine or a NAT
 HANDSHAKE_TIMEOUT_S: Final = 5.0  # from accept to authenticated; an honest peer needs well under one second

@@ -16,7 +16,6 @@ import trio
 from meshmax.base.errors import PeerGone
 from meshmax.base.ids import PeerId
 from meshmax.net import library, limits
-from meshmax.net.addresses import multiaddr_of
 
 _DRAIN_BYTES = 65536
 
@@ -44,7 +43,7 @@ class LibraryStream:
     @property
     def address(self) -> str:
         """See ports.Stream."""
-        return multiaddr_of(*self._wire.remote)
+        return self._wire.address
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """See ports.Stream."""

@@ -1,36 +1,38 @@
 """Authenticated connections to peers over py-libp2p: TCP, Noise and Yamux, Ed25519 identities; satisfies ports.Swarm.
 
-What is decided here: which connection of a peer is used (the newest, since an older one may belong to a machine that
-lost power), when a peer counts as gone (its last connection ended, or `disconnect`), how many streams are open. Dialling
-is net.dialler's, accepting net.door's, who is a member net.admission's, one stream net.stream's, the library's traps
-net.library's. A frozen peer is not noticed here: nothing on a member's connection times out by itself; heartbeats and
-`disconnect` do that.
+What is decided here: when a peer counts as gone (its last connection ended, or `disconnect`), how many streams are open.
+Which connection of a peer is used is net.links' matter; dialling is net.dialler's, accepting net.door's, authenticating
+net.upgrader's, who is a member net.admission's, one stream net.stream's, the library's traps net.library's. A frozen peer is
+not noticed here: nothing on a member's connection times out by itself; heartbeats and `disconnect` do that.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, Literal
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meshmax.base.errors import Busy, ConfigError, ConnectError, PeerGone, RemoteProtocolError
-from meshmax.base.ids import PeerId, parse_peer_id, peer_id_of
+from meshmax.base.ids import PeerId, peer_id_of
+from meshmax.base.status import Path
 from meshmax.net import library, limits
 from meshmax.net.addresses import allow_any, concrete_addresses, multiaddr_of
-from meshmax.net.admission import Answer, Gate, Passage, nothing_more
+from meshmax.net.admission import Answer, Gate, nothing_more
 from meshmax.net.announce import Announcer
 from meshmax.net.dialler import Dialler
 from meshmax.net.door import Door, listen_near
+from meshmax.net.links import Change, LinkTable
 from meshmax.net.negotiation import EagerStream, negotiate, propose
 from meshmax.net.stream import LibraryStream
 from meshmax.net.tcp import TcpTransport
-from meshmax.net.wire import Listener, Transport, Wire
+from meshmax.net.upgrader import Link, Upgrader, reason
+from meshmax.net.wire import Listener, Transport
 from meshmax.ports import Admission, ByteStream, ConnectionView, Stream, SwarmEvent
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -39,18 +41,6 @@ from meshmax.wire.protocols import MEMBER
 
 _log = get_logger("swarm")
 _NO_ANSWER = f"the peer did not answer within {limits.NEW_STREAM_TIMEOUT_S:g} s"
-
-
-class _Link:
-    """One authenticated connection. ``connection`` is the library's SwarmConn."""
-
-    def __init__(self, view: ConnectionView, wire: Wire, connection: Any, welcome: Callable[[_Link], None]) -> None:
-        self.view, self.wire, self.connection = view, wire, connection
-        self.passage = Passage(view.peer_id, wire.remote[0], view.direction, partial(welcome, self), wire.cut)
-
-    def cut(self) -> None:
-        """End it now."""
-        self.wire.cut()
 
 
 class LibrarySwarm:
@@ -71,13 +61,13 @@ class LibrarySwarm:
         self._transport, self._listeners = transport, listeners
         self._announcer = Announcer(nursery)
         self._gate = gate
-        self._all: dict[Any, _Link] = {}  # by the library's muxed connection
-        self._links: dict[PeerId, list[_Link]] = {}  # of members
+        self._links = LinkTable[Link](attrgetter("view"))  # of members
         self._ended = False
         self._opened: Counter[PeerId] = Counter()
         self._served: Counter[PeerId] = Counter()
-        self._dialler = Dialler(transport, allow, self._secure_outbound)
-        self.door = Door(nursery, allow, self._secure_inbound)
+        self._upgrader = Upgrader(self._network, nursery, self._welcome, self._lost)
+        self._dialler = Dialler(transport, allow, self._upgrader.outbound)
+        self.door = Door(nursery, allow, self._accept)
         self._network.set_stream_handler(self._answer)
         if gate.checks:
             self.serve(MEMBER, nothing_more)
@@ -91,22 +81,61 @@ class LibrarySwarm:
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    async def dial(self, peer_id: PeerId, addresses: Sequence[str], *, guest: bool = False) -> None:
+    async def dial(
+        self,
+        peer_id: PeerId,
+        addresses: Sequence[str],
+        *,
+        guest: bool = False,
+        delays_s: Sequence[float] = (),
+        better: bool = False,
+    ) -> None:
         """See ports.Swarm. Without an admission everybody is a member."""
         await trio.lowlevel.checkpoint()
         if peer_id == self.peer_id:
             raise ConnectError("that is our own PeerId")
 
         def connected() -> bool:
+            if better:
+                return any(link.view.path in ("direct", "mapped") for link in self._links.of(peer_id))
             return peer_id in self._links or (guest and bool(self._guest_links(peer_id)))
 
-        async def finish(link: _Link) -> None:
-            self._gate.open(link.passage, guest=guest)
-            await self._gate.ask(link.passage, partial(self._open_member, link))
+        await self._dialler.dial(peer_id, addresses, connected, partial(self._ask, guest=guest), delays_s)
 
-        await self._dialler.dial(peer_id, addresses, connected, finish)
+    async def adopt(
+        self,
+        stream: ByteStream,
+        peer_id: PeerId,
+        direction: Literal["in", "out"],
+        path: Path,
+        address: str,
+        *,
+        guest: bool = False,
+    ) -> None:
+        """See ports.Swarm."""
+        try:
+            await trio.lowlevel.checkpoint()
+            if peer_id == self.peer_id:
+                raise ConnectError("that is our own PeerId")
+            upgrade = self._upgrader.outbound if direction == "out" else self._upgrader.inbound
+            link = await upgrade(stream, peer_id, path, address)
+        except library.failures() as error:
+            stream.close()
+            raise ConnectError(f"the handshake failed: {reason(error)}") from error
+        except BaseException:
+            stream.close()
+            raise
+        if direction == "out":
+            await self._ask(link, guest=guest)
+        else:
+            self._gate.open(link.passage)
+            await self._gate.wait_asked(link.passage, guest=guest)
 
-    async def _open_member(self, link: _Link) -> Stream:
+    async def _ask(self, link: Link, *, guest: bool) -> None:
+        self._gate.open(link.passage, guest=guest)
+        await self._gate.ask(link.passage, partial(self._open_member, link))
+
+    async def _open_member(self, link: Link) -> Stream:
         stream = await self._open_on(link)
         try:
             await propose(stream, MEMBER)
@@ -115,80 +144,32 @@ class LibrarySwarm:
             raise
         return EagerStream(stream, MEMBER)
 
-    def _guest_links(self, peer_id: PeerId) -> list[_Link]:
-        return [link for link in self._all.values() if link.view.peer_id == peer_id and link.passage.state == "guest"]
+    def _guest_links(self, peer_id: PeerId) -> list[Link]:
+        links = self._upgrader.links.values()
+        return [link for link in links if link.view.peer_id == peer_id and link.passage.state == "guest"]
 
-    async def _secure_outbound(self, stream: ByteStream, peer_id: PeerId) -> _Link:
-        pending = _Pending()
-        wire = Wire(stream, pending.end)
-        self._nursery.start_soon(wire.pump)
-        try:
-            connection = await self._network.upgrade_outbound_raw_conn(
-                library.make_raw_connection(wire, True), library.make_peer_id(peer_id)
-            )
-            return self._established(wire, connection, peer_id, "out", pending)
-        except BaseException:
-            wire.cut()
-            raise
+    async def _accept(self, stream: ByteStream) -> None:
+        self._gate.open((await self._upgrader.inbound(stream)).passage)
 
-    async def _secure_inbound(self, stream: ByteStream) -> None:
-        pending = _Pending()
-        wire = Wire(stream, pending.end)
-        self._nursery.start_soon(wire.pump)
-        try:
-            muxed = await self._network.upgrade_inbound_raw_conn(library.make_raw_connection(wire, False), None)
-            peer_id = parse_peer_id(str(muxed.peer_id))
-            found = [c for c in self._network.get_connections(muxed.peer_id) if c.muxed_conn is muxed]
-            if not found:
-                raise ConnectError("the connection was lost as soon as it was made")
-            if sum(link.view.peer_id == peer_id for link in self._all.values()) >= limits.MAX_CONNECTIONS_PER_PEER:
-                raise ConnectError("the peer has too many connections to us")
-            self._gate.open(self._established(wire, found[0], peer_id, "in", pending).passage)
-        except library.failures() as error:
-            wire.cut()
-            raise ConnectError(f"the handshake failed: {_reason(error)}") from error
-        except BaseException:
-            wire.cut()
-            raise
-
-    def _established(
-        self, wire: Wire, connection: Any, peer_id: PeerId, direction: Literal["in", "out"], pending: _Pending
-    ) -> _Link:
-        if wire.cut_off or connection.is_closed:
-            raise PeerGone("the connection was lost as soon as it was made")
-        wire.authenticated()
-        view = ConnectionView(peer_id, multiaddr_of(*wire.remote), direction, time.time())
-        link = self._all[connection.muxed_conn] = _Link(view, wire, connection, self._welcome)
-        pending.on_end = partial(self._lost, link)
-        return link
-
-    def _welcome(self, link: _Link) -> None:
+    def _welcome(self, link: Link) -> None:
         peer_id = link.view.peer_id
         library.trust(link.connection)
-        self._links.setdefault(peer_id, []).append(link)
-        CONNECTIONS.set(len(self._links))
-        self._announcer.connected(peer_id)
+        self._changed(peer_id, self._links.add(link))
 
-    def _lost(self, link: _Link) -> None:
-        peer_id = link.view.peer_id
-        self._all.pop(link.connection.muxed_conn, None)
+    def _lost(self, link: Link) -> None:
         self._gate.over(link.passage)
-        links = self._links.get(peer_id, [])
-        if link not in links:
-            return
-        links.remove(link)
-        if not links:
-            del self._links[peer_id]
-            CONNECTIONS.set(len(self._links))
-            self._announcer.disconnected(peer_id)
+        self._changed(link.view.peer_id, self._links.remove(link))
+
+    def _changed(self, peer_id: PeerId, change: Change | None) -> None:
+        CONNECTIONS.set(len(self._links))
+        self._announcer.tell(peer_id, change)
 
     async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """See ports.Swarm."""
-        links = [link for link in self._all.values() if link.view.peer_id == peer_id]
-        if last is not None:
-            links = self._links.get(peer_id, [])
-            views = [link.view for link in links]
-            links = links[: views.index(last) + 1] if last in views else []
+        if last is None:
+            links = [link for link in self._upgrader.links.values() if link.view.peer_id == peer_id]
+        else:
+            links = self._links.up_to(last)
         # The library's own close would first wait to say good-bye behind the stalled writer that we want to be rid of.
         for link in links:
             link.wire.cut()
@@ -196,7 +177,7 @@ class LibrarySwarm:
 
     def connections(self) -> Mapping[PeerId, ConnectionView]:
         """See ports.Swarm."""
-        return {peer_id: links[-1].view for peer_id, links in self._links.items()}
+        return self._links.views()
 
     def streams(self, peer_id: PeerId) -> int:
         """See ports.CountsStreams."""
@@ -211,10 +192,10 @@ class LibrarySwarm:
     async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
         """See ports.Swarm. Raises Busy where MAX_STREAMS_PER_PEER are open already."""
         await trio.lowlevel.checkpoint()
-        links = self._links.get(peer_id) or self._guest_links(peer_id)
-        if not links:
+        link = self._links.best(peer_id) or next(reversed(self._guest_links(peer_id)), None)
+        if link is None:
             raise PeerGone("not connected to the peer")
-        stream = await self._open_on(links[-1])
+        stream = await self._open_on(link)
         taken = False
         with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
             try:
@@ -226,7 +207,7 @@ class LibrarySwarm:
                     stream.give_up()
         raise PeerGone(_NO_ANSWER)
 
-    async def _open_on(self, link: _Link) -> LibraryStream:
+    async def _open_on(self, link: Link) -> LibraryStream:
         """A stream on which no protocol is agreed yet. Raises Busy, PeerGone."""
         peer_id = link.view.peer_id
         if self._opened[peer_id] >= limits.MAX_STREAMS_PER_PEER:
@@ -248,13 +229,13 @@ class LibrarySwarm:
                         opening.stream.give_up()
         raise PeerGone(opening.why or _NO_ANSWER)
 
-    async def _open_raw(self, link: _Link, opening: _Opening) -> None:
+    async def _open_raw(self, link: Link, opening: _Opening) -> None:
         # In a task of its own: the library loses one of a connection's 256 slots each time this is cancelled.
         peer_id = link.view.peer_id
         try:
             net_stream = await link.connection.new_stream()
         except library.failures() as error:
-            opening.why = f"the connection was lost ({_reason(error)})"
+            opening.why = f"the connection was lost ({reason(error)})"
             self._closed_ours(link)
         else:
             stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed_ours, link))
@@ -279,7 +260,7 @@ class LibrarySwarm:
         """Every inbound stream, before its protocol is known."""
         peer_id = PeerId(str(net_stream.muxed_conn.peer_id))
         stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed, self._served, peer_id))
-        link = self._all.get(net_stream.muxed_conn)
+        link = self._upgrader.links.get(net_stream.muxed_conn)
         crowded = self._served[peer_id] >= limits.MAX_STREAMS_PER_PEER or self._served.total() >= limits.MAX_STREAMS
         self._served[peer_id] += 1
         if crowded or link is None:
@@ -298,7 +279,7 @@ class LibrarySwarm:
         try:
             await self._host._swarm_stream_handler(net_stream)
         except library.failures() as error:
-            raise RemoteProtocolError(f"the stream failed: {_reason(error)}") from error
+            raise RemoteProtocolError(f"the stream failed: {reason(error)}") from error
 
     async def _serve_one(
         self, protocol: str, to: Literal["members", "anyone"], answer: Answer, net_stream: Any
@@ -315,7 +296,7 @@ class LibrarySwarm:
         if counter[peer_id] <= 0:
             del counter[peer_id]
 
-    def _closed_ours(self, link: _Link) -> None:
+    def _closed_ours(self, link: Link) -> None:
         self._closed(self._opened, link.view.peer_id)
         self._gate.using(link.passage, -1)
 
@@ -327,24 +308,13 @@ class LibrarySwarm:
         """Accept nothing more, let out what is queued for at most LAST_WORDS_S, cut every connection."""
         for _, listener in self._listeners:
             listener.close()
-        wires = [link.wire for link in self._all.values()]
+        wires = [link.wire for link in self._upgrader.links.values()]
         with trio.CancelScope(deadline=trio.current_time() + limits.LAST_WORDS_S, shield=True):
             for wire in wires:
                 await wire.flush()
         for wire in wires:
             wire.cut()
         self._ended = True
-
-
-class _Pending:
-    """What to do when a wire ends: nothing while its handshake goes on (that fails by itself), then `on_end`."""
-
-    def __init__(self) -> None:
-        self.on_end: Callable[[], None] | None = None
-
-    def end(self) -> None:
-        if self.on_end is not None:
-            self.on_end()
 
 
 class _Opening:
@@ -355,13 +325,6 @@ class _Opening:
         self.stream: LibraryStream | None = None
         self.abandoned = self.taken = False
         self.why = ""
-
-
-def _reason(error: BaseException) -> str:
-    cause = error
-    while cause.__cause__ is not None and str(cause.__cause__):
-        cause = cause.__cause__
-    return f"{type(cause).__name__}: {cause}"[:200]
 
 
 def _advertised(listeners: Sequence[tuple[str, Listener]], transport: Transport, peer_id: PeerId) -> tuple[str, ...]:

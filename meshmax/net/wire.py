@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from meshmax.net import limits
+from meshmax.net.addresses import multiaddr_of
 from meshmax.ports import ByteStream
 
 
@@ -55,8 +56,8 @@ class Transport(Protocol):
 class Wire:
     """A byte stream in the form that the library wants (libp2p.io.abc.ReadWriteCloser). Its owner runs `pump`."""
 
-    def __init__(self, stream: ByteStream, on_end: Callable[[], None]) -> None:
-        """``on_end`` is called once, when either side has ended the connection."""
+    def __init__(self, stream: ByteStream, on_end: Callable[[], None], address: str = "") -> None:
+        """``on_end`` is called once, when either side has ended the connection. ``address``: where it leads (a multiaddr)."""
         self._stream = stream
         self._on_end = on_end
         self._outgoing: list[bytes] = []
@@ -65,6 +66,7 @@ class Wire:
         self._allowance_bytes: int | None = limits.MAX_HANDSHAKE_BYTES
         self.cut_off = False
         self.remote = stream.remote
+        self.address = address or multiaddr_of(*stream.remote)
 
     def authenticated(self) -> None:
         """From now on the peer may send without a limit of this layer."""

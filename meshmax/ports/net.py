@@ -121,13 +121,21 @@ class Swarm(Protocol):
         ...
 
     async def adopt(
-        self, stream: ByteStream, peer_id: PeerId, direction: Literal["in", "out"], path: Path, address: str
+        self,
+        stream: ByteStream,
+        peer_id: PeerId,
+        direction: Literal["in", "out"],
+        path: Path,
+        address: str,
+        *,
+        guest: bool = False,
     ) -> None:
         """Make a connection of a byte stream that was made otherwise (punched, relayed); returns when it is admitted.
 
         Both ends adopt, one of them as "out". Over it the PeerId is proved and membership settled as over any. A peer may
         then have several connections: new streams go over the one with the best path, and the others end when their last
-        stream has. Takes ownership of ``stream``. Raises ConnectError, NotAMember. Deadlines are the caller's.
+        stream has. ``guest``: as in `dial`; of an "in" end, who comes may also be a guest. Takes ownership of ``stream``,
+        which is closed on every failure. Raises ConnectError, NotAMember. Deadlines are the caller's.
         """
         ...
 
@@ -152,7 +160,8 @@ class Swarm(Protocol):
     async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """Close every connection to the peer; stalled writers included. No error if there is none.
 
-        With ``last`` (of `connections`) only that one and older ones: what the peer has opened since may be good.
+        With ``last`` (of `connections`) only that one and older ones over the same kind of path: what the peer has opened
+        since may be good, and so may another path.
         """
         ...
 

@@ -108,7 +108,7 @@ async def test_streams_of_all_peers_together_are_bounded(
 
 async def test_a_stream_that_never_names_its_protocol_does_not_stay(autojump_clock: Clock) -> None:
     async with open_swarms(2) as (server, mute):
-        (link,) = mute._links[server.peer_id]
+        (link,) = mute._links.of(server.peer_id)
         for _ in range(20):
             await link.connection.new_stream()
         await trio.sleep(1)
@@ -204,7 +204,7 @@ async def test_a_peer_that_moved_is_not_lost_when_its_old_connection_dies(autoju
             for seed, swarm in sorted((1 if s.peer_id == SeededSigner(1).peer_id else 2, s) for s in (server, mover))
         ]
         await trio.sleep(5)
-        old = [swarm._links[other.peer_id][0] for swarm, other in ((server, mover), (mover, server))]
+        old = [swarm._links.of(other.peer_id)[0] for swarm, other in ((server, mover), (mover, server))]
         await dial_again(mover, server)
         for link in old:
             link.wire.write = nothing  # type: ignore[method-assign]  # the network that it left takes nothing any more

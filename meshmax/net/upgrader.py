@@ -1,0 +1,129 @@
+"""From a byte stream to an authenticated link: Noise proves the PeerId, Yamux carries streams.
+
+Rules: whatever fails or is cancelled on the way cuts the stream. A peer has at most MAX_CONNECTIONS_PER_PEER links, whoever made
+them. Not here: where the stream comes from (dialler, door, punching, relays), who is a member (net.admission).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import trio
+
+from meshmax.base.errors import ConnectError, PeerGone
+from meshmax.base.ids import PeerId, parse_peer_id
+from meshmax.base.status import Path
+from meshmax.net import library, limits
+from meshmax.net.admission import Passage
+from meshmax.net.wire import Wire
+from meshmax.ports import ByteStream, ConnectionView
+
+
+class Link:
+    """One authenticated connection. ``connection`` is the library's SwarmConn."""
+
+    def __init__(self, view: ConnectionView, wire: Wire, connection: Any, welcome: Callable[[Link], None]) -> None:
+        self.view, self.wire, self.connection = view, wire, connection
+        self.passage = Passage(view.peer_id, wire.remote[0], view.direction, partial(welcome, self), wire.cut)
+
+    def cut(self) -> None:
+        """End it now."""
+        self.wire.cut()
+
+
+class Upgrader:
+    """Makes links; ``links`` are all there are, by the library's muxed connection, and are kept here."""
+
+    def __init__(
+        self,
+        network: Any,
+        nursery: trio.Nursery,
+        welcome: Callable[[Link], None],
+        lost: Callable[[Link], None],
+    ) -> None:
+        """``network`` is the library's swarm. ``welcome`` and ``lost``: a link became a member's; one has ended."""
+        self._network, self._nursery = network, nursery
+        self._welcome, self._on_lost = welcome, lost
+        self.links: dict[Any, Link] = {}
+
+    async def outbound(self, stream: ByteStream, peer_id: PeerId, path: Path = "direct", address: str = "") -> Link:
+        """The link that we began, to exactly ``peer_id``. Raises MeshmaxError and library.failures(). No deadline."""
+        pending = _Pending()
+        wire = Wire(stream, pending.end, address)
+        self._nursery.start_soon(wire.pump)
+        try:
+            connection = await self._network.upgrade_outbound_raw_conn(
+                library.make_raw_connection(wire, True), library.make_peer_id(peer_id)
+            )
+            return self._established(wire, connection, peer_id, "out", path, pending)
+        except BaseException:
+            wire.cut()
+            raise
+
+    async def inbound(
+        self, stream: ByteStream, expected: PeerId | None = None, path: Path = "direct", address: str = ""
+    ) -> Link:
+        """The link that the other side began. Raises ConnectError, also where it is not ``expected``'s."""
+        pending = _Pending()
+        wire = Wire(stream, pending.end, address)
+        self._nursery.start_soon(wire.pump)
+        try:
+            muxed = await self._network.upgrade_inbound_raw_conn(library.make_raw_connection(wire, False), None)
+            peer_id = parse_peer_id(str(muxed.peer_id))
+            if expected not in (None, peer_id):
+                raise ConnectError(f"the peer there is {peer_id}")
+            found = [c for c in self._network.get_connections(muxed.peer_id) if c.muxed_conn is muxed]
+            if not found:
+                raise ConnectError("the connection was lost as soon as it was made")
+            return self._established(wire, found[0], peer_id, "in", path, pending)
+        except library.failures() as error:
+            wire.cut()
+            raise ConnectError(f"the handshake failed: {reason(error)}") from error
+        except BaseException:
+            wire.cut()
+            raise
+
+    def _established(
+        self,
+        wire: Wire,
+        connection: Any,
+        peer_id: PeerId,
+        direction: Literal["in", "out"],
+        path: Path,
+        pending: _Pending,
+    ) -> Link:
+        if wire.cut_off or connection.is_closed:
+            raise PeerGone("the connection was lost as soon as it was made")
+        if sum(link.view.peer_id == peer_id for link in self.links.values()) >= limits.MAX_CONNECTIONS_PER_PEER:
+            raise ConnectError("there are too many connections with the peer")
+        wire.authenticated()
+        view = ConnectionView(peer_id, wire.address, direction, time.time(), path)
+        link = self.links[connection.muxed_conn] = Link(view, wire, connection, self._welcome)
+        pending.on_end = partial(self._lost, link)
+        return link
+
+    def _lost(self, link: Link) -> None:
+        self.links.pop(link.connection.muxed_conn, None)
+        self._on_lost(link)
+
+
+class _Pending:
+    """What to do when a wire ends: nothing while its handshake goes on (that fails by itself), then `on_end`."""
+
+    def __init__(self) -> None:
+        self.on_end: Callable[[], None] | None = None
+
+    def end(self) -> None:
+        if self.on_end is not None:
+            self.on_end()
+
+
+def reason(error: BaseException) -> str:
+    """What an error of the library comes down to, in at most 200 characters."""
+    cause = error
+    while cause.__cause__ is not None and str(cause.__cause__):
+        cause = cause.__cause__
+    return f"{type(cause).__name__}: {cause}"[:200]

@@ -19,6 +19,7 @@ from meshmax.core.membership import Membership
 from meshmax.store.identity import load_identity
 from meshmax.store.mesh_files import MeshFiles, OwnMesh
 from meshmax.testing.fork_server import ForkServer
+from meshmax.testing.gguf import build_gguf
 from meshmax.testing.process import until
 from meshmax.wire.membership import sign_certificate
 from tests.natlab.lab import Host, Lab
@@ -118,6 +119,7 @@ def open_nat_site(
     with open_internet(lab, delay_ms) as internet:
         site = NatSite(folder, forks, internet, **settings)
         try:
+            (folder / "tiny.gguf").write_bytes(build_gguf())  # what prompts are sent to
             site.start_points()
             yield site
         finally:

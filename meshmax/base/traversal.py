@@ -9,6 +9,9 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from meshmax.base.ids import PeerId
+from meshmax.base.status import Path
+
 CandidateKind = Literal["host", "srflx", "relay"]
 Transport = Literal["tcp", "udp"]
 Method = Literal["direct", "punch-tcp", "punch-udp", "relay", "turn"]
@@ -37,3 +40,28 @@ class TurnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __repr__(self) -> str:
         return f"TurnServer({self.url!r})"  # never the password
+
+
+class PathRecord(msgspec.Struct, frozen=True):
+    """How a peer was reached last from one network. ``network``: a fingerprint (core.path_memory); ``at_s``: Unix time.
+
+    ``address``: the multiaddr at which it was dialled directly, '' if it never was from there.
+    """
+
+    peer_id: PeerId
+    network: str
+    path: Path
+    address: str
+    at_s: float
+
+
+class PathStory(msgspec.Struct, frozen=True):
+    """How the path to a connected peer came about. ``via``: one line for people.
+
+    ``connect_ms``: from the beginning of the dial until the peer could be used; ``direct_ms``: until a path without a relay.
+    None where the peer came to us, or there is none.
+    """
+
+    via: str
+    connect_ms: float | None = None
+    direct_ms: float | None = None

@@ -17,6 +17,7 @@ from meshmax.ports.lanes import (
     LaneBad,
     LaneBusy,
     LaneCancelled,
+    LaneDial,
     LaneEvent,
     LaneLacking,
     Lanes,
@@ -39,6 +40,7 @@ from meshmax.ports.net import (
     Swarm,
     SwarmEvent,
 )
+from meshmax.ports.probes import Arrival, ProbePort, Probes
 from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
 from meshmax.ports.store import BlobStore, ChunkReader, ChunkSource, ChunkWriter, ModelStore, Naming, Partial
 from meshmax.ports.traversal import ChannelEnd, Channels, Puncher, PunchPort, Relays, Signals
@@ -46,6 +48,7 @@ from meshmax.ports.traversal import ChannelEnd, Channels, Puncher, PunchPort, Re
 __all__ = [
     "Admission",
     "Answer",
+    "Arrival",
     "BlobStore",
     "ByteStream",
     "Catalog",
@@ -67,6 +70,7 @@ __all__ = [
     "LaneBad",
     "LaneBusy",
     "LaneCancelled",
+    "LaneDial",
     "LaneEvent",
     "LaneLacking",
     "LaneStoreFailed",
@@ -80,6 +84,8 @@ __all__ = [
     "Pace",
     "Partial",
     "Presence",
+    "ProbePort",
+    "Probes",
     "Progress",
     "Pulls",
     "PunchPort",

@@ -98,7 +98,7 @@ class LookBack:
     async def _try(self, ip: str, ask: wire.PortAsk, nonce: bytes, tried: dict[PortKind, wire.PortTried]) -> None:
         outcome: TriedOutcome = "not_tried"
         if ip and ask.kind == "udp":
-            if self._datagrams is not None and _has_way(self._datagrams, ip):
+            if self._datagrams is not None and has_way(self._datagrams, ip):
                 self._datagrams.send(wire.probe_of(nonce), (ip, ask.port))
                 outcome = "sent"
         elif ip:
@@ -150,7 +150,7 @@ class LookBack:
             self._arrived[nonce].set()
 
 
-def _has_way(datagrams: Datagrams, ip: str) -> bool:
+def has_way(datagrams: Datagrams, ip: str) -> bool:
     """Whether a socket of ours can send there at all: one of the same family, and from loopback to loopback alone."""
     to = ipaddress.ip_address(ip)
     bound = [ipaddress.ip_address(host) for host, _ in datagrams.addresses]

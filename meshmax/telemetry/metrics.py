@@ -20,6 +20,9 @@ DATAGRAMS: Final = Counter(
     "meshmax_datagrams_total", "UDP datagrams, by direction and outcome", ["direction", "outcome"], registry=REGISTRY
 )
 STUN: Final = Counter("meshmax_stun_total", "STUN messages, by outcome", ["outcome"], registry=REGISTRY)
+STUN_ASKED: Final = Counter(
+    "meshmax_stun_asked_total", "STUN questions of ours and what came back", ["outcome"], registry=REGISTRY
+)
 REGISTRATIONS: Final = Gauge("meshmax_registrations", "Peers registered for rendezvous here", registry=REGISTRY)
 CIRCUITS: Final = Gauge("meshmax_relay_circuits", "Circuits relayed now", registry=REGISTRY)
 RELAYED: Final = Counter("meshmax_relayed_bytes_total", "Bytes relayed for others", registry=REGISTRY)

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Final, Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 import trio
@@ -25,12 +25,14 @@ from meshmax.base.errors import Busy, ConnectError, LocalProtocolError, NotOffer
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES
 from meshmax.base.units import KIB
+from meshmax.net import limits
+from meshmax.net.addresses import is_lan_address
 from meshmax.net.door import Door, listen_near
 from meshmax.net.lane import TcpFetchLane, TcpServeLane
 from meshmax.net.lane_socket import FETCHER_SEND_BUFFER_BYTES, STALL_S, LaneSocket
 from meshmax.net.tcp import TcpBytes, TcpTransport
 from meshmax.net.wire import Listener
-from meshmax.ports import ByteStream
+from meshmax.ports import ByteStream, LaneDial
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import FAILURES
 from meshmax.wire.lane import (
@@ -54,6 +56,9 @@ MAX_LANES_PER_PEER: Final = (
 FETCH_LANES: Final = 16  # of all, that only we ourselves may open: who fetches from us cannot keep us from fetching
 LANE_WAIT_S: Final = 10.0  # from the grant until the fetcher has come; an honest one needs two round trips
 
+MAX_TAKEN: Final = (
+    32  # connections that came otherwise and are proving themselves, as many as there may be lanes with eight peers
+)
 MAX_ASKS: Final = 256  # asks that may still become a lane; older ones are forgotten, each was for one moment
 
 Way: TypeAlias = Literal["fetch", "serve"]
@@ -96,6 +101,8 @@ class TcpLanes:
 
     def __init__(self, peer_id: PeerId, port: int, stall_s: float = STALL_S) -> None:
         self.port = port
+        self.external_port = 0
+        self._taken = 0
         self._peer_id, self._stall_s = peer_id, stall_s
         self._ciphers = _ciphers_by_speed()
         self._expected: dict[bytes, _Expected] = {}
@@ -124,7 +131,7 @@ class TcpLanes:
         place = self._take_place(peer, "serve")
         lane_id = secrets.token_bytes(LANE_ID_BYTES)
         try:
-            grant = LaneGrant(lane_id, secrets.token_bytes(SECRET_BYTES), cipher, self.port)
+            grant = LaneGrant(lane_id, secrets.token_bytes(SECRET_BYTES), cipher, self.port, self.external_port)
             expected = _Expected(grant, derive_keys(ask, grant, peer, self._peer_id), place)
             self._expected[lane_id] = expected
             yield expected
@@ -139,7 +146,12 @@ class TcpLanes:
             elif untaken:
                 place.lane.close()
 
-    async def connect(self, peer: PeerId, ip: str, ask: LaneAsk, grant: LaneGrant) -> TcpFetchLane:
+    async def dial(self, ip: str, grant: LaneGrant) -> TcpBytes:
+        """See ports.Lanes."""
+        mapped = grant.external_port and ":" not in ip and not is_lan_address(ip)
+        return await _dialled(ip, grant.external_port if mapped else grant.port)
+
+    async def connect(self, peer: PeerId, via: str | LaneDial, ask: LaneAsk, grant: LaneGrant) -> TcpFetchLane:
         """See ports.Lanes."""
         if ask.secret not in self._asks:
             # A second connection under the same keys would repeat their nonces.
@@ -148,7 +160,7 @@ class TcpLanes:
         keys = derive_keys(ask, grant, self._peer_id, peer)
         place = self._take_place(peer, "fetch")
         try:
-            stream = await _dialled(ip, grant.port)
+            stream = await (self.dial(via, grant) if isinstance(via, str) else via())
             try:
                 lane = await self._proved(stream, grant, keys, place)
             except BaseException:
@@ -171,6 +183,18 @@ class TcpLanes:
         for place in list(self._places):
             self._cut(place)
 
+    async def take(self, stream: ByteStream) -> None:
+        """See ports.Lanes."""
+        if self._taken >= MAX_TAKEN:
+            stream.close()
+            return
+        self._taken += 1
+        try:
+            with trio.move_on_after(limits.HANDSHAKE_TIMEOUT_S):
+                await self.prove(stream)
+        finally:
+            self._taken -= 1
+
     async def prove(self, stream: ByteStream) -> None:
         """Turn a connection to the lane port into the lane that it proves to be; close any other. Never raises for a
         stranger's sake: it is counted, and not logged one by one."""
@@ -192,7 +216,7 @@ class TcpLanes:
         place = expected.place
         sealer = Sealer(expected.keys.cipher, expected.keys.to_fetcher, CHUNK_BYTES)
         try:
-            sock = LaneSocket(cast(TcpBytes, stream).detach(), self._stall_s)
+            sock = LaneSocket(_socket_of(stream), self._stall_s)
         except PeerGone:
             place.cut = True
         else:
@@ -202,7 +226,7 @@ class TcpLanes:
         expected.changed.set()
         return True
 
-    async def _proved(self, stream: TcpBytes, grant: LaneGrant, keys: LaneKeys, place: _Place) -> TcpFetchLane:
+    async def _proved(self, stream: ByteStream, grant: LaneGrant, keys: LaneKeys, place: _Place) -> TcpFetchLane:
         sealer = Sealer(keys.cipher, keys.to_server, 4 * MAX_INDEXES)
         await _say(stream, grant.lane_id + bytes(sealer.seal(Kind.HELLO)))
         welcome = await _exactly(stream, FIRST_BYTES)
@@ -212,7 +236,7 @@ class TcpLanes:
         if place.cut:
             raise ConnectError("the peer was closed while a lane to it was opened")
         try:
-            connected = stream.detach()
+            connected = _socket_of(stream)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FETCHER_SEND_BUFFER_BYTES)
             sock = LaneSocket(connected, self._stall_s)
         except PeerGone as error:
@@ -283,6 +307,13 @@ async def _dialled(ip: str, port: int) -> TcpBytes:
         return await TcpTransport().connect(ip, port)
     except OSError as error:
         raise ConnectError(f"the peer's lane port cannot be reached: {ip} port {port}: {error}") from error
+
+
+def _socket_of(stream: ByteStream) -> socket.socket:
+    """Its socket, which is the caller's from now on. Raises PeerGone where it has none: a lane's thread needs one."""
+    if not isinstance(stream, TcpBytes):
+        raise PeerGone("a lane needs a TCP connection of its own")
+    return stream.detach()
 
 
 async def _say(stream: ByteStream, data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, TypeAlias
 
@@ -10,6 +10,7 @@ import msgspec
 
 from meshmax.base.errors import StoreError
 from meshmax.base.ids import PeerId, Sha256
+from meshmax.ports.net import ByteStream
 from meshmax.wire.lane import LaneAsk, LaneGrant
 
 
@@ -61,6 +62,9 @@ class LaneStoreFailed(msgspec.Struct, frozen=True):
 
 # How many of the next bytes of a chunk (1 at least) may move now: called in the worker thread, where it may `pause`.
 Pace: TypeAlias = Callable[[int], int]
+
+# Makes the TCP connection that becomes a lane. Raises ConnectError and other MeshmaxErrors.
+LaneDial: TypeAlias = Callable[[], Awaitable[ByteStream]]
 
 LaneEvent: TypeAlias = LaneArrived | LaneBad | LaneLacking | LaneBusy | LaneCancelled | LaneStoreFailed
 
@@ -160,7 +164,12 @@ class ExpectedLane(Protocol):
 
 
 class Lanes(Protocol):
-    """Opens lanes, both ways. Bounded: MAX_LANES in all, MAX_LANES_PER_PEER a peer and direction."""
+    """Opens lanes, both ways. Bounded: MAX_LANES in all, MAX_LANES_PER_PEER a peer and direction.
+
+    ``external_port``: where fetchers outside our NAT connect, 0 if nowhere; whoever maps ports sets it.
+    """
+
+    external_port: int
 
     @property
     def port(self) -> int:
@@ -178,9 +187,20 @@ class Lanes(Protocol):
         """
         ...
 
-    async def connect(self, peer: PeerId, ip: str, ask: LaneAsk, grant: LaneGrant) -> FetchLane:
-        """Connect to ``ip``, prove the key, be proved to. Deadlines are the caller's; cancelling leaves nothing open. The lane
-        must be `run` or closed. Raises ConnectError, RemoteProtocolError (a grant that does not fit), Busy (bounds)."""
+    async def dial(self, ip: str, grant: LaneGrant) -> ByteStream:
+        """A connection to the lane port at ``ip``: the external one where ``ip`` is not on a LAN and there is one. Raises
+        ConnectError."""
+        ...
+
+    async def connect(self, peer: PeerId, via: str | LaneDial, ask: LaneAsk, grant: LaneGrant) -> FetchLane:
+        """Connect to the IP address ``via``, or by it; prove the key, be proved to. Deadlines are the caller's; cancelling
+        leaves nothing open. The lane must be `run` or closed. Raises ConnectError, RemoteProtocolError (a grant that does
+        not fit), Busy (bounds), whatever ``via`` raises."""
+        ...
+
+    async def take(self, stream: ByteStream) -> None:
+        """Make a TCP connection that came otherwise than to the lane port the lane that it proves to be, or close it; takes
+        ownership. Within seconds; never raises for a stranger's sake."""
         ...
 
     def close_peer(self, peer: PeerId) -> None:

@@ -15,13 +15,16 @@ from typing import Final, Protocol
 
 import trio
 
-from meshmax.base.errors import MeshmaxError, NotOffered, PeerGone
+from meshmax.base.errors import ConnectError, MeshmaxError, NotOffered, PeerGone
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.units import MIB
-from meshmax.ports import FetchLane, LaneEvent, Lanes, ServeLane, Stream, Swarm
+from meshmax.core.lane_ways import LanePeer, Way, WayMemory, ways_to
+from meshmax.net.addresses import is_lan_address
+from meshmax.ports import FetchLane, LaneDial, LaneEvent, Lanes, ServeLane, Stream, Swarm
 from meshmax.services.fetch_events import Withdrawn
 from meshmax.services.frames import FrameStream
 from meshmax.services.landing import Landing, event_of
+from meshmax.services.lane_dial import LaneDialling, OpenLaneStream
 from meshmax.telemetry.log import get_logger
 from meshmax.wire import lane as wire
 from meshmax.wire.failure import Failure, error_of
@@ -37,46 +40,85 @@ _log = get_logger("lanes")
 
 
 class LaneOpener:
-    """Opens lanes to peers. ``per_peer``: how many a source gets that is the only one; ``ip_of``: of a connection's address."""
+    """Opens lanes to peers. ``per_peer``: how many a source gets that is the only one; ``ip_of``: of a connection's address.
+
+    ``signalled``: how a peer is met where its lane port cannot be reached; None: such peers have no lanes.
+    """
 
     def __init__(
         self, swarm: Swarm, lanes: Lanes, per_peer: int, ip_of: Callable[[str], str | None] | None = None
     ) -> None:
         self.per_peer = per_peer
+        self.signalled: OpenLaneStream | None = None
         self._ip_of = ip_of or try_ip
         self._swarm = swarm
         self._lanes = lanes
+        self._memory = WayMemory()
 
     @asynccontextmanager
     async def open_lane(self, peer: PeerId) -> AsyncIterator[tuple[FetchLane, Stream]]:
         """A lane and its control stream, both ended at the end of the block. Raises NotOffered, PeerGone, ConnectError,
         VersionMismatch, RemoteProtocolError, Busy. Deadlines are the caller's."""
-        ip = self._ip(peer)
-        stream = await self._swarm.open_stream(peer, LANE)
+        async with AsyncExitStack() as stack:
+            lane, stream = await self._opened(peer, stack)
+            try:
+                yield lane, stream
+            finally:
+                lane.close()
+
+    async def _opened(self, peer: PeerId, stack: AsyncExitStack) -> tuple[FetchLane, Stream]:
+        dialled: list[LaneDialling] = []
         try:
+            return await self._agreed(peer, stack, dialled)
+        except ConnectError:
+            if not (dialled and dialled[0].refused()):
+                raise
+        return await self._agreed(peer, stack, dialled)  # by another way, once, with keys of its own
+
+    async def _agreed(
+        self, peer: PeerId, stack: AsyncExitStack, dialled: list[LaneDialling]
+    ) -> tuple[FetchLane, Stream]:
+        async with AsyncExitStack() as attempt:
+            stream = await attempt.enter_async_context(self._control(peer))
             frames = FrameStream(stream)
             ask = self._lanes.ask()
             await frames.send(wire.FROM_FETCHER, ask)
             grant = await frames.receive(wire.FROM_SERVER)
             if isinstance(grant, Failure):
                 raise error_of(grant)
-            lane = await self._lanes.connect(peer, ip, ask, grant)
-            try:
-                yield lane, stream
-            finally:
-                lane.close()
+            dialling = self._dialling(self._seen(peer), grant)
+            dialled.append(dialling)
+            lane = await self._lanes.connect(peer, dialling, ask, grant)
+            await stack.enter_async_context(attempt.pop_all())
+        return lane, stream
+
+    @asynccontextmanager
+    async def _control(self, peer: PeerId) -> AsyncIterator[Stream]:
+        self._seen(peer)  # before the peer is bothered
+        stream = await self._swarm.open_stream(peer, LANE)
+        try:
+            yield stream
         finally:
             with trio.CancelScope(shield=True):
                 await stream.reset()
 
-    def _ip(self, peer: PeerId) -> str:
+    def _dialling(self, peer: LanePeer, grant: wire.LaneGrant) -> LaneDialling:
+        dials: dict[Way, LaneDial] = {}
+        if peer.ip is not None:
+            dials["direct"] = partial(self._lanes.dial, peer.ip, grant)
+        if self.signalled is not None:
+            dials["signalled"] = partial(self.signalled, peer.peer)
+        ways = ways_to(peer, grant.external_port, self.signalled is not None)
+        return LaneDialling(peer, ways, dials, self._memory)
+
+    def _seen(self, peer: PeerId) -> LanePeer:
         view = self._swarm.connections().get(peer)
         if view is None:
             raise PeerGone("not connected to the peer")
         ip = self._ip_of(view.address)
-        if ip is None:
+        if ip is None and self.signalled is None:
             raise NotOffered("lanes need a direct connection to the peer")
-        return ip
+        return LanePeer(peer, ip, ip is not None and is_lan_address(ip), view.direction, view.path)
 
 
 def try_ip(address: str) -> str | None:

@@ -18,10 +18,12 @@ from meshmax.base.errors import BlobNotFound, Busy, ChunkMismatch, LocalProtocol
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES
 from meshmax.ports import (
+    ByteStream,
     LaneArrived,
     LaneBad,
     LaneBusy,
     LaneCancelled,
+    LaneDial,
     LaneEvent,
     LaneLacking,
     LaneStoreFailed,
@@ -220,10 +222,32 @@ class MemoryExpected:
         return self.lane
 
 
+class NoBytes:
+    """A connection that carries nothing; satisfies ports.ByteStream."""
+
+    def __init__(self, ip: str, port: int) -> None:
+        self.remote = (ip, port)
+        self.closed = False
+
+    async def send_all(self, data: bytes) -> None:
+        """See ports.ByteStream."""
+        await trio.lowlevel.checkpoint()
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """See ports.ByteStream."""
+        await trio.lowlevel.checkpoint()
+        return b""
+
+    def close(self) -> None:
+        """See ports.ByteStream."""
+        self.closed = True
+
+
 class MemoryLanes:
-    """One peer's lanes; satisfies ports.Lanes. The ``ip`` of `connect` is not looked at."""
+    """One peer's lanes; satisfies ports.Lanes. An IP address is not looked at, and what a connection carries neither."""
 
     port = 11436
+    external_port = 0
 
     def __init__(self, network: LaneNetwork, peer: PeerId) -> None:
         self._network, self._peer = network, peer
@@ -236,18 +260,27 @@ class MemoryLanes:
     def expect(self, peer: PeerId, ask: LaneAsk) -> Iterator[MemoryExpected]:
         """See ports.Lanes."""
         lane_id = next(self._network.ids).to_bytes(LANE_ID_BYTES, "big")
-        expected = MemoryExpected(self._peer, peer, LaneGrant(lane_id, ask.secret, ask.ciphers[0], self.port))
+        expected = MemoryExpected(
+            self._peer, peer, LaneGrant(lane_id, ask.secret, ask.ciphers[0], self.port, self.external_port)
+        )
         self._network.expected[lane_id] = expected
         try:
             yield expected
         finally:
             self._network.expected.pop(lane_id, None)
 
-    async def connect(self, peer: PeerId, ip: str, ask: LaneAsk, grant: LaneGrant) -> MemoryFetchLane:
+    async def dial(self, ip: str, grant: LaneGrant) -> ByteStream:
         """See ports.Lanes."""
         await trio.sleep(CHUNK_S)
-        if peer in self._network.blocked:
+        expected = self._network.expected.get(grant.lane_id)
+        if expected is not None and expected.server in self._network.blocked:
             await trio.sleep_forever()
+        return NoBytes(ip, grant.port)
+
+    async def connect(self, peer: PeerId, via: str | LaneDial, ask: LaneAsk, grant: LaneGrant) -> MemoryFetchLane:
+        """See ports.Lanes."""
+        stream = await (self.dial(via, grant) if isinstance(via, str) else via())
+        stream.close()
         expected = self._network.expected.pop(grant.lane_id, None)
         if expected is None or expected.fetcher != self._peer:
             raise PeerGone("nobody expects this lane")
@@ -255,6 +288,11 @@ class MemoryLanes:
         expected.lane = MemoryServeLane(wire, self._peer)
         expected.came.set()
         return MemoryFetchLane(wire, peer)
+
+    async def take(self, stream: ByteStream) -> None:
+        """See ports.Lanes: the fetcher's `connect` has told already which lane it is."""
+        stream.close()
+        await trio.lowlevel.checkpoint()
 
     def close_peer(self, peer: PeerId) -> None:
         """See ports.Lanes."""

@@ -41,13 +41,17 @@ class LaneAsk(msgspec.Struct, frozen=True, tag="ask"):
     ciphers: Annotated[tuple[_Cipher, ...], msgspec.Meta(min_length=1, max_length=MAX_CIPHERS)]
 
 
-class LaneGrant(msgspec.Struct, frozen=True, tag="grant"):
-    """Server: come to TCP ``port`` of the address of this connection and prove the key of lane ``lane_id``, once."""
+class LaneGrant(msgspec.Struct, frozen=True, tag="grant", omit_defaults=True):
+    """Server: come to TCP ``port`` of the address of this connection and prove the key of lane ``lane_id``, once.
+
+    ``external_port``: come there instead from outside the server's NAT, whose router maps it; 0: nothing is mapped.
+    """
 
     lane_id: _LaneId
     secret: _Secret
     cipher: _Cipher
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    external_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
 
 
 FromFetcher: TypeAlias = LaneAsk

@@ -102,7 +102,7 @@ def _least(here: dict[str, Any], there: dict[str, Any], key: str) -> float:
 def _ask(site: NatSite, pair: Pair, one: str, two: str) -> None:
     """A prompt that only the other one can answer."""
     give_model(site, two, "tiny", site.folder / "tiny.gguf")
-    until(f"{one} hears of the model", lambda: _lists(site, one, "tiny"), 20.0)
+    until(f"{one} hears of the model", lambda: lists(site, one, "tiny"), 20.0)
     reply = site.call(
         one, "POST", "/api/generate", {"model": "tiny", "prompt": PROMPT, "stream": False}, timeout_s=30.0
     )
@@ -113,7 +113,7 @@ def _ask(site: NatSite, pair: Pair, one: str, two: str) -> None:
 
 def _pull(site: NatSite, pair: Pair, one: str, two: str, model: Path) -> None:
     give_model(site, two, MODEL, model)
-    until(f"{one} hears of the model", lambda: _lists(site, one, MODEL), 20.0)
+    until(f"{one} hears of the model", lambda: lists(site, one, MODEL), 20.0)
     began_s = time.monotonic()
     reply = site.call(one, "POST", "/api/pull", {"model": MODEL, "stream": False}, timeout_s=120.0)
     if reply.json().get("status") != "success":
@@ -129,5 +129,6 @@ def give_model(site: Site, name: str, model: str, path: Path) -> None:
     assert "success" in reply.text, reply.text
 
 
-def _lists(site: Site, name: str, model: str) -> bool:
+def lists(site: Site, name: str, model: str) -> bool:
+    """Whether it knows of the model."""
     return any(one["name"] == f"{model}:latest" for one in site.get(name, "/api/tags")["models"])

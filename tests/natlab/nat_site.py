@@ -50,11 +50,15 @@ class NatSite(Site):
         """Two bootstrap nodes, and every peer from now on knows of them."""
         addresses = []
         for number, name in enumerate(POINTS, 1):
-            ip = f"{NETWORK}.{number}"
-            host = self.points_at[name] = self.internet.host(name, number)
-            self.start_bootstrap(host, ip, *POINT_PORTS)
-            addresses += [self.address(name, ip, port) for port in POINT_PORTS]
+            self.points_at[name] = self.internet.host(name, number)
+            self.restart_point(name)
+            addresses += [self.address(name, f"{NETWORK}.{number}", port) for port in POINT_PORTS]
         self.settings["bootstrap"] = ",".join(addresses)
+
+    def restart_point(self, name: str) -> None:
+        """Start (again) a bootstrap node that does not run."""
+        (self.folder / name / "run.json").unlink(missing_ok=True)
+        self.start_bootstrap(self.points_at[name], f"{NETWORK}.{POINTS.index(name) + 1}", *POINT_PORTS)
 
     def pair(self, left: Place, right: Place, **settings: str) -> tuple[str, str]:
         """Two peers at such places, in a mesh of their own; the APIs answer. Those of the pair before are ended."""

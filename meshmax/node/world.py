@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -23,6 +24,7 @@ from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
 from meshmax.net.addresses import allow_any, is_lan_address, running_addresses
 from meshmax.net.datagrams import open_datagrams
+from meshmax.net.ice import open_channels
 from meshmax.net.knock import knock
 from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
@@ -64,7 +66,7 @@ class World:
     addresses: Callable[[], Sequence[str]] = tuple  # of running interfaces; none ever: the network never changes
     knock: Knock = knock_nowhere
     puncher: Puncher | None = None  # None: no simultaneous open
-    channels: Channels | None = None  # None: no ICE
+    open_channels: Callable[[], AbstractAsyncContextManager[Channels]] | None = None  # None: no ICE
 
 
 def real_world() -> World:
@@ -83,6 +85,7 @@ def real_world() -> World:
         _open_observer,
         addresses=running_addresses,
         knock=knock,
+        open_channels=partial(open_channels, running_addresses),
     )
 
 

@@ -208,15 +208,15 @@ class Attempt:
             self._note(method, "adopt", cause)
         return self._actions(now)
 
-    def on_stream_lost(self, now: float) -> list[Action]:
+    def on_stream_lost(self, now: float, cause: str = "the connection that signalling used was lost") -> list[Action]:
         """Nothing more can be said or heard. What runs already goes on."""
         if not self.ended and not self._lost:
             self._lost = True
             for method, state in self._state.items():
                 if state in ("preparing", "ready"):
-                    self._over(method, "signal", "the connection that signalling used was lost")
+                    self._over(method, "signal", cause)
             if not self.lead and not self._sdp and self._state["punch-udp"] == "running":
-                self._over("punch-udp", "signal", "the connection that signalling used was lost")
+                self._over("punch-udp", "signal", cause)
         return self._actions(now)
 
     def withdraw(self, reason: DeclineReason, outcome: Outcome, now: float) -> list[Action]:

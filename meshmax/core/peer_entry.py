@@ -8,7 +8,7 @@ import msgspec
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.status import PeerStatus
+from meshmax.base.status import Path, PeerStatus
 
 MAX_WHY: Final = 200  # characters kept of an address that failed, and of a cause
 
@@ -51,6 +51,7 @@ class PeerEntry(msgspec.Struct):
     leaving: bool = False  # it said farewell
     parted: bool = False  # it has too many neighbours, or we have
     address: str = ""
+    path: Path = "direct"  # how the connection gets there
     rtt_s: float | None = None
     used_at: float | None = None  # when streams beside the heartbeat were last seen open
     failures: int = 0

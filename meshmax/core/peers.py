@@ -28,7 +28,7 @@ from typing import Final
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.status import MAX_ADDRESSES, PeerStatus, Vitals, vitals_of, with_vitals
+from meshmax.base.status import MAX_ADDRESSES, Path, PeerStatus, Vitals, vitals_of, with_vitals
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS, TRIALS, candidate, surplus
 from meshmax.core.peer_entry import MAX_WHY, Dial, PeerEntry, Refusal, changed_of
@@ -114,19 +114,27 @@ class PeerTable:
         elif entry.proven and not hearsay and not (entry.refusal or entry.parted):
             self._hasten(entry, now)  # a rung of ours sees one of us again
 
-    def on_connected(self, peer_id: PeerId, address: str, now: float, chosen: bool = False) -> None:
+    def on_connected(
+        self, peer_id: PeerId, address: str, now: float, chosen: bool = False, path: Path = "direct"
+    ) -> None:
         """A first connection to the peer stands. ``chosen``: we dialled."""
         if entry := self._entry(peer_id, now, seen=True, connected=True):
             lost = entry.proven and not entry.connected and entry.failures > 0
             if not entry.connected:
                 entry.connected_at, entry.leaving, entry.chosen = now, False, chosen
             entry.connected, entry.dialing, entry.dial_at, entry.trial = True, False, None, False
-            entry.address = address
+            entry.address, entry.path = address, path
             entry.last_sign_at = entry.alive_at = now
             entry.refusal, entry.parted = None, False
             entry.why, entry.tried = "", ()
             if lost:
                 self.on_network_back(now)
+
+    def on_moved(self, peer_id: PeerId, address: str, path: Path) -> None:
+        """New streams to the peer go over another connection: what was measured before says nothing of it."""
+        entry = self._entries.get(peer_id)
+        if entry and entry.connected:
+            entry.address, entry.path, entry.rtt_s = address, path, None
 
     def on_disconnected(self, peer_id: PeerId, now: float) -> None:
         """The last connection is gone; the peer is dialled again soon, since most losses are of a network, not of a peer."""

@@ -1,8 +1,9 @@
 """The status protocol with each neighbour: beats, answers, and what both carry. Moves words between streams and core.gossip.
 
-A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p by itself never notices a frozen process);
-one that the peer has opened since, as one that moves does, is beaten on instead. A beat goes out every ``heartbeat_s``, at once
-when our own status changed, and soon when a neighbour asked for something. Not here: who is a neighbour (services.presence).
+A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p by itself never notices a frozen process).
+Beats go over the best connection and move to a better one at once, so that the worse one empties. A beat goes out every
+``heartbeat_s``, at once when our own status changed, and soon when a neighbour asked for something. Not here: who is a neighbour
+(services.presence).
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Heartbeat:
         self._table, self._gossip, self._clones, self._own = table, gossip, clones, own
         self._on_news = on_news
         self._beats: dict[PeerId, trio.CancelScope] = {}
+        self._over: dict[PeerId, tuple[ConnectionView, trio.CancelScope]] = {}  # where these beats go
         self._hurries: dict[PeerId, trio.Event] = {}  # beat soon
         self._partings: set[PeerId] = set()
         self._answering: Counter[PeerId] = Counter()
@@ -84,6 +86,13 @@ class Heartbeat:
         self._partings.discard(peer_id)
         if scope := self._beats.pop(peer_id, None):
             scope.cancel()
+
+    def move(self, peer_id: PeerId) -> None:
+        """The peer's best connection is another now: beat there."""
+        if over := self._over.get(peer_id):
+            connection, scope = over
+            if self._swarm.connections().get(peer_id) != connection:
+                scope.cancel()
 
     def part(self, peer_id: PeerId) -> None:
         """There are too many neighbours: tell this one so with the next beat, which goes out soon, and cut it off."""
@@ -113,14 +122,17 @@ class Heartbeat:
             self._beats[peer_id] = scope
             try:
                 while (connection := self._swarm.connections().get(peer_id)) is not None:
-                    await self._beat_over(connection)
+                    with trio.CancelScope() as over:
+                        self._over[peer_id] = connection, over
+                        await self._beat_over(connection)
             finally:
                 if self._beats.get(peer_id) is scope:
                     del self._beats[peer_id]
+                    self._over.pop(peer_id, None)
                     self._hurries.pop(peer_id, None)
 
     async def _beat_over(self, connection: ConnectionView) -> None:
-        """Beat on the peer's newest connection, which is this one, until it fails; then cut it and older ones."""
+        """Beat on the peer's best connection, which is this one, until it fails; then cut it and older ones like it."""
         peer_id = connection.peer_id
         try:
             with trio.fail_after(self._config.heartbeat_timeout_s):
@@ -170,7 +182,7 @@ class Heartbeat:
     def _note_alive(self, peer_id: PeerId, rtt_s: float, now: float) -> None:
         connection = self._swarm.connections().get(peer_id)
         if self._table.entry(peer_id) is None and connection is not None:  # the table was cleared since it connected
-            self._table.on_connected(peer_id, connection.address, now, connection.direction == "out")
+            self._table.on_connected(peer_id, connection.address, now, connection.direction == "out", connection.path)
         self._table.on_round_trip(peer_id, rtt_s, now)
 
     async def _either(self, reissued: trio.Event, hurry: trio.Event) -> None:

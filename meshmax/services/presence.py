@@ -9,7 +9,7 @@ Not here: what a status says (the ``describe`` that is passed in), whom to dial 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, NoReturn
 
@@ -43,6 +43,10 @@ __all__ = ["BEAT_PACE_S", "MAX_STATUS_STREAMS", "PresenceService", "open_presenc
 
 _log = get_logger("presence")
 
+Connect = Callable[
+    [PeerId, Sequence[str]], Awaitable[None]
+]  # raises ConnectError, NotAMember; deadlines are the caller's
+
 
 class PresenceService:
     """Satisfies ports.Presence; made by `open_presence`."""
@@ -57,8 +61,10 @@ class PresenceService:
         random: Random,
         sequence: StatusSequence | None = None,
         keep: Keep | None = None,
+        connect: Connect | None = None,
     ) -> None:
         self._swarm = swarm
+        self._connect: Connect = connect or swarm.dial
         self._signer = signer
         self._config = config
         self._unix_now = unix_now
@@ -163,6 +169,8 @@ class PresenceService:
             async for event in events:
                 if event.kind == "connected":
                     self._on_connected(event.peer_id, nursery)
+                elif event.kind == "moved":
+                    self._on_moved(event.peer_id)
                 else:
                     self._table.on_disconnected(event.peer_id, trio.current_time())
                     self._gossip.on_disconnected(event.peer_id)
@@ -173,13 +181,19 @@ class PresenceService:
 
     def _on_connected(self, peer_id: PeerId, nursery: trio.Nursery) -> None:
         connection = self._swarm.connections().get(peer_id)
-        address = connection.address if connection else ""
+        address, path = (connection.address, connection.path) if connection else ("", "direct")
         chosen = connection is not None and connection.direction == "out"
-        self._table.on_connected(peer_id, address, trio.current_time(), chosen)
+        self._table.on_connected(peer_id, address, trio.current_time(), chosen, path)
         self._gossip.on_connected(peer_id)
-        _log.info("peer connected", peer=peer_id, address=address)
+        _log.info("peer connected", peer=peer_id, address=address, path=path)
         if not self.heartbeat.is_beating(peer_id):
             nursery.start_soon(isolate, "heartbeat", lambda: self.heartbeat.beat(peer_id))
+
+    def _on_moved(self, peer_id: PeerId) -> None:
+        if (connection := self._swarm.connections().get(peer_id)) is not None:
+            self._table.on_moved(peer_id, connection.address, connection.path)
+            _log.info("peer moved", peer=peer_id, address=connection.address, path=connection.path)
+            self.heartbeat.move(peer_id)
 
     async def run_dials(self, nursery: trio.Nursery) -> NoReturn:
         """Dial whom the table says, when it says so."""
@@ -197,7 +211,7 @@ class PresenceService:
         attempts: tuple[tuple[str, str, str], ...] = ()
         with trio.move_on_after(DIAL_DEADLINE_S):
             try:
-                await self._swarm.dial(dial.peer_id, dial.addresses)
+                await self._connect(dial.peer_id, dial.addresses)
             except NotAMember as error:
                 why, refused = error.message, True
             except MeshmaxError as error:
@@ -205,7 +219,8 @@ class PresenceService:
             else:
                 if connection := self._swarm.connections().get(dial.peer_id):
                     now = trio.current_time()
-                    self._table.on_connected(dial.peer_id, connection.address, now, connection.direction == "out")
+                    chosen = connection.direction == "out"
+                    self._table.on_connected(dial.peer_id, connection.address, now, chosen, connection.path)
                     return
         entry = self._table.entry(dial.peer_id)
         # Once for people, who may have given the address; what follows is only the same again.
@@ -274,7 +289,7 @@ class PresenceService:
         state = "offline" if gone else "draining" if draining else "online"
         seen_at = entry.last_sign_at if entry.alive_at is None else entry.alive_at
         seen_s = self._unix_now() - (trio.current_time() - seen_at)
-        return PeerView(entry.peer_id, state, "direct", entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
+        return PeerView(entry.peer_id, state, entry.path, entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
 
 
 def _is_farther(entry: PeerEntry) -> bool:
@@ -295,13 +310,14 @@ async def open_presence(
     random: Random,
     sequence: StatusSequence | None = None,
     keep: Keep | None = None,
+    connect: Connect | None = None,
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
     ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
-    writes down how far it may come.
+    writes down how far it may come. ``connect``: how peers are connected to, if not by dialling alone (services.connector).
     """
-    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep)
+    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep, connect)
     await presence.own.reserve()
     swarm.serve(STATUS, presence.heartbeat.answer)
     send, receive = trio.open_memory_channel[Sighting](SIGHTINGS_WAITING)

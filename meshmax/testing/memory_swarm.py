@@ -4,13 +4,13 @@
 passes between two peers, and nobody is told), `freeze` and `thaw` (nothing passes to or from a peer), `kill` (every
 connection of a peer ends at once, and the others see it), `move` (a peer is at another address). Limits and errors are
 those of the real swarm. Connections carry the dialler's and the listener's PeerIds as they are; nothing is proved. Not here:
-real libp2p hosts over a simulated wire (sim_network).
+real libp2p hosts over a simulated wire (sim_network), streams (memory_stream), adopting byte streams (memory_adoption).
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -21,11 +21,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meshmax.base.errors import Busy, ConnectError, PeerGone, VersionMismatch
 from meshmax.base.ids import PeerId, peer_id_of
+from meshmax.base.status import Path
 from meshmax.net import limits
 from meshmax.net.admission import Answer, Gate, Passage, nothing_more
 from meshmax.net.announce import Announcer
-from meshmax.ports import Admission, ConnectionView, Stream, SwarmEvent
+from meshmax.net.links import LinkTable
+from meshmax.ports import Admission, ByteStream, ConnectionView, Stream, SwarmEvent
 from meshmax.telemetry.isolate import isolate
+from meshmax.testing.memory_adoption import STREAM_FAILURES, Meeting, Meetings
+from meshmax.testing.memory_stream import MemoryStream, Pipe
 from meshmax.wire.protocols import MEMBER
 
 
@@ -57,6 +61,7 @@ class MemoryNetwork:
         self._blocked: set[frozenset[PeerId]] = set()
         self._frozen: set[PeerId] = set()
         self._healed = trio.Event()
+        self.meetings: Meetings[_Connection] = Meetings()
 
     @asynccontextmanager
     async def open_swarm(
@@ -124,146 +129,32 @@ class MemoryNetwork:
         found = (swarm for key, swarm in self._swarms.items() if key.partition("/p2p/")[0] == base)
         return next((swarm for swarm in found if not swarm.closed), None)
 
+    def of(self, peer_id: PeerId) -> MemorySwarm | None:
+        """The swarm of that peer, or None."""
+        found = (swarm for swarm in self._swarms.values() if swarm.peer_id == peer_id and not swarm.closed)
+        return next(found, None)
+
     def _wake(self) -> None:
         self._healed.set()
         self._healed = trio.Event()
 
 
-class _Pipe:
-    """One direction of a stream: bounded, late by the latency, stopped while nothing passes."""
-
-    def __init__(self, network: MemoryNetwork, source: PeerId, sink: PeerId) -> None:
-        self._network, self._source, self._sink = network, source, sink
-        self._parts: deque[tuple[float, bytes]] = deque()
-        self._held_bytes = 0
-        self._changed = trio.Event()
-        self.ended = self.broken = self.abandoned = False
-
-    def change(self, *, ended: bool = False, broken: bool = False, abandoned: bool = False) -> None:
-        """Note the end (no more is sent), a break (reset, or connection lost) or that nobody reads any more."""
-        self.ended |= ended
-        self.broken |= broken
-        self.abandoned |= abandoned
-        if broken or abandoned:
-            self._parts.clear()
-            self._held_bytes = 0
-        self._changed.set()
-        self._changed = trio.Event()
-
-    async def send(self, data: bytes) -> None:
-        await trio.lowlevel.checkpoint()
-        view = memoryview(data)
-        while view:
-            if self.broken or self.ended:
-                raise PeerGone("the stream was closed or reset")
-            room = limits.MAX_STREAM_BUFFER_BYTES - self._held_bytes
-            if self.abandoned:
-                return
-            if not room:
-                await self._changed.wait()
-                continue
-            part, view = bytes(view[:room]), view[room:]
-            self._parts.append((trio.current_time() + self._network.latency_s, part))
-            self._held_bytes += len(part)
-            self.change()
-
-    async def receive(self, max_bytes: int) -> bytes:
-        await trio.lowlevel.checkpoint()
-        while True:
-            if self.broken:
-                raise PeerGone("the stream was reset or the peer is gone")
-            if not self._parts and not self.ended:
-                await self._changed.wait()
-                continue
-            if not self._network.passes(self._source, self._sink):
-                with trio.move_on_after(1.0):  # looks up now and then, so that a break is seen
-                    await self._network.wait_passable(self._source, self._sink)
-                continue
-            if not self._parts:
-                return b""
-            due, part = self._parts[0]
-            if due > trio.current_time() + 1e-9:  # floats: a clock that jumps to a deadline may land just before it
-                await trio.sleep_until(due)
-                continue
-            return self._take(part, max_bytes)
-
-    def _take(self, part: bytes, max_bytes: int) -> bytes:
-        due, _ = self._parts.popleft()
-        if len(part) > max_bytes:
-            self._parts.appendleft((due, part[max_bytes:]))
-        taken = part[:max_bytes]
-        self._held_bytes -= len(taken)
-        self.change()
-        return taken
-
-
-class MemoryStream:
-    """One end of a stream; satisfies ports.Stream."""
-
-    def __init__(
-        self, peer: PeerId, incoming: _Pipe, outgoing: _Pipe, forget: Callable[[], None], address: str = ""
-    ) -> None:
-        self.peer, self.address = peer, address
-        self._incoming, self._outgoing, self._forget = incoming, outgoing, forget
-        self._closed = False
-
-    async def receive_some(self, max_bytes: int) -> bytes:
-        """See ports.Stream."""
-        if self._closed:
-            raise PeerGone("the stream was closed here")
-        return await self._incoming.receive(max_bytes)
-
-    async def send_all(self, data: bytes) -> None:
-        """See ports.Stream. Cancelled half-way, the stream is reset."""
-        try:
-            await self._outgoing.send(data)
-        except trio.Cancelled:
-            self.break_off()
-            raise
-
-    async def send_eof(self) -> None:
-        """See ports.Stream."""
-        await trio.lowlevel.checkpoint()
-        if self._outgoing.broken:
-            raise PeerGone("the stream was reset or the peer is gone")
-        self._outgoing.change(ended=True)
-
-    async def reset(self) -> None:
-        """See ports.Stream."""
-        self.break_off()
-        await trio.lowlevel.cancel_shielded_checkpoint()
-
-    async def aclose(self) -> None:
-        """See ports.Stream. What the peer still sends is thrown away."""
-        if not self._closed:
-            self._closed = True
-            self._outgoing.change(ended=True)
-            self._incoming.change(abandoned=True)
-            self._forget()
-        await trio.lowlevel.cancel_shielded_checkpoint()
-
-    def break_off(self) -> None:
-        """Reset without an await."""
-        if not self._closed:
-            self._closed = True
-            self._incoming.change(broken=True)
-            self._outgoing.change(broken=True)
-            self._forget()
-
-
 class _Connection:
     """A connection between two swarms: its streams, and how it ends."""
 
-    def __init__(self, dialler: MemorySwarm, listener: MemorySwarm, address: str) -> None:
+    def __init__(
+        self, dialler: MemorySwarm, listener: MemorySwarm, address: str, own_address: str, path: Path = "direct"
+    ) -> None:
+        """``address``: where the dialler finds the listener; ``own_address``: where the listener sees the dialler."""
         self.ends = {dialler.peer_id: dialler, listener.peer_id: listener}
+        self.streams: list[ByteStream] = []  # that it was made of, and which end with it
         now_s = time.time()
-        base, own_base = address.partition("/p2p/")[0], dialler.addresses[0].partition("/p2p/")[0]
         self.views = {
-            dialler.peer_id: ConnectionView(listener.peer_id, base, "out", now_s),
-            listener.peer_id: ConnectionView(dialler.peer_id, own_base, "in", now_s),
+            dialler.peer_id: ConnectionView(listener.peer_id, address, "out", now_s, path),
+            listener.peer_id: ConnectionView(dialler.peer_id, own_address, "in", now_s, path),
         }
         self.passages = {peer: self._passage(swarm, self.views[peer]) for peer, swarm in self.ends.items()}
-        self.pipes: dict[_Pipe, None] = {}
+        self.pipes: dict[Pipe, None] = {}
         self.opened: Counter[PeerId] = Counter()
 
     def _passage(self, swarm: MemorySwarm, view: ConnectionView) -> Passage:
@@ -277,6 +168,8 @@ class _Connection:
         for pipe in tuple(self.pipes):
             pipe.change(broken=True)
         self.pipes.clear()
+        for stream in self.streams:
+            stream.close()
         first, second = self.ends.values()
         first.lost(second.peer_id, self)
         second.lost(first.peer_id, self)
@@ -295,7 +188,7 @@ class MemorySwarm:
         self._network, self._nursery = network, nursery
         self._announcer = Announcer(nursery)
         self._all: dict[_Connection, PeerId] = {}
-        self._connections: dict[PeerId, list[_Connection]] = {}  # of members, the newest last
+        self._connections = LinkTable[_Connection](lambda connection: connection.views[peer_id])  # of members
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._answers: dict[str, tuple[Literal["members", "anyone"], Answer]] = {}
         if gate.checks:
@@ -316,8 +209,9 @@ class MemorySwarm:
         if peer_id == self.peer_id:
             raise ConnectError("that is our own PeerId")
         async with self._dialling.setdefault(peer_id, trio.Lock()):
-            there = self._connections.get(peer_id)
-            if (there and not better) or (guest and self._guests(peer_id)):
+            there = self._connections.best(peer_id)
+            enough = there and (not better or there.views[self.peer_id].path in ("direct", "mapped"))
+            if enough or (guest and self._guests(peer_id)):
                 return
             if not addresses:
                 raise ConnectError("no address of the peer is known")
@@ -345,12 +239,76 @@ class MemorySwarm:
         if target.peer_id != peer_id:
             return "authenticate", f"the peer there is {target.peer_id}"
         if better or peer_id not in self._connections:  # both may dial at once
-            connection = _Connection(self, target, address)
+            base, own_base = (each.partition("/p2p/")[0] for each in (address, self.addresses[0]))
+            connection = _Connection(self, target, base, own_base)
             self.connected(connection, peer_id, guest)
             target.connected(connection, self.peer_id, guest=False)
             open_member = partial(self._open_on, connection, peer_id, MEMBER)
             await self.gate.ask(connection.passages[self.peer_id], open_member)
         return None
+
+    async def adopt(
+        self,
+        stream: ByteStream,
+        peer_id: PeerId,
+        direction: Literal["in", "out"],
+        path: Path,
+        address: str,
+        *,
+        guest: bool = False,
+    ) -> None:
+        """See ports.Swarm. Both ends are swarms of one network. Bytes do not go over ``stream``, but the end of it is theirs."""
+        try:
+            await trio.lowlevel.checkpoint()
+            if peer_id == self.peer_id:
+                raise ConnectError("that is our own PeerId")
+            meetings = self._network.meetings
+            if direction == "out":
+                connect = partial(self._connect_adopted, stream, peer_id, path, address, guest)
+                connection = await meetings.lead(stream, self.peer_id, peer_id, connect)
+            else:
+                connection = await meetings.follow(stream, self.peer_id, peer_id, address)
+                self._tie(stream, connection)
+        except BaseException:
+            stream.close()
+            raise
+        passage = connection.passages[self.peer_id]
+        if direction == "out":
+            await self.gate.ask(passage, partial(self._open_on, connection, peer_id, MEMBER))
+        else:
+            await self.gate.wait_asked(passage, guest=guest)
+
+    def _connect_adopted(
+        self,
+        stream: ByteStream,
+        peer_id: PeerId,
+        path: Path,
+        address: str,
+        guest: bool,
+        meeting: Meeting[_Connection],
+    ) -> _Connection:
+        target = self._network.of(peer_id)
+        if target is None:
+            raise ConnectError("the peer is gone")
+        connection = _Connection(self, target, address, meeting.address, path)
+        self._tie(stream, connection)
+        self.connected(connection, peer_id, guest)
+        target.connected(connection, self.peer_id, guest=False)
+        return connection
+
+    def _tie(self, stream: ByteStream, connection: _Connection) -> None:
+        """From now on each ends with the other."""
+        connection.streams.append(stream)
+        self._nursery.start_soon(self._follow, stream, connection)
+
+    async def _follow(self, stream: ByteStream, connection: _Connection) -> None:
+        try:
+            while await stream.receive_some(1024):
+                pass
+        except STREAM_FAILURES:
+            pass
+        finally:
+            connection.close()
 
     def _guests(self, peer_id: PeerId) -> list[_Connection]:
         of_peer = (connection for connection, peer in self._all.items() if peer == peer_id)
@@ -363,11 +321,11 @@ class MemorySwarm:
 
     async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
         """See ports.Swarm."""
-        connections = self._connections.get(peer_id) or self._guests(peer_id)
-        if not connections:
+        connection = self._connections.best(peer_id) or next(reversed(self._guests(peer_id)), None)
+        if connection is None:
             await trio.lowlevel.checkpoint()
             raise PeerGone("not connected to the peer")
-        return await self._open_on(connections[-1], peer_id, protocol)
+        return await self._open_on(connection, peer_id, protocol)
 
     async def _open_on(self, connection: _Connection, peer_id: PeerId, protocol: str) -> Stream:
         if connection.opened[self.peer_id] >= limits.MAX_STREAMS_PER_PEER:
@@ -377,7 +335,7 @@ class MemorySwarm:
             await self._network.travel(peer_id, self.peer_id)
         if scope.cancelled_caught or connection not in self._all:
             raise PeerGone("the peer did not answer")
-        there, back = _Pipe(self._network, self.peer_id, peer_id), _Pipe(self._network, peer_id, self.peer_id)
+        there, back = Pipe(self._network, self.peer_id, peer_id), Pipe(self._network, peer_id, self.peer_id)
         other = connection.other(self.peer_id)
         if protocol not in other._answers:
             raise VersionMismatch(f"the peer does not speak {protocol}")
@@ -390,7 +348,7 @@ class MemorySwarm:
         other.answer(protocol, answering, connection.passages[peer_id])
         return stream
 
-    def _closed_stream(self, connection: _Connection, there: _Pipe, back: _Pipe) -> None:
+    def _closed_stream(self, connection: _Connection, there: Pipe, back: Pipe) -> None:
         connection.opened[self.peer_id] -= 1
         self.gate.using(connection.passages[self.peer_id], -1)
         connection.pipes.pop(there, None)
@@ -428,18 +386,17 @@ class MemorySwarm:
 
     async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """See ports.Swarm."""
-        connections = [connection for connection, peer in self._all.items() if peer == peer_id]
-        if last is not None:
-            views = [connection.views[self.peer_id] for connection in self._connections.get(peer_id, ())]
-            count = views.index(last) + 1 if last in views else 0
-            connections = self._connections.get(peer_id, [])[:count]
+        if last is None:
+            connections = [connection for connection, peer in self._all.items() if peer == peer_id]
+        else:
+            connections = self._connections.up_to(last)
         for connection in connections:
             connection.close()
         await trio.lowlevel.checkpoint()
 
     def connections(self) -> Mapping[PeerId, ConnectionView]:
         """See ports.Swarm."""
-        return {peer: connections[-1].views[self.peer_id] for peer, connections in self._connections.items()}
+        return self._connections.views()
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
         """See ports.Swarm."""
@@ -447,19 +404,13 @@ class MemorySwarm:
 
     def gained(self, peer_id: PeerId, connection: _Connection) -> None:
         """A connection is a member's."""
-        self._connections.setdefault(peer_id, []).append(connection)
-        self._announcer.connected(peer_id)
+        self._announcer.tell(peer_id, self._connections.add(connection))
 
     def lost(self, peer_id: PeerId, connection: _Connection) -> None:
         """A connection ended."""
         self._all.pop(connection, None)
         self.gate.over(connection.passages[self.peer_id])
-        connections = self._connections.get(peer_id, [])
-        if connection in connections:
-            connections.remove(connection)
-            if not connections:
-                del self._connections[peer_id]
-                self._announcer.disconnected(peer_id)
+        self._announcer.tell(peer_id, self._connections.remove(connection))
 
     def close(self) -> None:
         """End every connection, for good; idempotent."""

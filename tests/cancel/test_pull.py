@@ -18,7 +18,7 @@ async def left_nothing(asker: SitePeer, holder: SitePeer, idle_tasks: int) -> No
     assert asker.store.blobs.open_partials == set()
     assert asker.pulls.partials() == ()
     assert not asker.pulls._jobs
-    assert all(c.opened[asker.peer_id] == 0 for c in asker.swarm._connections[holder.peer_id])
+    assert all(c.opened[asker.peer_id] == 0 for c in asker.swarm._connections.of(holder.peer_id))
 
 
 async def test_a_pull_left_at_any_moment_leaves_nothing_and_the_next_one_goes_on(autojump_clock: Clock) -> None:

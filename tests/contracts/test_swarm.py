@@ -13,9 +13,10 @@ from meshmax.base.errors import Busy, ConnectError, PeerGone, RemoteProtocolErro
 from meshmax.base.ids import PeerId
 from meshmax.net import limits
 from meshmax.net.swarm import open_swarm
-from meshmax.ports import Admission, Stream, Swarm
+from meshmax.net.tcp import TcpTransport
+from meshmax.ports import Admission, ByteStream, Stream, Swarm
 from meshmax.testing.memory_swarm import MemoryNetwork, SeededSigner
-from meshmax.testing.memory_transport import MemoryTransport
+from meshmax.testing.memory_transport import MemoryTransport, MemoryWires
 from meshmax.testing.sim_network import SimNetwork
 
 ECHO = "/meshmax/echo/1.0.0"
@@ -30,12 +31,26 @@ class Lan(Protocol):
 
     async def send_garbage(self, address: str, data: bytes) -> None: ...
 
+    async def pair(self) -> tuple[ByteStream, ByteStream]:
+        """The two ends of one connection on which nothing was said yet."""
+        ...
+
+
+async def _pair(wires: MemoryWires) -> tuple[ByteStream, ByteStream]:
+    near, far = wires.attach(), wires.attach()
+    listener = await far.listen(far.ip, 0)
+    leading = await near.connect(*listener.local)
+    following = await listener.accept()
+    listener.close()
+    return leading, following
+
 
 class MemoryLan:
     dead = "/memory/9999"
 
     def __init__(self) -> None:
         self.network = MemoryNetwork()
+        self.wires = MemoryWires()
 
     def open(
         self, seed: int, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
@@ -44,6 +59,9 @@ class MemoryLan:
 
     async def send_garbage(self, address: str, data: bytes) -> None:
         await trio.lowlevel.checkpoint()
+
+    async def pair(self) -> tuple[ByteStream, ByteStream]:
+        return await _pair(self.wires)
 
 
 class SimLan:
@@ -60,6 +78,9 @@ class SimLan:
     async def send_garbage(self, address: str, data: bytes) -> None:
         await _send_and_wait(await MemoryTransport(self.network.wires, "10.0.9.9").connect(*_host_port(address)), data)
 
+    async def pair(self) -> tuple[ByteStream, ByteStream]:
+        return await _pair(self.network.wires)
+
 
 class LoopbackLan:
     dead = "/ip4/127.0.0.1/tcp/1"
@@ -72,6 +93,13 @@ class LoopbackLan:
 
     async def send_garbage(self, address: str, data: bytes) -> None:
         await _send_and_wait(await trio.open_tcp_stream(*_host_port(address)), data)
+
+    async def pair(self) -> tuple[ByteStream, ByteStream]:
+        listener = await TcpTransport().listen("127.0.0.1", 0)
+        leading = await TcpTransport().connect(*listener.local)
+        following = await listener.accept()
+        listener.close()
+        return leading, following
 
 
 def _host_port(address: str) -> tuple[str, int]:

@@ -90,7 +90,7 @@ class AttemptRun:
                 nursery.cancel_scope.cancel()
         finally:
             self._nursery = None
-            with trio.move_on_after(LAST_WORD_S, shield=True):
+            with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_S, shield=True):
                 await self._clean(frames)
         assert self.end is not None
         return self.end

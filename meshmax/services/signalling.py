@@ -26,6 +26,7 @@ from meshmax.core.attempt_actions import Action, End, Means
 from meshmax.core.candidates import Screen
 from meshmax.core.signalling import Signalling as Core
 from meshmax.net.addresses import parse_endpoint
+from meshmax.net.interfaces import Interface
 from meshmax.ports import ByteStream, Channels, Puncher, Stream, Swarm
 from meshmax.services.attempt import AttemptRun, Ways
 from meshmax.services.frames import FrameStream
@@ -77,7 +78,7 @@ def _fresh_id() -> bytes:
     return secrets.token_bytes(wire.ATTEMPT_ID_BYTES)
 
 
-def _nothing() -> tuple[str, ...]:
+def _none() -> tuple[Interface, ...]:
     return ()
 
 
@@ -92,15 +93,15 @@ class Signalling:
         standing: Standing,
         *,
         vouches: Vouches,
-        networks: Callable[[], Sequence[str]] = _nothing,
+        interfaces: Callable[[], Sequence[Interface]] = _none,
         turn: Sequence[TurnServer] = (),
         allowed: Callable[[], bool] = _always,
         new_id: Callable[[], bytes] = _fresh_id,
     ) -> None:
-        """``networks``: addresses of our interfaces with their prefixes (``192.168.1.5/24``); ``allowed``: in a private mesh?"""
+        """``interfaces``: ours, as they are now; may raise OSError. ``allowed``: are we in a private mesh?"""
         self.on_lane_stream: Callable[[ByteStream], Awaitable[None]] | None = None  # None: lanes are declined
         self._swarm, self._puncher, self._channels = swarm, puncher, channels
-        self._standing, self._vouches, self._networks = standing, vouches, networks
+        self._standing, self._vouches, self._interfaces = standing, vouches, interfaces
         self._turn, self._allowed = tuple(turn), allowed
         self._core = Core(swarm.peer_id, new_id)
         self._runs: dict[bytes, AttemptRun] = {}
@@ -246,14 +247,17 @@ class Signalling:
         return lambda answer: self._screen(peer_id, answer.vouchers)
 
     def _screen(self, peer_id: PeerId, vouchers: Sequence[Signed]) -> Screen:
-        networks = tuple(self._networks())
+        try:
+            interfaces = tuple(self._interfaces())
+        except OSError:
+            interfaces = ()  # then private candidates need an external address in common
         view = self._swarm.connections().get(peer_id)
         connected = _ip_of(view.address) if view is not None and view.path != "relay" else ""
         return Screen(
             vouched=lambda ip: self._vouches(peer_id, ip, vouchers),
             connected=frozenset({connected} - {""}),
-            subnets=networks,
-            own=frozenset(str(ipaddress.ip_interface(text).ip) for text in networks),
+            subnets=tuple(text for each in interfaces for text in each.networks),
+            own=frozenset(ip for each in interfaces for ip in each.ips),
             external=frozenset(self._standing.view.external_ips),
             relays=frozenset(server_ip for server in self._turn if (server_ip := _turn_ip(server))),
         )

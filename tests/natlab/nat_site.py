@@ -26,7 +26,7 @@ from tests.natlab.lab import Host, Lab
 from tests.natlab.nat_lab import NETWORK, ONE_WAY_MS, Internet, NatKind, Router, open_internet
 from tests.natlab.site import CONTROL_PORT, Site
 
-Place = Literal["public"] | NatKind
+Place = NatKind | Literal["public"]
 PLACES: Final[tuple[Place, ...]] = ("public", "full", "addr", "port", "sym", "noudp", "corp")
 POINTS: Final = ("point1", "point2")
 POINT_PORTS: Final = (CONTROL_PORT, 443)

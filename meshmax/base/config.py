@@ -101,6 +101,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``lan_interfaces`` () is every interface that is up; else addresses of the interfaces that mDNS may use.
     ``bootstrap``: multiaddrs with /p2p of bootstrap nodes, where peers of one mesh meet.
     ``bootstrap_list``: a YAML file with more of them, under the same key.
+    ``stun``: HOST:PORT of STUN servers that are asked besides the bootstrap nodes, such as public ones.
     ``upstreams``: registries that are asked for models that no peer has (base.upstreams); ``offline``: none of them, ever.
     ``heartbeat_s``, ``heartbeat_timeout_s``: the status protocol; a peer silent for the timeout is gone.
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
@@ -124,6 +125,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     join: tuple[str, ...] = ()
     bootstrap: tuple[str, ...] = ()
     bootstrap_list: str = ""
+    stun: tuple[str, ...] = ()
     models: str = ""
     token: str = ""
     origins: tuple[str, ...] = ()

@@ -25,10 +25,13 @@ from meshmax.base.membership import OPEN_MESH
 from meshmax.net.addresses import allow_any
 from meshmax.net.datagrams import open_datagrams
 from meshmax.net.dht import open_dht
+from meshmax.net.knock import knock
 from meshmax.net.observer import open_observer
 from meshmax.net.swarm import open_swarm
-from meshmax.node.serving import Answer, Bound, OpenObserver, Serving, open_serving, with_udp_port
+from meshmax.node.serving import Answer, Bound, OpenObserver, Serving, open_serving, reach_of, with_udp_port
 from meshmax.ports import Admission, Datagrams, Signer, Swarm
+from meshmax.services.look_back import Knock, knock_nowhere
+from meshmax.services.observe import Attest
 from meshmax.services.strangers import NoMesh
 from meshmax.store.dht_file import load_dht, save_dht
 from meshmax.store.home import Home, open_home
@@ -61,6 +64,7 @@ class BootstrapWorld:
     random: Any  # randbytes and random, as random.SystemRandom
     unix_now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic
+    knock: Knock = knock_nowhere
 
 
 @dataclass
@@ -98,7 +102,16 @@ async def open_bootstrap(config: Config, world: BootstrapWorld | None = None) ->
         datagrams = await enter(world.open_datagrams(with_udp_port(config, swarm)))
         await enter(_open_dht(home, identity, datagrams, world))
         opened = open_serving(
-            config, config.serve, swarm, datagrams, world.open_observer, world.clock, world.unix_now, besides=("dht",)
+            config,
+            config.serve,
+            swarm,
+            datagrams,
+            world.open_observer,
+            world.clock,
+            world.unix_now,
+            besides=("dht",),
+            attest=Attest(identity, world.unix_now),
+            reach=reach_of(world.clock, world.knock, datagrams),
         )
         serving = await enter(opened)
         yield BootstrapNode(config, home, swarm, serving, world.unix_now())
@@ -136,7 +149,7 @@ async def _open_dht(home: Home, signer: Signer, datagrams: Datagrams, world: Boo
 
 def real_bootstrap_world() -> BootstrapWorld:
     """TCP, UDP, the system's clock."""
-    return BootstrapWorld(_open_swarm, _open_datagrams, _open_observer, SystemRandom())
+    return BootstrapWorld(_open_swarm, _open_datagrams, _open_observer, SystemRandom(), knock=knock)
 
 
 def _listen(config: Config) -> list[tuple[str, int]]:

@@ -15,8 +15,10 @@ import msgspec
 
 from meshmax.base.config import DEFAULT_DHT_PORT, Config, ServeConfig
 from meshmax.base.errors import ConfigError
+from meshmax.net.udp_probe import send_from_other_port
 from meshmax.ports import Datagrams, Swarm
-from meshmax.services.observe import ObserveServer
+from meshmax.services.look_back import Knock
+from meshmax.services.observe import Attest, ObserveServer, Reach
 from meshmax.services.relay_server import open_relay_server
 from meshmax.services.rendezvous_server import open_rendezvous_server
 from meshmax.services.stun_server import StunServer
@@ -62,10 +64,12 @@ async def open_serving(
     clock: Callable[[], float],
     unix_now: Callable[[], float],
     besides: tuple[str, ...] = (),
+    attest: Attest | None = None,
+    reach: Reach | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve what is ``wanted`` until the block ends. Raises ConfigError: a port is not to be had.
 
-    ``besides``: what the caller serves, of which who asks is told, too.
+    ``besides``: what the caller serves, of which who asks is told, too. ``attest``, ``reach``: see services.observe.
     """
     async with AsyncExitStack() as stack:
         stun = StunServer(clock)
@@ -87,7 +91,7 @@ async def open_serving(
             await stack.enter_async_context(open_relay_server(swarm, unix_now))
             services.append("relay")
         if services or udp_port:  # its number may be needed even by who wants nothing else
-            ObserveServer(udp_port, observer_port, tuple(services)).register(swarm)
+            ObserveServer(udp_port, observer_port, tuple(services), attest, reach).register(swarm)
         yield Serving(tuple(services), udp_port, observer_port)
 
 
@@ -109,10 +113,27 @@ async def open_node_serving(node: Node) -> AsyncIterator[None]:
                     raise
                 _log.warning("no UDP port: going on without", error=error.message)
         opened = open_serving(
-            config, config.serve, node.swarm, node.datagrams, world.open_observer, world.clock, world.unix_now
+            config,
+            config.serve,
+            node.swarm,
+            node.datagrams,
+            world.open_observer,
+            world.clock,
+            world.unix_now,
+            attest=Attest(node.signer, world.unix_now),
+            reach=reach_of(world.clock, world.knock, node.datagrams),
         )
         node.serving = await stack.enter_async_context(opened)
         yield
+
+
+def reach_of(clock: Callable[[], float], knock: Knock, datagrams: Datagrams | None) -> Reach:
+    """How a node tries the ports of those who ask how they are seen."""
+
+    def send_other(data: bytes, to: tuple[str, int]) -> bool:
+        return datagrams is not None and send_from_other_port(datagrams.addresses, data, to)
+
+    return Reach(clock, knock, datagrams, send_other)
 
 
 def with_udp_port(config: Config, swarm: Swarm) -> Config:

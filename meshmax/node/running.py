@@ -39,6 +39,7 @@ from meshmax.services.network_watch import NetworkWatch
 from meshmax.services.presence import PresenceService
 from meshmax.services.pull import PartialModel
 from meshmax.services.pull_world import Seek, seek_nowhere
+from meshmax.services.reachability import ReachabilityService
 from meshmax.services.rendezvous import Rendezvous
 from meshmax.services.repositories import Repositories
 from meshmax.services.residency import ModelResidency
@@ -79,6 +80,7 @@ class Node:
         self.network: NetworkWatch
         self.ladder: Ladder
         self.rendezvous: Rendezvous
+        self.reachability: ReachabilityService
         self.doctor: Doctor
         self.lane_port = 0  # 0: no lanes are taken
         self.residency: ModelResidency

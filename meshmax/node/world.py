@@ -29,11 +29,12 @@ from meshmax.net.knock import knock
 from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
 from meshmax.net.observer import open_observer
+from meshmax.net.probes import SocketProbes
 from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.node.serving import Answer, Bound, OpenObserver
-from meshmax.ports import Channels, Datagrams, Discovery, Engine, Lanes, Puncher, RunSync, Swarm
+from meshmax.ports import Channels, Datagrams, Discovery, Engine, Lanes, Probes, Puncher, RunSync, Swarm
 from meshmax.services.look_back import Knock, knock_nowhere
 from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
@@ -65,6 +66,7 @@ class World:
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
     addresses: Callable[[], Sequence[str]] = tuple  # of running interfaces; none ever: the network never changes
     knock: Knock = knock_nowhere
+    probes: Probes | None = None  # None: no ports from which observers are asked what our NAT does
     puncher: Puncher | None = None  # None: no simultaneous open
     open_channels: Callable[[], AbstractAsyncContextManager[Channels]] | None = None  # None: no ICE
 
@@ -85,6 +87,7 @@ def real_world() -> World:
         _open_observer,
         addresses=running_addresses,
         knock=knock,
+        probes=SocketProbes(),
         open_channels=partial(open_channels, running_addresses),
     )
 

@@ -20,6 +20,7 @@ class Interface(msgspec.Struct, frozen=True):
     index: int
     ips: tuple[str, ...]
     multicast: bool = True
+    networks: tuple[str, ...] = ()  # of its addresses, as CIDR
 
     @property
     def loopback(self) -> bool:
@@ -51,8 +52,16 @@ def running_interfaces() -> tuple[Interface, ...]:
         ips = tuple(str(entry.ip if isinstance(entry.ip, str) else entry.ip[0]) for entry in adapter.ips)
         if (facts is not None and not facts.isup) or not ips:
             continue
+        networks = (f"{ip}/{entry.network_prefix}" for ip, entry in zip(ips, adapter.ips, strict=True))
+        cidr = (str(ipaddress.ip_network(text, strict=False)) for text in networks)
         before = found.get(name, Interface(name, int(adapter.index or 0), ()))
-        found[name] = Interface(name, before.index, tuple(dict.fromkeys((*before.ips, *ips))), _multicast(facts))
+        found[name] = Interface(
+            name,
+            before.index,
+            tuple(dict.fromkeys((*before.ips, *ips))),
+            _multicast(facts),
+            tuple(dict.fromkeys((*before.networks, *cidr))),
+        )
     return tuple(found.values())
 
 

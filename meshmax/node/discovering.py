@@ -79,6 +79,7 @@ def make_provider_search(node: Node) -> ProviderSearch:
         lambda: node.dht.mesh,
         node.world.random,
         lambda: node.presence.farther(),  # noqa: PLW0108  presence may be opened later
+        node.traversal.connector.connect,
     )
 
 

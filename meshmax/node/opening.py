@@ -188,9 +188,11 @@ class _Opening:
                 world.random,
                 StatusSequence(load_sequence(node.home.path)),
                 self._keep_sequence,
+                node.traversal.connector.connect,
             )
         )
         node.network.watch(node.presence.on_network_change)
+        node.presence.watch(node.traversal.connector.on_news)
         follow_mesh(node, self.first_seen)
         await self.enter(open_node_dht(node))
         await self.enter(open_announcing(node))

@@ -22,7 +22,7 @@ from meshmax.core.backoff import Random
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
-from meshmax.net.addresses import allow_any, is_lan_address, running_addresses
+from meshmax.net.addresses import allow_any, is_lan_address, running_addresses, running_networks
 from meshmax.net.datagrams import open_datagrams
 from meshmax.net.ice import open_channels
 from meshmax.net.knock import knock
@@ -65,6 +65,7 @@ class World:
     open_observer: OpenObserver | None = None
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
     addresses: Callable[[], Sequence[str]] = tuple  # of running interfaces; none ever: the network never changes
+    networks: Callable[[], Sequence[str]] = tuple  # of running interfaces, as CIDR
     knock: Knock = knock_nowhere
     probes: Probes | None = None  # None: no ports from which observers are asked what our NAT does
     puncher: Puncher | None = None  # None: no simultaneous open
@@ -86,6 +87,7 @@ def real_world() -> World:
         _open_datagrams,
         _open_observer,
         addresses=running_addresses,
+        networks=running_networks,
         knock=knock,
         probes=SocketProbes(),
         open_channels=partial(open_channels, running_addresses),

@@ -89,10 +89,10 @@ class Relays(Protocol):
         """Circuit multiaddrs by which members reach us over them, each ending in /p2p-circuit/p2p/<our PeerId>."""
         ...
 
-    async def connect(self, peer_id: PeerId, relay: PeerId | str) -> None:
-        """Connect to a member over a relay: its PeerId where we know how to reach it, or a circuit multiaddr.
+    async def connect(self, peer_id: PeerId, relay: PeerId | str, *, guest: bool = False) -> None:
+        """Connect to a peer over a relay: its PeerId where we know how to reach it, or a circuit multiaddr.
 
-        Returns once the connection is admitted. Raises ConnectError, NotAMember. Deadlines are the caller's.
+        ``guest`` as in `Swarm.dial`. Returns once the connection is admitted. Raises ConnectError, NotAMember. Deadlines are the caller's.
         """
         ...
 

@@ -64,7 +64,7 @@ class PresenceService:
         connect: Connect | None = None,
     ) -> None:
         self._swarm = swarm
-        self._connect: Connect = connect or swarm.dial
+        self._connect = connect
         self._signer = signer
         self._config = config
         self._unix_now = unix_now
@@ -211,7 +211,7 @@ class PresenceService:
         attempts: tuple[tuple[str, str, str], ...] = ()
         with trio.move_on_after(DIAL_DEADLINE_S):
             try:
-                await self._connect(dial.peer_id, dial.addresses)
+                await (self._connect or self._swarm.dial)(dial.peer_id, dial.addresses)
             except NotAMember as error:
                 why, refused = error.message, True
             except MeshmaxError as error:

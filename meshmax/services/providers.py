@@ -8,7 +8,7 @@ silent, what is known of the neighbours' neighbours still finds. Not here: what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Final
 
@@ -37,7 +37,10 @@ _log = get_logger("providers")
 
 
 class ProviderSearch:
-    """``dht`` None: there is none now. ``farther``: peers that are no neighbours, as neighbours tell of them."""
+    """``dht`` None: there is none now. ``farther``: peers that are no neighbours, as neighbours tell of them.
+
+    ``connect``: how they are connected to, if not by dialling alone (services.connector).
+    """
 
     def __init__(
         self,
@@ -46,9 +49,10 @@ class ProviderSearch:
         mesh: Callable[[], MeshId],
         random: Random,
         farther: Callable[[], Iterable[PeerView]] = tuple,
+        connect: Callable[[PeerId, Sequence[str]], Awaitable[None]] | None = None,
     ) -> None:
         self._swarm, self._dht, self._mesh, self._random = swarm, dht, mesh, random
-        self._farther = farther
+        self._farther, self._connect = farther, connect
 
     async def seek(self, name: str, found: Callable[[], bool]) -> bool:
         """Connect to providers of ``name`` (or NAME@DIGEST with the whole digest) until ``found()``; whether it is so.
@@ -96,7 +100,7 @@ class ProviderSearch:
     async def _dial(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
         with trio.move_on_after(DIAL_S):
             try:
-                await self._swarm.dial(peer_id, addresses)
+                await (self._connect or self._swarm.dial)(peer_id, addresses)
             except MeshmaxError as error:
                 _log.info("provider not reached", peer=peer_id, why=error.message)
 

@@ -181,10 +181,10 @@ class Attempt:
         if self.ended or len(self._found) >= MAX_FOUND:
             return [Drop(self.id, number)]
         at_s = now
-        if self.lead:
-            at_s += HEAD_START_S * len(self._found)
-            if method == "punch-udp" and not self._found and self._state["punch-tcp"] not in ("off", "over"):
-                at_s += HEAD_START_S
+        if self.lead:  # TCP never waits for UDP, which moves a hundredth as much
+            waits_for = [each for each in self._found.values() if method == "punch-udp" or each == method]
+            tcp_may_come = method == "punch-udp" and self._state["punch-tcp"] not in ("off", "over")
+            at_s += HEAD_START_S * (len(waits_for) or int(tcp_may_come))
         self._found[number] = method
         self._due[f"adopt {number}"] = at_s + ADOPT_S
         return [Adopt(self.id, number, "out" if self.lead else "in", at_s)]

@@ -1,0 +1,204 @@
+"""Better paths between peers of the in-memory network, by ports and channels that meet as the test says; in virtual time."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.errors import ConnectError
+from meshmax.base.ids import PeerId
+from meshmax.base.model import Signed
+from meshmax.base.reachability import Reachability
+from meshmax.base.traversal import TurnServer
+from meshmax.ports import ByteStream
+from meshmax.services.signalling import Signalling
+from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
+from meshmax.testing.memory_traversal import MemoryNats
+
+RELAYED = "/ip4/198.51.100.9/tcp/1/p2p/R/p2p-circuit"
+IPS = ("198.51.100.1", "198.51.100.2")
+
+
+class Standing:
+    view = Reachability()
+    udp_blocked = False
+    stun: tuple[tuple[str, int], ...] = (("198.51.100.9", 3478),)
+    tcp_observers: tuple[tuple[str, int], ...] = (("198.51.100.9", 443),)
+    vouchers: tuple[Signed, ...] = ()
+
+
+class Side:
+    def __init__(self, swarm: MemorySwarm, nats: MemoryNats, ip: str, turn: tuple[TurnServer, ...]) -> None:
+        self.swarm, self.standing, self.paths = swarm, Standing(), nats.side(ip)
+        self.lanes: list[ByteStream] = []
+        self.allowed = True
+        self.signalling = Signalling(
+            swarm, self.paths, self.paths, self.standing, vouches=self.vouches, turn=turn, allowed=lambda: self.allowed
+        )
+        self.signalling.on_lane_stream = self.take
+
+    def vouches(self, peer_id: PeerId, ip: str, vouchers: Sequence[Signed]) -> bool:
+        return ip in IPS
+
+    async def take(self, stream: ByteStream) -> None:
+        self.lanes.append(stream)
+
+    @property
+    def path(self) -> list[str]:
+        return [view.path for view in self.swarm.connections().values()]
+
+
+@asynccontextmanager
+async def two(nats: MemoryNats, turn: tuple[TurnServer, ...] = ()) -> AsyncIterator[tuple[Side, Side]]:
+    """Connected over a relay, the first of them with the smaller PeerId."""
+    network = MemoryNetwork(latency_s=0.02)
+    async with network.open_swarm(SeededSigner(1)) as one, network.open_swarm(SeededSigner(2)) as other:
+        a, b = sorted((one, other), key=lambda swarm: swarm.peer_id)
+        ours, theirs = nats.pair(("198.51.100.9", 1), ("198.51.100.9", 2))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(b.adopt, theirs, a.peer_id, "in", "relay", RELAYED))
+            await a.adopt(ours, b.peer_id, "out", "relay", RELAYED)
+        sides = Side(a, nats, IPS[0], turn), Side(b, nats, IPS[1], turn)
+        yield sides
+        await trio.sleep(1.0)  # the last word arrives
+        assert nats.open == 0
+        assert not nats.running
+
+
+async def eventually(what: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if what():
+            return
+        await trio.sleep(0.01)
+    raise AssertionError("it did not come true within 30 s")
+
+
+@pytest.mark.parametrize("leader", [0, 1])
+async def test_two_relayed_peers_get_a_path_by_tcp_in_a_few_round_trips(
+    leader: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with two(MemoryNats()) as sides:
+        started = trio.current_time()
+        assert await sides[leader].signalling.traverse(sides[1 - leader].swarm.peer_id) == "punched-tcp"
+        assert trio.current_time() - started < 0.6
+        await eventually(lambda: sides[0].path == sides[1].path == ["punched-tcp"])
+        assert sides[0].paths.observers == [("198.51.100.9", 443)]
+
+
+async def test_where_tcp_does_not_get_through_udp_does(autojump_clock: trio.testing.MockClock) -> None:
+    async with two(MemoryNats(tcp=False)) as (a, b):
+        started = trio.current_time()
+        assert await a.signalling.traverse(b.swarm.peer_id) == "punched-udp"
+        assert trio.current_time() - started < 1.0
+        await eventually(lambda: a.path == b.path == ["punched-udp"])
+        assert next(iter(a.swarm.connections().values())).address.startswith(f"/ip4/{IPS[1]}/udp/4")
+
+
+async def test_where_nothing_gets_through_every_method_is_told_and_the_relay_stays(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with two(MemoryNats(tcp=False, udp=False)) as (a, b):
+        started = trio.current_time()
+        with pytest.raises(ConnectError) as caught:
+            await a.signalling.traverse(b.swarm.peer_id)
+        assert {attempt[0] for attempt in caught.value.attempts} >= {"punch-tcp", "punch-udp"}
+        assert trio.current_time() - started < 6.0
+        assert a.path == b.path == ["relay"]
+
+
+async def test_where_udp_is_blocked_nobody_waits_for_it(autojump_clock: trio.testing.MockClock) -> None:
+    async with two(MemoryNats(tcp=False)) as (a, b):
+        b.standing.udp_blocked = True
+        started = trio.current_time()
+        with pytest.raises(ConnectError, match="the peer has no way over UDP"):
+            await a.signalling.traverse(b.swarm.peer_id)
+        assert trio.current_time() - started < 3.0
+        with pytest.raises(ConnectError, match="UDP does not get out of this network"):
+            await b.signalling.traverse(a.swarm.peer_id)
+
+
+async def test_both_that_want_a_path_at_once_get_the_same_one(autojump_clock: trio.testing.MockClock) -> None:
+    async with two(MemoryNats()) as (a, b):
+        paths = []
+
+        async def want(side: Side, other: Side) -> None:
+            paths.append(await side.signalling.traverse(other.swarm.peer_id))
+
+        async with trio.open_nursery() as nursery:
+            for side, other in ((a, b), (b, a), (a, b)):
+                nursery.start_soon(want, side, other)
+        assert paths == ["punched-tcp"] * 3
+        await eventually(lambda: a.path == b.path == ["punched-tcp"])
+
+
+async def test_who_wants_a_lane_gets_one_end_of_a_connection_and_the_peer_the_other(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with two(MemoryNats()) as (a, b):
+        stream = await a.signalling.open_lane_stream(b.swarm.peer_id)
+        await eventually(lambda: bool(b.lanes))
+        await stream.send_all(b"first bytes of a lane")
+        assert await b.lanes[0].receive_some(100) == b"first bytes of a lane"
+        assert stream.remote[0] == IPS[1]
+        assert a.path == ["relay"]
+        stream.close()
+
+
+async def test_a_lane_does_not_go_over_udp(autojump_clock: trio.testing.MockClock) -> None:
+    async with two(MemoryNats(tcp=False)) as (a, b):
+        with pytest.raises(ConnectError, match="no connection for a lane"):
+            await a.signalling.open_lane_stream(b.swarm.peer_id)
+
+
+async def test_where_nothing_else_works_the_path_goes_by_a_turn_server_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    turn = (TurnServer("turn:198.51.100.9:443?transport=tcp"),)
+    async with two(MemoryNats(tcp=False, udp=False), turn) as (a, b):
+        assert await a.signalling.traverse(b.swarm.peer_id) == "relay"
+        await eventually(lambda: "/udp/" in next(iter(b.swarm.connections().values())).address)
+        with pytest.raises(ConnectError):
+            await a.signalling.traverse(b.swarm.peer_id)
+
+
+async def test_who_stops_wanting_leaves_nothing_behind_on_either_side(autojump_clock: trio.testing.MockClock) -> None:
+    nats = MemoryNats(tcp=False, udp=False)
+    async with two(nats) as (a, b):
+        for after_s in (0.0, 0.03, 0.1, 0.15, 0.2, 0.3, 1.0, 3.0):
+            with trio.move_on_after(after_s) as scope:
+                await a.signalling.traverse(b.swarm.peer_id)
+            assert scope.cancelled_caught
+            await trio.sleep(0.2)
+            assert nats.open == 0
+            await trio.sleep(4.0)
+
+
+async def test_in_the_open_mesh_nothing_is_offered_and_nothing_answered(autojump_clock: trio.testing.MockClock) -> None:
+    async with two(MemoryNats()) as (a, b):
+        b.allowed = False
+        with pytest.raises(ConnectError, match="no way that we have"):
+            await a.signalling.traverse(b.swarm.peer_id)
+        with pytest.raises(ConnectError, match="private meshes only"):
+            await b.signalling.traverse(a.swarm.peer_id)
+
+
+async def test_when_a_network_changes_in_the_middle_the_attempt_begins_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    nats = MemoryNats(tcp=False, udp=False)
+    async with two(nats) as (a, b):
+
+        async def change() -> None:
+            await trio.sleep(1.0)
+            a.signalling.network_changed()
+            await trio.sleep(1.0)
+            b.signalling.network_changed()
+            nats.tcp = True
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(change)
+            assert await a.signalling.traverse(b.swarm.peer_id) == "punched-tcp"
+        await eventually(lambda: a.path == b.path == ["punched-tcp"])

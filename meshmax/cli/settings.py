@@ -190,7 +190,7 @@ def _bounds(meta: msgspec.Meta) -> str:
 
 
 def _check_meaning(config: Config) -> None:
-    for text in (*((config.api,) if config.api else ()), *config.listen):
+    for text in (*((config.api,) if config.api else ()), *config.listen, *config.stun):
         parse_host_port(text)
     parse_upstreams(config.upstreams)
     for text in config.join:

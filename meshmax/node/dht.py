@@ -21,6 +21,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.membership import OPEN_MESH, MeshId
 from meshmax.base.model import Signed
 from meshmax.base.providers import MAX_PROVIDERS, ProviderRecord
+from meshmax.base.reachability import Reachability
 from meshmax.net.addresses import parse_endpoint
 from meshmax.net.dht import KademliaDht, open_dht
 from meshmax.net.dht_protocol import Membership
@@ -137,6 +138,7 @@ class NodeDht:
             mesh,
             random=node.world.random,
             unix_now=node.world.unix_now,
+            client=lambda: is_client(node.traversal.reachability()),
             membership=self._rules(mesh, trusted),
             state=await node.world.run_sync(partial(load_dht, node.home.path, mesh)),
         )
@@ -223,6 +225,14 @@ class NodeDht:
             return True
 
         return Membership(is_member, lambda: seal_chain(mesh, membership.standing.chain), trusted)
+
+
+def is_client(where: Reachability) -> bool:
+    """Whether no table of the DHT should hold us: others tried and could not reach us, or their datagrams would not.
+
+    Who was asked by nobody is taken for reachable, as on a LAN: the nodes that enter it in their tables try by themselves.
+    """
+    return where.state == "private" or where.nat.udp == "blocked"
 
 
 class _Shared:

@@ -75,6 +75,7 @@ class ReachabilityService:
         self._watchers: list[Callable[[], None]] = []
         self._woken = trio.Event()
         self._looking = trio.CancelScope()
+        self._asking: frozenset[PeerId] = frozenset()
         self._told: tuple[Reachability, bool] = (self.view, self.udp_blocked)
 
     # --- what is known -----------------------------------------------------------------------------------------------
@@ -106,6 +107,10 @@ class ReachabilityService:
     def vouchers(self) -> tuple[Signed, ...]:
         """Words of observers on where we come from, of the last hour."""
         return tuple(signed for signed in self._vouchers.values() if self._is_ours(signed))
+
+    def is_asking(self, peer_id: PeerId) -> bool:
+        """Whether a look is going on in which ``peer_id`` is asked: its connection is needed."""
+        return peer_id in self._asking
 
     def watch(self, on_change: Callable[[], None]) -> None:
         """Call ``on_change`` when `view` or `udp_blocked` is another. It must not block, and is kept for ever."""
@@ -172,7 +177,15 @@ class ReachabilityService:
         return bool(self._places() or self._servers or self._neighbours())
 
     async def _look_once(self) -> None:
-        visited = await self._visit_all()
+        whom = self._whom()
+        self._asking = frozenset(whom)
+        try:
+            await self._look_at(whom)
+        finally:
+            self._asking = frozenset()
+
+    async def _look_at(self, whom: Mapping[PeerId, tuple[str, ...]]) -> None:
+        visited = await self._visit_all(whom)
         look = Look(tuple(self._own()), self._control_port(), mappings=tuple(self._mappings()))
         look = msgspec.structs.replace(look, seen=tuple(SeenFrom(e.ip, e.seen_ip) for e in visited if e.seen_ip))
         with trio.move_on_after(MEASURE_S):
@@ -229,7 +242,7 @@ class ReachabilityService:
 
     # --- visits ------------------------------------------------------------------------------------------------------
 
-    async def _visit_all(self) -> list[Observer]:
+    async def _visit_all(self, whom: Mapping[PeerId, tuple[str, ...]]) -> list[Observer]:
         """All that answered within VISIT_S, and within LATE_S of the first."""
         found: list[Observer] = []
         with trio.move_on_after(VISIT_S) as waiting:
@@ -241,7 +254,7 @@ class ReachabilityService:
                     waiting.deadline = min(waiting.deadline, trio.current_time() + LATE_S)
 
             async with trio.open_nursery() as nursery:
-                for peer_id, addresses in self._whom().items():
+                for peer_id, addresses in whom.items():
                     nursery.start_soon(visit, peer_id, addresses)
         return found
 

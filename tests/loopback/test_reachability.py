@@ -1,0 +1,82 @@
+"""Where we stand, asked of real bootstrap nodes over real sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshmax.base.config import Config, ServeConfig
+from meshmax.core.rendezvous import bootstrap_nodes
+from meshmax.net.probes import SocketProbes
+from meshmax.net.swarm import LibrarySwarm, open_swarm
+from meshmax.node.bootstrap import BootstrapNode, open_bootstrap
+from meshmax.node.whereabouts import control_port_of
+from meshmax.services.reachability import ReachabilityService, open_reachability
+from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.wire.voucher import vouches
+
+pytestmark = pytest.mark.loopback
+
+ALL = ServeConfig(rendezvous=True, stun=True, observer=True, relay=True)
+
+
+@asynccontextmanager
+async def bootstraps(folder: Path, *hosts: str) -> AsyncIterator[list[BootstrapNode]]:
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(
+                open_bootstrap(
+                    Config(home=str(folder / str(n)), listen=(f"{host}:0",), observer_port=0, dht_port=0, serve=ALL)
+                )
+            )
+            for n, host in enumerate(hosts)
+        ]
+
+
+def service(swarm: LibrarySwarm, nodes: list[BootstrapNode], **more: object) -> ReachabilityService:
+    addresses = [address for node in nodes for address in node.addresses]
+    return ReachabilityService(
+        swarm,
+        lambda: bootstrap_nodes(addresses),
+        tuple,
+        lambda: control_port_of(swarm.addresses),
+        time.time,
+        probes=SocketProbes(),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+async def until(what: Callable[[], object]) -> None:
+    with trio.fail_after(20):
+        while not what():
+            await trio.sleep(0.02)
+
+
+async def test_two_bootstrap_nodes_tell_all_there_is_to_know(tmp_path: Path) -> None:
+    async with (
+        bootstraps(tmp_path, "127.0.0.1", "127.0.0.2") as nodes,
+        open_swarm(SeededSigner(1).private_bytes, [("127.0.0.1", 0)]) as swarm,
+        open_reachability(service(swarm, nodes)) as where,
+    ):
+        began = time.monotonic()
+        await until(lambda: where.view.state != "unknown")
+        took_s = time.monotonic() - began
+        view = where.view
+        assert (view.state, view.external_ips) == ("public", ("127.0.0.1",)), view
+        assert view.addresses == (swarm.addresses[0].partition("/p2p/")[0],)
+        assert view.nat.udp == "open"
+        assert view.nat.mapping == view.nat.tcp_mapping == view.nat.filtering == "endpoint-independent"
+        assert "2 observers" in view.why
+        assert {ip for ip, _ in where.stun} == {"127.0.0.1", "127.0.0.2"}
+        assert {port for _, port in where.tcp_observers} == {node.serving.observer_port for node in nodes}
+        known = {node.peer_id for node in nodes}
+        assert {signed.signer for signed in where.vouchers} == known
+        assert vouches(swarm.peer_id, "127.0.0.1", where.vouchers, known, time.time())
+        assert not where.udp_blocked
+        assert took_s < 5
+        print(f"known after {took_s:.2f} s")

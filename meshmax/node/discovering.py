@@ -118,5 +118,6 @@ def _rendezvous(node: Node) -> Rendezvous:
         lambda: node.membership.mesh,
         node.world.unix_now,
         node.world.random,
+        in_use=node.traversal.uses,
         none="no bootstrap node is configured (--bootstrap), nor was one named by the ticket",
     )

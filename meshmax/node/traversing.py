@@ -51,6 +51,11 @@ class Traversal:
         """Where we stand now."""
         return self.where.view if self.where is not None else UNKNOWN
 
+    def uses(self, peer_id: PeerId) -> bool:
+        """Whether a guest's connection to ``peer_id`` is in use here, so that nobody else should end it."""
+        asking = self.where is not None and self.where.is_asking(peer_id)
+        return asking or (self.relays is not None and peer_id in self.relays.relays)
+
     def told_addresses(self) -> tuple[str, ...]:
         """Our addresses as others may know them and pass them on, with /p2p, at most MAX_ADDRESSES."""
         own = self._node.swarm.addresses

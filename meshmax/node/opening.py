@@ -36,6 +36,7 @@ from meshmax.node.serving import open_node_serving
 from meshmax.node.traversing import open_traversal
 from meshmax.node.visiting import make_doctor
 from meshmax.node.world import World, real_world
+from meshmax.ports import Lanes
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.bundle_source import LocalSources
@@ -115,6 +116,7 @@ class _Opening:
         self.kept = Kept(node.home.path, node.world.unix_now)
         self.outflow, self.offers = Outflow(partial(_owner, node)), Offers(node.world.clock)
         self.throttle = node.limits.throttle
+        self.lanes: Lanes | None = None
         self.opener: LaneOpener | None = None
 
     async def run(self) -> None:
@@ -157,7 +159,9 @@ class _Opening:
         """Protocols are served before anybody can know our address, so that no early peer is refused."""
         node, world, store = self.node, self.world, self.store
         if world.open_lanes is not None and self.config.lanes_per_peer:
-            lanes = await self.enter(world.open_lanes(self.config, node.peer_id, allow_of(node.membership)))
+            lanes = self.lanes = await self.enter(
+                world.open_lanes(self.config, node.peer_id, allow_of(node.membership))
+            )
             lane_server = LaneServer(store.blobs, lanes, self.outflow, self.offers, self.throttle)
             await self.enter(open_lane_server(lane_server, node.swarm, lanes))
             self.opener = LaneOpener(node.swarm, lanes, self.config.lanes_per_peer)
@@ -176,6 +180,8 @@ class _Opening:
         await self.enter(open_node_serving(node))
         await self.enter(open_discovery(node))
         await self.enter(open_traversal(node))
+        if (signals := node.traversal.signals) and self.lanes and self.opener:
+            signals.on_lane_stream, self.opener.signalled = self.lanes.take, signals.open_lane_stream
         node.doctor = make_doctor(node)
         node.presence = await self.enter(
             open_presence(

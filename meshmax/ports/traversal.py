@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -102,11 +102,23 @@ class Relays(Protocol):
 
 
 class Signals(Protocol):
-    """Attempts at a better path to a peer with whom there is a connection."""
+    """Attempts at a better path to a peer with whom there is a connection.
+
+    ``on_lane_stream`` gets our end of each connection that a peer opened for a lane, and owns it; None: there are no lanes.
+    """
+
+    on_lane_stream: Callable[[ByteStream], Awaitable[None]] | None
 
     async def traverse(self, peer_id: PeerId) -> Path:
         """One attempt, every method side by side; the path that was made and adopted. Raises ConnectError with each that failed.
 
         It has deadlines of its own (base.traversal). Cancelling it ends the attempt on both sides.
+        """
+        ...
+
+    async def open_lane_stream(self, peer_id: PeerId) -> ByteStream:
+        """A TCP connection to the peer for a lane, whose `on_lane_stream` gets the other end; the lane proves whose it is.
+
+        It has deadlines of its own. Raises ConnectError, Busy.
         """
         ...

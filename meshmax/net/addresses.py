@@ -133,13 +133,6 @@ def running_addresses() -> tuple[str, ...]:
     return tuple(sorted({ip for interface in some for ip in interface.ips if interface.bare or not is_zoned(ip)}))
 
 
-def running_networks() -> tuple[str, ...]:
-    """The networks of `running_addresses` as CIDR, sorted, without link-local ones. Raises OSError."""
-    interfaces = [interface for interface in running_interfaces() if not interface.loopback]
-    found = {text for interface in interfaces for text in interface.networks}
-    return tuple(sorted(text for text in found if not ipaddress.ip_network(text).is_link_local))
-
-
 def concrete_addresses(host: str, interfaces: list[str]) -> list[str]:
     """The addresses at which somebody who bound ``host`` can be reached: itself, or every interface for 0.0.0.0 and ::.
 

@@ -7,27 +7,24 @@ before presence, which dials by the connector. Not here: decisions (core.reachab
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
-from meshmax.base.ids import PeerId
 from meshmax.base.membership import OPEN_MESH
 from meshmax.base.reachability import UNKNOWN, Reachability
-from meshmax.base.traversal import PathRecord
-from meshmax.core.dial_plan import Own
 from meshmax.core.own_addresses import told_addresses
-from meshmax.core.path_memory import PathMemory, fingerprint
 from meshmax.net.addresses import is_lan_address, parse_endpoint
+from meshmax.node.connecting import open_node_connector, open_signalling
 from meshmax.node.whereabouts import open_whereabouts
-from meshmax.services.connector import Connector, Ways, open_connector
-from meshmax.store.paths_file import load_paths, save_paths
 
 if TYPE_CHECKING:
+    from meshmax.base.ids import PeerId
     from meshmax.node.running import Node
-    from meshmax.ports import Relays, Signals
+    from meshmax.ports import Relays
+    from meshmax.services.connector import Connector
     from meshmax.services.reachability import ReachabilityService
+    from meshmax.services.signalling import Signalling
 
 
 class Traversal:
@@ -36,7 +33,7 @@ class Traversal:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.relays: Relays | None = None
-        self.signals: Signals | None = None
+        self.signals: Signalling | None = None
         self.where: ReachabilityService | None = None  # where we stand
         self.connector: Connector
         self._told: tuple[str, ...] = ()
@@ -94,51 +91,6 @@ async def open_traversal(node: Node) -> AsyncIterator[None]:
         traversal.watch(traversal.where.look_again)
         if traversal.relays is not None:
             traversal.relays.watch(traversal.changed)
-        traversal.connector = await stack.enter_async_context(_open_connector(node))
+        traversal.signals = await stack.enter_async_context(open_signalling(node, traversal.where))
+        traversal.connector = await stack.enter_async_context(open_node_connector(node))
         yield
-
-
-@asynccontextmanager
-async def _open_connector(node: Node) -> AsyncIterator[Connector]:
-    world, home, traversal = node.world, node.home.path, node.traversal
-
-    async def keep(records: tuple[PathRecord, ...]) -> None:
-        await world.run_sync(partial(save_paths, home, records))
-
-    def own() -> Own:
-        relays = traversal.relays.relays if traversal.relays else ()
-        external = traversal.reachability().external_ips
-        return Own(node.peer_id, node.network.addresses, _networks(node), external, relays)
-
-    def told_by(peer_id: PeerId) -> Sequence[str]:
-        view = node.presence.view(peer_id)
-        return view.status.addresses if view and view.status else ()
-
-    def name_of(peer_id: PeerId) -> str:
-        view = node.presence.view(peer_id)
-        return view.status.name if view and view.status else ""
-
-    ways = Ways(
-        wanted=lambda: traversal.wanted,
-        own=own,
-        network=lambda: fingerprint(_networks(node), traversal.reachability().external_ips),
-        relays=lambda: traversal.relays,
-        signals=lambda: traversal.signals,
-        addresses_of=told_by,
-        name_of=name_of,
-        keep=keep,
-        unix_now=world.unix_now,
-        random=world.random,
-    )
-    memory = PathMemory(load_paths(home), world.unix_now())
-    async with open_connector(node.swarm, ways, memory) as connector:
-        node.network.watch(connector.on_network_change)
-        yield connector
-
-
-def _networks(node: Node) -> tuple[str, ...]:
-    """Those of our interfaces, as CIDR; () where they cannot be told."""
-    try:
-        return tuple(node.world.networks())
-    except OSError:  # an interface that went away in the middle of the look
-        return ()

@@ -22,14 +22,16 @@ from meshmax.core.backoff import Random
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
-from meshmax.net.addresses import allow_any, is_lan_address, running_addresses, running_networks
+from meshmax.net.addresses import allow_any, is_lan_address, running_addresses
 from meshmax.net.datagrams import open_datagrams
 from meshmax.net.ice import open_channels
+from meshmax.net.interfaces import Interface, running_interfaces
 from meshmax.net.knock import knock
 from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
 from meshmax.net.observer import open_observer
 from meshmax.net.probes import SocketProbes
+from meshmax.net.punch import TcpPuncher
 from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
@@ -65,7 +67,7 @@ class World:
     open_observer: OpenObserver | None = None
     clock: Callable[[], float] = time.monotonic  # seconds; read in threads too wherever there are any
     addresses: Callable[[], Sequence[str]] = tuple  # of running interfaces; none ever: the network never changes
-    networks: Callable[[], Sequence[str]] = tuple  # of running interfaces, as CIDR
+    interfaces: Callable[[], Sequence[Interface]] = tuple  # that run
     knock: Knock = knock_nowhere
     probes: Probes | None = None  # None: no ports from which observers are asked what our NAT does
     puncher: Puncher | None = None  # None: no simultaneous open
@@ -87,9 +89,10 @@ def real_world() -> World:
         _open_datagrams,
         _open_observer,
         addresses=running_addresses,
-        networks=running_networks,
+        interfaces=running_interfaces,
         knock=knock,
         probes=SocketProbes(),
+        puncher=TcpPuncher(),
         open_channels=partial(open_channels, running_addresses),
     )
 

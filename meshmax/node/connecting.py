@@ -1,0 +1,118 @@
+"""How a node reaches members (services.connector) and signals for better paths (services.signalling), joined to the rest of it.
+
+Not here: the other parts of getting through NAT, and their order (node.traversing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from meshmax.base.errors import ManifestInvalid
+from meshmax.base.ids import PeerId
+from meshmax.base.model import Signed
+from meshmax.base.status import PeerStatus
+from meshmax.base.traversal import PathRecord
+from meshmax.core.dial_plan import Own
+from meshmax.core.path_memory import PathMemory, fingerprint
+from meshmax.node.bootstrapping import bootstrap_places
+from meshmax.services.connector import Connector, Ways, open_connector
+from meshmax.services.reachability import ReachabilityService
+from meshmax.services.signalling import Signalling
+from meshmax.store.paths_file import load_paths, save_paths
+from meshmax.wire.voucher import verify_voucher
+
+if TYPE_CHECKING:
+    from meshmax.node.running import Node
+
+MAX_VOUCHERS: Final = 8  # looked at for one candidate; two observers are enough
+
+
+@asynccontextmanager
+async def open_signalling(node: Node, where: ReachabilityService) -> AsyncIterator[Signalling | None]:
+    """Signalling of a node, in private meshes; None where there is nothing to signal for."""
+    world = node.world
+    async with AsyncExitStack() as stack:
+        channels = await stack.enter_async_context(world.open_channels()) if world.open_channels else None
+        if channels is None and world.puncher is None:
+            yield None
+            return
+        yield Signalling(
+            node.swarm,
+            world.puncher,
+            channels,
+            where,
+            vouches=partial(_vouches, node),
+            interfaces=world.interfaces,
+            allowed=lambda: node.traversal.wanted,
+        )
+
+
+@asynccontextmanager
+async def open_node_connector(node: Node) -> AsyncIterator[Connector]:
+    """The connector of a node."""
+    world, home, traversal = node.world, node.home.path, node.traversal
+
+    async def keep(records: tuple[PathRecord, ...]) -> None:
+        await world.run_sync(partial(save_paths, home, records))
+
+    def own() -> Own:
+        relays = traversal.relays.relays if traversal.relays else ()
+        external = traversal.reachability().external_ips
+        return Own(node.peer_id, node.network.addresses, _networks(node), external, relays)
+
+    def told_by(peer_id: PeerId) -> Sequence[str]:
+        status = _status_of(node, peer_id)
+        return status.addresses if status else ()
+
+    def name_of(peer_id: PeerId) -> str:
+        status = _status_of(node, peer_id)
+        return status.name if status else ""
+
+    ways = Ways(
+        wanted=lambda: traversal.wanted,
+        own=own,
+        network=lambda: fingerprint(_networks(node), traversal.reachability().external_ips),
+        relays=lambda: traversal.relays,
+        signals=lambda: traversal.signals,
+        addresses_of=told_by,
+        name_of=name_of,
+        keep=keep,
+        unix_now=world.unix_now,
+        random=world.random,
+    )
+    memory = PathMemory(load_paths(home), world.unix_now())
+    async with open_connector(node.swarm, ways, memory) as connector:
+        node.network.watch(connector.on_network_change)
+        yield connector
+
+
+def _networks(node: Node) -> tuple[str, ...]:
+    """Those of our interfaces, as CIDR; () where they cannot be told."""
+    try:
+        interfaces = [each for each in node.world.interfaces() if not (each.loopback or each.bare)]
+        return tuple(dict.fromkeys(text for each in interfaces for text in each.networks))
+    except OSError:  # an interface that went away in the middle of the look
+        return ()
+
+
+def _status_of(node: Node, peer_id: PeerId) -> PeerStatus | None:
+    presence = getattr(node, "presence", None)  # opened later than the connector: peers may come to us before
+    view = presence.view(peer_id) if presence is not None else None
+    return view.status if view else None
+
+
+def _vouches(node: Node, peer_id: PeerId, ip: str, vouchers: Sequence[Signed]) -> bool:
+    """Whether a node that we know says that the peer came to it from ``ip``: a bootstrap node, a relay of ours, a member."""
+    relays = node.traversal.relays.relays if node.traversal.relays else ()
+    known = {*bootstrap_places(node), *relays, *node.swarm.connections()} - {peer_id}
+    for signed in [each for each in vouchers if each.signer in known][:MAX_VOUCHERS]:
+        try:
+            word = verify_voucher(signed, node.now())
+        except ManifestInvalid:
+            continue
+        if (word.peer_id, word.ip) == (peer_id, ip):
+            return True
+    return False

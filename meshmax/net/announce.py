@@ -96,9 +96,9 @@ class Announcer:
         scope = trio.CancelScope()
         self._mailboxes.add(mailbox)
         self._nursery.start_soon(mailbox.pump, sink, scope)
-        try:
-            with source:
+        with source:
+            try:
                 yield source
-        finally:
-            self._mailboxes.discard(mailbox)
-            scope.cancel()
+            finally:
+                self._mailboxes.discard(mailbox)
+                scope.cancel()  # before the channel is closed, which would fail a pump that waits for its reader

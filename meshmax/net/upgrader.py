@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import trio
 
-from meshmax.base.errors import ConnectError, PeerGone
+from meshmax.base.errors import ConnectError
 from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.base.status import Path
 from meshmax.net import library, limits
@@ -50,7 +50,7 @@ class Upgrader:
         self.links: dict[Any, Link] = {}
 
     async def outbound(self, stream: ByteStream, peer_id: PeerId, path: Path = "direct", address: str = "") -> Link:
-        """The link that we began, to exactly ``peer_id``. Raises MeshmaxError and library.failures(). No deadline."""
+        """The link that we began, to exactly ``peer_id``. Raises ConnectError and library.failures(). No deadline."""
         pending = _Pending()
         wire = Wire(stream, pending.end, address)
         self._nursery.start_soon(wire.pump)
@@ -96,7 +96,7 @@ class Upgrader:
         pending: _Pending,
     ) -> Link:
         if wire.cut_off or connection.is_closed:
-            raise PeerGone("the connection was lost as soon as it was made")
+            raise ConnectError("the connection was lost as soon as it was made")
         if sum(link.view.peer_id == peer_id for link in self.links.values()) >= limits.MAX_CONNECTIONS_PER_PEER:
             raise ConnectError("there are too many connections with the peer")
         wire.authenticated()

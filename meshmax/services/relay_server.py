@@ -22,6 +22,7 @@ from meshmax.base.units import KIB
 from meshmax.core.relay import Circuit, Direction, Refusal, Relay, Reservation
 from meshmax.core.subnets import ip_of, source_of
 from meshmax.ports import Stream, Swarm
+from meshmax.services.relay_stream import RelayMessages
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import CIRCUITS, RELAYED
 from meshmax.wire import relay as wire
@@ -50,11 +51,11 @@ class RelayServer:
     def __init__(self, swarm: Swarm, relay: Relay, unix_now: Callable[[], float]) -> None:
         self._swarm, self.relay, self._unix_now = swarm, relay, unix_now
         limits = relay.limits
-        self._limit = wire.Limit(int(limits.duration_s), limits.data_bytes)
+        self._limit = wire.Limit(int(limits.duration_s), limits.data_bytes, limits.rate_bytes_per_s)
 
     async def answer(self, stream: Stream) -> None:
         """Serve one hop stream, to the end of its circuit if it becomes one. Raises PeerGone, RemoteProtocolError."""
-        asking = _Messages(stream)
+        asking = RelayMessages(stream)
         with trio.move_on_after(REQUEST_TIMEOUT_S) as scope:
             request = await _request(asking)
         if scope.cancelled_caught:
@@ -80,7 +81,7 @@ class RelayServer:
         )
         await stream.send_all(reply)
 
-    async def _connect(self, asking: _Messages, subnet: str, target: PeerId) -> None:
+    async def _connect(self, asking: RelayMessages, subnet: str, target: PeerId) -> None:
         stream = asking.stream
         circuit = self.relay.connect(stream.peer, subnet, target, trio.current_time())
         if not isinstance(circuit, Circuit):
@@ -97,7 +98,7 @@ class RelayServer:
             self.relay.close(circuit)
             CIRCUITS.set(self.relay.circuits)
 
-    async def _join(self, circuit: Circuit, asking: _Messages, asked: _Messages) -> None:
+    async def _join(self, circuit: Circuit, asking: RelayMessages, asked: RelayMessages) -> None:
         """The life of a circuit. In order at its end: what was sent last still arrives; else both ends learn of it at once."""
         streams = asked.stream, asking.stream
         in_order = False
@@ -109,7 +110,7 @@ class RelayServer:
                 for stream in streams:
                     await (stream.aclose() if in_order else stream.reset())
 
-    async def _ask_target(self, source: PeerId, target: PeerId) -> _Messages | None:
+    async def _ask_target(self, source: PeerId, target: PeerId) -> RelayMessages | None:
         """The stream to ``target``, which has accepted; None if it did not."""
         stream: Stream | None = None
         accepted = False
@@ -117,7 +118,7 @@ class RelayServer:
             with trio.move_on_after(REQUEST_TIMEOUT_S):
                 stream = await self._swarm.open_stream(target, RELAY_STOP)
                 await stream.send_all(wire.encode_stop_connect(source, self._limit))
-                messages = _Messages(stream)
+                messages = RelayMessages(stream)
                 accepted = wire.parse_stop_status(await messages.receive()) == wire.OK
                 if accepted:
                     return messages
@@ -162,25 +163,7 @@ class RelayServer:
             self.relay.forget(peer_id)
 
 
-class _Messages:
-    """Reads delimited messages, and hands what follows them on."""
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.ahead = b""
-
-    async def receive(self) -> bytes:
-        """The body of the next message. Raises RemoteProtocolError, PeerGone."""
-        while (taken := wire.try_take(self.ahead)) is None:
-            data = await self.stream.receive_some(COPY_BYTES)
-            if not data:
-                raise RemoteProtocolError("the peer ended the stream where a message was due")
-            self.ahead += data
-        body, self.ahead = taken
-        return body
-
-
-async def _request(asking: _Messages) -> wire.Reserve | wire.Connect | None:
+async def _request(asking: RelayMessages) -> wire.Reserve | wire.Connect | None:
     """None: the peer asked for nothing that there is."""
     try:
         return wire.parse_hop_request(await asking.receive())
@@ -188,12 +171,12 @@ async def _request(asking: _Messages) -> wire.Reserve | wire.Connect | None:
         return None
 
 
-async def _carry(circuit: Circuit, asking: _Messages, asked: _Messages) -> bool:
+async def _carry(circuit: Circuit, asking: RelayMessages, asked: RelayMessages) -> bool:
     """Copy both ways until both sides have said that they send no more (True), one breaks, or the circuit is used up."""
     copying = 2
     async with trio.open_nursery() as nursery:
 
-        async def copy(direction: Direction, source: _Messages, sink: Stream) -> None:
+        async def copy(direction: Direction, source: RelayMessages, sink: Stream) -> None:
             nonlocal copying
             if await _copy(circuit, direction, source, sink):
                 await sink.send_eof()
@@ -215,7 +198,7 @@ async def _carry(circuit: Circuit, asking: _Messages, asked: _Messages) -> bool:
     return not copying
 
 
-async def _copy(circuit: Circuit, direction: Direction, source: _Messages, sink: Stream) -> bool:
+async def _copy(circuit: Circuit, direction: Direction, source: RelayMessages, sink: Stream) -> bool:
     """Whether ``source`` came to its end; False: the circuit is used up."""
     data, source.ahead = source.ahead, b""
     while True:

@@ -2,7 +2,9 @@
 
 Each message is protobuf behind its length as a varint, at most MAX_MESSAGE_BYTES. A peer asks its relay to Reserve, another one
 to Connect it with the first; the relay tells the first one with a stop message, and both get a status. Reservations carry no
-voucher, which the specification leaves open. Decided here: bounds. Not here: who is let do what (core.relay).
+voucher, which the specification leaves open. A limit also says how many bytes a second may flow (a field of our own, which
+others pass over), so that who sends can keep below it and nothing queues up on the way. Decided here: bounds. Not here: who is
+let do what (core.relay).
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ UNEXPECTED_MESSAGE: Final = 401
 
 _RESERVE, _CONNECT, _HOP_STATUS = 0, 1, 2
 _STOP_CONNECT, _STOP_STATUS = 0, 1
+_RATE: Final = 100  # our field of Limit
 
 
 class Limit(msgspec.Struct, frozen=True):
-    """What one circuit may carry: seconds in all, bytes in each direction; 0: no limit."""
+    """What one circuit may carry: seconds in all, bytes in each direction; 0: no limit. The rate, each way, 0 where unknown."""
 
     duration_s: int = 0
     data_bytes: int = 0
+    rate_bytes_per_s: int = 0
 
 
 class Reserve(msgspec.Struct, frozen=True):
@@ -173,12 +177,13 @@ def _peer(data: bytes | None) -> PeerId:
 
 
 def _limit(limit: Limit) -> bytes:
-    return number_field(1, limit.duration_s) + number_field(2, limit.data_bytes)
+    told = number_field(1, limit.duration_s) + number_field(2, limit.data_bytes)
+    return told + (number_field(_RATE, limit.rate_bytes_per_s) if limit.rate_bytes_per_s else b"")
 
 
 def _parse_limit(data: bytes | None) -> Limit:
     fields = Fields(data or b"", MAX_FIELDS)
-    return Limit(fields.number(1) or 0, fields.number(2) or 0)
+    return Limit(fields.number(1) or 0, fields.number(2) or 0, fields.number(_RATE) or 0)
 
 
 def _encoded(addresses: Sequence[str]) -> list[bytes]:

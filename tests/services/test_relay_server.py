@@ -129,7 +129,7 @@ async def test_a_reservation_says_until_when_it_holds_and_what_a_circuit_may_car
         b = await here.peer(2)
         status = await here.reserve(b)
         assert status.expires_at_s == pytest.approx(UNIX_S + trio.current_time() + 3600, abs=2)
-        assert status.limit == wire.Limit(1800, 64 << 20)
+        assert status.limit == wire.Limit(1800, 64 << 20, 128 << 10)
 
 
 async def test_what_either_side_says_together_with_its_handshake_is_not_lost(autojump_clock: Any) -> None:
@@ -159,7 +159,7 @@ async def test_the_target_learns_who_asks_and_the_limits(autojump_clock: Any) ->
         a, b = await here.peer(1), await here.peer(2, accept)
         await here.reserve(b)
         await here.circuit(a, b)
-        assert told == [wire.Connect(a.peer_id, wire.Limit(1800, 64 << 20))]
+        assert told == [wire.Connect(a.peer_id, wire.Limit(1800, 64 << 20, 128 << 10))]
 
 
 @pytest.mark.parametrize("target", ["nobody", "itself", "no reservation"])

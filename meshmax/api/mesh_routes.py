@@ -23,6 +23,7 @@ from meshmax.api.exchange import Emit, WorkReply
 from meshmax.api.ollama_routes import delete_model
 from meshmax.api.ollama_words import Name
 from meshmax.api.prompts import Prompts
+from meshmax.api.reach_words import reachability_json
 from meshmax.api.replies import json_reply
 from meshmax.api.stamps import nanoseconds, rfc3339
 from meshmax.api.table import route
@@ -147,7 +148,13 @@ class MeshFace:
                 "discovery": [msgspec.to_builtins(report) for report in node.ladder.reports()],
                 "resources": node.resources(),
                 "problems": [problem for problem in (mesh.problem, node.presence.problem) if problem],
-                "reachability": {"addresses": len(node.swarm.addresses), "lan": node.config.lan},
+                "reachability": {
+                    "addresses": len(node.swarm.addresses),
+                    "lan": node.config.lan,
+                    **reachability_json(
+                        node.reachability.view, udp_blocked=node.reachability.udp_blocked, now_s=trio.current_time()
+                    ),
+                },
             }
         )
 

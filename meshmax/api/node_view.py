@@ -17,6 +17,7 @@ from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
 from meshmax.services.ladder import Ladder
 from meshmax.services.leftovers import Leftovers
+from meshmax.services.reachability import ReachabilityService
 from meshmax.services.throttle import Limits
 
 NodeState = Literal["starting", "running", "draining"]
@@ -78,6 +79,9 @@ class _Services(Protocol):
 
     @property
     def doctor(self) -> Doctor: ...
+
+    @property
+    def reachability(self) -> ReachabilityService: ...
 
     @property
     def leftovers(self) -> Leftovers: ...

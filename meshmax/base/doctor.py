@@ -13,6 +13,7 @@ import msgspec
 from meshmax.base.discovery import RungReport, SeenBy
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import BootstrapSource
+from meshmax.base.reachability import Reachability
 
 Severity = Literal["ok", "warning", "error"]
 PortKind = Literal["control", "lane", "udp"]
@@ -128,6 +129,7 @@ class PeerFacts(msgspec.Struct, frozen=True):
     ``mesh_problem``: what is wrong with our membership, a sentence.
     ``certificate_left_s``: until ours expires, None where there is none. ``copies``: sentences on a second machine that has our
     identity. ``joined``: how many addresses were given by --join; ``given``: how each stands.
+    ``reachability``: as others outside see this peer.
     """
 
     rungs: tuple[RungLook, ...] = ()
@@ -144,6 +146,7 @@ class PeerFacts(msgspec.Struct, frozen=True):
     certificate_left_s: float | None = None
     copies: tuple[str, ...] = ()
     given: tuple[GivenSeen, ...] = ()
+    reachability: Reachability | None = None
 
 
 class Facts(msgspec.Struct, frozen=True):

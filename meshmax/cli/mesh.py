@@ -63,6 +63,15 @@ def _load(node: dict[str, Any], now_s: float) -> str:
     return f"{text}, draining" if node["status"] == "draining" else text
 
 
+_REACH_WORDS: Final = {
+    "private": "not directly",
+    "mapped": "through the router",
+    "public": "yes",
+    "unknown": "not known",
+}
+_NAT_WORDS: Final = {"udp": "UDP", "mapping": "mapping", "filtering": "filtering", "tcp_mapping": "TCP mapping"}
+
+
 def status(*, as_json: AsJson = False, target: Target = HERE) -> None:
     """Show how this peer is: addresses, neighbours, models, resources."""
     with open_client(target) as client:
@@ -89,6 +98,7 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         ("mesh", f"joining '{joining}'" if (joining := state.get("joining")) else state.get("mesh") or "open LAN mesh"),
         ("api", url),
         *(("address" if at == 0 else "", text) for at, text in enumerate(state.get("addresses") or ())),
+        *_reach_lines(state.get("reachability") or {}),
         ("peers", f"{online} online"),
         *_discovery_lines(state.get("discovery") or ()),
         ("models", f"{local} here, {len(models)} in the mesh"),
@@ -97,6 +107,24 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         *_resource_lines(state.get("resources") or {}),
     ]
     return "\n".join(f"{label:<{LABEL_WIDTH}}  {printable(str(text))}".rstrip() for label, text in lines)
+
+
+def _reach_lines(where: dict[str, Any]) -> list[tuple[str, str]]:
+    """How others outside reach this peer, and what its NAT does where one is known; nothing where nobody was asked."""
+    nat, state = where.get("nat") or {}, where.get("state", "unknown")
+    known = [f"{name} {nat[key]}" for key, name in _NAT_WORDS.items() if nat.get(key, "unknown") != "unknown"]
+    lines = (
+        [] if state == "unknown" and not known else [("reachable", f"{_REACH_WORDS.get(state, state)}: {where['why']}")]
+    )
+    if known:
+        lines.append(("nat", ", ".join(known)))
+    lines += [
+        ("mapping", f"{each['protocol']} {each['port']} at {each['external']}, by {each['by']}")
+        for each in where.get("mappings") or ()
+    ]
+    if relays := where.get("relays"):
+        lines.append(("relayed by", ", ".join(relays)))
+    return lines
 
 
 def _discovery_lines(reports: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

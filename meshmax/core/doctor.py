@@ -24,6 +24,7 @@ from meshmax.base.doctor import (
     RefusedPeer,
 )
 from meshmax.base.units import format_bytes
+from meshmax.core.doctor_reach import REACH_CODES, reach_findings
 
 CLOCK_ERROR_S: Final = 300.0  # certificates bear that much (base.membership)
 CLOCK_WARNING_S: Final = 60.0
@@ -42,7 +43,7 @@ CODES: Final = (
     "home_unusable", "identity_unusable", "lane_unreachable",
     "look_back_failed", "loopback_only", "mdns_failing", "mdns_one_way_here", "mdns_one_way_there", "mdns_socket", "membership",
     "nat", "no_bootstrap", "no_multicast", "no_network", "no_peer_running", "other_mesh", "peers_online", "port_taken",
-    "port_unreachable", "refused", "rung_failing", "some_cannot_reach", "udp_lost",
+    "port_unreachable", "refused", "rung_failing", "some_cannot_reach", "udp_lost", *REACH_CODES,
 )  # fmt: skip
 
 _OTHER_MESH: Final = ("different mesh", "another mesh")  # in what is said to a stranger (services.admission)
@@ -139,6 +140,7 @@ def _peer(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     yield from _membership(peer)
     yield from _rungs(peer)
     yield from _clocks(peer.looked_back)
+    yield from reach_findings(peer)
     yield from _ports(peer)
     for told in peer.looked_back:
         yield from _one(told, peer, machine)
@@ -287,7 +289,9 @@ def _clock_off_s(told: LookedBack) -> float:
 
 
 def _ports(peer: PeerFacts) -> Iterator[Finding]:
-    yield from _port(peer, "control", "port_unreachable", "error")
+    where = peer.reachability
+    otherwise = where is not None and (where.relays or where.state in ("public", "mapped"))
+    yield from _port(peer, "control", "port_unreachable", "warning" if otherwise else "error")
     yield from _port(peer, "lane", "lane_unreachable", "warning")
     yield from _port(peer, "udp", "udp_lost", "warning")
 

@@ -81,6 +81,7 @@ class NodePatient:
             mesh_problem=mesh.problem,
             certificate_left_s=None if mesh.expires_at_s is None else mesh.expires_at_s - node.now(),
             copies=(problem,) if problem else (),
+            reachability=node.reachability.view,
         )
 
     async def machine(self) -> MachineFacts:

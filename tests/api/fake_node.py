@@ -23,6 +23,7 @@ from meshmax.base.inference import Ask, Event
 from meshmax.base.membership import OPEN_MESH, SCOPES, MemberView, MeshId, MeshView, Scope, Ticket
 from meshmax.base.model import Haves, Layer, Manifest, ModelDetails, StoredModel
 from meshmax.base.names import parse_name, split_digest
+from meshmax.base.reachability import Reachability
 from meshmax.base.route import Route
 from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
 from meshmax.core.doctor import diagnose
@@ -365,6 +366,7 @@ class FakeNode:
         self.leftovers = FakeLeftovers()
         self.distribution = FakeDistribution()
         self.ladder = FakeLadder()
+        self.reachability = SimpleNamespace(view=Reachability(), udp_blocked=False)
         self.doctor = FakeDoctor()
         self.router = FakeRouter(residency)
         self.residency = residency

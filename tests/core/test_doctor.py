@@ -23,6 +23,7 @@ from meshmax.base.doctor import (
     RungLook,
 )
 from meshmax.base.ids import PeerId
+from meshmax.base.reachability import NatBehaviour, Reachability
 from meshmax.core.doctor import CODES, diagnose, span
 
 B = PeerId("12D3KooWB")
@@ -83,6 +84,7 @@ def not_ok(diagnosis: Diagnosis) -> dict[str, str]:
 
 
 HOURS_3 = 10_800.0
+CARRIER = NatBehaviour("open", "address-and-port-dependent", "address-and-port-dependent", "address-and-port-dependent")
 OTHER = RefusedPeer(B, "/ip4/192.168.1.7/tcp/11435", "the two peers are in different meshes")
 
 CASES: list[tuple[str, Facts, dict[str, str]]] = [
@@ -144,6 +146,22 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("no network, in company", machine(networks=()), {}),
     ("no network, alone", Facts(msgspec.structs.replace(MACHINE, networks=()), alone().peer),
      {"alone": "warning", "no_network": "error"}),
+    ("reached from outside", peer(reachability=Reachability("public", "two say so"), mesh="m"), {}),
+    ("nobody was asked", peer(reachability=Reachability(), bootstrap=()), {}),
+    ("nobody answered", alone(reachability=Reachability()), {"alone": "warning", "reachability_unknown": "warning"}),
+    ("nobody answered, in company", peer(reachability=Reachability()), {}),
+    ("behind a nat, with a relay", peer(reachability=Reachability("private", "dropped", relays=(B,)), mesh="m"), {}),
+    ("behind a nat, without one", peer(reachability=Reachability("private", "dropped"), mesh="m"),
+     {"unreachable": "warning"}),
+    ("behind a nat, in the open mesh", peer(reachability=Reachability("private", "dropped")), {}),
+    ("a port that a relay makes up for", peer(tried("silent"), reachability=Reachability("private", "x", relays=(B,))),
+     {"port_unreachable": "warning"}),
+    ("udp is blocked", peer(reachability=Reachability("public", "x", NatBehaviour(udp="blocked"))), {"udp_blocked": "warning"}),
+    ("a carrier's nat", peer(reachability=Reachability("private", "x", CARRIER, relays=(B,))),
+     {"nat_changes_ports": "warning"}),
+    ("a carrier's nat with a mapping", peer(reachability=Reachability("mapped", "x", CARRIER)), {}),
+    ("a nat that changes udp ports alone",
+     peer(reachability=Reachability("private", "x", msgspec.structs.replace(CARRIER, tcp_mapping="endpoint-independent"))), {}),
     ("port taken", machine(ports=(LocalPort("API", 11434, "Ollama"), LocalPort("peers", 11435))), {}),
 ]  # fmt: skip
 

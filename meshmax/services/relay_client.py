@@ -110,7 +110,6 @@ class RelayClient:
     def look_again(self) -> None:
         """Our network, our mesh, or who may be asked has changed. Cheap, never raises."""
         self._perform(self._reservations.on_network_change(trio.current_time()))
-        self._stir()
 
     def uses(self, peer_id: PeerId) -> bool:
         """Whether the connection to this peer serves us as one to a relay, and must stay."""
@@ -125,7 +124,7 @@ class RelayClient:
             now = trio.current_time()
             if now >= check_s:
                 check_s = now + CHECK_S
-            self._perform(self._reservations.on_candidates(self._candidates(), now))
+            self._act(self._reservations.on_candidates(self._candidates(), now))
             for action in self._circuits.tick(now):
                 self._nursery.start_soon(self._reconnect, action)
             due = [s for s in (self._reservations.deadline(), self._circuits.deadline(), check_s) if s is not None]
@@ -142,6 +141,10 @@ class RelayClient:
         ]
 
     def _perform(self, actions: Sequence[PlaceAction]) -> None:
+        self._act(actions)
+        self._stir()
+
+    def _act(self, actions: Sequence[PlaceAction]) -> None:
         for action in actions:
             match action:
                 case Ask(place=place):
@@ -154,7 +157,6 @@ class RelayClient:
             self._told = told
             for watcher in self._watchers:
                 watcher()
-        self._stir()
 
     def _stir(self) -> None:
         self._wake.set()

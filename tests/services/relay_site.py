@@ -113,7 +113,7 @@ async def echo(stream: Stream) -> None:
 
 @asynccontextmanager
 async def open_site() -> AsyncIterator[RelaySite]:
-    with trio.fail_after(100_000):
+    with trio.fail_after(300):
         async with AsyncExitStack() as stack:
             yield RelaySite(stack)
 

@@ -81,6 +81,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     ``engine`` names what runs models there; a peer with NO_ENGINE stores and routes only. ``instance`` is drawn at each start:
     one PeerId with two of them at once is a copied identity. ``changed`` is the sequence of the issue at which lasting facts
     last changed (`lasting`); what changes all the time (`Vitals`) is told beside it. ``leaving``: the last word before the end.
+    ``relay``: it keeps places for members of its mesh that cannot be reached, and carries connections to them.
     ``udp_port`` takes datagrams of the DHT, 0 if there is none: it may be another one than the control port's number.
     """
 
@@ -103,6 +104,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     changed: int = 0
     leaving: bool = False
     udp_port: int = 0
+    relay: bool = False
 
 
 class Vitals(msgspec.Struct, frozen=True):
@@ -128,7 +130,7 @@ def lasting(status: PeerStatus) -> tuple[object, ...]:
         for model in status.models
     )
     gpus = tuple((gpu.name, gpu.memory_total_bytes) for gpu in status.gpus)
-    facts = (status.name, status.version, status.mesh, status.engine, status.addresses, status.udp_port)
+    facts = (status.name, status.version, status.mesh, status.engine, status.addresses, status.udp_port, status.relay)
     return (*facts, status.load.capacity, status.draining, status.instance, status.leaving, models, gpus)
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Final
 from meshmax.base.errors import ManifestInvalid
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.status import PeerStatus
 from meshmax.base.traversal import PathRecord
 from meshmax.core.dial_plan import Own
 from meshmax.core.path_memory import PathMemory, fingerprint
 from meshmax.node.bootstrapping import bootstrap_places
+from meshmax.node.relaying import status_of
 from meshmax.services.connector import Connector, Ways, open_connector
 from meshmax.services.reachability import ReachabilityService
 from meshmax.services.signalling import Signalling
@@ -64,11 +64,11 @@ async def open_node_connector(node: Node) -> AsyncIterator[Connector]:
         return Own(node.peer_id, node.network.addresses, _networks(node), external, relays)
 
     def told_by(peer_id: PeerId) -> Sequence[str]:
-        status = _status_of(node, peer_id)
+        status = status_of(node, peer_id)
         return status.addresses if status else ()
 
     def name_of(peer_id: PeerId) -> str:
-        status = _status_of(node, peer_id)
+        status = status_of(node, peer_id)
         return status.name if status else ""
 
     ways = Ways(
@@ -96,12 +96,6 @@ def _networks(node: Node) -> tuple[str, ...]:
         return tuple(dict.fromkeys(text for each in interfaces for text in each.networks))
     except OSError:  # an interface that went away in the middle of the look
         return ()
-
-
-def _status_of(node: Node, peer_id: PeerId) -> PeerStatus | None:
-    presence = getattr(node, "presence", None)  # opened later than the connector: peers may come to us before
-    view = presence.view(peer_id) if presence is not None else None
-    return view.status if view else None
 
 
 def _vouches(node: Node, peer_id: PeerId, ip: str, vouchers: Sequence[Signed]) -> bool:

@@ -16,6 +16,7 @@ from meshmax.base.reachability import UNKNOWN, Reachability
 from meshmax.core.own_addresses import told_addresses
 from meshmax.net.addresses import is_lan_address, parse_endpoint
 from meshmax.node.connecting import open_node_connector, open_signalling
+from meshmax.node.relaying import open_relaying
 from meshmax.node.whereabouts import open_whereabouts
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ async def open_traversal(node: Node) -> AsyncIterator[None]:
         traversal.where = node.reachability = await stack.enter_async_context(open_whereabouts(node))
         traversal.where.watch(traversal.changed)
         traversal.watch(traversal.where.look_again)
-        if traversal.relays is not None:
-            traversal.relays.watch(traversal.changed)
+        traversal.relays = await stack.enter_async_context(open_relaying(node))
         traversal.signals = await stack.enter_async_context(open_signalling(node, traversal.where))
         traversal.connector = await stack.enter_async_context(open_node_connector(node))
         yield

@@ -92,14 +92,14 @@ class RelayClient:
         """See ports.Relays."""
         self._watchers.append(on_change)
 
-    async def connect(self, peer_id: PeerId, relay: PeerId | str) -> None:
+    async def connect(self, peer_id: PeerId, relay: PeerId | str, *, guest: bool = False) -> None:
         """See ports.Relays."""
         place = self._place_of(peer_id, relay)
         if peer_id == self._swarm.peer_id or place.peer_id in (peer_id, self._swarm.peer_id):
             raise ConnectError("a relay is a third peer")
         where = f"{(place.addresses or ('',))[0]}/p2p/{place.peer_id}/p2p-circuit"
         try:
-            await self._connect(peer_id, place)
+            await self._connect(peer_id, place, guest)
         except NotAMember:
             raise
         except MeshmaxError as error:
@@ -278,7 +278,7 @@ class RelayClient:
         addresses = dict.fromkeys((address, *(known.addresses if known else ())))
         return RelayPlace(over, tuple(addresses), known.member if known else self._member(over))
 
-    async def _connect(self, peer_id: PeerId, place: RelayPlace) -> None:
+    async def _connect(self, peer_id: PeerId, place: RelayPlace, guest: bool) -> None:
         relay = place.peer_id
         if pause_s := self._circuits.shunned(relay, trio.current_time()):
             raise ConnectError(f"it has cut circuits short again and again; tried again in {pause_s:.0f} s")
@@ -288,7 +288,8 @@ class RelayClient:
         try:
             await self._reach(place)
             messages, limit = await self._ask_for_circuit(peer_id, relay)
-            await self._adopt(self._open(messages, limit, peer_id, "out"), relay, peer_id, "out")
+            byte_stream = self._open(messages, limit, peer_id, "out", renewed=not guest)
+            await self._adopt(byte_stream, relay, peer_id, "out", guest)
         finally:
             self._unuse(relay)
 
@@ -308,10 +309,12 @@ class RelayClient:
                 with trio.CancelScope(shield=True):  # does not block
                     await stream.reset()
 
-    def _open(self, messages: RelayMessages, limit: wire.Limit, peer_id: PeerId, direction: Direction) -> CircuitBytes:
-        """A circuit's byte stream; a task of its own ends its stream after it was closed."""
+    def _open(
+        self, messages: RelayMessages, limit: wire.Limit, peer_id: PeerId, direction: Direction, renewed: bool = True
+    ) -> CircuitBytes:
+        """A circuit's byte stream; a task of its own ends its stream after it was closed. ``renewed``: it is to be kept up."""
         relay = messages.stream.peer
-        life = Life(limit.duration_s, limit.data_bytes)
+        life = Life(limit.duration_s, limit.data_bytes) if renewed else Life()
         circuit = self._circuits.on_opened(peer_id, relay, direction, life, trio.current_time())
 
         def carried(way: Direction, size_bytes: int) -> None:
@@ -335,10 +338,12 @@ class RelayClient:
         self._keep_pinging(relay)
         return byte_stream
 
-    async def _adopt(self, byte_stream: CircuitBytes, relay: PeerId, peer_id: PeerId, direction: Direction) -> None:
+    async def _adopt(
+        self, byte_stream: CircuitBytes, relay: PeerId, peer_id: PeerId, direction: Direction, guest: bool = False
+    ) -> None:
         address = f"{multiaddr_of(*byte_stream.remote)}/p2p/{relay}/p2p-circuit"
         try:
-            await self._swarm.adopt(byte_stream, peer_id, direction, "relay", address)
+            await self._swarm.adopt(byte_stream, peer_id, direction, "relay", address, guest=guest)
         except BaseException:
             byte_stream.close()
             raise

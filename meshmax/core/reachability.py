@@ -1,11 +1,12 @@
 """Where we stand: what follows from what observers saw of us in one look, and when the next look is due.
 
 Observers may err and lie. Rules. Only the farthest ones count: what a machine on our LAN sees says nothing about the internet
-(`scope_of`). Each source (core.subnets) has one voice: what most say holds, of a tie the worse; where one alone was there
-its word counts and ``why`` says so. Mapping and filtering are told as in RFC 5780, 4.3 and 4.4, from one port each: the
-same mapping at two observers' addresses is endpoint-independent; where they differ and nobody was asked at two ports,
-the worse is assumed. Reached at an address of an interface of ours we are public, at another one mapped. What was reached is
-given up after LOSSES looks in a row that say so, CONFIRM_S apart; what was not is reached at once. On another network nothing of
+(`scope_of`). Each source (core.subnets) has one voice on whether we are reached: what most say holds, of a tie the worse; where
+one alone was asked its word counts and ``why`` says so. Mapping and filtering are told as in RFC 5780, 4.3 and 4.4, from one
+port each: the same mapping at most observers' addresses is endpoint-independent; where they differ and nobody was asked at
+two ports, the worse is assumed. Reached at an address of an interface of ours we are public, at another one mapped. What was
+reached is given up after LOSSES looks in a row that say so, CONFIRM_S apart; what was not is reached at once.
+On another network nothing of
 before counts. Not here: asking (services.reachability), remembering networks (store.networks_file).
 """
 
@@ -130,16 +131,15 @@ def judge(look: Look) -> Reachability:
 def mapping_of(seen: Sequence[MappedSeen], own: Sequence[str]) -> Behaviour:
     """RFC 5780, 4.3. ``own``: without loopback, which is ours anyway. Of IPv4 where there is any: IPv6 is seldom translated."""
     seen = [each for each in seen if ":" not in each.observer[0]] or list(seen)
-    as_ours = [each for each in seen if is_own(each.mapped[0], own) and each.mapped[1] == each.local_port]
-    sources = {source_of(each.observer[0]) for each in seen}
-    if sources and len({source_of(each.observer[0]) for each in as_ours}) * 2 > len(sources):
-        return "endpoint-independent"  # nothing is between
-    voices = _voices((each.observer[0], each.mapped) for each in seen)
-    if len(sources) > 1 and max(voices.values()) > 1 and max(voices.values()) * 2 > len(sources):
-        return "endpoint-independent"
     by_ip: dict[str, list[Address]] = {}
     for each in seen:
         by_ip.setdefault(each.observer[0], []).append(each.mapped)
+    as_ours = {e.observer[0] for e in seen if is_own(e.mapped[0], own) and e.mapped[1] == e.local_port}
+    if len(as_ours) * 2 > len(by_ip):
+        return "endpoint-independent"  # nothing is between
+    agreeing = Counter(mapped for each in by_ip.values() for mapped in set(each))
+    if any(count > 1 and count * 2 > len(by_ip) for count in agreeing.values()):
+        return "endpoint-independent"
     twice = [mapped for mapped in by_ip.values() if len(mapped) > 1]
     if any(len(set(mapped)) > 1 for mapped in twice):
         return "address-and-port-dependent"
@@ -210,10 +210,10 @@ def _external_ips(look: Look) -> tuple[str, ...]:
 def _reached(look: Look) -> tuple[ReachState, str, tuple[str, ...]]:
     """The state, why, and the multiaddrs at which most reached us."""
     tried = [each for each in look.dialled if each.outcome != "not_tried"]
-    voices: dict[Address, dict[str, bool]] = {}
+    voices: dict[Address, dict[str, list[bool]]] = {}
     for each in tried:
-        voices.setdefault(each.at, {})[source_of(each.observer)] = each.outcome == "open"
-    reached = [at for at, said in voices.items() if sum(said.values()) * 2 > len(said)]
+        voices.setdefault(each.at, {}).setdefault(source_of(each.observer), []).append(each.outcome == "open")
+    reached = [at for at, said in voices.items() if _most(_most(voice) for voice in said.values())]
     said_by = {source_of(each.observer) for each in tried}
     asked = len(said_by)
     who = "the only observer that was asked" if asked == 1 else f"{asked} observers"
@@ -229,6 +229,11 @@ def _reached(look: Look) -> tuple[ReachState, str, tuple[str, ...]]:
         where = f"we come from {tried[0].at[0]}, no address of this machine" if behind else "something drops it"
         return "private", f"{who} could not connect to us: {where}", ()
     return "unknown", "nobody outside tried to connect to us", ()
+
+
+def _most(words: Iterable[bool]) -> bool:
+    said = list(words)
+    return sum(said) * 2 > len(said)
 
 
 def _multiaddr(at: Address) -> str:

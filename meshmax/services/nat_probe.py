@@ -19,7 +19,6 @@ import trio
 from meshmax.base.errors import MeshmaxError
 from meshmax.base.ids import PeerId
 from meshmax.core.reachability import DialledBack, FilterSeen, MappedSeen
-from meshmax.core.subnets import source_of
 from meshmax.ports import ProbePort, Probes, Swarm
 from meshmax.services.observe import ask_observer
 from meshmax.wire import observe as wire
@@ -105,9 +104,7 @@ async def filtering(swarm: Swarm, probes: Probes, observers: Sequence[Observer])
     if first is None or first.stun is None:
         return FilterSeen()
     elsewhere = [
-        each
-        for each in observers
-        if source_of(each.ip) != source_of(first.ip) and each.seen_ip == first.seen_ip and each.told.udp_port
+        each for each in observers if each.ip != first.ip and each.seen_ip == first.seen_ip and each.told.udp_port
     ]
     try:
         async with probes.open_udp() as port:

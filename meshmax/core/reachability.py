@@ -250,11 +250,11 @@ def _text(at: Address) -> str:
 class Whereabouts:
     """See the module. Times are monotonic seconds."""
 
-    __slots__ = ("_doubts", "_due", "_failed", "_lost", "_own", "_settled", "view")
+    __slots__ = ("_doubts", "_due", "_failed", "_looked", "_lost", "_own", "_settled", "view")
 
     def __init__(self, now: float) -> None:
         self.view: Reachability = UNKNOWN
-        self._due = now
+        self._due = self._looked = now
         self._failed = self._lost = 0  # looks in a row
         self._own: tuple[str, ...] = ()
         self._doubts: dict[PeerId, float] = {}  # neighbours that could not reach us, and when, oldest first
@@ -266,7 +266,7 @@ class Whereabouts:
 
     def on_look(self, look: Look, now: float) -> bool:
         """What a look brought; whether the view is another one now."""
-        before, found = self.view, judge(look)
+        before, found, self._looked = self.view, judge(look), now
         if not look.answered:
             self._failed += 1
             self._due = now + min(RETRY_S[0] * 2 ** min(self._failed - 1, 10), RETRY_S[1])
@@ -306,4 +306,4 @@ class Whereabouts:
         if len(self._doubts) > MAX_DOUBTERS:
             del self._doubts[next(iter(self._doubts))]
         if sum(now - at < LOOK_EVERY_S for at in self._doubts.values()) >= DOUBTS:
-            self._due = min(self._due, max(now, self._due - LOOK_EVERY_S + DOUBT_PAUSE_S))
+            self._due = min(self._due, max(now, self._looked + DOUBT_PAUSE_S))

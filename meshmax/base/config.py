@@ -86,12 +86,14 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``rendezvous``: peers of one mesh find each other here. ``stun``, ``observer``: tell who asks, by UDP and by TCP, from
     which address it comes. ``relay``: carry a little traffic between two peers that cannot reach each other.
+    ``relay_members``: the same for members of our own private mesh only, whenever we can be reached from outside.
     """
 
     rendezvous: bool = False
     stun: bool = False
     observer: bool = False
     relay: bool = False
+    relay_members: bool = True
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -83,6 +83,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     last changed (`lasting`); what changes all the time (`Vitals`) is told beside it. ``leaving``: the last word before the end.
     ``relay``: it keeps places for members of its mesh that cannot be reached, and carries connections to them.
     ``udp_port`` takes datagrams of the DHT, 0 if there is none: it may be another one than the control port's number.
+    ``relay``: it relays for members of its mesh.
     """
 
     peer_id: PeerId

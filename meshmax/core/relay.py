@@ -48,6 +48,17 @@ class RelayLimits(msgspec.Struct, frozen=True):
     idle_s: float = 120.0  # without a byte either way; heartbeats come every few seconds
 
 
+# For members of our own mesh, who are few and known: more for each, and less in all than a whole uplink.
+MEMBERS_LIMITS: Final = RelayLimits(
+    reservations=64,
+    reservations_per_subnet=64,
+    circuits=16,
+    circuits_per_subnet=16,
+    data_bytes=256 * MIB,
+    rate_bytes_per_s=256 * KIB,
+)
+
+
 class Reservation(msgspec.Struct):
     """A place that ``peer_id`` has until ``expires_s``."""
 

@@ -9,6 +9,7 @@ here: who is a candidate (the owner), circuits (core.circuits), streams (service
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
@@ -133,11 +134,10 @@ class Reservations:
         relay.asked, relay.expires_s, relay.retry_s = False, 0.0, now
         return self._next(now)
 
-    def on_network_change(self, now: float) -> list[Action]:
-        """What failed from where we were may work from here."""
+    def on_network_change(self) -> None:
+        """What failed from where we were may work from here: see `deadline`."""
         for relay in self._relays.values():
-            relay.failures, relay.retry_s = 0, now
-        return self._next(now)
+            relay.failures, relay.retry_s = 0, -math.inf
 
     def tick(self, now: float) -> list[Action]:
         """Time passed: see `deadline`."""

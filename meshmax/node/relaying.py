@@ -50,7 +50,7 @@ def status_of(node: Node, peer_id: PeerId) -> PeerStatus | None:
 
 
 def _places(node: Node) -> Sequence[RelayPlace]:
-    if node.traversal.reachability().state in ("public", "mapped"):
+    if node.traversal.reached:
         return ()
     found = [RelayPlace(peer_id, addresses) for peer_id, addresses in bootstrap_places(node).items()]
     willing = []

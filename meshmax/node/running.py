@@ -166,6 +166,7 @@ class Node:
             memory_total_bytes=reading.memory_total_bytes,
             draining=self.state == "draining",
             udp_port=self.serving.udp_port,
+            relay=self.traversal.relays_members,
         )
 
     def _models(self) -> tuple[ModelPresence, ...]:

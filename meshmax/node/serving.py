@@ -66,10 +66,12 @@ async def open_serving(
     besides: tuple[str, ...] = (),
     attest: Attest | None = None,
     reach: Reach | None = None,
+    relays_members: Callable[[], bool] | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve what is ``wanted`` until the block ends. Raises ConfigError: a port is not to be had.
 
     ``besides``: what the caller serves, of which who asks is told, too. ``attest``, ``reach``: see services.observe.
+    ``relays_members``: whether we relay for members now; None: never.
     """
     async with AsyncExitStack() as stack:
         stun = StunServer(clock)
@@ -87,8 +89,10 @@ async def open_serving(
             rendezvous = await stack.enter_async_context(open_rendezvous_server(swarm))
             REGISTRATIONS.set_function(lambda: len(rendezvous.registrations))
             services.append("rendezvous")
+        if wanted.relay or relays_members is not None:
+            opened = open_relay_server(swarm, unix_now, strangers=wanted.relay, members=relays_members)
+            await stack.enter_async_context(opened)
         if wanted.relay:
-            await stack.enter_async_context(open_relay_server(swarm, unix_now))
             services.append("relay")
         if services or udp_port:  # its number may be needed even by who wants nothing else
             ObserveServer(udp_port, observer_port, tuple(services), attest, reach).register(swarm)
@@ -122,6 +126,7 @@ async def open_node_serving(node: Node) -> AsyncIterator[None]:
             world.unix_now,
             attest=Attest(node.signer, world.unix_now),
             reach=reach_of(world.clock, world.knock, node.datagrams),
+            relays_members=(lambda: node.traversal.relays_members) if config.serve.relay_members else None,
         )
         node.serving = await stack.enter_async_context(opened)
         yield

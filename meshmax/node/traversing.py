@@ -22,9 +22,9 @@ from meshmax.node.whereabouts import open_whereabouts
 if TYPE_CHECKING:
     from meshmax.base.ids import PeerId
     from meshmax.node.running import Node
-    from meshmax.ports import Relays
     from meshmax.services.connector import Connector
     from meshmax.services.reachability import ReachabilityService
+    from meshmax.services.relay_client import RelayClient
     from meshmax.services.signalling import Signalling
 
 
@@ -33,11 +33,11 @@ class Traversal:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self.relays: Relays | None = None
+        self.relays: RelayClient | None = None
         self.signals: Signalling | None = None
         self.where: ReachabilityService | None = None  # where we stand
         self.connector: Connector
-        self._told: tuple[str, ...] = ()
+        self._told: tuple[object, ...] = ()
         self._watchers: list[Callable[[], None]] = []
 
     @property
@@ -49,10 +49,20 @@ class Traversal:
         """Where we stand now."""
         return self.where.view if self.where is not None else UNKNOWN
 
+    @property
+    def reached(self) -> bool:
+        """Whether peers anywhere reach us without help."""
+        return self.reachability().state in ("public", "mapped")
+
+    @property
+    def relays_members(self) -> bool:
+        """Whether we relay for members of our mesh."""
+        return self._node.config.serve.relay_members and self.wanted and self.reached
+
     def uses(self, peer_id: PeerId) -> bool:
         """Whether a guest's connection to ``peer_id`` is in use here, so that nobody else should end it."""
         asking = self.where is not None and self.where.is_asking(peer_id)
-        return asking or (self.relays is not None and peer_id in self.relays.relays)
+        return asking or (self.relays is not None and self.relays.uses(peer_id))
 
     def told_addresses(self) -> tuple[str, ...]:
         """Our addresses as others may know them and pass them on, with /p2p, at most MAX_ADDRESSES."""
@@ -73,8 +83,8 @@ class Traversal:
         self.changed()
 
     def changed(self) -> None:
-        """Our addresses may be others: if so, tell everybody at once. Cheap; every part calls it freely."""
-        told, before = self.told_addresses(), self._told
+        """Our addresses, or what we do for members, may be others: if so, tell everybody at once. Cheap; called freely."""
+        told, before = (*self.told_addresses(), self.relays_members), self._told
         if told != before:
             self._told = told
             self._node.changed()
@@ -91,6 +101,7 @@ async def open_traversal(node: Node) -> AsyncIterator[None]:
         traversal.where.watch(traversal.changed)
         traversal.watch(traversal.where.look_again)
         traversal.relays = await stack.enter_async_context(open_relaying(node))
+        traversal.where.watch(traversal.relays.check)
         traversal.signals = await stack.enter_async_context(open_signalling(node, traversal.where))
         traversal.connector = await stack.enter_async_context(open_node_connector(node))
         yield

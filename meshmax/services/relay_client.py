@@ -108,8 +108,13 @@ class RelayClient:
     # --- for meshmax.node --------------------------------------------------------------------------------------------
 
     def look_again(self) -> None:
-        """Our network, our mesh, or who may be asked has changed. Cheap, never raises."""
-        self._perform(self._reservations.on_network_change(trio.current_time()))
+        """Our network or our mesh has changed: what failed may work now. Cheap, never raises."""
+        self._reservations.on_network_change()
+        self.check()
+
+    def check(self) -> None:
+        """Whether places are wanted, or who may be asked, may be another now. Cheap, never raises."""
+        self._perform(self._reservations.on_candidates(self._candidates(), trio.current_time()))
 
     def uses(self, peer_id: PeerId) -> bool:
         """Whether the connection to this peer serves us as one to a relay, and must stay."""
@@ -394,7 +399,7 @@ class RelayClient:
         byte_stream = self._open(messages, request.limit, request.peer_id, "in")
         with trio.move_on_after(ADOPT_S) as scope:
             try:
-                await self._adopt(byte_stream, stream.peer, request.peer_id, "in")
+                await self._adopt(byte_stream, stream.peer, request.peer_id, "in", guest=True)
             except MeshmaxError as error:
                 _log.debug("a circuit was not adopted", peer=request.peer_id, relay=stream.peer, error=error.message)
         if scope.cancelled_caught:

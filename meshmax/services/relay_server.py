@@ -1,10 +1,12 @@
 """Relays circuits between peers that cannot reach each other: the hop side of libp2p's circuit relay v2.
 
-Rules. Anyone may ask; core.relay decides. Every circuit has a task of its own that owns its two streams and nothing else: it
-copies both ways, at most COPY_BYTES held in each, so a slow reader slows its sender and nobody else; when either end breaks, or a
-limit is reached, both of its streams are reset, and when one side says that it sends no more, that is passed on. Peers with a
-reservation are pinged, which keeps their connection from counting as idle and frees the places of those that are gone.
-What is carried is the peers' own Noise, which we cannot read. Not here: being a client of relays.
+Rules. Who may ask is said by the owner: strangers, members of our mesh, or both, each with limits and places of their own; others
+are refused whatever they ask, so that they learn nothing. core.relay decides the rest. Every circuit has a task of its own that
+owns its two streams and nothing else: it copies both ways, at most COPY_BYTES held in each, so a slow reader slows its sender
+and nobody else; when either end breaks, or a limit is reached, both of its streams are reset, and when one side says that it
+sends no more, that is passed on. Peers with a reservation are pinged, which keeps their connection from counting as idle and
+frees the places of those that are gone. Who comes over a relay is refused: circuits do not go over circuits. What is carried is
+the peers' own Noise, which we cannot read. Not here: being a client of relays (services.relay_client).
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ import trio
 from meshmax.base.errors import MeshmaxError, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.units import KIB
-from meshmax.core.relay import Circuit, Direction, Refusal, Relay, Reservation
+from meshmax.core.relay import MEMBERS_LIMITS, Circuit, Direction, Refusal, Relay, Reservation
 from meshmax.core.subnets import ip_of, source_of
 from meshmax.ports import Stream, Swarm
-from meshmax.services.relay_stream import RelayMessages
+from meshmax.services.relay_stream import RelayMessages, is_relayed
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import CIRCUITS, RELAYED
 from meshmax.wire import relay as wire
@@ -48,10 +50,27 @@ _STATUS: Final[dict[Refusal, wire.Status]] = {
 class RelayServer:
     """See the module. Made by `open_relay_server`. ``unix_now``: for the ends of reservations, which peers are told."""
 
-    def __init__(self, swarm: Swarm, relay: Relay, unix_now: Callable[[], float]) -> None:
-        self._swarm, self.relay, self._unix_now = swarm, relay, unix_now
-        limits = relay.limits
-        self._limit = wire.Limit(int(limits.duration_s), limits.data_bytes, limits.rate_bytes_per_s)
+    def __init__(
+        self,
+        swarm: Swarm,
+        relay: Relay | None,
+        unix_now: Callable[[], float],
+        members: Relay | None = None,
+        serves_members: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """``relay``: for strangers, None: not for them. ``members``: for members, as long as ``serves_members()``."""
+        self._swarm, self._unix_now = swarm, unix_now
+        self.relay, self.members, self._serves_members = relay, members, serves_members
+
+    @property
+    def circuits(self) -> int:
+        """Open now."""
+        return sum(relay.circuits for relay in (self.relay, self.members) if relay is not None)
+
+    def _relay_for(self, peer_id: PeerId) -> Relay | None:
+        if self.members is not None and peer_id in self._swarm.connections():
+            return self.members if self._serves_members() else self.relay
+        return self.relay
 
     async def answer(self, stream: Stream) -> None:
         """Serve one hop stream, to the end of its circuit if it becomes one. Raises PeerGone, RemoteProtocolError."""
@@ -63,61 +82,64 @@ class RelayServer:
         if request is None:
             await stream.send_all(wire.encode_hop_status(wire.MALFORMED_MESSAGE))
             return
+        relay = self._relay_for(stream.peer)
         subnet = source_of(ip_of(stream.address))
-        if isinstance(request, wire.Reserve):
-            await self._reserve(stream, subnet)
+        if relay is None or is_relayed(stream):
+            await stream.send_all(wire.encode_hop_status(wire.PERMISSION_DENIED))
+        elif isinstance(request, wire.Reserve):
+            await self._reserve(relay, stream, subnet)
         else:
-            await self._connect(asking, subnet, request.peer_id)
+            await self._connect(relay, asking, subnet, request.peer_id)
 
-    async def _reserve(self, stream: Stream, subnet: str) -> None:
+    async def _reserve(self, relay: Relay, stream: Stream, subnet: str) -> None:
         now = trio.current_time()
-        place = self.relay.reserve(stream.peer, subnet, now)
+        place = relay.reserve(stream.peer, subnet, now)
         if not isinstance(place, Reservation):
             await stream.send_all(wire.encode_hop_status(_STATUS[place]))
             return
         expires_at_s = int(self._unix_now() + place.expires_s - now)
         reply = wire.encode_hop_status(
-            wire.OK, expires_at_s=expires_at_s, addresses=self._swarm.addresses, limit=self._limit
+            wire.OK, expires_at_s=expires_at_s, addresses=self._swarm.addresses, limit=_limit_of(relay)
         )
         await stream.send_all(reply)
 
-    async def _connect(self, asking: RelayMessages, subnet: str, target: PeerId) -> None:
+    async def _connect(self, relay: Relay, asking: RelayMessages, subnet: str, target: PeerId) -> None:
         stream = asking.stream
-        circuit = self.relay.connect(stream.peer, subnet, target, trio.current_time())
+        circuit = relay.connect(stream.peer, subnet, target, trio.current_time())
         if not isinstance(circuit, Circuit):
             await stream.send_all(wire.encode_hop_status(_STATUS[circuit]))
             return
-        CIRCUITS.set(self.relay.circuits)
+        CIRCUITS.set(self.circuits)
         try:
-            asked = await self._ask_target(stream.peer, target)
+            asked = await self._ask_target(relay, stream.peer, target)
             if asked is None:
                 await stream.send_all(wire.encode_hop_status(wire.CONNECTION_FAILED))
             else:
-                await self._join(circuit, asking, asked)
+                await self._join(relay, circuit, asking, asked)
         finally:
-            self.relay.close(circuit)
-            CIRCUITS.set(self.relay.circuits)
+            relay.close(circuit)
+            CIRCUITS.set(self.circuits)
 
-    async def _join(self, circuit: Circuit, asking: RelayMessages, asked: RelayMessages) -> None:
+    async def _join(self, relay: Relay, circuit: Circuit, asking: RelayMessages, asked: RelayMessages) -> None:
         """The life of a circuit. In order at its end: what was sent last still arrives; else both ends learn of it at once."""
         streams = asked.stream, asking.stream
         in_order = False
         try:
-            await asking.stream.send_all(wire.encode_hop_status(wire.OK, limit=self._limit))
+            await asking.stream.send_all(wire.encode_hop_status(wire.OK, limit=_limit_of(relay)))
             in_order = await _carry(circuit, asking, asked)
         finally:
             with trio.CancelScope(shield=True):  # neither blocks for long
                 for stream in streams:
                     await (stream.aclose() if in_order else stream.reset())
 
-    async def _ask_target(self, source: PeerId, target: PeerId) -> RelayMessages | None:
+    async def _ask_target(self, relay: Relay, source: PeerId, target: PeerId) -> RelayMessages | None:
         """The stream to ``target``, which has accepted; None if it did not."""
         stream: Stream | None = None
         accepted = False
         try:
             with trio.move_on_after(REQUEST_TIMEOUT_S):
                 stream = await self._swarm.open_stream(target, RELAY_STOP)
-                await stream.send_all(wire.encode_stop_connect(source, self._limit))
+                await stream.send_all(wire.encode_stop_connect(source, _limit_of(relay)))
                 messages = RelayMessages(stream)
                 accepted = wire.parse_stop_status(await messages.receive()) == wire.OK
                 if accepted:
@@ -125,7 +147,7 @@ class RelayServer:
         except MeshmaxError as error:
             _log.debug("a circuit's target did not accept", target=target, error=error.message)
             if isinstance(error, PeerGone) and stream is None:
-                self.relay.forget(target)  # not connected any more
+                relay.forget(target)  # not connected any more
         finally:
             if stream is not None and not accepted:
                 with trio.CancelScope(shield=True):  # does not block
@@ -137,12 +159,14 @@ class RelayServer:
         limiter = trio.CapacityLimiter(MAX_PINGS)
         while True:
             await trio.sleep(PING_S)
-            self.relay.expire(trio.current_time())
             async with trio.open_nursery() as nursery:
-                for peer_id in self.relay.reserved():
-                    nursery.start_soon(self._ping, peer_id, limiter)
+                for relay in (self.relay, self.members):
+                    if relay is not None:
+                        relay.expire(trio.current_time())
+                        for peer_id in relay.reserved():
+                            nursery.start_soon(self._ping, relay, peer_id, limiter)
 
-    async def _ping(self, peer_id: PeerId, limiter: trio.CapacityLimiter) -> None:
+    async def _ping(self, relay: Relay, peer_id: PeerId, limiter: trio.CapacityLimiter) -> None:
         async with limiter:
             stream: Stream | None = None
             try:
@@ -160,7 +184,12 @@ class RelayServer:
                 if stream is not None:
                     with trio.CancelScope(shield=True):  # does not block
                         await stream.reset()
-            self.relay.forget(peer_id)
+            relay.forget(peer_id)
+
+
+def _limit_of(relay: Relay) -> wire.Limit:
+    limits = relay.limits
+    return wire.Limit(int(limits.duration_s), limits.data_bytes, limits.rate_bytes_per_s)
 
 
 async def _request(asking: RelayMessages) -> wire.Reserve | wire.Connect | None:
@@ -225,10 +254,17 @@ async def _quietly(nursery: trio.Nursery, copy: Callable[[], Awaitable[None]]) -
 
 @asynccontextmanager
 async def open_relay_server(
-    swarm: Swarm, unix_now: Callable[[], float], relay: Relay | None = None
+    swarm: Swarm,
+    unix_now: Callable[[], float],
+    relay: Relay | None = None,
+    *,
+    strangers: bool = True,
+    members: Callable[[], bool] | None = None,
 ) -> AsyncIterator[RelayServer]:
-    """A relay on ``swarm``, for anyone, until the block is left."""
-    server = RelayServer(swarm, relay or Relay(), unix_now)
+    """A relay on ``swarm`` until the block is left: for anyone if ``strangers``, for members of our mesh while ``members()``."""
+    for_members = Relay(MEMBERS_LIMITS) if members is not None else None
+    for_strangers = (relay or Relay()) if strangers else None
+    server = RelayServer(swarm, for_strangers, unix_now, for_members, members or (lambda: False))
     swarm.serve(RELAY_HOP, server.answer, to="anyone")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.run)

@@ -106,6 +106,11 @@ class CircuitBytes:
             scope.cancel()
 
 
+def is_relayed(stream: Stream) -> bool:
+    """Whether the stream's connection itself goes over a relay."""
+    return "/p2p-circuit" in stream.address
+
+
 def _remote_of(address: str) -> tuple[str, int]:
     port = address.rpartition("/tcp/")[2].partition("/")[0]
     return ip_of(address), int(port) if port.isdecimal() else 0

@@ -86,6 +86,7 @@ async def open_node_connector(node: Node) -> AsyncIterator[Connector]:
     memory = PathMemory(load_paths(home), world.unix_now())
     async with open_connector(node.swarm, ways, memory) as connector:
         node.network.watch(connector.on_network_change)
+        node.membership.connect = partial(connector.connect, guest=True)
         yield connector
 
 

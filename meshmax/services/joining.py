@@ -8,7 +8,7 @@ is refused by the issuer itself is final. What goes on is said in ``problem``. N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -35,6 +35,7 @@ MAX_DIAL: Final = 8  # addresses that others named; the ticket has as many
 
 _log = get_logger("joining")
 AddressesOf = Callable[[PeerId], Sequence[str]]
+Connect = Callable[[PeerId, Sequence[str]], Awaitable[None]]  # as a guest; raises ConnectError
 
 
 class Joining:
@@ -56,12 +57,17 @@ class Joining:
         unix_now: Callable[[], float],
         random: Random,
         again: Callable[[], trio.Event],
+        connect: Connect | None = None,
     ) -> wire.Issued | None:
-        """The certificate, or None if there will never be one (see ``refused``). ``again``: an event that ends the pause."""
+        """The certificate, or None if there will never be one (see ``refused``). ``again``: an event that ends the pause.
+
+        ``connect``: how the issuer is reached, if not by dialling alone.
+        """
+        reach = connect or partial(swarm.dial, guest=True)
         failures = 0
         while True:
             try:
-                issued = await self._attempt(swarm, addresses_of, unix_now)
+                issued = await self._attempt(swarm, addresses_of, unix_now, reach)
             except NotAMember as error:
                 self.refused = error
                 self.problem = (
@@ -98,13 +104,15 @@ class Joining:
                     self._found = fresh
                     news()
 
-    async def _attempt(self, swarm: Swarm, addresses_of: AddressesOf, unix_now: Callable[[], float]) -> wire.Issued:
+    async def _attempt(
+        self, swarm: Swarm, addresses_of: AddressesOf, unix_now: Callable[[], float], reach: Connect
+    ) -> wire.Issued:
         ticket, late_s = self.ticket, unix_now() - self.ticket.expires_at_s
         if late_s > CLOCK_TOLERANCE_S:
             raise NotAMember(f"the ticket expired {format_span(late_s)} ago: ask for a new one")
         named = [*ticket.addresses, *self._found, *addresses_of(ticket.issuer)]
         with trio.move_on_after(ATTEMPT_TIMEOUT_S):
-            await swarm.dial(ticket.issuer, list(dict.fromkeys(named)), guest=True)
+            await reach(ticket.issuer, list(dict.fromkeys(named)))
             issued = await ask_issuer(swarm, ticket.issuer, wire.Redeem(ticket.secret, self._name))
             Membership(ticket.mesh).verify(issued.chain, swarm.peer_id, unix_now())
             return issued

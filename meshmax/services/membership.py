@@ -39,7 +39,7 @@ from meshmax.ports import Discovery, RunSync, Signer, Stream, Swarm
 from meshmax.services import admission
 from meshmax.services.frames import FrameStream
 from meshmax.services.guards import guard, guard_protocol, lacking
-from meshmax.services.joining import AddressesOf, Joining
+from meshmax.services.joining import AddressesOf, Connect, Joining
 from meshmax.services.renewal import Renewal
 from meshmax.services.standing import Standing
 from meshmax.services.telling import Telling
@@ -89,6 +89,7 @@ class MembershipService:
         # The bootstrap nodes in use, which tickets name beside our own addresses.
         self.bootstrap: Callable[[], Sequence[BootstrapAddress]] = tuple
         self.told: Callable[[], Sequence[str]] = tuple  # our addresses that others may know; () is those of the swarm
+        self.connect: Connect | None = None  # how a ticket's giver is reached; None: by dialling alone
         self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
         self.addresses_of: AddressesOf = lambda peer_id: ()
         self.lan = True  # whether this node shows itself on its LAN; for people
@@ -447,7 +448,7 @@ class MembershipService:
             if rung := self.search(joining.ticket):
                 nursery.start_soon(joining.search, rung, self._wake)
             issued = await joining.run(
-                self._swarm, self.addresses_of, self._unix_now, self._random, lambda: self._woken
+                self._swarm, self.addresses_of, self._unix_now, self._random, lambda: self._woken, self.connect
             )
             nursery.cancel_scope.cancel()
         async with self._writing:

@@ -1,13 +1,14 @@
 """A ticket's text: ``meshmax-`` and base32 (RFC 4648, no padding) of compact bytes with a checksum; at most 300 characters.
 
 Rules: all in small or all in capital letters (QR codes hold capitals in half the room), blanks and line ends anywhere are
-ignored; a text with one character changed, missing or too many is refused. What does not fit is left out from the end: first
-bootstrap nodes, then addresses; the mesh's name is cut to 32 bytes (the whole one comes with the certificate).
+ignored; a text with one character changed, missing or too many is refused. What does not fit is left out: two addresses of
+the issuer come first, then one relay, by which it is reached wherever it is, then further addresses, bootstrap nodes, relays;
+the mesh's name is cut to 32 bytes (the whole one comes with the certificate).
 
 Bytes: version 1, root key 32, issuer's key 32, secret 16, scopes 1 (bits in the order of SCOPES), expiry 4 (Unix seconds,
 big-endian), length and UTF-8 of the name, places, checksum 4 (BLAKE3 of all before it). A place: a byte of kind (4: ip4/tcp,
-6: ip6/tcp, 0: text with a length before it; plus 0x80 if a peer's key of 32 bytes follows, as of a bootstrap node), address,
-port.
+6: ip6/tcp, 0: text with a length before it; plus 0x80 for a bootstrap node, 0x40 for a relay at which the issuer has a place,
+one may be both), address, port, and of such a node its key of 32 bytes.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ _CHECKSUM_CONTEXT: Final = b"meshmax/ticket/1\n"
 _KEY_BYTES: Final = 32
 _FIXED_BYTES: Final = 1 + 2 * _KEY_BYTES + SECRET_BYTES + 1 + 4
 _MAX_BYTES: Final = (MAX_TICKET_TEXT - len(PREFIX)) * 5 // 8
-_TEXT, _IP4, _IP6, _WITH_PEER = 0, 4, 6, 0x80
+_TEXT, _IP4, _IP6, _BOOTSTRAP, _RELAY = 0, 4, 6, 0x80, 0x40
 _P2P: Final = "/p2p/"
+_CIRCUIT: Final = "/p2p-circuit"
+_FIRST: Final = 2  # addresses of the issuer that come before its relay
 
 _INCOMPLETE: Final = "the ticket is incomplete or was changed on its way: copy it whole, from 'meshmax-' to its end"
 
@@ -103,8 +106,11 @@ def parse_ticket(text: str) -> Ticket:
     addresses: list[str] = []
     bootstrap: list[str] = []
     while reader.left:
-        place = _read_place(reader)
-        (bootstrap if _P2P in place else addresses).append(place)
+        flags, place = _read_place(reader)
+        if flags & _RELAY or not flags:
+            addresses.append(place + _CIRCUIT if flags else place)
+        if flags & _BOOTSTRAP:
+            bootstrap.append(place)
     if not scopes or bits >> len(SCOPES) or max(len(addresses), len(bootstrap)) > MAX_TICKET_ADDRESSES:
         raise InvalidRequest("the ticket is of a newer version of meshmax: update this one")
     return Ticket(mesh, name, issuer, secret, scopes, expires_at_s, tuple(addresses), tuple(bootstrap))
@@ -137,21 +143,24 @@ def _cut(name: str) -> bytes:
 
 
 def _places(ticket: Ticket) -> list[bytes]:
-    """Addresses of the issuer, then bootstrap nodes, those that can be written."""
+    """Those that can be written, in the order in which they are left out last."""
     suffix = _P2P + ticket.issuer
-    own = [address.removesuffix(suffix) for address in ticket.addresses]
-    wanted = [*(address for address in own if _P2P not in address)][:MAX_TICKET_ADDRESSES]
-    wanted += [address for address in ticket.bootstrap if _P2P in address][:MAX_TICKET_ADDRESSES]
-    return [place for address in wanted if (place := _try_place(address)) is not None]
+    own = [address.removesuffix(suffix) for address in ticket.addresses][:MAX_TICKET_ADDRESSES]
+    direct = [(0, address) for address in own if _P2P not in address]
+    nodes = [address for address in ticket.bootstrap if _P2P in address][:MAX_TICKET_ADDRESSES]
+    over = [address.removesuffix(_CIRCUIT) for address in own if _P2P in address and address.endswith(_CIRCUIT)]
+    relays = [(_RELAY | (_BOOTSTRAP if address in nodes else 0), address) for address in over]
+    rest = [(_BOOTSTRAP, address) for address in nodes if address not in over]
+    wanted = [*direct[:_FIRST], *relays[:1], *direct[_FIRST:], *rest, *relays[1:]]
+    return [place for flags, address in wanted if (place := _try_place(flags, address)) is not None]
 
 
-def _try_place(address: str) -> bytes | None:
-    bare, found, peer = address.partition(_P2P)
+def _try_place(flag: int, address: str) -> bytes | None:
+    bare, _, peer = address.partition(_P2P)
     try:
-        key = public_key_of(PeerId(peer)) if found else b""
+        key = public_key_of(PeerId(peer)) if flag else b""
     except InvalidRequest:
         return None
-    flag = _WITH_PEER if found else 0
     match bare.split("/"):
         case ["", "ip4" | "ip6" as kind, ip, "tcp", port] if port.isascii() and port.isdigit() and int(port) < 1 << 16:
             try:
@@ -165,9 +174,10 @@ def _try_place(address: str) -> bytes | None:
     return bytes([flag | _TEXT, len(text)]) + text + key
 
 
-def _read_place(reader: _Reader) -> str:
+def _read_place(reader: _Reader) -> tuple[int, str]:
+    """What sort of node it is (0: the issuer), and its address."""
     kind = reader.number(1)
-    flag, kind = kind & _WITH_PEER, kind & ~_WITH_PEER
+    flags, kind = kind & (_BOOTSTRAP | _RELAY), kind & ~(_BOOTSTRAP | _RELAY)
     if kind == _IP4:
         bare = f"/ip4/{ipaddress.IPv4Address(reader.take(4))}/tcp/{reader.number(2)}"
     elif kind == _IP6:
@@ -176,4 +186,4 @@ def _read_place(reader: _Reader) -> str:
         bare = reader.text()
     else:
         raise InvalidRequest("the ticket is of a newer version of meshmax: update this one")
-    return bare + _P2P + peer_id_of(reader.take(_KEY_BYTES)) if flag else bare
+    return flags, bare + _P2P + peer_id_of(reader.take(_KEY_BYTES)) if flags else bare

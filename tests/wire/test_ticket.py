@@ -86,6 +86,22 @@ def test_the_issuers_own_id_at_the_end_of_an_address_is_not_written_twice() -> N
     assert parse_ticket(ticket_text(own)).addresses == ("/ip4/10.0.0.1/tcp/1",)
 
 
+def test_a_relay_of_the_issuer_comes_before_what_is_left_out_and_may_be_a_bootstrap_node_too() -> None:
+    relay = TICKET.bootstrap[0]
+    own = tuple(f"/ip6/fd00::{number}/tcp/11435" for number in range(1, 6))
+    over = msgspec.structs.replace(TICKET, addresses=(*own, f"{relay}/p2p-circuit/p2p/{A.peer_id}"))
+    read = parse_ticket(ticket_text(over))
+    assert read.addresses[:3] == (*own[:2], relay + "/p2p-circuit")
+    assert read.bootstrap == (relay,)
+    alone = parse_ticket(ticket_text(msgspec.structs.replace(over, bootstrap=())))
+    assert (alone.addresses[2], alone.bootstrap) == (relay + "/p2p-circuit", ())
+
+
+def test_a_circuit_to_somebody_else_is_no_address_of_the_issuer() -> None:
+    odd = (f"{TICKET.bootstrap[0]}/p2p-circuit/p2p/{B.peer_id}", f"{TICKET.bootstrap[0]}/p2p-circuit/p2p-circuit")
+    assert parse_ticket(ticket_text(msgspec.structs.replace(TICKET, addresses=odd))).addresses == ()
+
+
 def test_an_address_that_no_ticket_can_hold_is_left_out() -> None:
     odd = ("/ip4/999.1.1.1/tcp/1", "/dns4/" + "x" * 200, f"/ip4/10.0.0.1/tcp/1/p2p/{B.peer_id}", "/dns4/a\x1b/tcp/1")
     assert parse_ticket(ticket_text(msgspec.structs.replace(TICKET, addresses=odd))).addresses == ()

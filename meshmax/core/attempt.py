@@ -2,10 +2,10 @@
 
 The lead prepares, offers, and with the answer knows the round trip of the signalling: what passed since the offer, less what
 the other took to prepare. It says Go and starts TCP half a round trip later; the other starts when Go comes, so that both
-start together. UDP starts when both SDPs are there, TCP or not. What a method finds the lead adopts as "out", the first at
-once and others after a head start, the other as "in", each. The lead ends the attempt: with the first that is adopted, or
-when every method is over; the other when it has adopted one, the lead says so, or its deadlines pass. Once methods run, the
-loss of the signalling stream ends nothing.
+start together. UDP starts when both SDPs are there, TCP or not. What a method finds the lead adopts as "out", one after
+another, each with a head start over the next, TCP before UDP; the other as "in", each at once. The lead ends the attempt:
+with the first that is adopted, or when every method is over; the other when it has adopted one, the lead says so, or its
+deadlines pass. Once methods run, the loss of the signalling stream ends nothing.
 
 What is late, twice, of another attempt or not the sender's to say is ignored, and counted: MAX_ODD such messages end it.
 Not here: which attempts there may be, glare, restarts (core.signalling), which candidates are believed (core.candidates), I/O.
@@ -53,7 +53,8 @@ PREPARE_TCP_S: Final = 1.2  # a port is ready within 1 s (ports.Puncher)
 ANSWER_S: Final = 3.0  # for the other to prepare, and two ways over a slow relay
 GO_S: Final = 3.0  # for the lead to say Go: two ways over a slow relay
 MAX_HALF_TRIP_S: Final = 1.0  # the longest that the lead waits after Go, whatever the other says of its preparation
-HEAD_START_S: Final = 0.3  # for the stream that came first, and for TCP before UDP; a handshake takes two round trips
+HEAD_START_S: Final = 0.3  # of the stream that is being adopted over the next one; a handshake takes two round trips
+TCP_FIRST_S: Final = 0.9  # that TCP has before UDP is adopted: its second SYN after 0.3 s, and an answer from far away
 ADOPT_S: Final = 3.0  # for one stream to be proved and admitted; four round trips
 GRACE_S: Final = 1.0  # from the lead's word that it adopted a stream until we have
 ATTEMPT_S: Final = 10.0  # no attempt is longer, whatever happens; above the sum of the longest way through it
@@ -72,6 +73,7 @@ class Attempt:
         "_candidates",
         "_due",
         "_found",
+        "_free_s",
         "_heard",
         "_lost",
         "_odd",
@@ -84,6 +86,7 @@ class Attempt:
         "_their_sdp",
         "_their_targets",
         "_tried",
+        "_waiting",
         "ended",
         "id",
         "lead",
@@ -113,7 +116,9 @@ class Attempt:
         self._candidates: tuple[Candidate, ...] = ()
         self._sdp = self._their_sdp = ""
         self._their_targets: tuple[Candidate, ...] = ()
-        self._found: dict[int, Method] = {}  # streams that are being adopted
+        self._found: dict[int, Method] = {}  # streams that are being adopted, or wait for it
+        self._waiting: list[int] = []
+        self._free_s = 0.0  # when the next may be adopted
         self._offer = 0.0  # when the offer was sent or came
         self._spoken = self._answered = self._lost = False  # we offered or answered; the lead has an answer
         self._odd = self._heard = 0
@@ -180,14 +185,9 @@ class Attempt:
         """The method made a stream; ``number`` is the caller's, unused before."""
         if self.ended or len(self._found) >= MAX_FOUND:
             return [Drop(self.id, number)]
-        at_s = now
-        if self.lead:  # TCP never waits for UDP, which moves a hundredth as much
-            waits_for = [each for each in self._found.values() if method == "punch-udp" or each == method]
-            tcp_may_come = method == "punch-udp" and self._state["punch-tcp"] not in ("off", "over")
-            at_s += HEAD_START_S * (len(waits_for) or int(tcp_may_come))
         self._found[number] = method
-        self._due[f"adopt {number}"] = at_s + ADOPT_S
-        return [Adopt(self.id, number, "out" if self.lead else "in", at_s)]
+        self._waiting.append(number)
+        return self._actions(now)
 
     def on_adopted(self, number: int, now: float) -> list[Action]:
         """The stream is proved to be the peer's, and in use."""
@@ -204,7 +204,10 @@ class Attempt:
         """The stream is not the peer's, or was lost."""
         method = self._found.pop(number, None)
         if method is not None and not self.ended:
+            if number in self._waiting:
+                self._waiting.remove(number)
             self._due.pop(f"adopt {number}", None)
+            self._free_s = now
             self._note(method, "adopt", cause)
         return self._actions(now)
 
@@ -331,7 +334,7 @@ class Attempt:
                 late: Method = "punch-tcp" if what == "tcp" else "punch-udp"
                 running = self._state[late] == "running"
                 self._over(late, "connect" if running else "prepare", "it took too long")
-            else:
+            elif what != "adopt":
                 number = int(what.removeprefix("adopt "))
                 self._outbox.append(Drop(self.id, number))
                 self._note(self._found.pop(number), "adopt", f"it took longer than {ADOPT_S:g} s")
@@ -343,7 +346,7 @@ class Attempt:
         """What came up, and what follows from where the methods stand."""
         if not self.ended:
             self._speak(now)
-        if not self.ended:
+            self._adopt_next(now)
             self._settle()
         out, self._outbox = self._outbox, []
         return out
@@ -368,9 +371,26 @@ class Attempt:
                 Offer(self.id, self.purpose, self._candidates, has_udp, self._sdp, self.means.turn, self.means.vouchers)
             )
 
+    def _adopt_next(self, now: float) -> None:
+        """Adopt what waits and may go: TCP before UDP, which moves a hundredth as much; of the lead one after another."""
+        while self._waiting and not self.ended:
+            number = min(self._waiting, key=lambda each: (self._found[each] == "punch-udp", each))
+            method = self._found[number]
+            at_s = self._free_s
+            if method == "punch-udp" and self._state["punch-tcp"] == "running":
+                at_s = max(at_s, self._due["tcp"] - PUNCH_TCP_S + TCP_FIRST_S)
+            if self.lead and at_s > now:
+                self._due["adopt"] = at_s
+                return
+            self._waiting.remove(number)
+            self._due.pop("adopt", None)
+            self._due[f"adopt {number}"] = now + ADOPT_S
+            self._free_s = now + HEAD_START_S
+            self._outbox.append(Adopt(self.id, number, "out" if self.lead else "in"))
+
     def _settle(self) -> None:
         """End where nothing more can come of it. Who answers waits for the lead's word, as long as it can come."""
-        if self._found or any(state not in ("off", "over") for state in self._state.values()):
+        if self.ended or self._found or any(state not in ("off", "over") for state in self._state.values()):
             return
         if self.lead:
             if self._spoken and not self._lost:

@@ -68,12 +68,11 @@ class Stop(msgspec.Struct, frozen=True):
 
 
 class Adopt(msgspec.Struct, frozen=True):
-    """Adopt the found stream ``number`` at ``at_s``."""
+    """Adopt the found stream ``number``."""
 
     attempt: bytes
     number: int
     side: Side
-    at_s: float
 
 
 class Drop(msgspec.Struct, frozen=True):

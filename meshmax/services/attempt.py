@@ -261,7 +261,6 @@ class AttemptRun:
         stream = self._streams[action.number][1]
         cause: str | None = None
         with self._scopes[action.number]:
-            await trio.sleep_until(max(action.at_s, trio.current_time()))
             try:
                 if self.attempt.purpose == "control":
                     await self._adopt_control(action, stream)

@@ -1,0 +1,130 @@
+"""Thousands of pairs behind simulated NATs, in virtual time: the verdicts are the laboratory's, and nothing is left over."""
+
+import itertools
+import random
+
+import pytest
+
+from meshmax.base.ids import PeerId
+from meshmax.core.attempt_actions import Means
+from meshmax.core.candidates import Screen
+from meshmax.testing.sim_nat import KINDS, SimHost, SimInternet, SimNat
+from meshmax.testing.sim_traversal import STUN, TCP_OBSERVER, SimSide, SimSignals
+
+A, B = PeerId("12D3KooWA"), PeerId("12D3KooWB")
+IPS = {A: "198.51.100.1", B: "203.0.113.1"}
+SITES = ("open", *(name for name in KINDS if name != "hairpin"))
+STRICT = {"port", "reject", "noudp", "sym"}  # they let in only what was sent to: this address and port
+CASES = 40  # of each pair of kinds
+
+
+class Case:
+    """Two peers, each in a site of some kind, and a connection over which they signal."""
+
+    def __init__(
+        self, a: str, b: str, seed: int, *, cut_at: float | None = None, jitter_s: float | None = None
+    ) -> None:
+        self.random = random.Random(f"{a} {b} {seed}")
+        self.kinds = {A: a, B: b}
+        self.net = SimInternet(self.random, self.random.choice((0.0, 0.002, 0.02)) if jitter_s is None else jitter_s)
+        self.nats = {us: SimNat(KINDS[kind], IPS[us], self.random) for us, kind in self.kinds.items() if kind in KINDS}
+        self.hosts = {us: self._host(us) for us in (A, B)}
+        way_s = sum(host.latency_s for host in self.hosts.values()) + self.random.choice((0.0, 0.01, 0.1))
+        self.signals = SimSignals(self.net, way_s, self.random.choice((0.0, 0.01, 0.05)), cut_at)
+        self.sides = {us: self._side(us, other) for us, other in ((A, B), (B, A))}
+
+    def _host(self, us: PeerId) -> SimHost:
+        nat = self.nats.get(us)
+        ip = f"192.168.{1 if us == A else 2}.10" if nat else IPS[us]
+        return self.net.host(ip, nat, self.random.uniform(0.001, 0.06))
+
+    def _side(self, us: PeerId, other: PeerId) -> SimSide:
+        host, udp = self.hosts[us], self.kinds[us] not in ("noudp", "corp")
+        known = self.random.random() < 0.5  # that UDP is blocked was learnt before
+        means = Means(tcp=True, udp=udp or not known)
+        return SimSide(us, other, host, self.signals, self.screen(us, other), means)
+
+    def screen(self, us: PeerId, other: PeerId) -> Screen:
+        ip = self.hosts[us].ip
+        subnets = (ip.rpartition(".")[0] + ".0/24",) if us in self.nats else ()
+        theirs = self.hosts[other].outer_ip
+        external = frozenset({self.hosts[us].outer_ip})
+        return Screen(lambda at: at == theirs, subnets=subnets, own=frozenset({ip}), external=external)
+
+    def run(self, *wishers: PeerId, within_s: float = 0.0) -> None:
+        """Let them wish for a path, all within some time of each other, and wait until everything is over."""
+        for us in wishers:
+            self.net.at(self.random.random() * within_s, self.sides[us].want)
+        self.net.run(60.0)
+
+    def check(self) -> str | None:
+        """What must always hold; the path that came of it."""
+        for side in self.sides.values():
+            assert not side.core.attempts, "an attempt is left over"
+            assert not side.runs
+            for end in side.paths.values():
+                assert end.outcome == "made" or end.tried, "a failure says what was tried"
+        a, b = self.sides[A], self.sides[B]
+        assert [path for path, _, _ in a.adopted] == [path for path, _, _ in b.adopted], (
+            "both sides have the same paths"
+        )
+        allowed = {self.hosts[us].outer_ip for us in (A, B)} | {TCP_OBSERVER[0], STUN[0]}
+        for sender, to in self.net.contacts:
+            assert to[0] in allowed, f"{sender} sent to a third party: {to}"
+        for side in (a, b):
+            for wish in side.wishes:
+                assert wish is None or wish in [path for path, _, _ in side.adopted]
+        return a.adopted[-1][0] if a.adopted else None
+
+
+def expected(a: str, b: str) -> str | None:
+    """The path that the laboratory shows: TCP before UDP."""
+    if "corp" in (a, b):
+        return None  # nothing but ports 80 and 443 gets out, and who punches has another
+    if "sym" in (a, b) and STRICT.issuperset((a, b)):
+        return None
+    return "punched-tcp"
+
+
+def udp_expected(a: str, b: str) -> bool:
+    return not {"noudp", "corp"} & {a, b} and not ("sym" in (a, b) and STRICT.issuperset((a, b)))
+
+
+PAIRS = list(itertools.combinations_with_replacement(SITES, 2))
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_a_pair_gets_the_path_that_the_laboratory_shows_and_both_agree(a: str, b: str) -> None:
+    for seed in range(CASES):
+        case = Case(a, b, seed)
+        leader = case.random.choice((A, B))
+        case.run(leader)
+        assert case.check() == expected(a, b), (a, b, seed)
+        assert case.sides[leader].wishes == [expected(a, b)]
+        for path, _, at_s in case.sides[leader].adopted:
+            assert path == "punched-tcp"
+            assert at_s < 1.0 + 6 * case.signals.latency_s  # three ways of signalling, a handshake, a lost first SYN
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_without_tcp_a_pair_gets_the_path_by_udp_that_the_laboratory_shows(a: str, b: str) -> None:
+    for seed in range(CASES):
+        case = Case(a, b, seed)
+        for side in case.sides.values():
+            side.means = Means(tcp=False, udp=side.means.udp)
+        leader = case.random.choice((A, B))
+        case.run(leader)
+        assert case.check() == ("punched-udp" if udp_expected(a, b) else None), (a, b, seed)
+        for _, _, at_s in case.sides[leader].adopted:
+            assert at_s < 5.0
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_whoever_wants_it_and_when_glare_ends_in_one_path(a: str, b: str) -> None:
+    for seed in range(CASES):
+        case = Case(a, b, seed)
+        case.run(A, B, within_s=case.random.choice((0.0, 0.01, 0.1, 1.0)))
+        assert case.check() == expected(a, b), (a, b, seed)
+        for side in case.sides.values():
+            assert side.wishes == [expected(a, b)]
+            assert len(side.adopted) <= 1

@@ -146,7 +146,8 @@ class ReachabilityService:
                     await isolate("reachability", self._look_once)
                 if self._looking.cancelled_caught:
                     continue
-            with trio.move_on_at(max(self._core.deadline(), trio.current_time() + CHECK_S)):
+            due, now = self._core.deadline(), trio.current_time()
+            with trio.move_on_at(due if due > now else now + CHECK_S):
                 await woken.wait()
 
     async def follow_swarm(self) -> NoReturn:

@@ -1,0 +1,348 @@
+"""A service that asks observers where we stand: whom, when, what it tells, what it keeps. In virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+
+from meshmax.base.doctor import TriedOutcome
+from meshmax.base.ids import PeerId
+from meshmax.base.reachability import PortMapping
+from meshmax.core.networks import BlockedNetworks
+from meshmax.core.reachability import CONFIRM_S, LOOK_EVERY_S, MappedSeen
+from meshmax.ports import Arrival
+from meshmax.services.observe import Attest, ObserveServer, Reach
+from meshmax.services.reachability import ReachabilityService, open_reachability, resolve_servers
+from meshmax.services.strangers import NoMesh
+from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
+from meshmax.wire.look_back import try_nonce
+from meshmax.wire.voucher import vouches
+
+UNIX_S = 1_800_000_000.0
+WAN, INNER, PORT = "81.2.69.142", "192.168.1.5", 11435
+A, B, C = "5.6.7.8", "9.10.11.12", "13.14.15.16"
+
+
+def unix_now() -> float:
+    return UNIX_S + trio.current_time()
+
+
+class FakeNat:
+    """Where we stand, as observers find it; may be changed by a test. It is our `Probes`, too."""
+
+    def __init__(self) -> None:
+        self.control: TriedOutcome = "silent"
+        self.open_ports: set[int] = set()
+        self.udp = True
+        self.filtering = "endpoint-independent"
+        self.knocks: list[tuple[str, str, int]] = []
+        self._ports: list[FakePort] = []
+
+    def knock_of(self, observer: str) -> Callable[[str, int], Any]:
+        async def knock(ip: str, port: int) -> TriedOutcome:
+            await trio.sleep(0.05)
+            self.knocks.append((observer, ip, port))
+            return self.control if port == PORT else "open" if port in self.open_ports else "silent"
+
+        return knock
+
+    def arrive(self, data: bytes, sender: tuple[str, int]) -> bool:
+        for port in self._ports:
+            port.arrive(data, sender)
+        return True
+
+    def other_port_of(self, observer: str) -> Callable[[bytes, tuple[str, int]], bool]:
+        return lambda data, _to: self.arrive(data, (observer, 9))
+
+    @asynccontextmanager
+    async def open_udp(self, *, ipv6: bool = False) -> AsyncIterator[FakePort]:
+        self._ports.append(FakePort(self))
+        yield self._ports[-1]
+
+    async def tcp_mapped(self, observers: Sequence[tuple[str, int]]) -> tuple[MappedSeen, ...]:
+        await trio.sleep(0.04)
+        return tuple(MappedSeen(at, 5001, (WAN, 42000)) for at in observers)
+
+
+class FakePort:
+    """A UDP port behind the NAT."""
+
+    local_port = 5000
+
+    def __init__(self, nat: FakeNat) -> None:
+        self._nat = nat
+        self._talked: set[tuple[str, int]] = set()
+        self._expected: dict[bytes, Arrival] = {}
+
+    async def mapped(self, server: tuple[str, int]) -> tuple[str, int] | None:
+        self._talked.add(server)
+        await trio.sleep(0.04 if self._nat.udp else 1.5)
+        return (WAN, 41000) if self._nat.udp else None
+
+    def expect(self, nonce: bytes) -> Arrival:
+        arrival = self._expected[nonce] = Arrival()
+        return arrival
+
+    def arrive(self, data: bytes, sender: tuple[str, int]) -> None:
+        arrival = self._expected.get(try_nonce(data) or b"")
+        passes = {
+            "endpoint-independent": True,
+            "address-dependent": sender[0] in {ip for ip, _ in self._talked},
+            "address-and-port-dependent": sender in self._talked,
+            "nothing": False,
+        }[self._nat.filtering]
+        if arrival and passes:
+            arrival.sender = sender
+            arrival.there.set()
+
+
+class OneSocket:
+    """An observer's UDP port."""
+
+    def __init__(self, nat: FakeNat, ip: str) -> None:
+        self._nat, self._ip = nat, ip
+        self.addresses = ((ip, PORT),)
+
+    def send(self, data: bytes, to: tuple[str, int]) -> None:
+        self._nat.arrive(data, (self._ip, PORT))
+
+    def receive(self, first_bytes: range, on_datagram: Any) -> None:
+        raise NotImplementedError
+
+
+class Site:
+    """A peer behind a NAT and observers outside."""
+
+    def __init__(self, network: MemoryNetwork, swarm: MemorySwarm, nat: FakeNat) -> None:
+        self.network, self.swarm, self.nat = network, swarm, nat
+        self.observers: dict[PeerId, tuple[str, ...]] = {}
+        self.own: tuple[str, ...] = (INNER,)
+        self.mappings: tuple[PortMapping, ...] = ()
+        self.kept: list[dict[str, float]] = []
+        self.told = 0
+
+    async def keep(self, blocked: BlockedNetworks) -> None:
+        await trio.lowlevel.checkpoint()
+        self.kept.append(dict(blocked.seen))
+
+    def service(self, **more: Any) -> ReachabilityService:
+        service = ReachabilityService(
+            self.swarm,
+            lambda: self.observers,
+            lambda: self.own,
+            lambda: PORT,
+            unix_now,
+            probes=self.nat,
+            mappings=lambda: self.mappings,
+            keep=self.keep,
+            **more,
+        )
+        service.watch(self._on_change)
+        return service
+
+    def _on_change(self) -> None:
+        self.told += 1
+
+
+@asynccontextmanager
+async def open_site(*ips: str) -> AsyncIterator[Site]:
+    network, nat = MemoryNetwork(), FakeNat()
+    async with AsyncExitStack() as stack:
+        swarm = await stack.enter_async_context(network.open_swarm(SeededSigner(1)))
+        network.move(swarm, f"/ip4/{WAN}/tcp/{PORT}")  # from where it is seen
+        site = Site(network, swarm, nat)
+        for number, ip in enumerate(ips):
+            signer = SeededSigner(10 + number)
+            node = await stack.enter_async_context(network.open_swarm(signer, NoMesh()))
+            network.move(node, f"/ip4/{ip}/tcp/{PORT}")
+            reach = Reach(trio.current_time, nat.knock_of(ip), OneSocket(nat, ip), nat.other_port_of(ip))
+            server = ObserveServer(PORT, 11437, ("stun", "observer"), Attest(signer, unix_now), reach)
+            server.register(node)
+            site.observers[node.peer_id] = (f"/ip4/{ip}/tcp/{PORT}",)
+        yield site
+
+
+def state_of(where: ReachabilityService) -> str:
+    return where.view.state
+
+
+def is_blocked(where: ReachabilityService) -> bool:
+    return where.udp_blocked
+
+
+async def test_a_look_tells_state_nat_servers_and_brings_vouchers(autojump_clock: Any) -> None:
+    async with open_site(A, B) as site, open_reachability(site.service()) as where:
+        assert state_of(where) == "unknown"
+        await trio.sleep(5)
+        view = where.view
+        assert (view.state, view.external_ips) == ("private", (WAN,))
+        assert view.nat.mapping == view.nat.tcp_mapping == view.nat.filtering == "endpoint-independent"
+        assert set(where.stun) == {(A, PORT), (B, PORT)}
+        assert set(where.tcp_observers) == {(A, 11437), (B, 11437)}
+        assert vouches(site.swarm.peer_id, WAN, where.vouchers, set(site.observers), unix_now())
+        assert len(where.vouchers) == 2
+        assert site.told >= 1
+        assert {ip for _, ip, _ in site.nat.knocks} == {WAN}
+        await trio.sleep(3700)
+        assert len(where.vouchers) == 2  # renewed
+
+
+@pytest.mark.parametrize("kind", ["endpoint-independent", "address-dependent", "address-and-port-dependent", "nothing"])
+async def test_filtering_is_told_by_what_comes_through(kind: str, autojump_clock: Any) -> None:
+    async with open_site(A, B) as site:
+        site.nat.filtering = kind
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(6)
+            assert where.view.nat.filtering == ("unknown" if kind == "nothing" else kind)
+
+
+async def test_it_looks_every_ten_minutes_and_when_the_network_changes(autojump_clock: Any) -> None:
+    async with open_site(A) as site, open_reachability(site.service()) as where:
+        await trio.sleep(5)
+        looks = len(site.nat.knocks)
+        await trio.sleep(LOOK_EVERY_S)
+        assert len(site.nat.knocks) == 2 * looks
+        site.own = (WAN,)
+        site.nat.control = "open"
+        where.look_again()
+        assert (where.view.state, where.vouchers) == ("unknown", ())
+        await trio.sleep(5)
+        assert len(site.nat.knocks) == 3 * looks
+        assert (where.view.state, where.view.addresses) == ("public", (f"/ip4/{WAN}/tcp/{PORT}",))
+
+
+async def test_a_lost_way_in_is_seen_twice_before_it_is_believed(autojump_clock: Any) -> None:
+    async with open_site(A, B) as site:
+        site.own, site.nat.control = (WAN,), "open"
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(5)
+            assert state_of(where) == "public"
+            site.nat.control = "silent"
+            await trio.sleep(LOOK_EVERY_S)
+            assert state_of(where) == "public"
+            await trio.sleep(CONFIRM_S + 5)
+            assert state_of(where) == "private"
+
+
+async def test_a_mapped_port_is_tried_as_soon_as_it_is_there(autojump_clock: Any) -> None:
+    async with open_site(A) as site, open_reachability(site.service()) as where:
+        await trio.sleep(5)
+        site.mappings = (
+            PortMapping("tcp", PORT, WAN, 4444, "upnp", 1e9),
+            PortMapping("udp", PORT, WAN, 5, "upnp", 1e9),
+        )
+        site.nat.open_ports = {4444}
+        where.on_mappings()
+        await trio.sleep(5)
+        assert (where.view.state, where.view.addresses) == ("mapped", (f"/ip4/{WAN}/tcp/4444",))
+        assert where.view.mappings == site.mappings
+        assert {port for _, _, port in site.nat.knocks} == {PORT, 4444}
+
+
+async def test_blocked_udp_is_remembered_for_the_network_and_forgotten_when_it_opens(autojump_clock: Any) -> None:
+    async with open_site(A) as site:
+        site.nat.udp = False
+        async with open_reachability(site.service()) as where:
+            assert not is_blocked(where)
+            await trio.sleep(6)
+            assert is_blocked(where)
+            assert where.view.nat.udp == "blocked"
+        assert site.kept == [{"192.168.1.0/24": pytest.approx(UNIX_S, abs=20)}]
+        async with open_reachability(site.service(blocked=BlockedNetworks(site.kept[0]))) as where:
+            assert is_blocked(where)  # before anybody was asked
+            site.nat.udp = True
+            await trio.sleep(6)
+            assert not is_blocked(where)
+        assert site.kept[-1] == {}
+        site.own = ("10.0.0.5",)
+        assert not site.service(blocked=BlockedNetworks(site.kept[0])).udp_blocked
+
+
+async def test_a_dead_bootstrap_node_holds_nothing_up_for_long(autojump_clock: Any) -> None:
+    async with open_site(A, B) as site:
+        dead = next(peer for peer, texts in site.observers.items() if B in texts[0])
+        site.network.partition(site.swarm.peer_id, dead)
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(3)
+            assert state_of(where) == "private"
+            assert "the only observer" in where.view.why
+
+
+async def test_without_anybody_to_ask_nothing_is_asked_until_there_is(autojump_clock: Any) -> None:
+    async with open_site(A) as site:
+        observers, site.observers = site.observers, {}
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(1000)
+            assert state_of(where) == "unknown"
+            assert not site.nat.knocks
+            site.observers = observers
+            await trio.sleep(10)
+            assert state_of(where) == "private"
+
+
+async def test_configured_servers_alone_tell_what_udp_does(autojump_clock: Any) -> None:
+    async def stun() -> Sequence[tuple[str, int]]:
+        return await resolve_servers([(C, 3478), (B, 3478)])
+
+    async with open_site() as site, open_reachability(site.service(stun=stun)) as where:
+        await trio.sleep(5)
+        assert where.view.nat.mapping == "endpoint-independent"
+        assert where.view.external_ips == (WAN,)
+        assert state_of(where) == "unknown"
+        assert where.stun == ((C, 3478), (B, 3478))
+
+
+async def test_a_member_outside_that_we_dialled_is_asked_and_one_of_our_lan_is_not(autojump_clock: Any) -> None:
+    async with open_site() as site, AsyncExitStack() as stack:
+        for seed, ip in ((20, C), (21, "192.168.1.77")):
+            member = await stack.enter_async_context(site.network.open_swarm(SeededSigner(seed)))
+            site.network.move(member, f"/ip4/{ip}/tcp/{PORT}")
+            ObserveServer(
+                0, 0, (), Attest(SeededSigner(seed), unix_now), Reach(trio.current_time, site.nat.knock_of(ip))
+            ).register(member)
+            await site.swarm.dial(member.peer_id, member.addresses)
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(10)
+            assert state_of(where) == "private"
+            assert {observer for observer, _, _ in site.nat.knocks} == {C}
+
+
+async def test_neighbours_that_come_over_a_relay_although_we_are_public_bring_a_look(autojump_clock: Any) -> None:
+    async with open_site(A) as site:
+        site.own, site.nat.control = (WAN,), "open"
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(100)
+            looks = len(site.nat.knocks)
+            where.on_unreached(PeerId("P"))
+            where.on_unreached(PeerId("Q"))
+            await trio.sleep(5)
+            assert len(site.nat.knocks) == 2 * looks
+
+
+async def test_a_connection_in_use_for_a_look_is_said_to_be(autojump_clock: Any) -> None:
+    async with open_site(A) as site, open_reachability(site.service()) as where:
+        (node,) = site.observers
+        await trio.sleep(0.03)
+        assert where.is_asking(node)
+        await trio.sleep(10)
+        assert not where.is_asking(node)
+
+
+async def test_a_voucher_of_somebody_else_or_for_somebody_else_is_not_kept(autojump_clock: Any) -> None:
+    network = MemoryNetwork()
+    async with (
+        network.open_swarm(SeededSigner(1)) as swarm,
+        network.open_swarm(SeededSigner(2), NoMesh()) as node,
+    ):
+        network.move(node, f"/ip4/{A}/tcp/1")
+        network.move(swarm, f"/ip4/{WAN}/tcp/1")
+        ObserveServer(1, 1, (), Attest(SeededSigner(3), unix_now)).register(node)  # signs with another's key
+        service = ReachabilityService(swarm, lambda: {node.peer_id: (f"/ip4/{A}/tcp/1",)}, tuple, lambda: 0, unix_now)
+        async with open_reachability(service) as where:
+            await trio.sleep(5)
+            assert where.view.external_ips == (WAN,)
+            assert where.vouchers == ()

@@ -61,7 +61,10 @@ class Connector:
         self._swarm, self._ways, self._memory = swarm, ways, memory
         self._upgrades = Upgrades(ways.random)
         self._stories: dict[PeerId, Story] = {}  # of connected peers
-        self._told: dict[PeerId, tuple[str, ...]] = {}  # addresses of peers that are reached over a relay
+        self._told: dict[
+            PeerId, tuple[str, ...]
+        ] = {}  # addresses of peers that are reached over a relay, by their own word
+        self._given: dict[PeerId, tuple[str, ...]] = {}  # of the same: what they were dialled at
         self._dials: dict[PeerId, _Dial] = {}
         self._due = trio.Event()
         self._news = trio.Event()
@@ -85,7 +88,7 @@ class Connector:
         if peer_id in self._swarm.connections() or not (guest or self._ways.wanted()):
             await self._swarm.dial(peer_id, addresses, guest=guest)
             return
-        dial = self._dials[peer_id] = _Dial(trio.current_time())
+        dial = self._dials[peer_id] = _Dial(trio.current_time(), tuple(addresses[:MAX_ADDRESSES]))
         try:
             await self._race(self._ways_of(peer_id, self._plan(peer_id, addresses), guest), dial.arrived)
         finally:
@@ -139,13 +142,14 @@ class Connector:
                 view.path, relay, dial.began if dial and view.direction == "out" else None, now
             )
             if dial:
+                self._given[peer_id] = dial.addresses
                 dial.arrived.set()
         else:
             story.on_path(view.path, relay, now)
         if view.path == "relay":
             self._told.setdefault(peer_id, self._addresses_of(peer_id))
         else:
-            self._told.pop(peer_id, None)
+            self._forget_addresses(peer_id)
         if not self._ways.wanted():
             return
         dialled = view.direction == "out"
@@ -158,8 +162,12 @@ class Connector:
 
     def _on_gone(self, peer_id: PeerId) -> None:
         self._stories.pop(peer_id, None)
-        self._told.pop(peer_id, None)
+        self._forget_addresses(peer_id)
         self._upgrades.on_gone(peer_id)
+
+    def _forget_addresses(self, peer_id: PeerId) -> None:
+        self._told.pop(peer_id, None)
+        self._given.pop(peer_id, None)
 
     def _relay_name(self, view: ConnectionView) -> str:
         if view.path != "relay":
@@ -212,7 +220,9 @@ class Connector:
 
     async def _try_better(self, peer_id: PeerId) -> None:
         """Every way to a path without a relay, side by side. Raises ConnectError, NotAMember."""
-        plan = self._plan(peer_id, self._ways.addresses_of(peer_id))
+        # Its status may not be there yet; what it was dialled at may be what others said.
+        addresses = dict.fromkeys((*self._addresses_of(peer_id), *self._given.get(peer_id, ())))
+        plan = self._plan(peer_id, tuple(addresses))
         found, signals = self._ways_of(peer_id, plan, better=True), self._ways.signals()
         if signals is not None:
             found.append(Way("signalled", partial(signals.traverse, peer_id)))
@@ -245,8 +255,8 @@ class Connector:
 class _Dial:
     """A `connect` under way."""
 
-    def __init__(self, began: float) -> None:
-        self.began = began
+    def __init__(self, began: float, addresses: tuple[str, ...]) -> None:
+        self.began, self.addresses = began, addresses
         self.arrived = trio.Event()  # the peer is connected
         self.over = trio.Event()
 

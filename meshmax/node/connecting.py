@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from meshmax.base.errors import ManifestInvalid
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
@@ -39,7 +41,7 @@ async def open_signalling(node: Node, where: ReachabilityService) -> AsyncIterat
         if channels is None and world.puncher is None:
             yield None
             return
-        yield Signalling(
+        signalling = Signalling(
             node.swarm,
             world.puncher,
             channels,
@@ -48,6 +50,8 @@ async def open_signalling(node: Node, where: ReachabilityService) -> AsyncIterat
             interfaces=world.interfaces,
             allowed=lambda: node.traversal.wanted,
         )
+        node.network.watch(signalling.network_changed)
+        yield signalling
 
 
 @asynccontextmanager
@@ -59,9 +63,11 @@ async def open_node_connector(node: Node) -> AsyncIterator[Connector]:
         await world.run_sync(partial(save_paths, home, records))
 
     def own() -> Own:
-        relays = traversal.relays.relays if traversal.relays else ()
         external = traversal.reachability().external_ips
-        return Own(node.peer_id, node.network.addresses, _networks(node), external, relays)
+        where = Own(node.peer_id, node.network.addresses, _networks(node), external)
+        if (relays := traversal.relays) is None:
+            return where
+        return msgspec.structs.replace(where, relays=relays.relays, circuits=relays.addresses)
 
     def told_by(peer_id: PeerId) -> Sequence[str]:
         status = status_of(node, peer_id)

@@ -121,6 +121,7 @@ class _Channel:
                 self._end("it was closed")
                 with trio.CancelScope(deadline=trio.current_time() + STOP_S, shield=True):
                     await isolate("ice", partial(loop.call, self._parts.stop))
+                loop.soon(self._parts.cut)
 
     async def _connect_once_given(self) -> None:
         await self._given.wait()
@@ -304,14 +305,14 @@ class IceChannels:
 
     def __init__(self, nursery: trio.Nursery, addresses: Callable[[], Sequence[str]]) -> None:
         self._nursery, self._addresses = nursery, addresses
-        self._count = 0
+        self.count = 0  # channels that live, attempts included
 
     @asynccontextmanager
     async def open_channel(
         self, stun: Sequence[tuple[str, int]], turn: Sequence[TurnServer] = ()
     ) -> AsyncIterator[ChannelEnd]:
         """One end; see ports.Channels. Raises ConnectError where there are MAX_CHANNELS already."""
-        if self._count >= MAX_CHANNELS:
+        if self.count >= MAX_CHANNELS:
             raise ConnectError(f"there are {MAX_CHANNELS} data channels already, as many as may be at once")
         channel = _Channel(self._addresses, stun, turn)
         self._nursery.start_soon(self._run, channel)
@@ -322,11 +323,11 @@ class IceChannels:
             channel.leave()
 
     async def _run(self, channel: _Channel) -> None:
-        self._count += 1
+        self.count += 1
         try:
             await channel.run()
         finally:
-            self._count -= 1
+            self.count -= 1
 
 
 @asynccontextmanager

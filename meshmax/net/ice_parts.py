@@ -124,7 +124,6 @@ class Parts:
         self._sctp = _Association(self._dtls, room, on_message)
         self._on_low, self._on_end = on_low, on_end
         self._channel: RTCDataChannel | None = None
-        self._dtls.on("statechange", self._dtls_changed)
 
     # --- candidates -------------------------------------------------------------------------------------------------
 
@@ -208,6 +207,7 @@ class Parts:
         await self._dtls.start(RTCDtlsParameters([RTCDtlsFingerprint("sha-256", theirs.fingerprint)]))
         if self._dtls.state != "connected":
             raise ConnectError("the DTLS handshake failed, or the certificate is not the one that was told")
+        self._dtls.on("statechange", self._dtls_changed)
         self._channel = RTCDataChannel(
             self._sctp, RTCDataChannelParameters("meshmax", ordered=True, negotiated=True, id=STREAM_ID)
         )
@@ -238,8 +238,15 @@ class Parts:
         """Whether something sent was not acknowledged yet, on a channel that is open."""
         return self._channel is not None and self._channel.readyState == "open" and self._sctp.unsent
 
+    def cut(self) -> None:
+        """End it at once, if `stop` did not come to an end."""
+        self.connection._closing = True  # no checks are begun any more
+        for protocol in self.connection._protocols:
+            protocol.transport.close()
+
     async def stop(self) -> None:
         """End it in order: tell the other end, give the sockets back. Takes long only with a TURN server that is silent."""
+        self.connection._closing = True
         await self._sctp.stop()
         await self._dtls.stop()
         await self._ice.stop()

@@ -1,17 +1,23 @@
 """Peers learn how they are seen, and what a node does for strangers."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
 
-from meshmax.base.errors import PeerGone, RemoteProtocolError, VersionMismatch
+from meshmax.base.doctor import TriedOutcome
+from meshmax.base.errors import Busy, PeerGone, RemoteProtocolError, VersionMismatch
+from meshmax.base.ids import PeerId
 from meshmax.services import observe as module
-from meshmax.services.observe import ObserveServer, ask_observed
+from meshmax.services.observe import Attest, ObserveServer, Reach, ask_observed, ask_observer
 from meshmax.services.strangers import NoMesh
-from meshmax.testing.memory_swarm import MemoryNetwork, SeededSigner
+from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
 from meshmax.wire import observe as wire
+from meshmax.wire.look_back import probe_of
 from meshmax.wire.protocols import OBSERVE
+from meshmax.wire.voucher import Voucher, decode_voucher, verify_voucher
 
 
 async def test_a_guest_is_told_its_address_the_ports_and_the_services(autojump_clock: Any) -> None:
@@ -54,3 +60,118 @@ async def test_a_node_that_says_nothing_garbage_or_lacks_the_protocol_is_an_erro
         node.serve(OBSERVE, garbage)
         with pytest.raises(RemoteProtocolError):
             await ask_observed(peer, node.peer_id)
+
+
+# --- packets to those who ask ----------------------------------------------------------------------------------------
+
+IP, NONCE = "81.2.69.142", bytes(range(16))
+
+
+class Wire:
+    """A main UDP port, another one, and knocks; notes what went where."""
+
+    def __init__(self) -> None:
+        self.addresses = (("5.6.7.8", 11435),)
+        self.sent: list[tuple[str, bytes, tuple[str, int]]] = []
+        self.knocked: list[tuple[str, int]] = []
+        self.knock_s = 0.0
+
+    def send(self, data: bytes, to: tuple[str, int]) -> None:
+        self.sent.append(("main", data, to))
+
+    def receive(self, first_bytes: range, on_datagram: Any) -> None:
+        raise NotImplementedError
+
+    def send_other(self, data: bytes, to: tuple[str, int]) -> bool:
+        self.sent.append(("other", data, to))
+        return True
+
+    async def knock(self, ip: str, port: int) -> TriedOutcome:
+        await trio.sleep(self.knock_s)
+        self.knocked.append((ip, port))
+        return "open"
+
+
+@asynccontextmanager
+async def open_pair(own: str = f"/ip4/{IP}/tcp/11435") -> AsyncIterator[tuple[Wire, MemorySwarm, PeerId]]:
+    """A peer that is seen at ``own``, and an observer that it is a guest of."""
+    network, wired = MemoryNetwork(), Wire()
+    signer = SeededSigner(1)
+    async with network.open_swarm(signer, NoMesh()) as node, network.open_swarm(SeededSigner(2)) as peer:
+        network.move(peer, own)
+        reach = Reach(trio.current_time, wired.knock, wired, wired.send_other)
+        ObserveServer(11435, 0, (), Attest(signer, lambda: 1.8e9), reach).register(node)
+        await peer.dial(node.peer_id, node.addresses, guest=True)
+        yield wired, peer, node.peer_id
+
+
+async def test_packets_go_to_the_address_that_the_question_came_from(autojump_clock: Any) -> None:
+    async with open_pair() as (wired, peer, node):
+        reply, _ = await ask_observer(peer, node, wire.Probe(5000, NONCE))
+        assert reply == wire.Probed(True)
+        reply, _ = await ask_observer(peer, node, wire.Probe(5001, NONCE, "other"))
+        assert reply == wire.Probed(True)
+        assert wired.sent == [("main", probe_of(NONCE), (IP, 5000)), ("other", probe_of(NONCE), (IP, 5001))]
+        reply, _ = await ask_observer(peer, node, wire.Knock(5002))
+        assert reply == wire.Knocked("open")
+        assert wired.knocked == [(IP, 5002)]
+
+
+async def test_it_vouches_for_who_asks_with_its_own_key(autojump_clock: Any) -> None:
+    async with open_pair() as (_, peer, node):
+        voucher = decode_voucher((await ask_observed(peer, node)).voucher)
+        assert voucher.signer == node
+        assert verify_voucher(voucher, 1.8e9) == Voucher(peer.peer_id, IP, 1_800_000_000)
+
+
+async def test_who_comes_over_a_relay_gets_no_voucher_no_knock_and_no_probe(autojump_clock: Any) -> None:
+    relayed = f"/ip4/5.5.5.5/tcp/1/p2p/{SeededSigner(9).peer_id}/p2p-circuit"
+    async with open_pair(relayed) as (wired, peer, node):
+        assert (await ask_observed(peer, node)).voucher == b""
+        assert (await ask_observer(peer, node, wire.Knock(5002)))[0] == wire.Knocked("not_tried")
+        assert (await ask_observer(peer, node, wire.Probe(5000, NONCE)))[0] == wire.Probed(False)
+        assert not wired.sent
+        assert not wired.knocked
+
+
+async def test_many_packets_are_not_to_be_had(autojump_clock: Any) -> None:
+    async with open_pair() as (wired, peer, node):
+        with pytest.raises(Busy) as refused:
+            for _ in range(100):
+                await ask_observer(peer, node, wire.Probe(5000, NONCE))
+        assert refused.value.retry_after_s
+        assert len(wired.sent) <= module.TRIES_BURST + 1
+        assert (await ask_observed(peer, node)).udp_port == 11435  # what costs nothing is told all the same
+        await trio.sleep(3 / module.TRIES_PER_S)
+        assert (await ask_observer(peer, node, wire.Knock(5002)))[0] == wire.Knocked("open")
+
+
+async def test_only_so_many_knocks_go_on_at_once(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PLACES", 2)
+    async with open_pair() as (wired, peer, node):
+        wired.knock_s = 2.0
+        outcomes: list[str] = []
+
+        async def knock() -> None:
+            try:
+                await ask_observer(peer, node, wire.Knock(5002))
+                outcomes.append("tried")
+            except Busy:
+                outcomes.append("busy")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(knock)
+        assert sorted(outcomes) == ["busy", "tried", "tried"]
+        assert (await ask_observer(peer, node, wire.Knock(5002)))[0] == wire.Knocked("open")
+
+
+async def test_without_the_means_nothing_is_tried(autojump_clock: Any) -> None:
+    network = MemoryNetwork()
+    async with network.open_swarm(SeededSigner(1)) as node, network.open_swarm(SeededSigner(2)) as peer:
+        network.move(peer, f"/ip4/{IP}/tcp/1")
+        ObserveServer(0, 0, ()).register(node)
+        await peer.dial(node.peer_id, node.addresses)
+        assert (await ask_observed(peer, node.peer_id)).voucher == b""
+        assert (await ask_observer(peer, node.peer_id, wire.Knock(5002)))[0] == wire.Knocked("not_tried")
+        assert (await ask_observer(peer, node.peer_id, wire.Probe(5000, NONCE)))[0] == wire.Probed(False)

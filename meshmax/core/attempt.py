@@ -377,7 +377,9 @@ class Attempt:
             number = min(self._waiting, key=lambda each: (self._found[each] == "punch-udp", each))
             method = self._found[number]
             at_s = self._free_s
-            if method == "punch-udp" and self._state["punch-tcp"] == "running":
+            if self.lead and method == "punch-udp" and self._state["punch-tcp"] not in ("off", "over"):
+                if self._state["punch-tcp"] != "running":
+                    return  # it starts, or is over, soon
                 at_s = max(at_s, self._due["tcp"] - PUNCH_TCP_S + TCP_FIRST_S)
             if self.lead and at_s > now:
                 self._due["adopt"] = at_s

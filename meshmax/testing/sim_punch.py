@@ -138,6 +138,7 @@ class SimIce:
         self.local: Address = (host.ip, self.port)
         self._found = found
         self._checked: set[Address] = set()
+        self._early: list[Packet] | None = []  # checks that came before we knew the other's credentials
         self._chosen: Address | None = None
         self._link: SimLink | None = None
         self._over = False
@@ -153,6 +154,9 @@ class SimIce:
 
     def start(self, candidates: Sequence[Candidate]) -> None:
         """Check the other's candidates."""
+        early, self._early = self._early or [], None
+        for packet in early:
+            self._on_packet(packet)
         for candidate in candidates:
             self._check((candidate.ip, candidate.port))
 
@@ -180,6 +184,8 @@ class SimIce:
                 self._link.arrived(packet.body)
         elif self._over:
             return
+        elif self._early is not None:
+            self._early.append(packet)
         elif packet.kind == "check":
             self._send("answer", other)
             self._check(other)

@@ -27,6 +27,17 @@ FRAME_S: Final = 600.0  # one frame in all: 1.7 kB/s; slower peers are better se
 # even when the server does not read for a while: `send_now` never waits.
 FETCHER_SEND_BUFFER_BYTES: Final = 512 * KIB
 
+# A path that ends without a word, as where a NAT forgets it or the peer's power fails, is noticed by the system: of what was
+# said nothing is acknowledged for DEAD_S, or of probes that go out after KEEP_ALIVE_S of silence. The probes also keep mappings
+# of NATs, and renew one that was forgotten while only the other side had something to say.
+KEEP_ALIVE_S: Final = 3
+DEAD_S: Final = 15  # longer than a change of the Wi-Fi cell, or a router that is set anew
+_KEEP_ALIVE: Final = (
+    ("TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE", KEEP_ALIVE_S),  # macOS has its own name
+    ("TCP_KEEPINTVL", KEEP_ALIVE_S),
+    ("TCP_KEEPCNT", DEAD_S // KEEP_ALIVE_S - 1),
+)
+
 _DONT_WAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)  # not on Windows, where a buffer that takes it all must do
 
 
@@ -40,6 +51,7 @@ class LaneSocket:
         try:
             sock.setblocking(True)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(sock)
             # The kernel sizes the buffers: 256 KiB fixed was as fast, 4 MiB slower (it leaves the processor's cache).
             # Not settimeout(): that makes the descriptor non-blocking, and MSG_WAITALL needs a blocking one.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(stall_s))
@@ -50,6 +62,12 @@ class LaneSocket:
         self._poll = select.poll() if hasattr(select, "poll") else None
         if self._poll is not None:
             self._poll.register(sock, select.POLLIN)
+
+    def end_when_dead(self) -> None:
+        """Count what is sent and not acknowledged for DEAD_S as the end. Not for who sends to a reader that may pause."""
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            with suppress(OSError):
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_S * 1000)
 
     def fill(self, buffer: memoryview, idle: bool = False) -> bool:
         """Fill ``buffer``. ``idle``: at the start of a frame, where waiting may take any time and False means that the peer
@@ -107,6 +125,13 @@ class LaneSocket:
     def close(self) -> None:
         """Let go of the descriptor; idempotent."""
         self._socket.close()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE:
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _in_time(began_s: float) -> float:

@@ -239,6 +239,7 @@ class TcpLanes:
             connected = _socket_of(stream)
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FETCHER_SEND_BUFFER_BYTES)
             sock = LaneSocket(connected, self._stall_s)
+            sock.end_when_dead()
         except PeerGone as error:
             raise ConnectError(error.message) from error
         return TcpFetchLane(place.peer, sock, opener, sealer, partial(self._places.discard, place))

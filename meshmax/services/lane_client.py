@@ -3,7 +3,8 @@
 Rules: a lane is asked for on a stream of the control connection, which stays open as long as the lane does; its end is the
 lane's end. A chunk is asked of the lane that owes least. What a lane owed when it ended is asked for anew: of another
 lane, or on the blob's own stream. While no lane can be opened, the blob's stream is used; lanes are tried again every
-RETRY_S. Not here: which chunks (core.fetch), sockets and threads (net.lane), what becomes of a chunk (services.landing).
+RETRY_S, and after one was lost sooner. Not here: which chunks (core.fetch), sockets and threads (net.lane), what becomes of
+a chunk (services.landing).
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from meshmax.wire.protocols import LANE
 
 READY_TIMEOUT_S: Final = 1.0  # for the first lane; then the blob's own stream begins to bring chunks
 OPEN_TIMEOUT_S: Final = 5.0  # for any; a machine that is busy with a swarm needs more than a moment
-RETRY_S: Final = 30.0  # after a lane could not be opened or was lost
+RETRY_S: Final = 30.0  # after a lane could not be opened, or was lost again and again
+LOST_S: Final = (
+    1.0  # after the first that was lost for a minute, doubled then; a NAT that forgot one lets the next through
+)
 LOOK_S: Final = 1.0  # how often it is looked whether more lanes are due, as when other sources left
 MIN_BLOB_BYTES: Final = 4 * MIB  # smaller blobs are there before a lane would be
 
@@ -164,6 +168,7 @@ class SourceLanes:
         self._held: set[FetchLane] = set()  # those whose thread is at work or waits for our limits
         self._moved = False  # a piece of a chunk has come; threads set it, `alive` takes it back
         self._lost = trio.Event()
+        self._lost_s, self._pause_s = float("-inf"), LOST_S  # when one was lost last, and how long is waited then
 
     @property
     def count(self) -> int:
@@ -215,8 +220,14 @@ class SourceLanes:
                     with trio.move_on_after(LOOK_S):
                         await self._lost.wait()
                 if not whole or self._lost.is_set():
-                    await trio.sleep(RETRY_S)
+                    await trio.sleep(self._loss_pause_s() if whole else RETRY_S)
                     self._lost = trio.Event()
+
+    def _loss_pause_s(self) -> float:
+        now = trio.current_time()
+        self._pause_s = LOST_S if now - self._lost_s > 2 * RETRY_S else min(2 * self._pause_s, RETRY_S)
+        self._lost_s = now
+        return self._pause_s
 
     async def _open(self, nursery: trio.Nursery, count: int) -> bool:
         """Try to open ``count`` lanes at once; whether all are there."""

@@ -16,7 +16,7 @@ from meshmax.base.model import CHUNK_BYTES, ChunkMap, Haves
 from meshmax.ports import ChunkSource, Throttle
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.fetch_events import SourceEvent, Stored, Unwritten
-from meshmax.services.lane_client import RETRY_S, LaneOpener, try_ip
+from meshmax.services.lane_client import LOST_S, RETRY_S, LaneOpener, try_ip
 from meshmax.services.lane_server import LaneServer
 from meshmax.services.local_source import name_of
 from meshmax.services.offers import Offers
@@ -101,6 +101,13 @@ async def run_server(site: Site, seed: int, data: bytes, lanes: bool, count: int
         if len(site.servers) == count:
             ready.set()
         await trio.sleep_forever()
+
+
+async def until_open(site: Site, count: int) -> None:
+    while True:
+        if len(site.lanes.open) >= count:
+            return
+        await trio.sleep(0.1)
 
 
 async def until_carried(site: Site, count: int) -> None:
@@ -208,6 +215,26 @@ async def test_lanes_that_are_cut_in_the_middle_cost_nothing_but_what_was_on_the
         view = fetch.view()
         assert view.bytes_wasted == 0
         assert view.sources[peer].bytes == len(LARGE)
+        await site.finish(LARGE)
+
+
+async def test_lanes_that_are_lost_are_opened_anew_soon_and_less_soon_each_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site(limit=Metered(500_000)) as site:
+        fetch = await site.fetch(chunk_map_of_bytes(LARGE))
+        (peer,) = site.servers
+        back_s = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch.run)
+            for _ in range(3):
+                await until_open(site, 2)
+                assert site.lanes.cut(peer) == 2
+                cut_s = trio.current_time()
+                await until_open(site, 1)
+                back_s.append(trio.current_time() - cut_s)
+        assert back_s == pytest.approx([LOST_S, 2 * LOST_S, 4 * LOST_S], abs=0.3)
+        assert fetch.view().bytes_wasted == 0
         await site.finish(LARGE)
 
 

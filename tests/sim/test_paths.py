@@ -95,3 +95,36 @@ async def test_peers_that_cannot_reach_each_other_meet_over_a_relay_and_move_to_
             each and each.via.startswith(("relay ", "it came to us: relay ")) and "direct after" in each.via
             for each in told
         )
+
+
+async def test_a_direct_path_that_is_lost_is_replaced_by_a_relay_and_found_again(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_apart(tmp_path) as site:
+        await site.helper()
+        a, b = await site.apart("a", "b")
+        site.network.heal(a.peer_id, b.peer_id)
+        await until(lambda: path(a, b.peer_id) == path(b, a.peer_id) == "direct", 120)
+        site.network.partition(a.peer_id, b.peer_id)
+        await until(
+            lambda: path(a, b.peer_id) == path(b, a.peer_id) == "relay", 20
+        )  # as soon as the silence is noticed
+        site.network.heal(a.peer_id, b.peer_id)
+        await until(lambda: path(a, b.peer_id) == path(b, a.peer_id) == "direct", 120)
+
+
+async def test_when_a_relay_dies_another_one_carries_on(tmp_path: Path, autojump_clock: Clock) -> None:
+    async with open_apart(tmp_path) as site:
+        first, second = await site.helper(), await site.helper()
+        a, b = await site.apart("a", "b")
+        await until(lambda: path(a, b.peer_id) == path(b, a.peer_id) == "relay", 20)
+        used = a.swarm.connections()[b.peer_id].address
+        dying, other = (first, second) if first.peer_id in used else (second, first)
+        site.network.kill(dying.peer_id)
+
+        def carried_on() -> bool:
+            views = [a.swarm.connections().get(b.peer_id), b.swarm.connections().get(a.peer_id)]
+            return all(view and other.peer_id in view.address for view in views)
+
+        await until(carried_on, 20)
+        await until(lambda: online(a) == {"b"} and online(b) == {"a"}, 30)

@@ -5,7 +5,8 @@ Observers may err and lie. Rules. Only the farthest ones count: what a machine o
 one alone was asked its word counts and ``why`` says so. Mapping and filtering are told as in RFC 5780, 4.3 and 4.4, from one
 port each: the same mapping at most observers' addresses is endpoint-independent; where they differ and nobody was asked at
 two ports, the worse is assumed. Reached at an address of an interface of ours we are public, at another one mapped. What was
-reached is given up after LOSSES looks in a row that say so, CONFIRM_S apart; what was not is reached at once.
+reached, as UDP that was open, is given up after LOSSES looks in a row that say so, CONFIRM_S apart; what was not is reached at
+once.
 On another network nothing of
 before counts. Not here: asking (services.reachability), remembering networks (store.networks_file).
 """
@@ -27,6 +28,7 @@ from meshmax.core.subnets import source_of
 LOOK_EVERY_S: Final = 600.0  # mappings of routers and addresses of carriers change within hours
 RETRY_S: Final = (5.0, 600.0)  # first and longest pause while no observer answers
 CONFIRM_S: Final = 15.0  # until a look that found us lost is repeated: an observer may have been restarted
+BLOCKED_EVERY_S: Final = 120.0  # while UDP is blocked: some portals open it once somebody has logged in
 LOSSES: Final = 2  # looks in a row
 SETTLE_S: Final = 1.0  # from a change (of the network, of mappings) to the look: changes come in groups
 DOUBTS: Final = 2  # neighbours that could not reach us within LOOK_EVERY_S, before we look again
@@ -250,12 +252,12 @@ def _text(at: Address) -> str:
 class Whereabouts:
     """See the module. Times are monotonic seconds."""
 
-    __slots__ = ("_doubts", "_due", "_failed", "_looked", "_lost", "_own", "_settled", "view")
+    __slots__ = ("_blocked", "_doubts", "_due", "_failed", "_looked", "_lost", "_own", "_settled", "view")
 
     def __init__(self, now: float) -> None:
         self.view: Reachability = UNKNOWN
         self._due = self._looked = now
-        self._failed = self._lost = 0  # looks in a row
+        self._failed = self._lost = self._blocked = 0  # looks in a row
         self._own: tuple[str, ...] = ()
         self._doubts: dict[PeerId, float] = {}  # neighbours that could not reach us, and when, oldest first
         self._settled = False  # whether a look on this network brought anything
@@ -280,13 +282,19 @@ class Whereabouts:
         if lost and self._lost < LOSSES and self._settled:
             self._due = now + CONFIRM_S
             found = msgspec.structs.replace(found, state=before.state, why=before.why, addresses=before.addresses)
+        self._blocked = self._blocked + 1 if found.nat.udp == "blocked" else 0
+        if 0 < self._blocked < LOSSES and before.nat.udp == "open" and self._settled:
+            self._due = now + CONFIRM_S
+            found = msgspec.structs.replace(found, nat=before.nat)
+        elif self._blocked:
+            self._due = now + BLOCKED_EVERY_S
         self.view, self._settled = found, True
         return self.view != before
 
     def on_network_change(self, own: Sequence[str], now: float) -> bool:
         """We are, or may be, on another network: look again, and take what comes at its word; whether the view changed."""
         before, self._due = self.view, now + SETTLE_S
-        self._failed = self._lost = 0
+        self._failed = self._lost = self._blocked = 0
         self._settled = False
         self._doubts = {}
         if set(own) != set(self._own):

@@ -148,7 +148,9 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
                     answer = self._found(body, b"" if proven else cookie, room, sender)
                 case Store():
                     answer = Stored(self.rpc_store(sender, body.record))
-            if not envelope.client:
+            if envelope.client:
+                self._withdraw(sender)
+            else:
                 self._note_candidate(sender, proven)
         if answer is None or body_bytes(answer) <= room:
             return answer
@@ -284,11 +286,20 @@ class DhtProtocol(KademliaProtocol):  # type: ignore[misc]
             self.candidates.pop(node, None)
             if known is not None and known.contact == node:
                 self.router.failed(known)
+        elif result[1].client:
+            self._withdraw(node)
         elif known is not None and known.contact == node:
             self.router.heard(known)
-        elif not result[1].client and node not in self.candidates:
+        elif node not in self.candidates:
             self.welcome_if_new(node)
         return result
+
+    def _withdraw(self, node: Contact) -> None:
+        """It says that nobody reaches it any more: it leaves the table, where it was at this address."""
+        self.candidates.pop(node, None)
+        known = self.router.get(node.node_id)
+        if known is not None and known.contact == node:
+            self.router.remove_contact(known)
 
     def welcome_if_new(self, node: Contact) -> None:
         """See KademliaProtocol: into the table, and to be handed the records that it should hold."""

@@ -1,10 +1,11 @@
 """The DHT in a node: for which mesh, when at all, by whom it joins, and what is kept.
 
-On while the mesh is private or a bootstrap node is known, unless ``dht: false``. On an open LAN mesh by itself it stays
-silent: there only addresses of the LAN count, and whoever has one of them is found by mDNS, or by a given address. A node
-joins by what it kept, by its bootstrap nodes, and by the peers that it is connected to, at the UDP ports that they tell. When
-the mesh changes, nothing more is asked or announced in the old DHT, it ends, and the new one begins with what was kept of that
-mesh; likewise when other bootstrap nodes are trusted. Not here: what is announced (services.announce).
+On while the mesh is private or a bootstrap node is known, unless ``dht: false`` or the network lets no UDP out. On an open LAN
+mesh by itself it stays silent: there only addresses of the LAN count, and whoever has one of them is found by mDNS, or by a
+given address. A node joins by what it kept, by its bootstrap nodes, and by the peers that it is connected to, at the UDP ports
+that they tell. When the mesh changes, nothing more is asked or announced in the old DHT, it ends, and the new one begins with
+what was kept of that mesh; likewise when other bootstrap nodes are trusted. A node that others cannot reach takes part as a
+client: it asks and announces, and is in nobody's table. Not here: what is announced (services.announce).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class NodeDht:
         """Whether there is a DHT to take part in."""
         config = self._node.config
         somewhere = self._node.membership.mesh != OPEN_MESH or bool(bootstrap_places(self._node))
-        return config.dht and self._node.datagrams is not None and somewhere
+        return config.dht and self._node.datagrams is not None and somewhere and not self._node.traversal.udp_blocked
 
     @property
     def why_off(self) -> str:
@@ -80,6 +81,8 @@ class NodeDht:
             return "it is turned off (dht: false)"
         if self._node.datagrams is None:
             return "there is no UDP port"
+        if self._node.traversal.udp_blocked:
+            return "this network lets no UDP out"
         return "the open mesh of one LAN does without it; it is on with a bootstrap node, or in a mesh of your own"
 
     @property
@@ -157,7 +160,7 @@ class NodeDht:
             self._running = None
 
     async def _stay(self, mesh: MeshId, trusted: frozenset[PeerId]) -> None:
-        while self._node.membership.mesh == mesh and bootstrap_places(self._node).keys() == trusted:
+        while self.wanted and self._node.membership.mesh == mesh and bootstrap_places(self._node).keys() == trusted:
             woken = self._woken
             with trio.move_on_after(CHECK_S):
                 await woken.wait()

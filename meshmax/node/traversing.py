@@ -64,6 +64,11 @@ class Traversal:
         asking = self.where is not None and self.where.is_asking(peer_id)
         return asking or (self.relays is not None and self.relays.uses(peer_id))
 
+    @property
+    def udp_blocked(self) -> bool:
+        """Whether this network lets no UDP out: what would wait for it goes without."""
+        return self.where is not None and self.where.udp_blocked
+
     def told_addresses(self) -> tuple[str, ...]:
         """Our addresses as others may know them and pass them on, with /p2p, at most MAX_ADDRESSES."""
         own = self._node.swarm.addresses
@@ -99,6 +104,7 @@ async def open_traversal(node: Node) -> AsyncIterator[None]:
         # each part is entered here, in the order of the module's text
         traversal.where = node.reachability = await stack.enter_async_context(open_whereabouts(node))
         traversal.where.watch(traversal.changed)
+        traversal.where.watch(node.dht.look_again)
         traversal.watch(traversal.where.look_again)
         traversal.relays = await stack.enter_async_context(open_relaying(node))
         traversal.where.watch(traversal.relays.check)

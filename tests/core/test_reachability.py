@@ -14,6 +14,7 @@ from meshmax.base.doctor import TriedOutcome
 from meshmax.base.ids import PeerId
 from meshmax.base.reachability import Behaviour, PortMapping
 from meshmax.core.reachability import (
+    BLOCKED_EVERY_S,
     CONFIRM_S,
     DOUBT_PAUSE_S,
     LOOK_EVERY_S,
@@ -214,6 +215,10 @@ DOWN = msgspec.structs.replace(UP, dialled=dialled((A, "silent"), (B, "silent"))
 NOTHING = Look((WAN,), PORT)
 
 
+def udp_of(where: Whereabouts) -> str:
+    return where.view.nat.udp
+
+
 def state_of(where: Whereabouts) -> str:
     return where.view.state
 
@@ -302,3 +307,19 @@ def test_a_mapping_brings_a_look_soon() -> None:
     look = Look((OURS,), PORT, (SeenFrom(A, WAN),), dialled=dialled((A, "open"), at=(WAN, 4444)), mappings=(mapping,))
     where.on_look(look, 7.0)
     assert (state_of(where), where.view.addresses) == ("mapped", (f"/ip4/{WAN}/tcp/4444",))
+
+
+def test_udp_that_was_open_is_blocked_only_when_it_is_seen_twice_and_then_looked_at_more_often() -> None:
+    seen, udp = (SeenFrom(A, WAN),), (MappedSeen((A, 1), 1, (WAN, 2)),)
+    opened, blocked = Look((WAN,), PORT, seen, udp, (A,)), Look((WAN,), PORT, seen, (), (A,))
+    where = Whereabouts(0.0)
+    where.on_look(opened, 0.0)
+    where.on_look(blocked, 600.0)
+    assert (udp_of(where), where.deadline()) == ("open", 600.0 + CONFIRM_S)
+    where.on_look(blocked, 615.0)
+    assert (udp_of(where), where.deadline()) == ("blocked", 615.0 + BLOCKED_EVERY_S)
+    where.on_look(opened, 735.0)
+    assert (udp_of(where), where.deadline()) == ("open", 735.0 + LOOK_EVERY_S)
+    where.on_network_change((WAN,), 800.0)
+    where.on_look(blocked, 801.0)
+    assert udp_of(where) == "blocked"

@@ -16,7 +16,9 @@ from meshmax.base.config import Config
 from meshmax.base.errors import PeerGone
 from meshmax.base.ids import public_key_of
 from meshmax.base.membership import SCOPES, Certificate, MeshId
-from meshmax.node.dht import JOIN_S, NodeDht, _udp_places
+from meshmax.base.providers import KEY_BYTES
+from meshmax.base.reachability import NatBehaviour, Reachability
+from meshmax.node.dht import JOIN_S, NodeDht, _udp_places, is_client
 from meshmax.services.observe import ObserveServer
 from meshmax.services.standing import Standing
 from meshmax.services.strangers import NoMesh
@@ -60,6 +62,8 @@ async def node_dht(
         world=SimpleNamespace(random=random.Random(seed), unix_now=unix_now, run_sync=run_sync),
         membership=SimpleNamespace(mesh=standing.mesh, standing=standing),
         swarm=SimpleNamespace(connections=dict, open_stream=nobody),
+        traversal=SimpleNamespace(reachability=lambda: node.where, udp_blocked=False),
+        where=Reachability(),
         presence=SimpleNamespace(addresses_of=lambda peer_id: (), view=lambda peer_id: None),
     )
     node.dht = NodeDht(node)
@@ -242,3 +246,52 @@ async def test_names_that_peers_tell_are_not_looked_up(autojump_clock: Any, monk
     began_s = trio.current_time()
     assert await _udp_places(texts[1:], 9, names=True) == []
     assert trio.current_time() - began_s < 10
+
+
+@pytest.mark.parametrize(
+    ("where", "client"),
+    [
+        (Reachability(), False),
+        (Reachability("public"), False),
+        (Reachability("mapped"), False),
+        (Reachability("private"), True),
+        (Reachability("public", "", NatBehaviour(udp="blocked")), True),
+    ],
+)
+def test_who_is_not_reached_is_a_client(where: Reachability, client: bool) -> None:
+    assert is_client(where) is client
+
+
+async def test_who_is_reached_no_more_leaves_the_tables_of_others(autojump_clock: Any, tmp_path: Path) -> None:
+    async with open_net() as net:
+        async with (
+            node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config()) as a,
+            node_dht(net, tmp_path / "b", 2, private(SeededSigner(2)), Config()) as b,
+        ):
+            await trio.sleep(2)
+            assert await a.dht.join(b.datagrams.addresses)
+            await trio.sleep(400)
+            assert (a.dht.contacts, b.dht.contacts) == (1, 1)
+            a.where = Reachability("private")
+            await a.dht.find(b"k" * KEY_BYTES)
+            assert (a.dht.contacts, b.dht.contacts) == (1, 0)
+            await trio.sleep(600)
+            assert b.dht.contacts == 0
+            a.where = Reachability("public")
+            await a.dht.join(b.datagrams.addresses)
+            await trio.sleep(400)
+            assert b.dht.contacts == 1
+
+
+async def test_where_udp_is_blocked_there_is_no_dht_until_it_opens(autojump_clock: Any, tmp_path: Path) -> None:
+    async with open_net() as net, node_dht(net, tmp_path / "a", 1, private(SeededSigner(1)), Config()) as a:
+        await trio.sleep(2)
+        assert a.dht.current is not None
+        a.traversal.udp_blocked = True
+        await trio.sleep(2)
+        assert a.dht.current is None
+        assert a.dht.why_off == "this network lets no UDP out"
+        a.traversal.udp_blocked = False
+        a.dht.look_again()
+        await trio.sleep(2)
+        assert a.dht.current is not None

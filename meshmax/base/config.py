@@ -106,6 +106,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``stun``: HOST:PORT of STUN servers that are asked besides the bootstrap nodes, such as public ones.
     ``upstreams``: registries that are asked for models that no peer has (base.upstreams); ``offline``: none of them, ever.
     ``heartbeat_s``, ``heartbeat_timeout_s``: the status protocol; a peer silent for the timeout is gone.
+    ``port_mapping``: in a private mesh, ask our router to forward the ports that we listen on.
     ``accept_distribute``: other peers of the mesh may ask this one to download a model.
     ``lane_port``: where blob lanes are taken, or at the next free port. ``lanes_per_peer``: lanes to a source that is the
     only one; 0: no lanes either way, and blobs ride the control connections, more slowly.
@@ -143,6 +144,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_peers: Count = 256
     scrub_interval_s: Positive = 86400.0
     accept_distribute: bool = True
+    port_mapping: bool = True
     lane_port: Port = DEFAULT_LANE_PORT
     lanes_per_peer: Annotated[int, msgspec.Meta(ge=0, le=4)] = 2
     dht: bool = True

@@ -31,6 +31,7 @@ from meshmax.core.sequence import StatusSequence
 from meshmax.node.dht import open_node_dht
 from meshmax.node.discovering import make_provider_search, open_announcing, open_discovery
 from meshmax.node.joining import allow_of, follow_mesh, make_membership
+from meshmax.node.mapping import tell_lanes
 from meshmax.node.running import Node
 from meshmax.node.serving import open_node_serving
 from meshmax.node.traversing import open_traversal
@@ -180,6 +181,8 @@ class _Opening:
         await self.enter(open_node_serving(node))
         await self.enter(open_discovery(node))
         await self.enter(open_traversal(node))
+        if node.traversal.mapping and self.lanes:
+            tell_lanes(node.traversal.mapping, self.lanes)
         if (signals := node.traversal.signals) and self.lanes and self.opener:
             signals.on_lane_stream, self.opener.signalled = self.lanes.take, signals.open_lane_stream
         node.doctor = make_doctor(node)

@@ -1,7 +1,7 @@
 """What gets a node through NAT, joined: where it stands, mapped ports, places at relays, punching, and who dials members.
 
 Everything here is for private meshes: the open mesh lives on one LAN. Each part asks `Traversal.wanted` and follows the mesh
-while the node runs; what a `World` lacks is not there. Order: where we stand, port mappings, relays, signalling, connector; all
+while the node runs; what a `World` lacks is not there. Order: port mappings, where we stand, relays, signalling, connector; all
 before presence, which dials by the connector. Not here: decisions (core.reachability, core.dial_plan, core.signalling ...).
 """
 
@@ -16,6 +16,7 @@ from meshmax.base.reachability import UNKNOWN, Reachability
 from meshmax.core.own_addresses import told_addresses
 from meshmax.net.addresses import is_lan_address, parse_endpoint
 from meshmax.node.connecting import open_node_connector, open_signalling
+from meshmax.node.mapping import open_node_mapping
 from meshmax.node.relaying import open_relaying
 from meshmax.node.whereabouts import open_whereabouts
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from meshmax.base.ids import PeerId
     from meshmax.node.running import Node
     from meshmax.services.connector import Connector
+    from meshmax.services.port_mapping import PortMappingService
     from meshmax.services.reachability import ReachabilityService
     from meshmax.services.relay_client import RelayClient
     from meshmax.services.signalling import Signalling
@@ -36,6 +38,7 @@ class Traversal:
         self.relays: RelayClient | None = None
         self.signals: Signalling | None = None
         self.where: ReachabilityService | None = None  # where we stand
+        self.mapping: PortMappingService | None = None
         self.connector: Connector
         self._told: tuple[object, ...] = ()
         self._watchers: list[Callable[[], None]] = []
@@ -102,7 +105,11 @@ async def open_traversal(node: Node) -> AsyncIterator[None]:
     traversal = node.traversal
     async with AsyncExitStack() as stack:
         # each part is entered here, in the order of the module's text
+        traversal.mapping = await stack.enter_async_context(open_node_mapping(node))
         traversal.where = node.reachability = await stack.enter_async_context(open_whereabouts(node))
+        if traversal.mapping is not None:
+            traversal.mapping.watch(traversal.where.on_mappings)
+            traversal.mapping.watch(node.changed)
         traversal.where.watch(traversal.changed)
         traversal.where.watch(node.dht.look_again)
         traversal.watch(traversal.where.look_again)

@@ -29,14 +29,16 @@ from meshmax.net.interfaces import Interface, running_interfaces
 from meshmax.net.knock import knock
 from meshmax.net.lanes import open_lanes
 from meshmax.net.mdns import Mdns
+from meshmax.net.nat_pmp import NatPmp
 from meshmax.net.observer import open_observer
 from meshmax.net.probes import SocketProbes
 from meshmax.net.punch import TcpPuncher
 from meshmax.net.registry_client import open_registry_client
 from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
+from meshmax.net.upnp import Upnp
 from meshmax.node.serving import Answer, Bound, OpenObserver
-from meshmax.ports import Channels, Datagrams, Discovery, Engine, Lanes, Probes, Puncher, RunSync, Swarm
+from meshmax.ports import Channels, Datagrams, Discovery, Engine, Lanes, PortMapper, Probes, Puncher, RunSync, Swarm
 from meshmax.services.look_back import Knock, knock_nowhere
 from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
@@ -72,6 +74,7 @@ class World:
     probes: Probes | None = None  # None: no ports from which observers are asked what our NAT does
     puncher: Puncher | None = None  # None: no simultaneous open
     open_channels: Callable[[], AbstractAsyncContextManager[Channels]] | None = None  # None: no ICE
+    port_mappers: Callable[[], Sequence[PortMapper]] = tuple  # ways to have a router forward ports, the best first
 
 
 def real_world() -> World:
@@ -94,6 +97,7 @@ def real_world() -> World:
         probes=SocketProbes(),
         puncher=TcpPuncher(),
         open_channels=partial(open_channels, running_addresses),
+        port_mappers=lambda: (NatPmp(), Upnp()),
     )
 
 

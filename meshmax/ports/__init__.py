@@ -43,7 +43,7 @@ from meshmax.ports.net import (
 from meshmax.ports.probes import Arrival, ProbePort, Probes
 from meshmax.ports.services import Answer, Catalog, Distribution, Presence, Pulls, Residency, Router
 from meshmax.ports.store import BlobStore, ChunkReader, ChunkSource, ChunkWriter, ModelStore, Naming, Partial
-from meshmax.ports.traversal import ChannelEnd, Channels, Puncher, PunchPort, Relays, Signals
+from meshmax.ports.traversal import ChannelEnd, Channels, PortMapper, Puncher, PunchPort, Relays, Signals
 
 __all__ = [
     "Admission",
@@ -83,6 +83,7 @@ __all__ = [
     "Network",
     "Pace",
     "Partial",
+    "PortMapper",
     "Presence",
     "ProbePort",
     "Probes",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 import trio
 
 from meshmax.base.ids import PeerId
+from meshmax.base.reachability import MappingProtocol
 from meshmax.base.status import Path
 from meshmax.base.traversal import Candidate, TurnServer
 from meshmax.ports.net import ByteStream
@@ -121,4 +122,28 @@ class Signals(Protocol):
 
         It has deadlines of its own. Raises ConnectError, Busy.
         """
+        ...
+
+
+class PortMapper(Protocol):
+    """One way to have a router forward ports: NAT-PMP (RFC 6886) or UPnP (IGD). Answers are the router's word alone."""
+
+    @property
+    def name(self) -> Literal["upnp", "nat-pmp"]:
+        """As in PortMapping.by."""
+        ...
+
+    async def find(self) -> str:
+        """The external IP address of the router that will be asked from now on. Raises ConnectError: none speaks this."""
+        ...
+
+    async def add(self, protocol: MappingProtocol, port: int, external_port: int, lifetime_s: int) -> tuple[int, int]:
+        """Have a port forwarded to this machine: (external port, lifetime in seconds, 0 for one without an end).
+
+        Raises Busy: that external port is another's; Refused; ConnectError: the router answers no more.
+        """
+        ...
+
+    async def remove(self, protocol: MappingProtocol, port: int, external_port: int) -> None:
+        """Give a mapping back. Raises as `add`."""
         ...

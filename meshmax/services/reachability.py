@@ -2,8 +2,8 @@
 
 A look has two halves: visits (how do you see me, what do you serve: `Observer`, with a voucher each), then, by those that
 answered, the questions of services.nat_probe side by side. It takes two seconds, five where somebody is slow, and nobody waits
-for it: what is known is read from here at any time. Bootstrap nodes are visited as a guest; the connection is left to them to
-end. Whether UDP is blocked is remembered for each network, so that who comes back to one knows at once. Not here: what follows
+for it: what is known is read from here at any time. Bootstrap nodes are visited as a guest; a connection that answers is left
+to them to end. Whether UDP is blocked is remembered for each network, so that who comes back to one knows at once. Not here: what follows
 from answers and when to look (core.reachability).
 """
 
@@ -35,6 +35,7 @@ MAX_BOOTSTRAP: Final = 4  # visited in one look; a majority of four is three
 MAX_NEIGHBOURS: Final = 3  # members outside that are asked besides
 MAX_OBSERVERS: Final = 12  # whose last answers are kept
 VISIT_S: Final = 5.0  # for all visits of a look
+STALE_S: Final = 2.0  # for an answer over a connection that may be a dead one
 LATE_S: Final = 1.0  # for further visits, once one was answered
 CHECK_S: Final = 5.0  # between looks for somebody to ask, while there is nobody
 MEASURE_S: Final = 12.0  # for the second half; each question has its own, shorter time
@@ -281,17 +282,20 @@ class ReachabilityService:
         return scope_of(ip) < 2 or network_of([ip]) in {network_of([own]) for own in self._own()}
 
     async def _try_visit(self, peer_id: PeerId, addresses: Sequence[str]) -> Observer | None:
-        for _ in range(2):  # another user of the guest's connection may have ended it just now
+        """Twice: a guest's connection may have been ended by another user of it, or be one of the network before."""
+        for last in (False, True):
             try:
                 if addresses:
                     await self._swarm.dial(peer_id, addresses, guest=True)
-                reply, address = await ask_observer(self._swarm, peer_id, wire.Observe())
-                if not isinstance(reply, wire.Observed):
+                with trio.move_on_after(VISIT_S if last or not addresses else STALE_S):
+                    reply, address = await ask_observer(self._swarm, peer_id, wire.Observe())
+                    if isinstance(reply, wire.Observed):
+                        return self._noted(peer_id, address, reply)
                     raise RemoteProtocolError("the node answered another question than ours")
             except MeshmaxError as error:
                 _log.debug("an observer did not answer", peer=peer_id, why=error.message)
-                continue
-            return self._noted(peer_id, address, reply)
+            if addresses and peer_id not in self._swarm.connections():
+                await self._swarm.disconnect(peer_id)
         return None
 
     def _noted(self, peer_id: PeerId, address: str, told: wire.Observed) -> Observer | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -346,3 +346,31 @@ async def test_a_voucher_of_somebody_else_or_for_somebody_else_is_not_kept(autoj
             await trio.sleep(5)
             assert where.view.external_ips == (WAN,)
             assert where.vouchers == ()
+
+
+class Stale:
+    """A swarm whose guest connections are dead until they are ended."""
+
+    def __init__(self, swarm: MemorySwarm) -> None:
+        self._swarm = swarm
+        self.dead = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._swarm, name)
+
+    async def open_stream(self, peer_id: PeerId, protocol: str) -> Any:
+        if self.dead:
+            await trio.sleep_forever()
+        return await self._swarm.open_stream(peer_id, protocol)
+
+    async def disconnect(self, peer_id: PeerId) -> None:
+        self.dead = False
+        await self._swarm.disconnect(peer_id)
+
+
+async def test_a_connection_of_the_network_before_is_given_up_and_made_anew(autojump_clock: Any) -> None:
+    async with open_site(A) as site:
+        site.swarm = cast(Any, Stale(site.swarm))
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(5)
+            assert state_of(where) == "private"

@@ -3,8 +3,8 @@
 A look has two halves: visits (how do you see me, what do you serve: `Observer`, with a voucher each), then, by those that
 answered, the questions of services.nat_probe side by side. It takes two seconds, five where somebody is slow, and nobody waits
 for it: what is known is read from here at any time. Bootstrap nodes are visited as a guest; a connection that answers is left
-to them to end. Whether UDP is blocked is remembered for each network, so that who comes back to one knows at once. Not here: what follows
-from answers and when to look (core.reachability).
+to them to end. Whether UDP is blocked is remembered for each network, so that who comes back to one knows at once. Not here:
+what follows from answers and when to look (core.reachability).
 """
 
 from __future__ import annotations

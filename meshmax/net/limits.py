@@ -29,6 +29,10 @@ MAX_CONNECTIONS: Final = 512  # authenticated connections in all (about 1 MiB ea
 MAX_CONNECTIONS_PER_PEER: Final = (
     8  # two peers that dial each other twice at once have four, and others over other paths
 )
+LINK_IDLE_S: Final = 3.0  # without a stream, before a connection to which there is a better one may end
+LINK_ASK_TIMEOUT_S: Final = (
+    60.0  # for its other end to agree; the question waits behind all that a slow path still carries
+)
 MAX_HALF_OPEN: Final = 128  # inbound connections that are not authenticated yet, in all
 MAX_HALF_OPEN_PER_IP: Final = 64  # the same from one address; several peers may share a machine or a NAT
 HANDSHAKE_TIMEOUT_S: Final = 5.0  # from accept to authenticated; an honest peer needs well under one second

@@ -3,7 +3,7 @@
 Rules: a direct path before one through a port mapping, these before punched ones, TCP before UDP, a relay last. Of the same path
 the newest counts, since an older one may belong to a machine that lost power. What changes is told as one word: a peer's first
 link connects it, its last one disconnects it, another best one moves it. Shared by the real swarm and the one in memory. Not
-here: streams (they stay on the link on which they began), who is a member (net.admission).
+here: streams (they stay on the link on which they began), how the others end (net.draining), who is a member (net.admission).
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ class LinkTable(Generic[L]):
     def of(self, peer_id: PeerId) -> tuple[L, ...]:
         """The peer's links, the best one last."""
         return tuple(self._links.get(peer_id, ()))
+
+    def is_spare(self, link: L) -> bool:
+        """Whether the peer has a better one."""
+        links = self._links.get(self._view_of(link).peer_id, [])
+        return link in links and links[-1] is not link
 
     def up_to(self, last: ConnectionView) -> list[L]:
         """The link of that view and older ones over the same kind of path; none if it is gone.

@@ -1,16 +1,17 @@
 """Authenticated connections to peers over py-libp2p: TCP, Noise and Yamux, Ed25519 identities; satisfies ports.Swarm.
 
 What is decided here: when a peer counts as gone (its last connection ended, or `disconnect`), how many streams are open.
-Which connection of a peer is used is net.links' matter; dialling is net.dialler's, accepting net.door's, authenticating
-net.upgrader's, who is a member net.admission's, one stream net.stream's, the library's traps net.library's. A frozen peer is
-not noticed here: nothing on a member's connection times out by itself; heartbeats and `disconnect` do that.
+Which connection of a peer is used is net.links' matter, how the others end net.draining's; dialling is net.dialler's, accepting
+net.door's, authenticating net.upgrader's, who is a member net.admission's, one stream net.stream's, the library's traps
+net.library's. A frozen peer is not noticed here: nothing on a member's connection times out by itself; heartbeats and
+`disconnect` do that.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from meshmax.net.admission import Answer, Gate, nothing_more
 from meshmax.net.announce import Announcer
 from meshmax.net.dialler import Dialler
 from meshmax.net.door import Door, listen_near
+from meshmax.net.draining import Draining
 from meshmax.net.links import Change, LinkTable
 from meshmax.net.negotiation import EagerStream, negotiate, propose
 from meshmax.net.stream import LibraryStream
@@ -37,9 +39,10 @@ from meshmax.ports import Admission, ByteStream, ConnectionView, Stream, SwarmEv
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import CONNECTIONS
-from meshmax.wire.protocols import MEMBER
+from meshmax.wire.protocols import IDLE, MEMBER
 
 _log = get_logger("swarm")
+_YES, _NO = b"\1", b"\0"
 _NO_ANSWER = f"the peer did not answer within {limits.NEW_STREAM_TIMEOUT_S:g} s"
 
 
@@ -62,6 +65,7 @@ class LibrarySwarm:
         self._announcer = Announcer(nursery)
         self._gate = gate
         self._links = LinkTable[Link](attrgetter("view"))  # of members
+        self._draining = Draining(nursery, self._links, self._ask_idle)
         self._ended = False
         self._opened: Counter[PeerId] = Counter()
         self._served: Counter[PeerId] = Counter()
@@ -69,6 +73,7 @@ class LibrarySwarm:
         self._dialler = Dialler(transport, allow, self._upgrader.outbound)
         self.door = Door(nursery, allow, self._accept)
         self._network.set_stream_handler(self._answer)
+        host.set_stream_handler(IDLE, self._answer_idle)
         if gate.checks:
             self.serve(MEMBER, nothing_more)
         for _, listener in listeners:
@@ -163,6 +168,7 @@ class LibrarySwarm:
     def _changed(self, peer_id: PeerId, change: Change | None) -> None:
         CONNECTIONS.set(len(self._links))
         self._announcer.tell(peer_id, change)
+        self._draining.look(peer_id)
 
     async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """See ports.Swarm."""
@@ -196,16 +202,19 @@ class LibrarySwarm:
         if link is None:
             raise PeerGone("not connected to the peer")
         stream = await self._open_on(link)
-        taken = False
         with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
-            try:
-                await negotiate(stream, protocol)
-                taken = True
-                return stream
-            finally:
-                if not taken:
-                    stream.give_up()
+            await _agree(stream, protocol)
+            return stream
         raise PeerGone(_NO_ANSWER)
+
+    @asynccontextmanager
+    async def _ask_idle(self, link: Link) -> AsyncIterator[bool]:
+        stream = await self._open_on(link)
+        await _agree(stream, IDLE)
+        try:
+            yield await stream.receive_some(1) == _YES
+        finally:
+            stream.give_up()
 
     async def _open_on(self, link: Link) -> LibraryStream:
         """A stream on which no protocol is agreed yet. Raises Busy, PeerGone."""
@@ -213,6 +222,7 @@ class LibrarySwarm:
         if self._opened[peer_id] >= limits.MAX_STREAMS_PER_PEER:
             raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
         self._opened[peer_id] += 1
+        link.using(1)
         self._gate.using(link.passage, 1)
         opening = _Opening()
         self._nursery.start_soon(self._open_raw, link, opening)
@@ -259,8 +269,10 @@ class LibrarySwarm:
     async def _answer(self, net_stream: Any) -> None:
         """Every inbound stream, before its protocol is known."""
         peer_id = PeerId(str(net_stream.muxed_conn.peer_id))
-        stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed, self._served, peer_id))
         link = self._upgrader.links.get(net_stream.muxed_conn)
+        stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed_theirs, link, peer_id))
+        if link is not None:
+            link.using(1)
         crowded = self._served[peer_id] >= limits.MAX_STREAMS_PER_PEER or self._served.total() >= limits.MAX_STREAMS
         self._served[peer_id] += 1
         if crowded or link is None:
@@ -289,6 +301,16 @@ class LibrarySwarm:
         if not await isolate("answer", serve, peer=stream.peer, protocol=protocol):
             await stream.reset()
 
+    async def _answer_idle(self, net_stream: Any) -> None:
+        stream, passage = net_stream.meshmax_stream
+        link = self._upgrader.links.get(net_stream.muxed_conn)
+        if link is None or passage.state != "member":
+            await stream.reset()
+            return
+        with self._draining.question(link):
+            with suppress(PeerGone):  # then the question is void
+                await stream.send_all(_YES if self._draining.may_end(link) else _NO)
+
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def _closed(self, counter: Counter[PeerId], peer_id: PeerId) -> None:
@@ -296,8 +318,14 @@ class LibrarySwarm:
         if counter[peer_id] <= 0:
             del counter[peer_id]
 
+    def _closed_theirs(self, link: Link | None, peer_id: PeerId) -> None:
+        self._closed(self._served, peer_id)
+        if link is not None:
+            link.using(-1)
+
     def _closed_ours(self, link: Link) -> None:
         self._closed(self._opened, link.view.peer_id)
+        link.using(-1)
         self._gate.using(link.passage, -1)
 
     def _say_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:
@@ -315,6 +343,16 @@ class LibrarySwarm:
         for wire in wires:
             wire.cut()
         self._ended = True
+
+
+async def _agree(stream: LibraryStream, protocol: str) -> None:
+    agreed = False
+    try:
+        await negotiate(stream, protocol)
+        agreed = True
+    finally:
+        if not agreed:
+            stream.give_up()
 
 
 class _Opening:

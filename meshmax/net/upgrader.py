@@ -28,6 +28,13 @@ class Link:
     def __init__(self, view: ConnectionView, wire: Wire, connection: Any, welcome: Callable[[Link], None]) -> None:
         self.view, self.wire, self.connection = view, wire, connection
         self.passage = Passage(view.peer_id, wire.remote[0], view.direction, partial(welcome, self), wire.cut)
+        self.streams = 0  # open now, of either side, those that are being opened or closed included
+        self.idle_since = trio.current_time()
+
+    def using(self, streams: int) -> None:
+        """A stream was opened (1) or is over (-1)."""
+        self.streams += streams
+        self.idle_since = trio.current_time()
 
     def cut(self) -> None:
         """End it now."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Literal, Protocol
 
@@ -25,7 +25,8 @@ from meshmax.base.status import Path
 from meshmax.net import limits
 from meshmax.net.admission import Answer, Gate, Passage, nothing_more
 from meshmax.net.announce import Announcer
-from meshmax.net.links import LinkTable
+from meshmax.net.draining import Draining
+from meshmax.net.links import Change, LinkTable
 from meshmax.ports import Admission, ByteStream, ConnectionView, Stream, SwarmEvent
 from meshmax.telemetry.isolate import isolate
 from meshmax.testing.memory_adoption import STREAM_FAILURES, Meeting, Meetings
@@ -147,7 +148,7 @@ class _Connection:
     ) -> None:
         """``address``: where the dialler finds the listener; ``own_address``: where the listener sees the dialler."""
         self.ends = {dialler.peer_id: dialler, listener.peer_id: listener}
-        self.streams: list[ByteStream] = []  # that it was made of, and which end with it
+        self.carriers: list[ByteStream] = []  # that it was made of, and which end with it
         now_s = time.time()
         self.views = {
             dialler.peer_id: ConnectionView(listener.peer_id, address, "out", now_s, path),
@@ -156,10 +157,30 @@ class _Connection:
         self.passages = {peer: self._passage(swarm, self.views[peer]) for peer, swarm in self.ends.items()}
         self.pipes: dict[Pipe, None] = {}
         self.opened: Counter[PeerId] = Counter()
+        self.streams = 0
+        self.idle_since = trio.current_time()
 
     def _passage(self, swarm: MemorySwarm, view: ConnectionView) -> Passage:
         welcome = partial(swarm.gained, view.peer_id, self)
         return Passage(view.peer_id, view.address, view.direction, welcome, self.close)
+
+    def using(self, streams: int) -> None:
+        """A stream was opened (1) or is over (-1)."""
+        self.streams += streams
+        self.idle_since = trio.current_time()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """In this block there is one stream more, whatever else."""
+        self.using(1)
+        try:
+            yield
+        finally:
+            self.using(-1)
+
+    def cut(self) -> None:
+        """End it now."""
+        self.close()
 
     def other(self, peer_id: PeerId) -> MemorySwarm:
         return next(swarm for peer, swarm in self.ends.items() if peer != peer_id)
@@ -168,7 +189,7 @@ class _Connection:
         for pipe in tuple(self.pipes):
             pipe.change(broken=True)
         self.pipes.clear()
-        for stream in self.streams:
+        for stream in self.carriers:
             stream.close()
         first, second = self.ends.values()
         first.lost(second.peer_id, self)
@@ -189,6 +210,7 @@ class MemorySwarm:
         self._announcer = Announcer(nursery)
         self._all: dict[_Connection, PeerId] = {}
         self._connections = LinkTable[_Connection](lambda connection: connection.views[peer_id])  # of members
+        self._draining = Draining(nursery, self._connections, self._ask_idle)
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._answers: dict[str, tuple[Literal["members", "anyone"], Answer]] = {}
         if gate.checks:
@@ -298,7 +320,7 @@ class MemorySwarm:
 
     def _tie(self, stream: ByteStream, connection: _Connection) -> None:
         """From now on each ends with the other."""
-        connection.streams.append(stream)
+        connection.carriers.append(stream)
         self._nursery.start_soon(self._follow, stream, connection)
 
     async def _follow(self, stream: ByteStream, connection: _Connection) -> None:
@@ -330,17 +352,15 @@ class MemorySwarm:
     async def _open_on(self, connection: _Connection, peer_id: PeerId, protocol: str) -> Stream:
         if connection.opened[self.peer_id] >= limits.MAX_STREAMS_PER_PEER:
             raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
-        with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S) as scope:
-            await self._network.travel(self.peer_id, peer_id)
-            await self._network.travel(peer_id, self.peer_id)
-        if scope.cancelled_caught or connection not in self._all:
-            raise PeerGone("the peer did not answer")
+        with connection.in_use():
+            await self._go_and_come(connection, peer_id)
         there, back = Pipe(self._network, self.peer_id, peer_id), Pipe(self._network, peer_id, self.peer_id)
         other = connection.other(self.peer_id)
         if protocol not in other._answers:
             raise VersionMismatch(f"the peer does not speak {protocol}")
         connection.pipes |= {there: None, back: None}
         connection.opened[self.peer_id] += 1
+        connection.using(1)
         self.gate.using(connection.passages[self.peer_id], 1)
         forget = partial(self._closed_stream, connection, there, back)
         stream = MemoryStream(peer_id, back, there, forget, connection.views[self.peer_id].address)
@@ -348,8 +368,26 @@ class MemorySwarm:
         other.answer(protocol, answering, connection.passages[peer_id])
         return stream
 
+    async def _go_and_come(self, connection: _Connection, peer_id: PeerId) -> None:
+        with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S) as scope:
+            await self._network.travel(self.peer_id, peer_id)
+            await self._network.travel(peer_id, self.peer_id)
+        if scope.cancelled_caught or connection not in self._all:
+            raise PeerGone("the peer did not answer")
+
+    @asynccontextmanager
+    async def _ask_idle(self, connection: _Connection) -> AsyncIterator[bool]:
+        peer_id = connection.views[self.peer_id].peer_id
+        with connection.in_use():
+            await self._go_and_come(connection, peer_id)
+            there = connection.other(self.peer_id)._draining
+            with there.question(connection):
+                over = there.may_end(connection)
+            yield over
+
     def _closed_stream(self, connection: _Connection, there: Pipe, back: Pipe) -> None:
         connection.opened[self.peer_id] -= 1
+        connection.using(-1)
         self.gate.using(connection.passages[self.peer_id], -1)
         connection.pipes.pop(there, None)
         connection.pipes.pop(back, None)
@@ -404,13 +442,17 @@ class MemorySwarm:
 
     def gained(self, peer_id: PeerId, connection: _Connection) -> None:
         """A connection is a member's."""
-        self._announcer.tell(peer_id, self._connections.add(connection))
+        self._changed(peer_id, self._connections.add(connection))
 
     def lost(self, peer_id: PeerId, connection: _Connection) -> None:
         """A connection ended."""
         self._all.pop(connection, None)
         self.gate.over(connection.passages[self.peer_id])
-        self._announcer.tell(peer_id, self._connections.remove(connection))
+        self._changed(peer_id, self._connections.remove(connection))
+
+    def _changed(self, peer_id: PeerId, change: Change | None) -> None:
+        self._announcer.tell(peer_id, change)
+        self._draining.look(peer_id)
 
     def close(self) -> None:
         """End every connection, for good; idempotent."""

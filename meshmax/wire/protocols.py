@@ -13,6 +13,7 @@ TICKET: Final = "/meshmax/ticket/1.0.0"
 LOOK_BACK: Final = "/meshmax/look-back/1.0.0"
 SIGNAL: Final = "/meshmax/signal/1.0.0"
 OBSERVE: Final = "/meshmax/observe/1.0.0"
+IDLE: Final = "/meshmax/idle/1.0.0"  # may this very connection end? One byte answers: 1 yes, 0 no
 RENDEZVOUS: Final = "/rendezvous/1.0.0"  # libp2p's
 RELAY_HOP: Final = "/libp2p/circuit/relay/0.2.0/hop"  # libp2p's, as the next two
 RELAY_STOP: Final = "/libp2p/circuit/relay/0.2.0/stop"

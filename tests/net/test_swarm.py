@@ -210,7 +210,7 @@ async def test_a_peer_that_moved_is_not_lost_when_its_old_connection_dies(autoju
             link.wire.write = nothing  # type: ignore[method-assign]  # the network that it left takes nothing any more
         async with server.subscribe() as events:
             assert (await events.receive()).kind == "connected"
-            await trio.sleep(30)
+            await trio.sleep(30 + limits.LINK_ASK_TIMEOUT_S)
             with pytest.raises(trio.WouldBlock):
                 events.receive_nowait()
         assert all(link.wire.cut_off for link in old)

@@ -1,0 +1,107 @@
+"""How connections end that a better one has made superfluous: in peace, when no stream of either side is on them any more.
+
+Rules: the best link of a peer is never ended here. Any other one that has had no stream for LINK_IDLE_S is asked about at its
+other end; it is cut when nothing is open there either (a reader may be slower than we, and what we wrote last may still be on
+its way) and it is not the best one there, which it may be where two links have the same path. Who does not answer within
+LINK_ASK_TIMEOUT_S is gone from that link, which is cut, too; who does not know the question keeps it. Shared by the real swarm
+and the one in memory. Not here: which link is the best (net.links), how a stream is opened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Final, Generic, Protocol, TypeVar
+
+import trio
+
+from meshmax.base.errors import Busy, MeshmaxError, VersionMismatch
+from meshmax.base.ids import PeerId
+from meshmax.net import limits
+from meshmax.net.links import LinkTable
+
+_SOON_S: Final = 0.001  # less is no wait; the difference of two readings of a clock may be too small to be slept
+
+
+class HasStreams(Protocol):
+    """A connection with streams on it."""
+
+    streams: int  # open now, of either side, also those that are being opened or closed
+    idle_since: float  # monotonic seconds; when the last one was closed
+
+    def cut(self) -> None:
+        """End it now."""
+        ...
+
+
+L = TypeVar("L", bound=HasStreams)
+
+
+class Draining(Generic[L]):
+    """Ends the links of ``table`` that are superfluous; each has a task in ``nursery`` until it has ended or is needed again."""
+
+    def __init__(
+        self, nursery: trio.Nursery, table: LinkTable[L], ask: Callable[[L], AbstractAsyncContextManager[bool]]
+    ) -> None:
+        """``ask`` has the other end say what `may_end` says there; in its block the question's own stream is still open.
+
+        It raises MeshmaxError.
+        """
+        self._nursery, self._table, self._ask = nursery, table, ask
+        self._draining: set[L] = set()
+        self._questions: Counter[L] = Counter()  # streams on a link by which somebody asks about it
+
+    def look(self, peer_id: PeerId) -> None:
+        """The peer's links are others than before."""
+        for link in self._table.of(peer_id)[:-1]:
+            if link not in self._draining:
+                self._draining.add(link)
+                self._nursery.start_soon(self._drain, link)
+
+    def may_end(self, link: L) -> bool:
+        """Whether nothing of ours is on the link, and we would not put anything there."""
+        return link.streams <= self._questions[link] and self._table.is_spare(link)
+
+    @contextmanager
+    def question(self, link: L) -> Iterator[None]:
+        """In this block one of the link's streams is but a question about it."""
+        self._questions[link] += 1
+        try:
+            yield
+        finally:
+            self._questions[link] -= 1
+            if not self._questions[link]:
+                del self._questions[link]
+
+    async def _drain(self, link: L) -> None:
+        try:
+            while self._table.is_spare(link):
+                wait_s = self._wait_s(link)
+                if wait_s <= _SOON_S:
+                    await self._try_end(link)
+                    wait_s = limits.LINK_IDLE_S
+                await trio.sleep(wait_s)
+        except VersionMismatch:
+            pass
+        finally:
+            self._draining.discard(link)
+
+    def _wait_s(self, link: L) -> float:
+        return limits.LINK_IDLE_S - (0.0 if link.streams else trio.current_time() - link.idle_since)
+
+    async def _try_end(self, link: L) -> None:
+        """Cut the link unless the other end needs it. Raises VersionMismatch."""
+        with self.question(link):
+            try:
+                with trio.fail_after(limits.LINK_ASK_TIMEOUT_S):
+                    async with self._ask(link) as over:
+                        if over and self.may_end(link):
+                            link.cut()
+            except VersionMismatch:
+                raise
+            except Busy:
+                pass
+            except (MeshmaxError, trio.TooSlowError):  # nobody is there
+                if self.may_end(link):
+                    link.cut()

@@ -71,6 +71,17 @@ class Dialler(Generic[L]):
             del self._dialling[peer_id]
             ended.set()
 
+    async def prove(self, peer_id: PeerId, address: str) -> None:
+        """Connect to ``address`` whatever connections there are, and hang up. Raises ConnectError: it is not the peer's."""
+        made: list[L] = []
+        try:
+            failure = await self._try(peer_id, address, made)
+        finally:
+            for link in made:
+                link.cut()
+        if failure is not None:
+            raise ConnectError("The peer is not there.", [(address[:200], *failure)])
+
     async def _race(self, peer_id: PeerId, addresses: Sequence[str], delays_s: Sequence[float]) -> L | list[Attempt]:
         """The connection of the address that won, else why each lost."""
         dialable = [address for address in addresses if not is_circuit(address)]

@@ -107,6 +107,10 @@ class LibrarySwarm:
 
         await self._dialler.dial(peer_id, addresses, connected, partial(self._ask, guest=guest), delays_s)
 
+    async def prove(self, peer_id: PeerId, address: str) -> None:
+        """See ports.ProvesPeers."""
+        await self._dialler.prove(peer_id, address)
+
     async def adopt(
         self,
         stream: ByteStream,

@@ -246,6 +246,18 @@ class CountsStreams(Protocol):
         ...
 
 
+@runtime_checkable
+class ProvesPeers(Protocol):
+    """What a swarm may offer besides `Swarm`: to see who is at an address."""
+
+    async def prove(self, peer_id: PeerId, address: str) -> None:
+        """Connect to ``address`` (a multiaddr) anew and hang up once ``peer_id`` has proved to be there.
+
+        Raises ConnectError: nobody is, or somebody else. Deadlines are the caller's.
+        """
+        ...
+
+
 class Network(Protocol):
     """The networks that this machine is on."""
 

@@ -15,12 +15,12 @@ from typing import Final, TypeAlias
 
 import trio
 
-from meshmax.base.errors import Busy, InvalidRequest, MeshmaxError, PeerGone, RemoteProtocolError
+from meshmax.base.errors import Busy, ConnectError, InvalidRequest, MeshmaxError, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.core.rates import Rates
 from meshmax.core.subnets import source_of
-from meshmax.net.addresses import parse_endpoint
-from meshmax.ports import Datagrams, Signer, Stream, Swarm
+from meshmax.net.addresses import multiaddr_of, parse_endpoint
+from meshmax.ports import Datagrams, ProvesPeers, Signer, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.services.look_back import Knock, has_way, knock_nowhere
 from meshmax.wire import observe as wire
@@ -80,9 +80,11 @@ class ObserveServer:
         self._attest, self._reach = attest, reach
         self._rates = Rates(TRIES_PER_S, TRIES_BURST, TRIES_TOTAL_PER_S)
         self._knocking = 0
+        self._proves: ProvesPeers | None = None
 
     def register(self, swarm: Swarm) -> None:
         """Serve from now on."""
+        self._proves = swarm if isinstance(swarm, ProvesPeers) else None
         swarm.serve(OBSERVE, self.answer, to="anyone")
 
     async def answer(self, stream: Stream) -> None:
@@ -100,7 +102,7 @@ class ObserveServer:
             if isinstance(question, wire.Probe):
                 return wire.Probed(self._probe(ip, question))
             if isinstance(question, wire.Knock):
-                return await self._knock(ip, question.port)
+                return await self._knock(stream.peer, ip, question.port)
             address = stream.address[: wire.MAX_ADDRESS]
             voucher = self._voucher(stream.peer, ip)
             return wire.Observed(address, self._udp_port, self._observer_port, self._services, voucher)
@@ -125,8 +127,8 @@ class ObserveServer:
         datagrams.send(data, to)
         return True
 
-    async def _knock(self, ip: str, port: int) -> wire.Knocked:
-        """Raises Busy."""
+    async def _knock(self, peer_id: PeerId, ip: str, port: int) -> wire.Knocked:
+        """Who takes the connection must be who asks: behind one NAT another's port may be forwarded. Raises Busy."""
         if self._reach is None or not ip:
             return wire.Knocked("not_tried")
         self._take(ip, self._reach)
@@ -134,7 +136,12 @@ class ObserveServer:
             raise Busy("many ask at this moment", 1.0)
         self._knocking += 1
         try:
-            return wire.Knocked(await self._reach.knock(ip, port))
+            outcome = await self._reach.knock(ip, port)
+            if outcome == "open" and self._proves is not None:
+                await self._proves.prove(peer_id, multiaddr_of(ip, port))
+            return wire.Knocked(outcome)
+        except ConnectError:
+            return wire.Knocked("refused")
         finally:
             self._knocking -= 1
 

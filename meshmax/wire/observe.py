@@ -47,7 +47,7 @@ class Probe(msgspec.Struct, frozen=True, tag="probe"):
 
 
 class Knock(msgspec.Struct, frozen=True, tag="knock"):
-    """Asker: connect to this TCP port at my address, and hang up."""
+    """Asker: connect to this TCP port at my address, see by Noise whether I am there, and hang up."""
 
     port: HighPort
 
@@ -72,7 +72,7 @@ class Probed(msgspec.Struct, frozen=True, tag="probed"):
 
 
 class Knocked(msgspec.Struct, frozen=True, tag="knocked"):
-    """What came of it."""
+    """What came of it; "refused" also where somebody else than the asker took the connection."""
 
     outcome: TriedOutcome
 

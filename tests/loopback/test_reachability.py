@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -80,3 +81,46 @@ async def test_two_bootstrap_nodes_tell_all_there_is_to_know(tmp_path: Path) -> 
         assert not where.udp_blocked
         assert took_s < 5
         print(f"known after {took_s:.2f} s")
+
+
+async def test_a_port_that_somebody_else_listens_at_is_not_ours(tmp_path: Path) -> None:
+    async with (
+        bootstraps(tmp_path, "127.0.0.1") as nodes,
+        open_swarm(SeededSigner(1).private_bytes, [("127.0.0.1", 0)]) as swarm,
+        open_swarm(SeededSigner(2).private_bytes, [("127.0.0.1", 0)]) as other,
+    ):
+        addresses = [address for node in nodes for address in node.addresses]
+        others_port = control_port_of(other.addresses)
+        wrong = ReachabilityService(
+            swarm, lambda: bootstrap_nodes(addresses), tuple, lambda: others_port, time.time, probes=SocketProbes()
+        )
+        async with open_reachability(wrong) as where:
+            await until(lambda: where.view.state != "unknown")
+            assert where.view.state == "private"
+        async with open_reachability(service(swarm, nodes)) as where:
+            await until(lambda: where.view.state != "unknown")
+            assert where.view.state == "public"
+        assert len(swarm.connections()) == 0  # who knocks leaves again
+
+
+async def test_a_node_that_is_gone_and_a_stun_server_that_is_deaf_are_borne(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind(("127.0.0.1", 0))
+
+        async def stun() -> list[tuple[str, int]]:
+            return [deaf.getsockname()]
+
+        async with (
+            bootstraps(tmp_path, "127.0.0.1") as nodes,
+            open_swarm(SeededSigner(1).private_bytes, [("127.0.0.1", 0)]) as swarm,
+        ):
+            gone = f"/ip4/127.0.0.1/tcp/1/p2p/{SeededSigner(7).peer_id}"
+            addresses = [gone, *nodes[0].addresses]
+            more = ReachabilityService(
+                swarm, lambda: bootstrap_nodes(addresses), tuple, lambda: control_port_of(swarm.addresses), time.time,
+                probes=SocketProbes(), stun=stun,
+            )  # fmt: skip
+            async with open_reachability(more) as where:
+                await until(lambda: where.view.state != "unknown")
+                assert (where.view.state, where.view.nat.udp) == ("public", "open")
+                assert "the only observer" in where.view.why

@@ -161,11 +161,14 @@ class MeshFace:
     async def nodes(self, _request: Request) -> Response:
         """GET /api/v1/nodes: ourselves first."""
         views = self._node.presence.peers()
-        return json_reply({"nodes": {view.peer_id: mesh_words.node_json(view) for view in views}})
+        return json_reply({"nodes": {view.peer_id: self._node_json(view) for view in views}})
 
     async def node(self, request: Request) -> Response:
         """GET /api/v1/nodes/{id}: by PeerId or by a name that only one has."""
-        return json_reply(mesh_words.node_json(self._find_node(request.path_params["id"])))
+        return json_reply(self._node_json(self._find_node(request.path_params["id"])))
+
+    def _node_json(self, view: PeerView) -> dict[str, Any]:
+        return mesh_words.node_json(view, self._node.path_of(view.peer_id))
 
     def find_id(self, wanted: str) -> PeerId:
         """The PeerId of a node, by it or by a name that only one has. Raises NotFound."""

@@ -15,10 +15,11 @@ from meshmax.base.events import Transfer
 from meshmax.base.names import parse_name
 from meshmax.base.route import Route
 from meshmax.base.status import Gpu, ModelPresence, PeerStatus, PeerView
+from meshmax.base.traversal import PathStory
 
 
-def node_json(view: PeerView) -> dict[str, Any]:
-    """One node as /api/v1/nodes shows it."""
+def node_json(view: PeerView, story: PathStory | None = None) -> dict[str, Any]:
+    """One node as /api/v1/nodes shows it; ``story``: how the path to it came about, where it is connected."""
     status = view.status
     return {
         "id": view.peer_id,
@@ -27,6 +28,9 @@ def node_json(view: PeerView) -> dict[str, Any]:
         "addresses": list(status.addresses) if status else [],
         "address": view.address,
         "path": view.path,
+        "path_via": story.via if story else "",
+        "connect_ms": story.connect_ms if story else None,
+        "direct_ms": story.direct_ms if story else None,
         "rtt_ms": None if view.rtt_s is None else round(view.rtt_s * 1000, 3),
         "models": [_presence_json(model, name) for model in status.models for name in model.names] if status else [],
         "gpus": [gpu_json(gpu) for gpu in status.gpus] if status else [],

@@ -9,6 +9,8 @@ from meshmax.api.membership_routes import HasMembership
 from meshmax.api.registry_routes import HasRepositories
 from meshmax.api.registry_uploads import HasUploads
 from meshmax.base.config import Config
+from meshmax.base.ids import PeerId
+from meshmax.base.traversal import PathStory
 from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Residency, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
@@ -109,6 +111,10 @@ class _Facts(Protocol):
 
     def now(self) -> float:
         """Unix time in seconds."""
+        ...
+
+    def path_of(self, peer_id: PeerId) -> PathStory | None:
+        """How the path to a connected peer came about."""
         ...
 
     async def seek(self, name: str, found: Callable[[], bool], /) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
 
 from meshmax.base.units import NS_PER_S, format_bytes
 from meshmax.cli.client import Target, open_client
@@ -13,19 +15,24 @@ from meshmax.cli.output import emit, emit_json, human_duration, human_time, pars
 
 MODELS_SHOWN: Final = 3  # of a peer, in the table; --json has all
 LABEL_WIDTH: Final = 12
+Verbose = Annotated[bool, Parameter(name=("--verbose", "-v"), help="Also how the path to each came about.")]
 _ORDER: Final = {"self": 0, "online": 1, "draining": 2, "offline": 3}
 
 
-def peers(*, as_json: AsJson = False, target: Target = HERE) -> None:
+def peers(*, verbose: Verbose = False, as_json: AsJson = False, target: Target = HERE) -> None:
     """List the peers of the mesh that this peer sees, itself first."""
     with open_client(target) as client:
         answer = client.get("/api/v1/nodes")
     if as_json:
         emit_json(answer)
         return
-    header = ("NAME", "PEER ID", "ADDRESS", "RTT", "MODELS", "GPU", "LOAD")
+    header: tuple[str, ...] = ("NAME", "PEER ID", "ADDRESS", "PATH", "RTT", "MODELS", "GPU", "LOAD")
     nodes = sorted(answer["nodes"].values(), key=_nearest_first)
-    emit(table(header, [_peer_row(node, time.time()) for node in nodes]))
+    rows = [_peer_row(node, time.time()) for node in nodes]
+    if verbose:
+        header = (*header, "VIA")
+        rows = [(*row, node.get("path_via") or "-") for row, node in zip(rows, nodes, strict=True)]
+    emit(table(header, rows))
 
 
 def _nearest_first(node: dict[str, Any]) -> tuple[int, float, str]:
@@ -40,7 +47,8 @@ def _peer_row(node: dict[str, Any], now_s: float) -> tuple[str, ...]:
     rtt_ms = node.get("rtt_ms")
     rtt = "self" if status == "self" else "-" if rtt_ms is None else f"{rtt_ms:.1f} ms"
     gpus = ", ".join(gpu["name"] for gpu in node.get("gpus") or ()) or "-"
-    return (name, node["id"], address, rtt, _models(node.get("models") or ()), gpus, _load(node, now_s))
+    path = "-" if status in ("self", "offline") else node.get("path") or "-"
+    return (name, node["id"], address, path, rtt, _models(node.get("models") or ()), gpus, _load(node, now_s))
 
 
 def _models(models: Any) -> str:

@@ -255,7 +255,7 @@ def _describe(contender: Contender) -> str:
     model, view = contender.model, contender.view
     where = "GPU" if model.device == "gpu" else "CPU"
     state = f"loaded on {where}" if model.state == "loaded" else f"on disk beside a {where}"
-    away = "here" if view.state == "self" else f"{_rtt_s(contender) * 1000:.1f} ms away"
+    away = "here" if view.state == "self" else f"{_rtt_s(contender) * 1000:.1f} ms away ({view.path})"
     waiting = max(0, _ahead(contender.load) - max(contender.load.capacity, 1) + 1)
     return f"{state}, {away}, {waiting} queued"
 

@@ -19,6 +19,7 @@ from meshmax.base.inference import Options
 from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE, Manifest, StoredModel
 from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.base.traversal import PathStory
 from meshmax.node.dht import NodeDht
 from meshmax.node.serving import Serving
 from meshmax.node.traversing import Traversal
@@ -119,6 +120,10 @@ class Node:
     def told_addresses(self) -> tuple[str, ...]:
         """Our addresses as others may know them and pass them on, with /p2p, at most MAX_ADDRESSES."""
         return self.traversal.told_addresses()
+
+    def path_of(self, peer_id: PeerId) -> PathStory | None:
+        """How the path to a connected peer came about; None where it is not connected."""
+        return self.traversal.connector.path_of(peer_id)
 
     def resources(self) -> dict[str, Any]:
         """The machine now, in the shape of the status interface."""

@@ -26,6 +26,7 @@ from meshmax.base.names import parse_name, split_digest
 from meshmax.base.reachability import Reachability
 from meshmax.base.route import Route
 from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
+from meshmax.base.traversal import PathStory
 from meshmax.core.doctor import diagnose
 from meshmax.core.limits import Override, Plan
 from meshmax.engine.echo import EchoEngine
@@ -394,6 +395,9 @@ class FakeNode:
 
     def now(self) -> float:
         return NOW_S
+
+    def path_of(self, peer_id: PeerId) -> PathStory | None:
+        return PathStory("direct after 0.05 s", 50.0, 50.0) if peer_id == THEIRS else None
 
     def resources(self) -> dict[str, Any]:
         return {"cpu_percent": 1.0, "memory_bytes": 1, "memory_total_bytes": 2, "disk_free_bytes": 3, "gpus": []}

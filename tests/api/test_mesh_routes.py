@@ -58,6 +58,15 @@ async def test_nodes_are_found_by_id_and_by_a_name_that_only_one_has(client: htt
     assert "2 nodes are named 'attic'" in reply.json()["error"]
 
 
+async def test_nodes_are_told_with_the_path_to_each_and_how_it_came_about(client: httpx.AsyncClient) -> None:
+    nodes = (await client.get("/api/v1/nodes")).json()["nodes"]
+    theirs = nodes[THEIRS]
+    assert (theirs["path"], theirs["path_via"]) == ("direct", "direct after 0.05 s")
+    assert (theirs["connect_ms"], theirs["direct_ms"]) == (50.0, 50.0)
+    ours = next(node for node in nodes.values() if node["status"] == "self")
+    assert (ours["path"], ours["path_via"], ours["connect_ms"]) == ("self", "", None)
+
+
 async def test_models_are_told_with_their_holders_and_one_with_its_blobs(client: httpx.AsyncClient, node: Any) -> None:
     node.catalog.known.append(entry("echo:latest", "ef" * 32, local=False, holders=(THEIRS,)))  # type: ignore[arg-type]
     node.catalog.known.append(entry("hf.co/me/x:q4", DIGEST))

@@ -37,14 +37,15 @@ def test_peers_shows_ourselves_first_then_by_round_trip(
     fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
     assert main(["peers"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["NAME", "PEER", "ID", "ADDRESS", "RTT", "MODELS", "GPU", "LOAD"]
+    assert lines[0].split() == ["NAME", "PEER", "ID", "ADDRESS", "PATH", "RTT", "MODELS", "GPU", "LOAD"]
     cells = [[cell for cell in line.split("    ") if cell] for line in lines[1:]]
     assert [[cell.strip() for cell in row] for row in cells[:2]] == [
-        ["here", A, "/ip4/10.0.0.1/tcp/11435", "self", "x (partial)", "-", "idle"],
+        ["here", A, "/ip4/10.0.0.1/tcp/11435", "-", "self", "x (partial)", "-", "idle"],
         [
             "box",
             B,
             "/ip4/10.0.0.1/tcp/11435",
+            "direct",
             "12.3 ms",
             "smollm2 (loaded), llama3:8b, c, +2",
             "RTX 4090",
@@ -53,6 +54,20 @@ def test_peers_shows_ourselves_first_then_by_round_trip(
     ]
     assert lines[3].startswith("gone")
     assert "gone, seen" in lines[3]
+
+
+def test_peers_tells_more_of_how_each_is_reached_if_asked(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    via = "relay bootstrap-1 after 0.09 s, then TCP simultaneous open after 0.31 s"
+    nodes = {A: NODES[A], B: {**NODES[B], "path": "punched-tcp", "path_via": via}}
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": nodes})
+    assert main(["peers", "--verbose"]) == 0
+    header, ours, theirs = capsys.readouterr().out.splitlines()
+    assert header.split()[-1] == "VIA"
+    assert ours.endswith(" -")
+    assert " punched-tcp " in theirs
+    assert theirs.endswith(via)
 
 
 def test_peers_as_json_is_what_the_interface_says(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -220,7 +220,7 @@ def test_estimates_add_up() -> None:
     [
         (
             [peer("kitchen", **GPU, rtt_s=0.0012), peer("attic", **{**GPU, "decode": 20.0}), peer("hall", **CPU)],
-            "kitchen: loaded on GPU, 1.2 ms away, 0 queued, est 4.37 s; beat 2 others (next: attic, est 12.90 s)",
+            "kitchen: loaded on GPU, 1.2 ms away (direct), 0 queued, est 4.37 s; beat 2 others (next: attic, est 12.90 s)",
         ),
         (
             [peer("kitchen", **GPU_DISK, **OURS)],

@@ -62,7 +62,7 @@ async def test_a_model_that_only_a_peer_has_is_answered_there(autojump_clock: Cl
         lacks(site[0])
         async with site[0].router.open_answer(ask()) as answer:
             assert answer.route.peer_id == site[1].peer_id
-            assert answer.route.line.startswith("peer1: on disk beside a CPU, 2.0 ms away, 0 queued, est ")
+            assert answer.route.line.startswith("peer1: on disk beside a CPU, 2.0 ms away (direct), 0 queued, est ")
             assert await text_of(answer.events) == WORDS
         assert site[0].engine.models == []
 

@@ -39,6 +39,8 @@ from meshmax.wire.protocols import MEMBER
 _log = get_logger("admission")
 _FAILURE: Final[Codec[Failure]] = Codec(Failure)
 
+_LOOK_S: Final = 0.001  # between looks at whether a guest is idle, at least
+
 State = Literal["waiting", "member", "guest", "refused", "over"]
 Answer = Callable[[Stream], Awaitable[None]]
 
@@ -216,7 +218,8 @@ class Gate:
             idle_s = 0.0 if busy else trio.current_time() - passage.idle_since
             if idle_s >= limits.GUEST_IDLE_S:
                 passage.cut()
-            with trio.move_on_after(limits.GUEST_IDLE_S - idle_s):
+            # A remainder that floats cannot add to a simulated clock would be waited for for ever.
+            with trio.move_on_after(max(limits.GUEST_IDLE_S - idle_s, _LOOK_S)):
                 await passage.ended.wait()
 
     def _let_in_as_guest(self, passage: Passage) -> None:

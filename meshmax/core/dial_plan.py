@@ -4,7 +4,9 @@ Rules. What worked from this network before comes first, at once. Then private a
 the peer is behind the same external address as we are), public ones and names a moment later; relays RELAY_S after that, unless
 no direct way is left or none ever worked from here: then at once. A private address of a network that is not ours is probably
 somebody else's machine, or a site that is routed to: it is tried last, by itself, and delays nothing. A relay at which we hold
-a place goes before others, since the way to it is there already. Loopback addresses count only where the peer is on this
+a place goes before others, since the way to it is there already; it is tried, after those that the peer named, even where
+the peer named none: members of one mesh know the same bootstrap nodes, and what was heard of the peer may be older than its
+place there. Loopback addresses count only where the peer is on this
 machine. Never over a relay that is ourselves or the peer. Each address at most once, MAX_ADDRESSES of the peer's and
 MAX_REMEMBERED of ours in all, MAX_RELAYS relays.
 Not here: how it is dialled (services.connector), punching, which needs a connection first (core.upgrades), what worked before
@@ -36,7 +38,8 @@ _P2P: Final = "/p2p/"
 
 class Own(msgspec.Struct, frozen=True):
     """Where we stand. ``networks``: of our interfaces, as CIDR; () where nothing is known, and then every private address may
-    be of one of ours. ``relays``: at which we hold a place; ``over_relays``: whether we can go over relays at all.
+    be of one of ours. ``relays``: at which we hold a place, ``circuits``: how these are reached, as circuit multiaddrs;
+    ``over_relays``: whether we can go over relays at all.
     """
 
     peer_id: PeerId
@@ -45,6 +48,7 @@ class Own(msgspec.Struct, frozen=True):
     external_ips: tuple[str, ...] = ()
     relays: tuple[PeerId, ...] = ()
     over_relays: bool = True
+    circuits: tuple[str, ...] = ()
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -92,7 +96,12 @@ def dial_plan(
     first = any(step.addresses for step in steps) and not directless
     for number, circuit in enumerate(circuits):
         delay_s = (RELAY_S if first else 0.0) + number * NEXT_RELAY_S
-        steps.append(Step("relay", (circuit.text,), delay_s, "the relay keeps a place for it"))
+        why = (
+            "the relay keeps a place for it"
+            if circuit in given
+            else "the relay keeps a place for us, and perhaps for it"
+        )
+        steps.append(Step("relay", (circuit.text,), delay_s, why))
     far_s = FAR_PRIVATE_S if any(step.addresses for step in steps) else 0.0
     steps.append(_direct(_rest(by_place, "far", known), far_s, "it is in a private network that may be another one"))
     return tuple(sorted((step for step in steps if step.addresses), key=lambda step: step.delay_s))
@@ -127,12 +136,16 @@ def _direct(addresses: Iterable[Address], delay_s: float, why: str) -> Step:
 
 
 def _circuits(found: Iterable[Address], target: PeerId, own: Own) -> list[Address]:
-    """One address a relay, those of ours first."""
+    """One address a relay: of those that are named, ours first; then the rest of ours."""
     chosen: dict[PeerId, Address] = {}
     for each in found:
         if each.relay not in (None, own.peer_id, target) and each.target in (None, target):
             chosen.setdefault(PeerId(str(each.relay)), each)
     ranked = sorted(chosen, key=lambda relay: own.relays.index(relay) if relay in own.relays else len(own.relays))
+    for each in (parse(text.partition(CIRCUIT)[0] + CIRCUIT) for text in own.circuits):  # without us as the target
+        if each.relay not in (None, own.peer_id, target, *chosen):
+            chosen[PeerId(str(each.relay))] = each
+            ranked.append(PeerId(str(each.relay)))
     return [chosen[relay] for relay in ranked][:MAX_RELAYS] if own.over_relays else []
 
 

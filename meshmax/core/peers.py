@@ -106,6 +106,7 @@ class PeerTable:
         if entry.leaving and hearsay:
             return
         entry.last_sign_at = now
+        entry.news = entry.dialing and (news or entry.news)
         if entry.connected or entry.dialing or not entry.addresses:
             return
         if news or entry.dial_at is None:
@@ -157,6 +158,8 @@ class PeerTable:
             tried = [(address[:MAX_WHY], cause[:MAX_WHY]) for address, _, cause in attempts]
             entry.why, entry.tried = why[:MAX_WHY], tuple(tried[:MAX_ADDRESSES])
             self._back_off(entry, now)
+            if entry.news:
+                entry.failures, entry.dial_at = 0, now
 
     def on_refused(self, peer_id: PeerId, address: str, reason: str, now: float) -> None:
         """It answered that we are not of its mesh: it is tried again after minutes, or at a new address."""
@@ -262,7 +265,7 @@ class PeerTable:
         for entry in sorted(waiting, key=_preference) if len(waiting) > 1 else waiting:
             if not rooms.has_room(entry):
                 continue
-            entry.dialing, entry.dial_at = True, None
+            entry.dialing, entry.news, entry.dial_at = True, False, None
             rooms.take(entry)
             due.append(Dial(entry.peer_id, entry.addresses))
         return due

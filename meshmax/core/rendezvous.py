@@ -1,7 +1,8 @@
 """When a peer visits a rendezvous node, what for, and what it remembers of whom it was told there.
 
 Rules. A registration is renewed at half of its TTL, and anew at once when the namespace or our record changes. Who is there
-is asked every 30 s at first, or while nobody is connected, then every 5 min, for news only; now and then for everybody, since
+is asked again after one, two, five and ten seconds, since peers often start together and soon have more addresses to tell; then
+every 30 s at first, or while nobody is connected, then every 5 min, for news only; now and then for everybody, since
 news tell nobody who left. A node that fails is visited again after growing pauses; a change of our network, or a person who
 asks, ends them. Each node is dealt with by itself, so that one that lies or is dead costs the others nothing. Whom it named
 is named again while the registration lasts, because other parts forget. Of one peer's records the one with the highest
@@ -22,6 +23,12 @@ from meshmax.core.backoff import Random, backoff_s
 from meshmax.wire.multiaddr import encode_multiaddr
 
 EARLY_S: Final = 300.0  # how long after a start or a change of the network we ask often
+DISCOVER_SOON_S: Final = (
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+)  # pauses after a start or a change; a question for news is some 100 bytes
 DISCOVER_EARLY_S: Final = 30.0
 DISCOVER_S: Final = 300.0
 WHOLE_S: Final = 1800.0  # between questions for everybody
@@ -51,6 +58,7 @@ class Schedule:
         "_random",
         "_refusals",
         "_register_at",
+        "_soon",
         "_whole_at",
         "cookie",
     )
@@ -61,6 +69,7 @@ class Schedule:
         self._register_at = self._discover_at = self._pause_until = now
         self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
         self._failures = self._refusals = 0
+        self._soon = 0  # of DISCOVER_SOON_S are over
 
     def due(self, now: float) -> Due | None:
         """What to visit the node for now; None: nothing."""
@@ -83,7 +92,7 @@ class Schedule:
     def on_look_again(self, now: float) -> None:
         """The network changed, or a person asks: ask for everybody, pauses afresh."""
         self.cookie = b""
-        self._discover_at = now
+        self._discover_at, self._soon = now, 0
         self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
         if self._failures:
             self._failures, self._pause_until = 0, now
@@ -112,8 +121,12 @@ class Schedule:
         self.cookie = cookie
         if now >= self._whole_at:
             self.cookie, self._whole_at = b"", now + WHOLE_S
-        often = alone or now < self._early_until
-        self._discover_at = now + self._about(DISCOVER_EARLY_S if often else DISCOVER_S)
+        if self._soon < len(DISCOVER_SOON_S):
+            pause_s = DISCOVER_SOON_S[self._soon]
+            self._soon += 1
+        else:
+            pause_s = DISCOVER_EARLY_S if alone or now < self._early_until else DISCOVER_S
+        self._discover_at = now + self._about(pause_s)
 
     def on_visited(self, now: float) -> None:
         """A visit ended well."""

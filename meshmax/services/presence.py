@@ -34,6 +34,7 @@ from meshmax.telemetry.metrics import CONNECTIONS
 from meshmax.wire.protocols import STATUS
 
 DIAL_DEADLINE_S: Final = 5.0  # a LAN answers in milliseconds; a peer that needs longer is tried again later
+PATIENCE_S: Final = 1.5  # of these, once the peer is said to be at other addresses: these are dialled then
 SIGHTINGS_WAITING: Final = 256  # rungs repeat themselves, so what does not fit is not lost
 STATUS_STREAMS: Final = 2  # open with each neighbour all the time: its heartbeat and ours
 LISTS: Final = frozenset({"cached", "rendezvous", "dht"})  # sources that remember peers, and hear none of them now
@@ -76,6 +77,7 @@ class PresenceService:
         self.own = OwnStatus(swarm, signer, describe, unix_now, instance, sequence, keep, self._gossip, self._clones)
         self.heartbeat = Heartbeat(swarm, config, self._table, self._gossip, self._clones, self.own, self._on_news)
         self._dial_soon = trio.Event()
+        self._dials: dict[PeerId, trio.CancelScope] = {}  # under way
         self._watchers: set[Callable[[], None]] = set()
 
     # --- ports.Presence ----------------------------------------------------------------------------------------------
@@ -138,6 +140,7 @@ class PresenceService:
     def on_sighting(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
         """A person has just named this peer, as with a ticket."""
         self._table.on_sighting(peer_id, addresses, trio.current_time(), asked=True)
+        self._hasten(peer_id)
         self._dial_soon.set()
 
     def farther(self) -> tuple[PeerView, ...]:
@@ -209,7 +212,7 @@ class PresenceService:
         why = "no answer in time"
         refused = False
         attempts: tuple[tuple[str, str, str], ...] = ()
-        with trio.move_on_after(DIAL_DEADLINE_S):
+        with trio.move_on_after(DIAL_DEADLINE_S) as self._dials[dial.peer_id]:
             try:
                 await (self._connect or self._swarm.dial)(dial.peer_id, dial.addresses)
             except NotAMember as error:
@@ -221,7 +224,9 @@ class PresenceService:
                     now = trio.current_time()
                     chosen = connection.direction == "out"
                     self._table.on_connected(dial.peer_id, connection.address, now, chosen, connection.path)
+                    del self._dials[dial.peer_id]
                     return
+        del self._dials[dial.peer_id]
         entry = self._table.entry(dial.peer_id)
         # Once for people, who may have given the address; what follows is only the same again.
         # Refusals are told where they are made (net.admission).
@@ -233,6 +238,12 @@ class PresenceService:
         else:
             self._table.on_dial_failed(dial.peer_id, now, why, attempts)
         self._dial_soon.set()
+
+    def _hasten(self, peer_id: PeerId) -> None:
+        """A dial that is under way at older addresses than those just told has not all its time any more."""
+        entry, scope = self._table.entry(peer_id), self._dials.get(peer_id)
+        if entry and entry.news and scope:
+            scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE_S)
 
     async def run_review(self) -> NoReturn:
         """Look now and then who is in use, whom to let go and whom to try instead, and whether an identity is copied."""
@@ -271,6 +282,7 @@ class PresenceService:
                 asked=source == "static",
                 named=source in LISTS,
             )
+            self._hasten(sighting.peer_id)
             self._dial_soon.set()
 
     # --- views -------------------------------------------------------------------------------------------------------

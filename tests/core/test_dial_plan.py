@@ -1,5 +1,6 @@
 """Which ways to a peer are tried, in which order, and when."""
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +55,19 @@ def test_it_is_tried_at_once_where_there_is_nothing_else_or_where_both_are_behin
     assert at(dial_plan(PEER, [FAR], HOME)) == {FAR: 0.0}
     mapped = f"/ip4/{HOME.external_ips[0]}/tcp/5000/p2p/{PEER}"
     assert at(dial_plan(PEER, [FAR, mapped], HOME))[FAR] == 0.0
+
+
+def test_relays_that_keep_a_place_for_us_are_tried_though_the_peer_named_none_or_others() -> None:
+    ours = circuit(SECOND, "")
+    told = (circuit(SECOND, f"/p2p/{US}"), circuit(SECOND, "", "198.51.100.99"), circuit(PEER, ""))
+    own = msgspec.structs.replace(HOME, circuits=told)
+    assert at(dial_plan(PEER, [FAR], own)) == {ours: 0.0, FAR: FAR_PRIVATE_S}
+    assert at(dial_plan(PEER, [PUBLIC, circuit(RELAY)], own)) == {
+        PUBLIC: 0.0,
+        circuit(RELAY): RELAY_S,
+        ours: RELAY_S + NEXT_RELAY_S,
+    }
+    assert at(dial_plan(PEER, [circuit(SECOND)], own)) == {circuit(SECOND): 0.0}
 
 
 def test_where_nothing_is_known_of_our_networks_every_private_address_may_be_of_one() -> None:

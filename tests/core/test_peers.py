@@ -183,3 +183,19 @@ def test_made_up_peers_push_none_out_of_the_table_that_was_seen() -> None:
     assert all(peers.entry(peer) for peer in IDS[1:5])
     hear(peers, 1, now=7.0)
     assert all(peers.entry(peer) for peer in IDS[1:5])
+
+
+def test_other_addresses_that_are_told_during_a_dial_are_dialled_as_soon_as_it_ends() -> None:
+    peers, other = table(LOW), "/ip4/10.0.0.2/tcp/1"
+    peers.on_sighting(HIGH, [ADDRESS], now=0.0)
+    assert peers.tick(0.0)
+    peers.on_sighting(HIGH, [ADDRESS], now=1.0)
+    entry = peers.entry(HIGH)
+    assert entry is not None
+    assert not entry.news
+    peers.on_sighting(HIGH, [other], now=1.0)
+    assert entry.news
+    peers.on_dial_failed(HIGH, now=2.0)
+    assert peers.tick(2.0) == [Dial(HIGH, (other, ADDRESS))]
+    peers.on_dial_failed(HIGH, now=3.0)
+    assert not peers.tick(3.0)

@@ -10,6 +10,7 @@ from meshmax.base.ids import PeerId
 from meshmax.core.rendezvous import (
     DISCOVER_EARLY_S,
     DISCOVER_S,
+    DISCOVER_SOON_S,
     EARLY_S,
     JITTER,
     MAX_BACKOFF_S,
@@ -61,6 +62,9 @@ def test_at_first_it_asks_often_then_seldom_and_renews_at_half_of_the_ttl() -> N
             times.append(now)
         if due.register:
             renewed = now
+    soon, times = times[: len(DISCOVER_SOON_S) + 1], times[len(DISCOVER_SOON_S) :]
+    for pause, (a, b) in zip(DISCOVER_SOON_S, itertools.pairwise(soon), strict=True):
+        assert abs(b - a - pause) <= JITTER * pause + 0.1
     early = [b - a for a, b in itertools.pairwise(times) if b < EARLY_S]
     late = [b - a for a, b in itertools.pairwise(times) if a > EARLY_S]
     assert all(abs(pause - DISCOVER_EARLY_S) <= JITTER * DISCOVER_EARLY_S + 0.001 for pause in early)
@@ -127,8 +131,9 @@ def test_looking_again_asks_everybody_at_once_but_does_not_register_anew() -> No
 
 def test_a_refused_registration_is_tried_again_with_growing_pauses_while_the_rest_goes_on() -> None:
     schedule = Schedule(random.Random(1), 0.0)
+    for _ in (0.0, *DISCOVER_SOON_S):
+        schedule.on_discovered(b"c", False, 0.0)
     schedule.on_register_refused(0.0)
-    schedule.on_discovered(b"c", False, 0.0)
     schedule.on_visited(0.0)
     assert schedule.due(schedule.deadline()) == Due(register=True, discover=False)
     schedule.on_register_lost(10.0)

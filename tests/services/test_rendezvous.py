@@ -8,7 +8,7 @@ import trio.testing
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId
 from meshmax.core.registrations import Registrations
-from meshmax.core.rendezvous import DISCOVER_EARLY_S, REPEAT_S
+from meshmax.core.rendezvous import DISCOVER_EARLY_S, DISCOVER_SOON_S, REPEAT_S
 from meshmax.ports import LooksAgain, Stream
 from meshmax.services.rendezvous import CHECK_S, IDLE_S, VISIT_S, Rendezvous
 from meshmax.services.rendezvous_stream import RendezvousStream
@@ -298,7 +298,7 @@ async def test_endless_pages_end(autojump_clock: trio.testing.MockClock) -> None
     liar = Endless()
     async with open_site() as site:
         seeker = await lied_to(site, liar)
-        await trio.sleep(DISCOVER_EARLY_S / 2)
+        await trio.sleep(DISCOVER_SOON_S[0] / 2)
         assert liar.asked < 60
         assert set(seeker.found) == {SeededSigner(5).peer_id}
 

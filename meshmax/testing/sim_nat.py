@@ -8,8 +8,8 @@ what it did not expect with a reset, and send back what is meant for itself (hai
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
-from typing import Any, Final, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -21,6 +21,7 @@ APD: Final = "address-and-port-dependent"
 
 Protocol_ = Literal["tcp", "udp"]
 Address = tuple[str, int]
+T = TypeVar("T")
 
 
 class Rng(Protocol):
@@ -32,6 +33,10 @@ class Rng(Protocol):
 
     def randrange(self, start: int, stop: int) -> int:
         """A whole number."""
+        ...
+
+    def choices(self, population: Sequence[T], *, k: int) -> list[T]:
+        """Some of them."""
         ...
 
 

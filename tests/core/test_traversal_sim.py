@@ -4,13 +4,16 @@ import itertools
 import random
 from functools import partial
 
+import msgspec
 import pytest
 
 from meshmax.base.ids import PeerId
-from meshmax.core.attempt_actions import Means
+from meshmax.base.traversal import Candidate
+from meshmax.core.attempt_actions import Means, Send
 from meshmax.core.candidates import Screen
 from meshmax.testing.sim_nat import KINDS, SimHost, SimInternet, SimNat
 from meshmax.testing.sim_traversal import STUN, TCP_OBSERVER, SimSide, SimSignals
+from meshmax.wire.signal import Answer, Offer, Trickle
 
 A, B = PeerId("12D3KooWA"), PeerId("12D3KooWB")
 IPS = {A: "198.51.100.1", B: "203.0.113.1"}
@@ -214,3 +217,37 @@ def test_in_the_laboratorys_latencies_a_path_is_there_within_half_a_second() -> 
         case.run(A)
         assert case.check() == "punched-tcp"
         assert case.sides[A].adopted[0][2] < 0.6
+
+
+THIRD_PARTIES = (
+    ("192.0.2.77", 8080), ("203.0.113.200", 443), ("127.0.0.1", 11434), ("10.0.0.1", 8080), ("192.168.1.1", 8443),
+    ("192.168.1.255", 4000), ("192.168.2.1", 4000), ("169.254.169.254", 80), ("224.0.0.251", 5353), ("::1", 11435),
+    ("::ffff:127.0.0.1", 11435), ("192.168.1.10", 11435), ("192.168.2.10", 11435), ("198.51.100.1", 22), ("0.0.0.0", 4000),
+)  # fmt: skip
+
+
+class Liar(SimSide):
+    """Puts third parties among its candidates, of TCP and in its SDPs."""
+
+    def tell(self, send: Send, *, from_lead: bool, not_before: float = 0.0) -> None:
+        message = send.message
+        if isinstance(message, Offer | Answer | Trickle):
+            chosen = self.net.random.choices(THIRD_PARTIES, k=8)
+            candidates = tuple(Candidate("srflx", "tcp", ip, port) for ip, port in chosen)
+            lines = "".join(f"a=candidate:1 1 udp 1 {ip} {port} typ srflx\r\n" for ip, port in chosen)
+            text = message.sdp + lines if message.sdp else ""
+            message = msgspec.structs.replace(message, candidates=(*message.candidates, *candidates), sdp=text)
+        super().tell(Send(send.attempt, message), from_lead=from_lead, not_before=not_before)
+
+
+@pytest.mark.parametrize(("a", "b"), [("port", "port"), ("open", "full"), ("addr", "open"), ("sym", "port")])
+def test_a_candidate_that_points_at_a_third_party_is_never_sent_a_packet(a: str, b: str) -> None:
+    for seed in range(2 * CASES):
+        case = Case(a, b, seed)
+        honest = case.sides[A]
+        liar = Liar(B, A, case.hosts[B], case.signals, case.screen(B, A), Means(tcp=True, udp=True))
+        case.sides[B] = liar
+        case.run(*case.random.choice(((A,), (B,), (A, B))))
+        contacts = {to for sender, to in case.net.contacts if sender == honest.host.ip}
+        assert not contacts & set(THIRD_PARTIES)
+        assert case.check() == expected(a, b), "and the true ones among them still count"

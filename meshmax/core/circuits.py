@@ -124,10 +124,24 @@ class Circuits:
         del self._open[circuit]
         if not broken:
             return
-        self._note_life(circuit, now)
+        if now - circuit.opened_s >= SHORT_S:
+            self._conduct.pop(circuit.relay, None)  # it does what it should: forgiven
+        else:
+            self.on_cut_short(circuit.relay, now)
         others = any(other.peer_id == circuit.peer_id for other in self._open)
         if circuit.direction == "out" and not others:
             self._wanted[circuit.peer_id] = _Wanted(circuit.relay, True, now)
+
+    def on_cut_short(self, relay: PeerId, now: float) -> None:
+        """The relay broke a circuit that had hardly begun."""
+        short, times, until_s = self._conduct.pop(relay, (0, 0, 0.0))
+        short += 1
+        if short >= SHORT_LIVES:
+            short, times = 0, times + 1
+            until_s = now + backoff_s(times, SHUN_FIRST_S, SHUN_MOST_S, self._random)
+        self._conduct[relay] = short, times, until_s
+        if len(self._conduct) > MAX_SHUNNED:
+            del self._conduct[next(iter(self._conduct))]
 
     def on_connect(self, peer_id: PeerId, done: bool, now: float) -> None:
         """What a Connect came to. ``done``: there is a circuit, or none is wanted any more."""
@@ -158,15 +172,3 @@ class Circuits:
         times = [circuit.renew_s for circuit in self._open if not circuit.renewed and circuit.renew_s < math.inf]
         times += [wanted.retry_s for wanted in self._wanted.values() if not wanted.asked]
         return min(times, default=None)
-
-    def _note_life(self, circuit: Circuit, now: float) -> None:
-        short, times, until_s = self._conduct.pop(circuit.relay, (0, 0, 0.0))
-        if now - circuit.opened_s >= SHORT_S:
-            return  # it does what it should: forgiven
-        short += 1
-        if short >= SHORT_LIVES:
-            short, times = 0, times + 1
-            until_s = now + backoff_s(times, SHUN_FIRST_S, SHUN_MOST_S, self._random)
-        self._conduct[circuit.relay] = short, times, until_s
-        if len(self._conduct) > MAX_SHUNNED:
-            del self._conduct[next(iter(self._conduct))]

@@ -1,6 +1,6 @@
 """A libp2p stream as ports.Stream: bounded writes, reads that lose nothing when cancelled, an end that always comes.
 
-Rules: a write goes out in steps of WRITE_STEP_BYTES with a checkpoint between; a cancelled write costs this stream, never
+Rules: a write goes out in the wire's steps with a checkpoint between; a cancelled write costs this stream, never
 the connection (net.wire finishes what the cipher has numbered). A read waits cancellably for data and takes it in one go.
 `reset` and `aclose` return at once; the rest goes on in the swarm's nursery. After `aclose` the peer has CLOSE_TIMEOUT_S to
 end its side; then the stream is reset.
@@ -92,11 +92,12 @@ class LibraryStream:
         await trio.lowlevel.checkpoint()
         view = memoryview(data)
         try:
-            for start in range(0, len(view), limits.WRITE_STEP_BYTES):
+            step = self._wire.step_bytes
+            for start in range(0, len(view), step):
                 if self._over or self._eof_sent:
                     raise PeerGone("the stream was closed here")
                 await self._wire.wait_room()
-                await self._stream.write(bytes(view[start : start + limits.WRITE_STEP_BYTES]))
+                await self._stream.write(bytes(view[start : start + step]))
         except library.failures() as error:
             self.give_up()
             raise PeerGone(_why(error)) from error

@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from meshmax.net import limits
-from meshmax.net.addresses import multiaddr_of
+from meshmax.net.addresses import is_circuit, multiaddr_of
 from meshmax.ports import ByteStream
 
 
@@ -67,6 +67,9 @@ class Wire:
         self.cut_off = False
         self.remote = stream.remote
         self.address = address or multiaddr_of(*stream.remote)
+        relayed = is_circuit(self.address)
+        self.step_bytes = limits.RELAYED_STEP_BYTES if relayed else limits.WRITE_STEP_BYTES  # for who writes much
+        self._ahead_bytes = limits.RELAYED_AHEAD_BYTES if relayed else limits.WRITE_AHEAD_BYTES
 
     def authenticated(self) -> None:
         """From now on the peer may send without a limit of this layer."""
@@ -105,8 +108,11 @@ class Wire:
         await trio.lowlevel.checkpoint()
 
     async def wait_room(self) -> None:
-        """Wait until less than WRITE_AHEAD_BYTES are queued, or the wire is cut. Cancelling costs nothing."""
-        while self._backlog_bytes >= limits.WRITE_AHEAD_BYTES and not self.cut_off:
+        """Wait until less than WRITE_AHEAD_BYTES are queued (over a relay RELAYED_AHEAD_BYTES), or the wire is cut.
+
+        Cancelling costs nothing.
+        """
+        while self._backlog_bytes >= self._ahead_bytes and not self.cut_off:
             await self._sent.wait()
 
     async def flush(self) -> None:

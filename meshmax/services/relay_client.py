@@ -67,14 +67,13 @@ class RelayClient:
         self._swarm, self._places, self._wanted, self._unix_now = swarm, places, wanted, unix_now
         self._nursery, self._ways, self._member = nursery, ways, member
         self._reservations = Reservations(random)
-        self._circuits = Circuits(random)
+        self.circuits = Circuits(random)
         self._offers = Rates(OFFERS_PER_S, OFFERS_BURST, OFFERS_TOTAL_PER_S)
         self._watchers: list[Callable[[], None]] = []
         self._told: tuple[object, ...] = ()
         self._wake = trio.Event()
-        self._pings: dict[PeerId, trio.CancelScope] = {}
+        self._pings: set[PeerId] = set()
         self._uses: Counter[PeerId] = Counter()  # open circuits, and those on their way
-        self._byte_streams: dict[object, CircuitBytes] = {}
 
     # --- ports.Relays ------------------------------------------------------------------------------------------------
 
@@ -130,9 +129,9 @@ class RelayClient:
             if now >= check_s:
                 check_s = now + CHECK_S
             self._act(self._reservations.on_candidates(self._candidates(), now))
-            for action in self._circuits.tick(now):
+            for action in self.circuits.tick(now):
                 self._nursery.start_soon(self._reconnect, action)
-            due = [s for s in (self._reservations.deadline(), self._circuits.deadline(), check_s) if s is not None]
+            due = [s for s in (self._reservations.deadline(), self.circuits.deadline(), check_s) if s is not None]
             with trio.move_on_at(min(due)):
                 await self._wake.wait()
             self._wake = trio.Event()
@@ -142,7 +141,7 @@ class RelayClient:
             return []
         now, own = trio.current_time(), self._swarm.peer_id
         return [
-            place for place in self._places() if place.peer_id != own and not self._circuits.shunned(place.peer_id, now)
+            place for place in self._places() if place.peer_id != own and not self.circuits.shunned(place.peer_id, now)
         ]
 
     def _perform(self, actions: Sequence[PlaceAction]) -> None:
@@ -215,19 +214,20 @@ class RelayClient:
 
     def _keep_pinging(self, relay: PeerId) -> None:
         if relay not in self._pings:
-            scope = self._pings[relay] = trio.CancelScope()
-            self._nursery.start_soon(self._ping_while_used, relay, scope)
+            self._pings.add(relay)
+            self._nursery.start_soon(self._ping_while_used, relay)
 
-    async def _ping_while_used(self, relay: PeerId, scope: trio.CancelScope) -> None:
+    async def _ping_while_used(self, relay: PeerId) -> None:
         try:
-            with scope:
-                frozen = await self._ping(relay)
+            frozen = await self._ping(relay)
+            if self.uses(relay):
                 _log.info("relay lost", relay=relay, why="it does not answer" if frozen else "its connection ended")
-                if frozen:
-                    await self._swarm.disconnect(relay)
+            if frozen:
+                await self._swarm.disconnect(relay)
         finally:
-            del self._pings[relay]
-        self._perform(self._reservations.on_lost(relay, trio.current_time()))
+            self._pings.discard(relay)
+        now = trio.current_time()
+        self._perform((self._reservations.on_failed if frozen else self._reservations.on_lost)(relay, now))
 
     async def _ping(self, relay: PeerId) -> bool:
         """Until it is gone (False), is frozen (True), or is of no more use (False). It may not speak the protocol."""
@@ -285,9 +285,9 @@ class RelayClient:
 
     async def _connect(self, peer_id: PeerId, place: RelayPlace, guest: bool) -> None:
         relay = place.peer_id
-        if pause_s := self._circuits.shunned(relay, trio.current_time()):
+        if pause_s := self.circuits.shunned(relay, trio.current_time()):
             raise ConnectError(f"it has cut circuits short again and again; tried again in {pause_s:.0f} s")
-        if not self._circuits.room_for(peer_id):
+        if not self.circuits.room_for(peer_id):
             raise ConnectError("there are as many relayed connections as this peer keeps")
         self._uses[relay] += 1
         try:
@@ -309,6 +309,10 @@ class RelayClient:
                 raise ConnectError(_WHY.get(status.status, f"it answered with status {status.status}"))
             connected = True
             return messages, status.limit
+        except PeerGone:
+            if relay in self._pings:  # its connection stands, as far as we know
+                self.circuits.on_cut_short(relay, trio.current_time())
+            raise
         finally:
             if not connected:
                 with trio.CancelScope(shield=True):  # does not block
@@ -320,7 +324,7 @@ class RelayClient:
         """A circuit's byte stream; a task of its own ends its stream after it was closed. ``renewed``: it is to be kept up."""
         relay = messages.stream.peer
         life = Life(limit.duration_s, limit.data_bytes) if renewed else Life()
-        circuit = self._circuits.on_opened(peer_id, relay, direction, life, trio.current_time())
+        circuit = self.circuits.on_opened(peer_id, relay, direction, life, trio.current_time())
 
         def carried(way: Direction, size_bytes: int) -> None:
             if circuit.carry(way, size_bytes):
@@ -335,7 +339,7 @@ class RelayClient:
                 with trio.CancelScope(shield=True):  # neither blocks
                     await (messages.stream.reset() if byte_stream.broken else messages.stream.aclose())
                 self._unuse(relay)
-                self._circuits.on_ended(circuit, byte_stream.broken, trio.current_time())
+                self.circuits.on_ended(circuit, byte_stream.broken, trio.current_time())
                 self._stir()
 
         self._uses[relay] += 1
@@ -373,7 +377,7 @@ class RelayClient:
                         break
                     except MeshmaxError as error:
                         _log.debug("no circuit", peer=peer_id, error=error.message)
-        self._circuits.on_connect(peer_id, done, trio.current_time())
+        self.circuits.on_connect(peer_id, done, trio.current_time())
         self._stir()
 
     def _ways_to(self, action: Connect) -> list[PeerId | str]:
@@ -409,7 +413,7 @@ class RelayClient:
     def _judge(self, relay: PeerId, source: PeerId) -> wire.Status:
         if relay not in self.relays or source in (relay, self._swarm.peer_id):
             return wire.PERMISSION_DENIED
-        taken = self._circuits.room_for(source) and self._offers.take(relay, trio.current_time())
+        taken = self.circuits.room_for(source) and self._offers.take(relay, trio.current_time())
         return wire.OK if taken else wire.RESOURCE_LIMIT_EXCEEDED
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import msgspec
 import trio
 
 from meshmax.base.ids import PeerId
@@ -50,6 +51,13 @@ class Host:
         self.client: RelayClient
         self.server: RelayServer
 
+        self.serves = True  # as a relay, for members
+
+    @property
+    def core(self) -> Relay:
+        assert self.server.relay is not None
+        return self.server.relay
+
     @property
     def place(self) -> RelayPlace:
         return RelayPlace(self.peer_id, (f"/ip4/{self.ip}/tcp/{PORT}",))
@@ -81,7 +89,16 @@ class RelaySite:
         self.relays.append(host)
         return host
 
-    async def member(self, places: Sequence[Host] | None = None, admission: object = None) -> Host:
+    async def members_relay(self) -> Host:
+        """A member that relays for members only."""
+        host = await self._host(150, SameWord())
+        opened = open_relay_server(host.swarm, self.unix_now, strangers=False, members=lambda: host.serves)
+        host.server = await self._enter(opened)
+        return host
+
+    async def member(
+        self, places: Sequence[Host] | None = None, admission: object = None, *, as_member: bool = False
+    ) -> Host:
         """One that may keep places at ``places`` (None: at every relay)."""
         host = await self._host(1 + len(self.members), admission or SameWord())
         for other in self.members:
@@ -89,7 +106,8 @@ class RelaySite:
         host.swarm.serve(INFER, echo)
 
         def at() -> list[RelayPlace]:
-            return [relay.place for relay in (self.relays if places is None else places)]
+            chosen = self.relays if places is None else places
+            return [msgspec.structs.replace(relay.place, member=as_member) for relay in chosen]
 
         host.client = await self._enter(
             open_relay_client(
@@ -113,9 +131,16 @@ async def echo(stream: Stream) -> None:
 
 @asynccontextmanager
 async def open_site() -> AsyncIterator[RelaySite]:
-    with trio.fail_after(300):
-        async with AsyncExitStack() as stack:
-            yield RelaySite(stack)
+    """A site; what a test raises comes out as it is, out of all nurseries' groups."""
+    try:
+        with trio.fail_after(20_000):
+            async with AsyncExitStack() as stack:
+                yield RelaySite(stack)
+    except BaseExceptionGroup as group:
+        leaf: BaseException = group
+        while isinstance(leaf, BaseExceptionGroup):
+            leaf = leaf.exceptions[0]
+        raise leaf from None  # noqa: ASYNC123  a test says what it expects without the nurseries around it
 
 
 async def until(condition: object, within_s: float = 60.0) -> float:

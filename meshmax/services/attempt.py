@@ -88,6 +88,10 @@ class AttemptRun:
                 with trio.move_on_after(LAST_WORD_S):
                     await self._said.wait()
                 nursery.cancel_scope.cancel()
+        except BaseException:
+            if self.attempt.purpose == "lane" and (stream := self.take()) is not None:
+                stream.close()  # nobody will know of it
+            raise
         finally:
             self._nursery = None
             with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_S, shield=True):

@@ -49,6 +49,7 @@ class MemoryNats:
         self.channels: dict[str, MemoryChannelEnd] = {}  # by ufrag
         self.packets: list[tuple[str, int]] = []  # whom anybody tried to reach
         self.open = 0  # ports and channels now
+        self.ends: list[MemoryBytes] = []  # of all connections that were made
 
     def side(self, ip: str) -> MemorySide:
         """What one peer, seen at ``ip``, uses."""
@@ -58,6 +59,7 @@ class MemoryNats:
         """A connection between two addresses: the end at each."""
         near, far = MemoryBytes(self.wires, a[0], b), MemoryBytes(self.wires, b[0], a)
         near.twin, far.twin = far, near
+        self.ends += (near, far)
         return near, far
 
 

@@ -17,6 +17,7 @@ from meshmax.base.ids import PeerId, Sha256
 MAX_ADDRESSES: Final = 16  # a host with that many interfaces is still reached by the first ones
 MAX_MODELS: Final = 1024  # models a peer lists; 1024 of ~150 bytes stay well inside one frame
 MAX_GPUS: Final = 32
+MAX_MAPPED: Final = 4  # a router has one address outside, rarely two
 MAX_PEER_NAME: Final = 64  # characters
 NO_ENGINE: Final = "none"
 
@@ -81,9 +82,9 @@ class PeerStatus(msgspec.Struct, frozen=True):
     ``engine`` names what runs models there; a peer with NO_ENGINE stores and routes only. ``instance`` is drawn at each start:
     one PeerId with two of them at once is a copied identity. ``changed`` is the sequence of the issue at which lasting facts
     last changed (`lasting`); what changes all the time (`Vitals`) is told beside it. ``leaving``: the last word before the end.
-    ``relay``: it keeps places for members of its mesh that cannot be reached, and carries connections to them.
     ``udp_port`` takes datagrams of the DHT, 0 if there is none: it may be another one than the control port's number.
-    ``relay``: it relays for members of its mesh.
+    ``relay``: it relays for members of its mesh. ``mapped``: multiaddrs, without /p2p, at which its router says to forward to
+    its control port: no addresses of its interfaces.
     """
 
     peer_id: PeerId
@@ -106,6 +107,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     leaving: bool = False
     udp_port: int = 0
     relay: bool = False
+    mapped: tuple[str, ...] = ()
 
 
 class Vitals(msgspec.Struct, frozen=True):
@@ -131,7 +133,8 @@ def lasting(status: PeerStatus) -> tuple[object, ...]:
         for model in status.models
     )
     gpus = tuple((gpu.name, gpu.memory_total_bytes) for gpu in status.gpus)
-    facts = (status.name, status.version, status.mesh, status.engine, status.addresses, status.udp_port, status.relay)
+    told = (status.addresses, status.mapped, status.udp_port, status.relay)
+    facts = (status.name, status.version, status.mesh, status.engine, *told)
     return (*facts, status.load.capacity, status.draining, status.instance, status.leaving, models, gpus)
 
 

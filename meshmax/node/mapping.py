@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from meshmax.base.errors import InvalidRequest
+from meshmax.base.status import MAX_MAPPED
 from meshmax.core.port_mapping import PortWanted
 from meshmax.net.addresses import parse_endpoint
 from meshmax.ports import Lanes
@@ -67,7 +68,7 @@ def mapped_addresses(node: Node) -> tuple[str, ...]:
         f"/ip{6 if ':' in each.external_ip else 4}/{each.external_ip}/tcp/{each.external_port}"
         for each in service.mappings
         if (each.protocol, each.port) == ("tcp", control)
-    )
+    )[:MAX_MAPPED]
 
 
 def _control_port(addresses: tuple[str, ...]) -> int:

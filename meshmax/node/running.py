@@ -21,6 +21,7 @@ from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
 from meshmax.base.traversal import PathStory
 from meshmax.node.dht import NodeDht
+from meshmax.node.mapping import mapped_addresses
 from meshmax.node.serving import Serving
 from meshmax.node.traversing import Traversal
 from meshmax.node.world import World
@@ -172,6 +173,7 @@ class Node:
             draining=self.state == "draining",
             udp_port=self.serving.udp_port,
             relay=self.traversal.relays_members,
+            mapped=mapped_addresses(self),
         )
 
     def _models(self) -> tuple[ModelPresence, ...]:

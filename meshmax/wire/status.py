@@ -26,6 +26,7 @@ from meshmax.base.names import MAX_NAME
 from meshmax.base.status import (
     MAX_ADDRESSES,
     MAX_GPUS,
+    MAX_MAPPED,
     MAX_MODELS,
     MAX_PEER_NAME,
     Gpu,
@@ -208,6 +209,7 @@ def _within_bounds(status: PeerStatus) -> bool:
         status.engine,
         status.instance,
         *status.addresses,
+        *status.mapped,
         *(gpu.name for gpu in status.gpus),
     ]
     numbers = [
@@ -233,6 +235,7 @@ def _within_bounds(status: PeerStatus) -> bool:
             return False
     return (
         len(status.addresses) <= MAX_ADDRESSES
+        and len(status.mapped) <= MAX_MAPPED
         and len(status.models) <= MAX_MODELS
         and sum(len(model.names) for model in status.models) <= MAX_ALL_NAMES
         and len(status.gpus) <= MAX_GPUS

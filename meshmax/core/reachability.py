@@ -32,7 +32,9 @@ BLOCKED_EVERY_S: Final = 120.0  # while UDP is blocked: some portals open it onc
 LOSSES: Final = 2  # looks in a row
 SETTLE_S: Final = 1.0  # from a change (of the network, of mappings) to the look: changes come in groups
 DOUBTS: Final = 2  # neighbours that could not reach us within LOOK_EVERY_S, before we look again
+TOGETHER_S: Final = 15.0  # in which connections are lost that one fault cuts: heartbeats end them after 6 s
 DOUBT_PAUSE_S: Final = 60.0  # between looks for the reason that neighbours did not reach us
+LOST_PAUSE_S: Final = 15.0  # between looks for the reason that they were lost
 MAX_DOUBTERS: Final = 16  # remembered
 
 Address = tuple[str, int]  # (ip, port)
@@ -252,7 +254,7 @@ def _text(at: Address) -> str:
 class Whereabouts:
     """See the module. Times are monotonic seconds."""
 
-    __slots__ = ("_blocked", "_doubts", "_due", "_failed", "_looked", "_lost", "_own", "_settled", "view")
+    __slots__ = ("_blocked", "_doubts", "_due", "_failed", "_looked", "_losses", "_lost", "_own", "_settled", "view")
 
     def __init__(self, now: float) -> None:
         self.view: Reachability = UNKNOWN
@@ -260,6 +262,7 @@ class Whereabouts:
         self._failed = self._lost = self._blocked = 0  # looks in a row
         self._own: tuple[str, ...] = ()
         self._doubts: dict[PeerId, float] = {}  # neighbours that could not reach us, and when, oldest first
+        self._losses: dict[PeerId, float] = {}  # likewise, connections that were lost
         self._settled = False  # whether a look on this network brought anything
 
     def deadline(self) -> float:
@@ -304,6 +307,18 @@ class Whereabouts:
     def on_mappings(self, now: float) -> None:
         """Ports were mapped, or are no longer: look whether others reach us so."""
         self._due = min(self._due, now + SETTLE_S)
+
+    def on_lost(self, peer_id: PeerId, now: float, *, last: bool = False) -> None:
+        """The connection to a peer, or a relay, was lost: where several are at once, a router may have another address.
+
+        ``last``: it was the only one.
+        """
+        self._losses.pop(peer_id, None)
+        self._losses[peer_id] = now
+        while len(self._losses) > MAX_DOUBTERS:
+            del self._losses[next(iter(self._losses))]
+        if last or sum(now - at <= TOGETHER_S for at in self._losses.values()) >= DOUBTS:
+            self._due = min(self._due, max(now + SETTLE_S, self._looked + LOST_PAUSE_S))
 
     def on_unreached(self, peer_id: PeerId, now: float) -> None:
         """A neighbour could not connect to us, where it should have been able to."""

@@ -115,6 +115,7 @@ async def open_traversal(node: Node) -> AsyncIterator[None]:
         traversal.watch(traversal.where.look_again)
         traversal.relays = await stack.enter_async_context(open_relaying(node))
         traversal.where.watch(traversal.relays.check)
+        traversal.relays.watch(traversal.where.on_relays)
         traversal.signals = await stack.enter_async_context(open_signalling(node, traversal.where))
         traversal.connector = await stack.enter_async_context(open_node_connector(node))
         yield

@@ -73,6 +73,7 @@ class ReachabilityService:
         self._observers: dict[PeerId, Observer] = {}  # the last answer of each, most recent last
         self._vouchers: dict[PeerId, Signed] = {}
         self._servers: tuple[tuple[str, int], ...] = ()  # configured ones, resolved
+        self._relays_seen: frozenset[PeerId] = frozenset()
         self._watchers: list[Callable[[], None]] = []
         self._woken = trio.Event()
         self._looking = trio.CancelScope()
@@ -133,6 +134,17 @@ class ReachabilityService:
         self._wake()
         self._tell()
 
+    def on_relays(self) -> None:
+        """Other relays keep a place for us than before. Cheap."""
+        before, self._relays_seen = self._relays_seen, frozenset(self._relays())
+        for peer_id in before - self._relays_seen:
+            self._on_lost(peer_id)
+        self._tell()
+
+    def _on_lost(self, peer_id: PeerId) -> None:
+        self._core.on_lost(peer_id, trio.current_time(), last=not self._swarm.connections())
+        self._wake()
+
     def on_unreached(self, peer_id: PeerId) -> None:
         """A neighbour that should have been able to could not connect to us. Cheap."""
         self._core.on_unreached(peer_id, trio.current_time())
@@ -152,10 +164,12 @@ class ReachabilityService:
                 await woken.wait()
 
     async def follow_swarm(self) -> NoReturn:
-        """Notice neighbours that had to come over a relay although others can reach us, until cancelled."""
+        """Notice neighbours that are lost, and those that come over a relay although others reach us, until cancelled."""
         while True:
             async with self._swarm.subscribe() as events:
                 async for event in events:
+                    if event.kind == "disconnected":
+                        self._on_lost(event.peer_id)
                     view = self._swarm.connections().get(event.peer_id)
                     if view is not None and view.direction == "in" and view.path == "relay":
                         self.on_unreached(event.peer_id)

@@ -18,8 +18,10 @@ from meshmax.core.reachability import (
     CONFIRM_S,
     DOUBT_PAUSE_S,
     LOOK_EVERY_S,
+    LOST_PAUSE_S,
     RETRY_S,
     SETTLE_S,
+    TOGETHER_S,
     DialledBack,
     FilterSeen,
     Look,
@@ -323,3 +325,21 @@ def test_udp_that_was_open_is_blocked_only_when_it_is_seen_twice_and_then_looked
     where.on_network_change((WAN,), 800.0)
     where.on_look(blocked, 801.0)
     assert udp_of(where) == "blocked"
+
+
+def test_connections_that_are_lost_together_bring_a_look_but_not_ever_again() -> None:
+    where = Whereabouts(0.0)
+    where.on_look(DOWN, 0.0)
+    where.on_lost(PeerId("P"), 100.0)
+    where.on_lost(PeerId("P"), 101.0)
+    where.on_lost(PeerId("Q"), 101.0 + TOGETHER_S + 1)
+    assert where.deadline() == LOOK_EVERY_S
+    where.on_lost(PeerId("R"), 120.0)
+    assert where.deadline() == 120.0 + SETTLE_S
+    where.on_look(DOWN, 121.0)
+    for number in range(100):
+        where.on_lost(PeerId(f"P{number}"), 122.0)
+    assert where.deadline() == 121.0 + LOST_PAUSE_S
+    where.on_look(DOWN, 136.0)
+    where.on_lost(PeerId("S"), 500.0, last=True)
+    assert where.deadline() == 500.0 + SETTLE_S

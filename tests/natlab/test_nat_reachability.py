@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,3 +49,24 @@ def test_each_kind_of_nat_is_told(site: NatSite, pair: tuple[Place, Place]) -> N
     for name, place in zip(site.pair(*pair), pair, strict=True):
         until(f"{name} knows where it stands", lambda name=name: known(site, name)[0] != "unknown", 20)  # type: ignore[misc]
         assert known(site, name) == KNOWN[place], site.get(name, "/api/v1/status")["reachability"]
+
+
+def external(site: NatSite, name: str) -> list[str]:
+    found: list[str] = site.get(name, "/api/v1/status")["reachability"]["external_ips"]
+    return found
+
+
+def test_another_address_of_the_router_and_another_network_are_noticed(site: NatSite) -> None:
+    one, two = site.pair("port", "addr")
+    site.until_path(one, two, "direct", "punched-tcp", "punched-udp")
+    until(f"{one} knows its address", lambda: external(site, one) == [site.routers[0].ip], 20)
+    began_s = time.monotonic()
+    site.routers[0].rebind(11)
+    until(f"{one} knows its new address", lambda: external(site, one) == [site.routers[0].ip], 60)
+    print(f"another address of the router was known after {time.monotonic() - began_s:.1f} s")
+    other = site.internet.router("other", 30, "sym")
+    other.take(site.hosts[one])
+    began_s = time.monotonic()
+    until(f"{one} knows where it is", lambda: external(site, one) == [other.ip], 60)
+    assert known(site, one) == KNOWN["sym"]
+    print(f"another network was known after {time.monotonic() - began_s:.1f} s")

@@ -200,6 +200,7 @@ class _Opening:
                 node.traversal.connector.connect,
             )
         )
+        node.garbage.leases.connect = node.traversal.connector.connect
         node.network.watch(node.presence.on_network_change)
         node.presence.watch(node.traversal.connector.on_news)
         follow_mesh(node, self.first_seen)

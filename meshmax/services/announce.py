@@ -19,6 +19,7 @@ from meshmax.base.membership import MeshId
 from meshmax.base.providers import ProviderRecord
 from meshmax.core.announce import TTL_S, Announcements, Word
 from meshmax.core.backoff import Random
+from meshmax.core.own_addresses import without_peer
 from meshmax.ports import Dht, Signer
 from meshmax.telemetry.isolate import isolate
 from meshmax.wire.dht import dht_key
@@ -111,7 +112,7 @@ class Announcer:
             self._sequence,
             now_s,
             now_s if withdraw else now_s + int(TTL_S),
-            () if withdraw else self._at,
+            () if withdraw else without_peer(self._at, self._signer.peer_id),
         )
         try:
             nodes = await dht.announce(sign_record(record, self._signer.sign))

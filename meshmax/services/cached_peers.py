@@ -94,7 +94,8 @@ class CachedPeers:
         now_s = self._unix_now()
         for peer_id, connection in self._swarm.connections().items():
             status = self._status_of(peer_id)
-            worked = f"{connection.address}/p2p/{peer_id}" if connection.direction == "out" else ""
+            again = connection.direction == "out" and not connection.path.startswith("punched")  # whose port is gone
+            worked = f"{connection.address}/p2p/{peer_id}" if again else ""
             self._known.on_seen(self._mesh(), peer_id, worked, status.addresses if status else (), now_s)
             self._dirty = True
 

@@ -17,6 +17,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId
 from meshmax.core.announce import Word
 from meshmax.core.backoff import Random
+from meshmax.core.own_addresses import with_peer
 from meshmax.ports import Dht, Sighting, Swarm
 from meshmax.services.announce import IN_MESH
 from meshmax.wire.dht import dht_key
@@ -96,4 +97,4 @@ class DhtRung:
                     return  # and whom the old one knows is no peer of ours any more
                 if record.peer_id == self._swarm.peer_id or not record.addresses or only not in (None, record.peer_id):
                     continue
-                await found.send(Sighting(record.peer_id, record.addresses, "dht"))
+                await found.send(Sighting(record.peer_id, with_peer(record.addresses, record.peer_id), "dht"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -71,6 +71,8 @@ class Leases:
         self._table = LeaseTable(swarm.peer_id)
         self._answering: Counter[PeerId] = Counter()
         self._distrusted: dict[PeerId, float] = {}  # until when
+        # How holders are reached; None: by dialling alone.
+        self.connect: Callable[[PeerId, Sequence[str]], Awaitable[None]] | None = None
 
     def register(self) -> None:
         """Serve from now on."""
@@ -131,7 +133,7 @@ class Leases:
         expected = wire.proof_of(nonce, manifest.digest, await self._read(probes))
         reply: wire.FromHolder | None = None
         with trio.move_on_after(ASK_TIMEOUT_S):
-            await self._swarm.dial(peer, addresses)
+            await (self.connect or self._swarm.dial)(peer, addresses)
             stream = await self._swarm.open_stream(peer, LEASE)
             try:
                 frames = FrameStream(stream)

@@ -11,6 +11,8 @@ from meshmax.base.ids import PeerId
 from meshmax.base.traversal import Candidate
 from meshmax.core.attempt_actions import Means, Send
 from meshmax.core.candidates import Screen
+from meshmax.core.dial_plan import Own, dial_plan
+from meshmax.testing.sim_dial import CONTROL_PORT, SimDial, listen
 from meshmax.testing.sim_nat import KINDS, SimHost, SimInternet, SimNat
 from meshmax.testing.sim_traversal import STUN, TCP_OBSERVER, SimSide, SimSignals
 from meshmax.wire.signal import Answer, Offer, Trickle
@@ -251,3 +253,42 @@ def test_a_candidate_that_points_at_a_third_party_is_never_sent_a_packet(a: str,
         contacts = {to for sender, to in case.net.contacts if sender == honest.host.ip}
         assert not contacts & set(THIRD_PARTIES)
         assert case.check() == expected(a, b), "and the true ones among them still count"
+
+
+# --- from the first dial on ------------------------------------------------------------------------------------------
+
+RELAY = "/ip4/198.18.0.1/tcp/443/p2p/12D3KooWJWoaqZhDaoEFshF7Rh1bpY9ohihFhzcW6d69Lr2NASuq/p2p-circuit/p2p/"
+IDS = {
+    A: "12D3KooWRTaYaLZDZgq8ygKRwEsZFJC4DT9h4UTvVwwWEsCBHQ5V",
+    B: "12D3KooWKnDdG3iXw9eTFijk3EWSunZcFi54Zka4wmtqtt6rPxc8",
+}
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS)
+def test_from_the_first_dial_on_every_pair_is_connected_soon_and_moves_to_the_best_path(a: str, b: str) -> None:
+    for seed in range(10):
+        case = Case(a, b, seed)
+        for host in case.hosts.values():
+            host.latency_s = 0.01
+            listen(host)
+        case.signals.latency_s = 0.04
+        us, other = case.random.choice(((A, B), (B, A)))
+        at: dict[str, float] = {}
+
+        def connected(path: str, case: Case = case, us: PeerId = us, at: dict[str, float] = at) -> None:
+            at[path] = case.net.now
+            if path == "relay":
+                case.sides[us].want()
+
+        theirs, ours = case.hosts[other], case.hosts[us]
+        own = Own(PeerId(IDS[us]), (ours.ip,), (ours.ip.rpartition(".")[0] + ".0/24",), (ours.outer_ip,))
+        told = [f"/ip4/{theirs.ip}/tcp/{CONTROL_PORT}", RELAY + IDS[other]]
+        SimDial(ours, 0.16, connected).run(dial_plan(PeerId(IDS[other]), told, own))
+        case.net.run(60.0)
+        usable_s = min(at.values())
+        assert usable_s < 0.5, "over a relay if not directly"
+        reachable = case.kinds[other] == "open" and case.kinds[us] != "corp"
+        final = "direct" if "direct" in at else case.sides[us].adopted[-1][0] if case.sides[us].adopted else "relay"
+        assert final == ("direct" if reachable else expected(a, b) or "relay"), (a, b, seed)
+        if final == "punched-tcp":
+            assert case.sides[us].adopted[0][2] < 1.5

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from meshmax.base.errors import InvalidRequest
+from meshmax.base.reachability import NatBehaviour, PortMapping, Reachability
 from tests.api.fake_node import DIGEST, NOW_S, OURS, THEIRS, entry
 
 
@@ -41,6 +42,27 @@ async def test_the_status_tells_who_and_how(client: httpx.AsyncClient, path: str
     assert status["uptime"] == 1_500_000_000
     assert status["connections"] == 1
     assert status["addresses"][0].endswith(f"/p2p/{OURS}")
+
+
+async def test_the_status_tells_where_the_peer_stands(client: httpx.AsyncClient, node: Any) -> None:
+    where = (await client.get("/api/v1/status")).json()["reachability"]
+    assert (where["addresses"], where["state"], where["nat"]["udp"]) == (1, "unknown", "unknown")
+    mappings = (
+        PortMapping("tcp", 11435, "81.2.69.142", 4444, "upnp", trio.current_time() + 60),
+        PortMapping("udp", 11435, "2a00::1", 5555, "nat-pmp", trio.current_time() - 60),
+    )
+    nat = NatBehaviour("blocked", tcp_mapping="endpoint-independent")
+    addresses = ("/ip4/81.2.69.142/tcp/4444",)
+    view = Reachability("mapped", "because", nat, ("81.2.69.142",), addresses, mappings, (THEIRS,))
+    node.reachability.view, node.reachability.udp_blocked = view, True
+    where = (await client.get("/api/v1/status")).json()["reachability"]
+    assert (where["state"], where["why"], where["udp_blocked"]) == ("mapped", "because", True)
+    assert where["nat"]["tcp_mapping"] == "endpoint-independent"
+    assert (where["external_ips"], where["reached_at"], where["relays"]) == (["81.2.69.142"], list(addresses), [THEIRS])
+    first, second = where["mappings"]
+    assert (first["external"], first["by"], first["port"]) == ("81.2.69.142:4444", "upnp", 11435)
+    assert 0 < first["expires_in_s"] <= 60
+    assert (second["external"], second["expires_in_s"]) == ("[2a00::1]:5555", 0)
 
 
 async def test_nodes_are_found_by_id_and_by_a_name_that_only_one_has(client: httpx.AsyncClient, node: Any) -> None:

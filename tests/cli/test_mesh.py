@@ -132,3 +132,42 @@ def test_status_names_what_an_interrupted_pull_left_and_what_can_be_done(
     assert main(["status"]) == 0
     line = "partial       1.3 GB of big:8b (4.9 GB); `meshmax pull big:8b` goes on, `meshmax rm big:8b` frees it"
     assert line in capsys.readouterr().out.splitlines()
+
+
+REACHABILITY = {
+    "addresses": 2, "lan": True, "state": "mapped", "why": "2 observers reached us at 81.2.69.142:4444", "udp_blocked": False,
+    "nat": {"udp": "open", "mapping": "endpoint-independent", "filtering": "unknown", "tcp_mapping": "address-dependent"},
+    "external_ips": ["81.2.69.142"], "reached_at": ["/ip4/81.2.69.142/tcp/4444"], "relays": [B],
+    "mappings": [{"protocol": "tcp", "port": 11435, "external": "81.2.69.142:4444", "by": "upnp", "expires_in_s": 60}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            {},
+            [
+                "reachable     through the router: 2 observers reached us at 81.2.69.142:4444",
+                "nat           UDP open, mapping endpoint-independent, TCP mapping address-dependent",
+                "mapping       tcp 11435 at 81.2.69.142:4444, by upnp",
+                f"relayed by    {B}",
+            ],
+        ),
+        (
+            {"state": "private", "why": "no", "nat": {}, "mappings": [], "relays": []},
+            ["reachable     not directly: no"],
+        ),
+        ({"state": "unknown", "why": "nobody", "nat": {}, "mappings": [], "relays": []}, []),
+    ],
+)
+def test_status_tells_where_the_peer_stands(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], lines: list[str]
+) -> None:
+    fake_peer.on("GET", "/api/v1/status", STATUS | {"reachability": REACHABILITY | changes})
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    fake_peer.on("GET", "/api/v1/models", {"models": {}})
+    assert main(["status"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(out) if line.startswith("peers  "))
+    assert [line for line in out[:start] if line.split()[0] in ("reachable", "nat", "mapping", "relayed")] == lines

@@ -208,6 +208,8 @@ class ReachabilityService:
             look = await self._measure(look, visited)
         before = self.view.state
         self._core.on_look(look, trio.current_time())
+        if _outside(self._mappings()) != _outside(look.mappings):  # meanwhile, so nobody was asked to come there
+            self._core.on_mappings(trio.current_time())
         if self.view.state != before:
             _log.info("where this machine stands", state=self.view.state, why=self.view.why)
         await self._remember()
@@ -335,6 +337,10 @@ class ReachabilityService:
             return verify_voucher(signed, self._unix_now()).peer_id == self._swarm.peer_id
         except ManifestInvalid:
             return False
+
+
+def _outside(mappings: Sequence[PortMapping]) -> set[tuple[str, int, str, int]]:
+    return {(each.protocol, each.port, each.external_ip, each.external_port) for each in mappings}
 
 
 @asynccontextmanager

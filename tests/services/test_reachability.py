@@ -228,6 +228,23 @@ async def test_a_lost_way_in_is_seen_twice_before_it_is_believed(autojump_clock:
             assert state_of(where) == "private"
 
 
+async def test_a_port_that_is_mapped_while_others_are_asked_is_tried_soon_after(autojump_clock: Any) -> None:
+    async with open_site(A) as site:
+        tcp_mapped, service = site.nat.tcp_mapped, site.service()
+
+        async def late(observers: Sequence[tuple[str, int]]) -> tuple[MappedSeen, ...]:
+            await trio.sleep(1)
+            site.mappings = (PortMapping("tcp", PORT, WAN, 4444, "upnp", 1e9),)
+            site.nat.open_ports = {4444}
+            service.on_mappings()
+            return await tcp_mapped(observers)
+
+        site.nat.tcp_mapped = late  # type: ignore[method-assign]
+        async with open_reachability(service) as where:
+            await trio.sleep(10)
+            assert where.view.state == "mapped"
+
+
 async def test_a_mapped_port_is_tried_as_soon_as_it_is_there(autojump_clock: Any) -> None:
     async with open_site(A) as site, open_reachability(site.service()) as where:
         await trio.sleep(5)

@@ -26,12 +26,15 @@ from meshmax.core.candidates import Screen
 from meshmax.net.addresses import multiaddr_of
 from meshmax.ports import ByteStream, Channels, Puncher, Stream, Swarm
 from meshmax.services.frames import FrameStream
+from meshmax.telemetry.log import get_logger
 from meshmax.wire import signal as wire
 from meshmax.wire.protocols import SIGNAL
 
 LAST_WORD_S: Final = 1.0  # for what is still to be said when an attempt ends
 MAX_UNSENT: Final = 32  # messages; an attempt says about four
 _PROOF_BYTES: Final = 16
+
+_log = get_logger("attempt")
 
 
 class Ways(msgspec.Struct, frozen=True):
@@ -70,6 +73,7 @@ class AttemptRun:
         self._again = trio.Event()  # deadlines may be others
         self._nursery: trio.Nursery | None = None
         self._count = 0
+        self._marks: dict[str, float] = {}  # when each kind of action came first
 
     # --- as a whole --------------------------------------------------------------------------------------------------
 
@@ -97,7 +101,22 @@ class AttemptRun:
             with trio.CancelScope(deadline=trio.current_time() + LAST_WORD_S, shield=True):
                 await self._clean(frames)
         assert self.end is not None
+        self._log_end(self.end)
         return self.end
+
+    def _log_end(self, end: End) -> None:
+        began = self.attempt.started_s
+        marks = {what: round(at_s - began, 3) for what, at_s in self._marks.items()}
+        _log.debug(
+            "attempt ended",
+            peer=self.attempt.peer,
+            purpose=self.attempt.purpose,
+            lead=self.attempt.lead,
+            outcome=end.outcome,
+            path=end.path,
+            after_s=marks,
+            tried=[f"{what} ({stage}: {cause})" for what, stage, cause in end.tried],
+        )
 
     def take(self) -> ByteStream | None:
         """The stream that the attempt ended with; its owner is the caller, or the swarm."""
@@ -106,6 +125,7 @@ class AttemptRun:
 
     def do(self, action: Action) -> None:
         """Perform what the core decided. Never blocks, never calls the core."""
+        self._marks.setdefault(type(action).__name__, trio.current_time())
         match action:
             case Send():
                 self._send(action.message)

@@ -9,9 +9,7 @@ and the one in memory. Not here: which link is the best (net.links), how a strea
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Final, Generic, Protocol, TypeVar
 
 import trio
@@ -27,7 +25,7 @@ _SOON_S: Final = 0.001  # less is no wait; the difference of two readings of a c
 class HasStreams(Protocol):
     """A connection with streams on it."""
 
-    streams: int  # open now, of either side, also those that are being opened or closed
+    streams: int  # open now, of either side, also those being opened or closed; not those that only ask about the link
     idle_since: float  # monotonic seconds; when the last one was closed
 
     def cut(self) -> None:
@@ -41,16 +39,10 @@ L = TypeVar("L", bound=HasStreams)
 class Draining(Generic[L]):
     """Ends the links of ``table`` that are superfluous; each has a task in ``nursery`` until it has ended or is needed again."""
 
-    def __init__(
-        self, nursery: trio.Nursery, table: LinkTable[L], ask: Callable[[L], AbstractAsyncContextManager[bool]]
-    ) -> None:
-        """``ask`` has the other end say what `may_end` says there; in its block the question's own stream is still open.
-
-        It raises MeshmaxError.
-        """
+    def __init__(self, nursery: trio.Nursery, table: LinkTable[L], ask: Callable[[L], Awaitable[bool]]) -> None:
+        """``ask`` has the other end say what `may_end` says there. It raises MeshmaxError."""
         self._nursery, self._table, self._ask = nursery, table, ask
         self._draining: set[L] = set()
-        self._questions: Counter[L] = Counter()  # streams on a link by which somebody asks about it
 
     def look(self, peer_id: PeerId) -> None:
         """The peer's links are others than before."""
@@ -61,18 +53,7 @@ class Draining(Generic[L]):
 
     def may_end(self, link: L) -> bool:
         """Whether nothing of ours is on the link, and we would not put anything there."""
-        return link.streams <= self._questions[link] and self._table.is_spare(link)
-
-    @contextmanager
-    def question(self, link: L) -> Iterator[None]:
-        """In this block one of the link's streams is but a question about it."""
-        self._questions[link] += 1
-        try:
-            yield
-        finally:
-            self._questions[link] -= 1
-            if not self._questions[link]:
-                del self._questions[link]
+        return not link.streams and self._table.is_spare(link)
 
     async def _drain(self, link: L) -> None:
         try:
@@ -92,16 +73,15 @@ class Draining(Generic[L]):
 
     async def _try_end(self, link: L) -> None:
         """Cut the link unless the other end needs it. Raises VersionMismatch."""
-        with self.question(link):
-            try:
-                with trio.fail_after(limits.LINK_ASK_TIMEOUT_S):
-                    async with self._ask(link) as over:
-                        if over and self.may_end(link):
-                            link.cut()
-            except VersionMismatch:
-                raise
-            except Busy:
-                pass
-            except (MeshmaxError, trio.TooSlowError):  # nobody is there
-                if self.may_end(link):
-                    link.cut()
+        over = True
+        try:
+            with trio.fail_after(limits.LINK_ASK_TIMEOUT_S):
+                over = await self._ask(link)
+        except VersionMismatch:
+            raise
+        except Busy:
+            over = False
+        except (MeshmaxError, trio.TooSlowError):
+            pass  # nobody is there
+        if over and self.may_end(link):
+            link.cut()

@@ -23,6 +23,7 @@ def load() -> None:
     """Import the library and tame it: idempotent."""
     import libp2p
     import libp2p.network.swarm as library_swarm
+    from libp2p.stream_muxer import muxer_multistream
 
     # Normal ends are logged as errors there, and its import clears handlers: so this comes after it.
     quiet = logging.getLogger("libp2p")
@@ -36,6 +37,7 @@ def load() -> None:
         logging.root.addHandler(logging.NullHandler())
     # Nothing of ours dials through it; whoever does should not pay a quarter of a second.
     library_swarm._HAPPY_EYEBALLS_DELAY = 0.0
+    muxer_multistream.Yamux = _bounded_yamux()  # it makes this class whatever muxers a host is given
     if not hasattr(libp2p, "new_host"):
         raise ImportError("the installed libp2p is not py-libp2p 0.8")
 
@@ -129,6 +131,13 @@ def _bounded_yamux() -> Any:
             if held + length > self.allowed_bytes:
                 raise trio.TooSlowError  # the one exception for which the library closes the connection
             return bytes(await super()._read_data_body(length))
+
+        def _sweep_stale_streams(self, now: float | None = None) -> int:
+            # It drops what a slow reader has not read a minute after both ends closed, and calls that the end.
+            for stream_id, stream in self.streams.items():
+                if self.stream_buffers.get(stream_id):
+                    stream._closed_at = 0.0  # to the sweep: never
+            return int(super()._sweep_stale_streams(now))
 
     return BoundedYamux
 

@@ -211,25 +211,25 @@ class LibrarySwarm:
             return stream
         raise PeerGone(_NO_ANSWER)
 
-    @asynccontextmanager
-    async def _ask_idle(self, link: Link) -> AsyncIterator[bool]:
-        stream = await self._open_on(link)
+    async def _ask_idle(self, link: Link) -> bool:
+        stream = await self._open_on(link, asks=True)
         await _agree(stream, IDLE)
         try:
-            yield await stream.receive_some(1) == _YES
+            return await stream.receive_some(1) == _YES
         finally:
             stream.give_up()
 
-    async def _open_on(self, link: Link) -> LibraryStream:
-        """A stream on which no protocol is agreed yet. Raises Busy, PeerGone."""
+    async def _open_on(self, link: Link, *, asks: bool = False) -> LibraryStream:
+        """A stream on which no protocol is agreed yet; ``asks``: only about the link. Raises Busy, PeerGone."""
         peer_id = link.view.peer_id
         if self._opened[peer_id] >= limits.MAX_STREAMS_PER_PEER:
             raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
         self._opened[peer_id] += 1
-        link.using(1)
+        if not asks:
+            link.opened()
         self._gate.using(link.passage, 1)
         opening = _Opening()
-        self._nursery.start_soon(self._open_raw, link, opening)
+        self._nursery.start_soon(self._open_raw, link, opening, partial(self._closed_ours, link, asks))
         with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
             try:
                 await opening.done.wait()
@@ -243,16 +243,15 @@ class LibrarySwarm:
                         opening.stream.give_up()
         raise PeerGone(opening.why or _NO_ANSWER)
 
-    async def _open_raw(self, link: Link, opening: _Opening) -> None:
+    async def _open_raw(self, link: Link, opening: _Opening, closed: Callable[[], None]) -> None:
         # In a task of its own: the library loses one of a connection's 256 slots each time this is cancelled.
-        peer_id = link.view.peer_id
         try:
             net_stream = await link.connection.new_stream()
         except library.failures() as error:
             opening.why = f"the connection was lost ({reason(error)})"
-            self._closed_ours(link)
+            closed()
         else:
-            stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed_ours, link))
+            stream = LibraryStream(link.view.peer_id, net_stream, self._say_farewell, closed)
             if opening.abandoned:
                 await stream.reset()
             opening.stream = stream
@@ -274,9 +273,10 @@ class LibrarySwarm:
         """Every inbound stream, before its protocol is known."""
         peer_id = PeerId(str(net_stream.muxed_conn.peer_id))
         link = self._upgrader.links.get(net_stream.muxed_conn)
-        stream = LibraryStream(peer_id, net_stream, self._say_farewell, partial(self._closed_theirs, link, peer_id))
+        closed = partial(self._closed_theirs, link, peer_id, net_stream)
+        stream = LibraryStream(peer_id, net_stream, self._say_farewell, closed)
         if link is not None:
-            link.using(1)
+            link.opened()
         crowded = self._served[peer_id] >= limits.MAX_STREAMS_PER_PEER or self._served.total() >= limits.MAX_STREAMS
         self._served[peer_id] += 1
         if crowded or link is None:
@@ -311,9 +311,10 @@ class LibrarySwarm:
         if link is None or passage.state != "member":
             await stream.reset()
             return
-        with self._draining.question(link):
-            with suppress(PeerGone):  # then the question is void
-                await stream.send_all(_YES if self._draining.may_end(link) else _NO)
+        net_stream.meshmax_asks = True
+        link.discount()
+        with suppress(PeerGone):  # then the question is void
+            await stream.send_all(_YES if self._draining.may_end(link) else _NO)
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
@@ -322,14 +323,15 @@ class LibrarySwarm:
         if counter[peer_id] <= 0:
             del counter[peer_id]
 
-    def _closed_theirs(self, link: Link | None, peer_id: PeerId) -> None:
+    def _closed_theirs(self, link: Link | None, peer_id: PeerId, net_stream: Any) -> None:
         self._closed(self._served, peer_id)
-        if link is not None:
-            link.using(-1)
+        if link is not None and not hasattr(net_stream, "meshmax_asks"):
+            link.closed()
 
-    def _closed_ours(self, link: Link) -> None:
+    def _closed_ours(self, link: Link, asks: bool) -> None:
         self._closed(self._opened, link.view.peer_id)
-        link.using(-1)
+        if not asks:
+            link.closed()
         self._gate.using(link.passage, -1)
 
     def _say_farewell(self, farewell: Callable[[], Awaitable[None]]) -> None:

@@ -28,13 +28,21 @@ class Link:
     def __init__(self, view: ConnectionView, wire: Wire, connection: Any, welcome: Callable[[Link], None]) -> None:
         self.view, self.wire, self.connection = view, wire, connection
         self.passage = Passage(view.peer_id, wire.remote[0], view.direction, partial(welcome, self), wire.cut)
-        self.streams = 0  # open now, of either side, those that are being opened or closed included
+        self.streams = 0  # see net.draining.HasStreams
         self.idle_since = trio.current_time()
 
-    def using(self, streams: int) -> None:
-        """A stream was opened (1) or is over (-1)."""
-        self.streams += streams
+    def opened(self) -> None:
+        """There is one stream more."""
+        self.streams += 1
+
+    def closed(self) -> None:
+        """A stream is over."""
+        self.streams -= 1
         self.idle_since = trio.current_time()
+
+    def discount(self) -> None:
+        """One of the streams is but a question about the link."""
+        self.streams -= 1
 
     def cut(self) -> None:
         """End it now."""

@@ -375,15 +375,9 @@ class MemorySwarm:
         if scope.cancelled_caught or connection not in self._all:
             raise PeerGone("the peer did not answer")
 
-    @asynccontextmanager
-    async def _ask_idle(self, connection: _Connection) -> AsyncIterator[bool]:
-        peer_id = connection.views[self.peer_id].peer_id
-        with connection.in_use():
-            await self._go_and_come(connection, peer_id)
-            there = connection.other(self.peer_id)._draining
-            with there.question(connection):
-                over = there.may_end(connection)
-            yield over
+    async def _ask_idle(self, connection: _Connection) -> bool:
+        await self._go_and_come(connection, connection.views[self.peer_id].peer_id)
+        return connection.other(self.peer_id)._draining.may_end(connection)
 
     def _closed_stream(self, connection: _Connection, there: Pipe, back: Pipe) -> None:
         connection.opened[self.peer_id] -= 1

@@ -7,7 +7,8 @@ begun are moved to a quicker one, and an idle one is asked, too, for the last th
 bounded by DOUBLE_SHARE of the blob. A source that sends a bad chunk is never asked for that chunk again and gets one
 chunk at a time; at BAN_STRIKES it is banned from this blob. A source that is silent loses what was asked of it to
 others; after MAX_TIMEOUTS silences in a row it is dropped and may come back. All of this survives a source's leaving
-and returning.
+and returning. A source that is reached over a relay is asked only for what no other one has, for no more than its allowance, and
+never helps; one that has used up its allowance counts as if it had nothing until it has another one.
 
 The owner calls an ``on_`` method for each thing that happens, `tick` at `deadline`, and performs the actions in order.
 Chunks are verified and written by the owner before `on_chunk_ok`. Not here: streams, files, who the sources are.
@@ -190,8 +191,11 @@ class Fetch:
         """Nothing happened yet: Done if every chunk is there, else Stuck until a source comes."""
         return self._next(now, [])
 
-    def on_source(self, peer: PeerId, haves: Haves, now: float) -> list[Action]:
-        """``peer`` offers chunks, or says anew what it has. A banned one is answered with Ban, one too many with Drop."""
+    def on_source(self, peer: PeerId, haves: Haves, now: float, allowance: int | None = None) -> list[Action]:
+        """``peer`` offers chunks, or says anew what it has. A banned one is answered with Ban, one too many with Drop.
+
+        ``allowance``: see `on_path`.
+        """
         if self.banned(peer):
             return [Ban(peer, "it sent bad chunks")]
         source = self._active.get(peer)
@@ -205,7 +209,7 @@ class Fetch:
         chunks = bits_of(haves) & ((1 << self.count) - 1)
         self._rarity.remove(source.haves & ~chunks)
         self._rarity.add(chunks & ~source.haves)
-        source.haves = chunks
+        source.haves, source.allowance = chunks, allowance
         return self._next(now, [])
 
     on_have = on_source  # a source that has more now, or less
@@ -219,6 +223,14 @@ class Fetch:
         """Some of a chunk came: the source is alive."""
         if source := self._active.get(peer):
             source.heard_s = now
+
+    def on_path(self, peer: PeerId, allowance: int | None, now: float) -> list[Action]:
+        """``peer`` is reached over a relay, and may have ``allowance`` chunks under way; None: it is reached without one."""
+        source = self._active.get(peer)
+        if source is None or source.allowance == allowance:
+            return []
+        source.allowance = allowance
+        return self._next(now, [])
 
     def on_chunk_ok(self, peer: PeerId, index: int, size: int, now: float) -> list[Action]:
         """Chunk ``index`` came from ``peer``, was verified and is in its place. Twice the same counts as wasted."""
@@ -314,7 +326,7 @@ class Fetch:
             source.wake(now)
         self._fill(now, actions)
         self._end_game(now, actions)
-        stuck = not self._ahead and not any(s.useful & self._missing for s in self._active.values())
+        stuck = not self._ahead and not any(s.useful & self._missing and not s.spent for s in self._active.values())
         if stuck and not self._stuck:
             actions.append(Stuck(f"no source has any of the {self._missing.bit_count()} missing chunks"))
         self._stuck = stuck
@@ -325,6 +337,7 @@ class Fetch:
         ready = [source for source in self._active.values() if source.room(now) > 0] if self._open else []
         ready.sort(key=lambda source: (source.strikes, source.pace_s()))
         rate_per_s = sum(1 / source.waits_s(now) for source in self._active.values()) if ready else 0.0
+        unrelayed = self._unrelayed() if any(source.allowance is not None for source in ready) else 0
         while self._open and ready:
             still = []
             for source in ready:  # one chunk each in turn, the quickest first
@@ -332,7 +345,8 @@ class Fetch:
                     continue
                 if len(self._ahead) >= MAX_AHEAD:
                     return
-                index = self._rarity.choose(source.askable & self._open)
+                barred = unrelayed if source.allowance is not None else 0
+                index = self._rarity.choose(source.askable & self._open & ~barred)
                 if index is None:
                     continue
                 if self._is_sooner_elsewhere(source, index, rate_per_s, now):
@@ -341,6 +355,13 @@ class Fetch:
                 self._ask(source, index, now, actions)
                 still.append(source)
             ready = still
+
+    def _unrelayed(self) -> int:
+        """The chunks that a source which is not reached over a relay can bring, as a set in an integer."""
+        chunks = 0
+        for source in self._active.values():
+            chunks |= source.useful if source.allowance is None else 0
+        return chunks
 
     def _is_sooner_elsewhere(self, source: Source, index: int, rate_per_s: float, now: float) -> bool:
         """Whether the others that have chunk ``index`` will have brought all that is open before ``source`` brings this one.
@@ -368,6 +389,8 @@ class Fetch:
             return
         self._checked_s = now
         for helper in sorted(self._active.values(), key=Source.pace_s):
+            if helper.allowance is not None:
+                continue
             while helper.room(now) > 0 and not helper.strikes and self._lost_bytes < self._may_lose_bytes:
                 slow = self._slowest_for(helper, now)
                 if slow is None or self._is_sooner_elsewhere(helper, slow[1], math.inf, now):
@@ -399,7 +422,8 @@ class Fetch:
         return worst and worst[1:]
 
     def _can_help(self, source: Source) -> bool:
-        return not source.asked and not source.strikes and bool(source.useful & self._missing)
+        able = not source.asked and not source.strikes and source.allowance is None
+        return able and bool(source.useful & self._missing)
 
     def _may_double(self) -> bool:
         return len(self._doubled) * CHUNK_BYTES + self._lost_bytes < self._may_lose_bytes

@@ -40,7 +40,8 @@ class Source:
 
     ``bad``: chunks it sent wrong. ``asked``: chunks asked of it, since when. ``leaving``: asked, then cancelled, not yet
     confirmed; they still fill the window, so that what a peer has to remember stays bounded. ``barred``: chunks that it
-    is not to be asked for now, as a set in an integer: leaving, deferred, or sent wrong.
+    is not to be asked for now, as a set in an integer: leaving, deferred, or sent wrong. ``allowance``: it is reached over a
+    relay, and may be asked for so many chunks at once; None: it is not.
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class Source:
         "_refusals",
         "_sample_chunks",
         "_sample_s",
+        "allowance",
         "asked",
         "bad",
         "barred",
@@ -66,6 +68,7 @@ class Source:
 
     def __init__(self, peer: PeerId) -> None:
         self.peer = peer
+        self.allowance: int | None = None
         self.bad = 0
         self.strikes = 0
         self.chunks = 0
@@ -102,7 +105,13 @@ class Source:
         """How many more chunks it may be asked for now."""
         if now < self.paused_until_s:
             return 0
-        return self._limit() - len(self.asked) - len(self.leaving)
+        limit = self._limit() if self.allowance is None else min(self._limit(), self.allowance)
+        return limit - len(self.asked) - len(self.leaving)
+
+    @property
+    def spent(self) -> bool:
+        """Whether it is reached over a relay and has brought what may come over it."""
+        return self.allowance is not None and self.allowance <= 0
 
     def pace_s(self) -> float:
         """Seconds for one chunk as measured; the first patience if never measured."""

@@ -4,7 +4,8 @@ One session a stream. One task takes messages in and never waits for the disk, o
 each before it is served), one sends them in parts as our bandwidth allows, and one says what has come in since, between
 parts: at once, then several chunks together. A chunk that is on its way to another fetcher is answered with Busy
 (core.offer). Wants, sessions and time are bounded; a peer that stops reading loses its session. A chunk that turns out
-bad on disk is answered with NotHave and the session goes on. Not here: what is a good chunk (store), to whom we serve
+bad on disk is answered with NotHave and the session goes on. Over a relay little is sent, slowly; beyond it Busy is the answer
+(core.relay_quota). Not here: what is a good chunk (store), to whom we serve
 (node), how much we may send (ports.Throttle).
 """
 
@@ -18,10 +19,12 @@ import trio
 from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError, PeerGone, RemoteProtocolError, StoreCorrupt
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Haves
+from meshmax.core.relay_quota import RELAY_PIECE_BYTES, RelayQuota
 from meshmax.ports import BlobStore, Stream, Swarm, Throttle
 from meshmax.services.frames import FrameStream
 from meshmax.services.offers import Offers
 from meshmax.services.outflow import Outflow
+from meshmax.services.relay_stream import is_relayed
 from meshmax.telemetry.metrics import BYTES, CHUNKS
 from meshmax.wire import blob as wire
 from meshmax.wire.failure import failure_of
@@ -54,6 +57,7 @@ class BlobServer:
         self._outflow = outflow or Outflow()
         self._offers = offers or Offers(trio.current_time)
         self._throttle = throttle
+        self._relayed = RelayQuota()
         self._sessions: Counter[PeerId] = Counter()
 
     def register(self, swarm: Swarm) -> None:
@@ -85,6 +89,8 @@ class BlobServer:
             await _send(frames, failure_of(BlobNotFound(f"blob {digest[:12]} is not here")))
             return
         session = _Session(self._blobs, frames, digest, known[1], self._outflow, self._offers, self._throttle)
+        if is_relayed(frames.stream):
+            session.relayed = self._relayed
         await session.run()
 
 
@@ -102,6 +108,7 @@ class _Session:
         throttle: Throttle | None,
     ) -> None:
         self._outflow, self._offers, self._throttle = outflow, offers, throttle
+        self.relayed: RelayQuota | None = None  # the stream's connection goes over a relay
         self._peer = frames.stream.peer
         self._blobs = blobs
         self._frames = frames
@@ -219,10 +226,12 @@ class _Session:
             await self._last_word(wire.Cancelled(index))
         elif chunk is None:
             await self._last_word(wire.NotHave(index))
-        elif pause_s := self._offers.ask(self._digest, self._peer, index):
+        elif pause_s := self._relay_pause_s(len(chunk)) or self._offers.ask(self._digest, self._peer, index):
             await self._last_word(wire.Busy(index, min(pause_s, wire.MAX_BUSY_S)))
         else:
             began_s = trio.current_time()
+            if self.relayed:
+                self.relayed.note(self._peer, len(chunk), began_s)
             if await self._send_chunk(index, chunk):
                 self._offers.sent(self._digest, trio.current_time() - began_s)
             else:
@@ -233,10 +242,13 @@ class _Session:
         end = 0
         while end < len(chunk):
             offset = end
-            end += min(wire.PART_BYTES, self._throttle.piece("out")) if self._throttle else wire.PART_BYTES
+            most = RELAY_PIECE_BYTES if self.relayed else wire.PART_BYTES
+            end += min(most, self._throttle.piece("out")) if self._throttle else most
             part = wire.ChunkPart(index, offset, chunk[offset:end])
             if self._throttle and (wait_s := self._throttle.reserve(self._peer, "out", len(part.data))):
                 await trio.sleep(wait_s)
+            if self.relayed:
+                await trio.sleep(self.relayed.pace_s(self._peer, len(part.data), trio.current_time()))
             if index in self._cancelled:
                 await self._last_word(wire.Cancelled(index))
                 return False
@@ -247,6 +259,9 @@ class _Session:
         CHUNKS.labels(direction="out", outcome="ok").inc()
         await self._last_word(part)
         return True
+
+    def _relay_pause_s(self, size_bytes: int) -> float:
+        return self.relayed.wait_s(self._peer, size_bytes, trio.current_time()) if self.relayed else 0.0
 
     async def _last_word(self, message: wire.ChunkPart | wire.Busy | wire.NotHave | wire.Cancelled) -> None:
         # Settled before it is sent: the fetcher may ask for the chunk anew, and cancel that, while we still send.

@@ -4,11 +4,13 @@ One task owns the core: it takes what has happened in all sessions from one inbo
 that were written, and performs the core's actions. New sources are looked for all the time; those that fail are tried
 again after a pause. It ends when the blob is whole, the store fails, or nobody has had what is missing for long; by then
 every session has ended, and every thread of its lanes. Not here: which peers have the model (services.pull_world), what
-to ask of whom (core.fetch), how chunks come (services.blob_client) and are written (services.landing).
+to ask of whom (core.fetch), how much over relays (core.relay_quota), how chunks come (services.blob_client) and are
+written (services.landing).
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,8 +21,10 @@ import trio
 
 from meshmax.base.errors import MeshmaxError, NoProviders, VersionMismatch
 from meshmax.base.ids import PeerId
+from meshmax.base.model import CHUNK_BYTES
 from meshmax.core import fetch as core
 from meshmax.core.backoff import Random, backoff_s
+from meshmax.core.relay_quota import RELAY_BLOB_BYTES, RelayQuota
 from meshmax.ports import ChunkSource, Partial, Swarm, Throttle
 from meshmax.services.blob_client import Session
 from meshmax.services.fetch_events import (
@@ -71,11 +75,12 @@ class BlobFetch:
         opener: OpensLanes | None = None,
         throttle: Throttle | None = None,
         local: Sequence[ChunkSource] = (),
+        quota: RelayQuota | None = None,
     ) -> None:
         """``patience_s``: how long nobody may have what is missing; asked anew each time, infinity is an answer.
 
         ``opener`` None: no lanes, chunks ride the control connections. ``local``: sources on this
-        machine, looked at again and again.
+        machine, looked at again and again. ``quota``: what has come over relays, shared by all fetches.
         """
         self.map = partial.chunk_map
         self._swarm = swarm
@@ -92,6 +97,7 @@ class BlobFetch:
         self._landing = Landing(partial, self._inbox, self._core.needs, throttle)
         self._opener = opener
         self._local = local
+        self._quota = quota or RelayQuota()
         self._sessions: dict[PeerId, Session | LocalSession] = {}
         self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
         self._retry_at_s: dict[PeerId, float] = {}
@@ -146,6 +152,7 @@ class BlobFetch:
             now = trio.current_time()
             if now >= seek_at_s:
                 self._seek(nursery, now)
+                self._follow_paths(now)
                 seek_at_s = now + SEEK_INTERVAL_S
             if not self._core.stuck:
                 hopeful_s = now
@@ -183,10 +190,12 @@ class BlobFetch:
         match event:
             case Offered(peer=peer):
                 self._failures.pop(peer, None)
-                return self._core.on_source(peer, self._sessions[peer].offer_taken(), now)
+                haves = self._sessions[peer].offer_taken()
+                return self._core.on_source(peer, haves, now, self._allowance(peer, now))
             case Stored():
                 return self._stored(event, now)
             case Bad(peer=peer, index=index, size=size):
+                self._count_relayed(peer, size, now)
                 _bytes_in.inc(size)
                 CHUNKS.labels(direction="in", outcome="bad").inc()
                 _log.warning("bad chunk", peer=peer, blob=self.map.sha256[:12], index=index)
@@ -206,6 +215,7 @@ class BlobFetch:
     def _stored(self, event: Stored, now: float) -> list[core.Action]:
         peer, index, size = event.peer, event.index, event.size
         _bytes_in.inc(size)
+        self._count_relayed(peer, size, now)
         if not self._core.needs(index):
             CHUNKS.labels(direction="in", outcome="double").inc()
             return self._core.on_chunk_double(peer, index, size, now)
@@ -245,6 +255,23 @@ class BlobFetch:
                 local = self._sessions[peer] = LocalSession(source, self._landing)
                 nursery.start_soon(local.run)
 
+    def _is_relayed(self, peer: PeerId) -> bool:
+        """Whether its chunks come over a relay: it is reached so, and has no lane to us."""
+        view = self._swarm.connections().get(peer)
+        return view is not None and view.path == "relay" and not self.lanes(peer)
+
+    def _allowance(self, peer: PeerId, now: float) -> int | None:
+        return self._quota.left_bytes(peer, now) // CHUNK_BYTES if self._is_relayed(peer) else None
+
+    def _follow_paths(self, now: float) -> None:
+        for peer in self._sessions:
+            self._perform(self._core.on_path(peer, self._allowance(peer, now), now))
+        self._flush()
+
+    def _count_relayed(self, peer: PeerId, size: int, now: float) -> None:
+        if self._is_relayed(peer):
+            self._quota.note(peer, size, now)
+
     def _heard(self, peer: PeerId) -> None:
         self._core.on_part(peer, trio.current_time())
 
@@ -262,7 +289,14 @@ class BlobFetch:
 
     def lacking(self) -> str:
         """What is missing that nobody has, in words."""
-        view = self._core.snapshot()
+        view, now = self._core.snapshot(), trio.current_time()
+        waits = [self._quota.wait_s(peer, CHUNK_BYTES, now) for peer in self._sessions if self._is_relayed(peer)]
+        if waits and min(waits) > 0:
+            return (
+                f"the peers that have the missing {view.missing} of {view.count} chunks of blob {self.map.sha256[:12]} are "
+                f"reached over a relay, over which each gives {RELAY_BLOB_BYTES >> 20} MiB an hour: it goes on in "
+                f"{math.ceil(min(waits) / 60)} min, or as soon as there is a better path"
+            )
         return (
             f"no peer that can be reached has the missing {view.missing} of {view.count} chunks of blob "
             f"{self.map.sha256[:12]}"

@@ -289,6 +289,7 @@ class Steps:
                 opener=world.opener,
                 throttle=world.throttle,
                 local=world.local(layer.digest),
+                quota=world.quota,
             )
             world.fetching[layer.digest] = fetch
             self._tally.begin(fetch)

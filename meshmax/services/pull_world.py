@@ -19,6 +19,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Layer, StoredModel
 from meshmax.base.names import ModelName
 from meshmax.core.backoff import Random
+from meshmax.core.relay_quota import RelayQuota
 from meshmax.ports import BlobStore, ChunkSource, ModelStore, Naming, Presence, RunSync, Swarm, Throttle
 from meshmax.services.lane_client import MIN_BLOB_BYTES
 from meshmax.services.lane_spares import LaneSpares
@@ -59,7 +60,8 @@ class World(msgspec.Struct, frozen=True):
     the models (and how many pulls of each) for which a blob is wanted now; ``upstream``: asked for what no peer has;
     ``opener`` None: no lanes, chunks ride the control connections; ``local``: sources of a blob on this machine;
     ``room``: entered while blobs are fetched, raises StoreFull where the store has no room for them; ``guard`` raises
-    where a name must not come to mean a model; ``seek`` looks for providers of a name that are no neighbours yet."""
+    where a name must not come to mean a model; ``seek`` looks for providers of a name that are no neighbours yet;
+    ``quota``: what has come over relays."""
 
     swarm: Swarm
     blobs: BlobStore
@@ -78,6 +80,7 @@ class World(msgspec.Struct, frozen=True):
     room: Room = lambda layers: nullcontext()
     guard: Callable[[ModelName, Sha256], None] = lambda name, digest: None
     seek: Seek = seek_nowhere
+    quota: RelayQuota = msgspec.field(default_factory=RelayQuota)
 
     def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
         """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""

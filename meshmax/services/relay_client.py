@@ -24,7 +24,7 @@ from meshmax.core.rates import Rates
 from meshmax.core.reservations import MAX_TTL_S, Ask, Leave, RelayPlace, Reservations
 from meshmax.core.reservations import Action as PlaceAction
 from meshmax.net.addresses import multiaddr_of, parse_circuit, parse_endpoint
-from meshmax.ports import Stream, Swarm
+from meshmax.ports import CountsStreams, Stream, Swarm
 from meshmax.services.relay_stream import CircuitBytes, RelayMessages
 from meshmax.telemetry.log import get_logger
 from meshmax.wire import relay as wire
@@ -207,7 +207,9 @@ class RelayClient:
 
     async def _leave(self, peer_id: PeerId) -> None:
         """Let the connection of a guest go if nothing else goes over it; it would stay for as long as the place does."""
-        if peer_id not in self._swarm.connections() and not self.uses(peer_id):
+        streams = self._swarm.streams(peer_id) if isinstance(self._swarm, CountsStreams) else 0
+        others = streams > (peer_id in self._pings)  # those who use it end it when they have done, or the relay does
+        if peer_id not in self._swarm.connections() and not self.uses(peer_id) and not others:
             await self._swarm.disconnect(peer_id)
 
     # --- relays in use -----------------------------------------------------------------------------------------------
@@ -353,6 +355,8 @@ class RelayClient:
         address = f"{multiaddr_of(*byte_stream.remote)}/p2p/{relay}/p2p-circuit"
         try:
             await self._swarm.adopt(byte_stream, peer_id, direction, "relay", address, guest=guest)
+        except NotAMember:
+            raise  # the swarm ends it when both sides have read why
         except BaseException:
             byte_stream.close()
             raise

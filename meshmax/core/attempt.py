@@ -2,10 +2,10 @@
 
 The lead prepares, offers, and with the answer knows the round trip of the signalling: what passed since the offer, less what
 the other took to prepare. It says Go and starts TCP half a round trip later; the other starts when Go comes, so that both
-start together. UDP starts when both SDPs are there, TCP or not. What a method finds the lead adopts as "out", one after
-another, each with a head start over the next, TCP before UDP; the other as "in", each at once. The lead ends the attempt:
-with the first that is adopted, or when every method is over; the other when it has adopted one, the lead says so, or its
-deadlines pass. Once methods run, the loss of the signalling stream ends nothing.
+start together. UDP is prepared a moment later, beside it, and starts when both SDPs are there. What a method finds the lead
+adopts as "out", one after another, each with a head start over the next, TCP before UDP; the other as "in", each at once. The
+lead ends the attempt: with the first that is adopted, or when every method is over; the other when it has adopted one, the
+lead says so, or its deadlines pass. Once methods run, the loss of the signalling stream ends nothing.
 
 What is late, twice, of another attempt or not the sender's to say is ignored, and counted: MAX_ODD such messages end it.
 Not here: which attempts there may be, glare, restarts (core.signalling), which candidates are believed (core.candidates), I/O.
@@ -54,6 +54,9 @@ ANSWER_S: Final = 3.0  # for the other to prepare, and two ways over a slow rela
 GO_S: Final = 3.0  # for the lead to say Go: two ways over a slow relay
 MAX_HALF_TRIP_S: Final = 1.0  # the longest that the lead waits after Go, whatever the other says of its preparation
 HEAD_START_S: Final = 0.3  # of the stream that is being adopted over the next one; a handshake takes two round trips
+UDP_LATER_S: Final = (
+    0.8  # that the lead prepares TCP alone: where that works it is there by then, and a channel costs much
+)
 TCP_FIRST_S: Final = 0.9  # that TCP has before UDP is adopted: its second SYN after 0.3 s, and an answer from far away
 ADOPT_S: Final = 3.0  # for one stream to be proved and admitted; four round trips
 GRACE_S: Final = 1.0  # from the lead's word that it adopted a stream until we have
@@ -151,10 +154,14 @@ class Attempt:
         tcp, udp = (self._state[method] == "preparing" for method in ("punch-tcp", "punch-udp"))
         if tcp:
             self._due["tcp"] = now + PREPARE_TCP_S
-        if udp:
-            self._due["udp"] = now + PUNCH_UDP_S
-        if tcp or udp:
-            self._outbox.append(Prepare(self.id, tcp, udp))
+            self._outbox.append(Prepare(self.id, tcp=True, udp=False))
+        if udp and self.lead:
+            self._due["later"] = now + UDP_LATER_S
+
+    def _prepare_udp(self, now: float) -> None:
+        self._due.pop("later", None)
+        self._due["udp"] = now + PUNCH_UDP_S
+        self._outbox.append(Prepare(self.id, tcp=False, udp=True))
 
     # --- what the service tells --------------------------------------------------------------------------------------
 
@@ -197,7 +204,7 @@ class Attempt:
         if self.lead:
             self._send(Done(self.id, made=True))
         path: Path = "relay" if self.means.turn else "punched-tcp" if method == "punch-tcp" else "punched-udp"
-        self._end(End(self.id, "made", path, number))
+        self._end(End(self.id, "made", path, number, tuple(self._tried)))
         return self._actions(now)
 
     def on_adopt_failed(self, number: int, cause: str, now: float) -> list[Action]:
@@ -307,6 +314,8 @@ class Attempt:
         except RemoteProtocolError as error:
             self._over("punch-udp", "offer", error.message)
             return True
+        if not self.lead:
+            self._prepare_udp(now)
         self._state["punch-udp"] = "running"
         self._outbox.append(StartUdp(self.id, self._their_sdp))
         return True
@@ -325,6 +334,8 @@ class Attempt:
             if what == "end":
                 self._note("signalling", "attempt", f"it took longer than {ATTEMPT_S:g} s")
                 self._fail()
+            elif what == "later":
+                self._prepare_udp(now)
             elif what == "answer":
                 for method in ("punch-tcp", "punch-udp"):
                     self._over(method, "answer", f"the peer did not answer within {ANSWER_S:g} s")
@@ -345,6 +356,8 @@ class Attempt:
     def _actions(self, now: float) -> list[Action]:
         """What came up, and what follows from where the methods stand."""
         if not self.ended:
+            if "later" in self._due and self._state["punch-tcp"] in ("off", "over"):
+                self._prepare_udp(now)
             self._speak(now)
             self._adopt_next(now)
             self._settle()
@@ -413,6 +426,8 @@ class Attempt:
         if self.ended or self._state[method] in ("off", "over"):
             return
         self._state[method] = "over"
+        if method == "punch-udp":
+            self._due.pop("later", None)
         self._due.pop(method.removeprefix("punch-"), None)
         if method == "punch-tcp":
             self._due.pop("go", None)

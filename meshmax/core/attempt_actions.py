@@ -31,7 +31,7 @@ class Means(msgspec.Struct, frozen=True):
 
 
 class Prepare(msgspec.Struct, frozen=True):
-    """Open a port for TCP (then `on_tcp_ready`); with ``udp`` a channel, and make its offer (then `on_udp_ready`)."""
+    """Open a port for TCP (then `on_tcp_ready`), or a channel for UDP, whose offer the lead makes (then `on_udp_ready`)."""
 
     attempt: bytes
     tcp: bool

@@ -41,6 +41,7 @@ def offered(means: Means = BOTH, now: float = 0.0) -> Attempt:
     """A lead that prepared both methods and offered."""
     attempt = lead(means)
     attempt.begin(now)
+    attempt._prepare_udp(now)  # as if TCP had taken long
     actions = attempt.on_udp_ready(SDP, now) + attempt.on_tcp_ready([OURS], now)
     assert [type(message) for message in said(actions)] == [Offer]
     return attempt
@@ -54,24 +55,35 @@ def answering(offer: Offer, means: Means = BOTH, now: float = 0.0) -> tuple[Atte
 OFFER = Offer(ID, "control", (THEIRS,), True, SDP)
 
 
-def test_both_methods_are_prepared_at_once_and_offered_together() -> None:
+def test_tcp_is_prepared_first_and_udp_beside_it_a_moment_later() -> None:
     attempt = lead()
-    assert of(attempt.begin(0.0), Prepare) == [Prepare(ID, tcp=True, udp=True)]
-    assert not said(attempt.on_udp_ready(SDP, 0.1))
-    assert said(attempt.on_tcp_ready([OURS], 0.2)) == [Offer(ID, "control", (OURS,), True, SDP)]
+    assert attempt.begin(0.0) == [Prepare(ID, tcp=True, udp=False)]
+    assert said(attempt.on_tcp_ready([OURS], 0.1)) == [Offer(ID, "control", (OURS,), True)]
+    assert attempt.tick(core.UDP_LATER_S) == [Prepare(ID, tcp=False, udp=True)]
+    assert said(attempt.on_udp_ready(SDP, 1.0)) == [Trickle(ID, sdp=SDP)]
 
 
-def test_tcp_does_not_wait_for_udp_which_is_trickled() -> None:
+def test_where_udp_is_ready_before_tcp_both_are_offered_together() -> None:
     attempt = lead()
     attempt.begin(0.0)
-    assert said(attempt.on_tcp_ready([OURS], 0.1)) == [Offer(ID, "control", (OURS,), True)]
-    assert said(attempt.on_udp_ready(SDP, 1.0)) == [Trickle(ID, sdp=SDP)]
+    attempt.tick(core.UDP_LATER_S)
+    assert not said(attempt.on_udp_ready(SDP, 0.9))
+    assert said(attempt.on_tcp_ready([OURS], 1.0)) == [Offer(ID, "control", (OURS,), True, SDP)]
+
+
+def test_where_there_is_no_tcp_udp_is_prepared_at_once() -> None:
+    assert lead(Means(tcp=False, udp=True)).begin(0.0) == [Prepare(ID, tcp=False, udp=True)]
+    attempt = lead()
+    attempt.begin(0.0)
+    actions = attempt.on_method_over("punch-tcp", "prepare", "no port is free", 0.1)
+    assert of(actions, Prepare) == [Prepare(ID, tcp=False, udp=True)]
 
 
 def test_where_no_port_is_ready_in_time_udp_is_offered_alone() -> None:
     attempt = lead()
     attempt.begin(0.0)
-    attempt.on_udp_ready(SDP, 0.1)
+    attempt.tick(core.UDP_LATER_S)
+    attempt.on_udp_ready(SDP, 0.9)
     actions = attempt.tick(core.PREPARE_TCP_S)
     assert said(actions) == [Offer(ID, "control", (), True, SDP)]
     assert of(actions, Stop) == [Stop(ID, "punch-tcp")]
@@ -96,7 +108,7 @@ def test_whatever_the_peer_says_of_its_preparation_the_start_is_near(prepared_s:
 
 def test_the_other_answers_when_it_is_ready_and_starts_at_the_word() -> None:
     attempt, actions = answering(OFFER, now=10.0)
-    assert of(actions, Prepare) == [Prepare(ID, tcp=True, udp=True)]
+    assert of(actions, Prepare) == [Prepare(ID, tcp=True, udp=False), Prepare(ID, tcp=False, udp=True)]
     assert len(of(actions, StartUdp)) == 1, "UDP waits for nothing but the SDP"
     assert said(attempt.on_tcp_ready([OURS], 10.25)) == [Answer(ID, 0.25, (OURS,), True)]
     assert said(attempt.on_udp_ready(SDP, 10.3)) == [Trickle(ID, sdp=SDP)]
@@ -130,7 +142,9 @@ def test_the_first_that_is_adopted_ends_the_attempt_and_the_others_have_a_head_s
     assert attempt.on_found("punch-tcp", 1, 0.1) == [Adopt(ID, 1, "out")]
     assert attempt.on_found("punch-tcp", 2, 0.1) == []
     assert attempt.tick(0.1 + core.HEAD_START_S) == [Adopt(ID, 2, "out")]
-    assert attempt.on_adopted(2, 0.5) == [Send(ID, Done(ID, made=True)), End(ID, "made", "punched-tcp", 2)]
+    actions = attempt.on_adopted(2, 0.5)
+    assert said(actions) == [Done(ID, made=True)]
+    assert [(end.outcome, end.path, end.number) for end in of(actions, End)] == [("made", "punched-tcp", 2)]
     assert attempt.on_adopted(1, 0.6) == []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import trio
@@ -49,7 +50,10 @@ class Loop:
     """An asyncio loop for any task of this thread. Made by `open_loop`."""
 
     def __init__(self, loop: Any) -> None:
+        """In the task in which the loop was opened."""
         self._loop = loop
+        # What is begun in a caller's own context would find no running loop when its sockets become readable.
+        self._context = copy_context()
 
     async def call(self, work: Callable[..., Awaitable[T]], *args: Any) -> T:
         """The result of ``work(*args)``, which awaits asyncio things; cancelling cancels it.
@@ -65,7 +69,8 @@ class Loop:
             return await work(*args)
 
         try:
-            result: T = await self._loop.run_aio_coroutine(run())
+            future = self._context.run(asyncio.ensure_future, run(), loop=self._loop)
+            result: T = await self._loop.run_aio_future(future)
         except asyncio.CancelledError:  # not ours: that would be trio.Cancelled
             raise trio.ClosedResourceError("the asyncio loop has ended") from None  # noqa: ASYNC104
         return result
@@ -81,7 +86,7 @@ class Loop:
     def soon(self, work: Callable[..., object], *args: Any) -> None:
         """Call ``work(*args)`` in the loop soon, in order; it is dropped if the loop ends. What it raises is told."""
         if not self._loop.is_closed():
-            self._loop.call_soon(work, *args)
+            self._loop.call_soon(work, *args, context=self._context)
 
 
 @asynccontextmanager

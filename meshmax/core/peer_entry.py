@@ -52,6 +52,7 @@ class PeerEntry(msgspec.Struct):
     parted: bool = False  # it has too many neighbours, or we have
     address: str = ""
     path: Path = "direct"  # how the connection gets there
+    dialled: bool = False  # that connection was made by us
     rtt_s: float | None = None
     used_at: float | None = None  # when streams beside the heartbeat were last seen open
     failures: int = 0

@@ -124,18 +124,18 @@ class PeerTable:
             if not entry.connected:
                 entry.connected_at, entry.leaving, entry.chosen = now, False, chosen
             entry.connected, entry.dialing, entry.dial_at, entry.trial = True, False, None, False
-            entry.address, entry.path = address, path
+            entry.address, entry.path, entry.dialled = address, path, chosen
             entry.last_sign_at = entry.alive_at = now
             entry.refusal, entry.parted = None, False
             entry.why, entry.tried = "", ()
             if lost:
                 self.on_network_back(now)
 
-    def on_moved(self, peer_id: PeerId, address: str, path: Path) -> None:
+    def on_moved(self, peer_id: PeerId, address: str, path: Path, dialled: bool) -> None:
         """New streams to the peer go over another connection: what was measured before says nothing of it."""
         entry = self._entries.get(peer_id)
         if entry and entry.connected:
-            entry.address, entry.path, entry.rtt_s = address, path, None
+            entry.address, entry.path, entry.dialled, entry.rtt_s = address, path, dialled, None
 
     def on_disconnected(self, peer_id: PeerId, now: float) -> None:
         """The last connection is gone; the peer is dialled again soon, since most losses are of a network, not of a peer."""

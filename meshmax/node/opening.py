@@ -198,6 +198,7 @@ class _Opening:
                 StatusSequence(load_sequence(node.home.path)),
                 self._keep_sequence,
                 node.traversal.connector.connect,
+                node.traversal.reachability,
             )
         )
         node.garbage.leases.connect = node.traversal.connector.connect

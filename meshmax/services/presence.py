@@ -18,6 +18,7 @@ import trio
 from meshmax.base.config import Config
 from meshmax.base.errors import MeshmaxError, NotAMember
 from meshmax.base.ids import PeerId
+from meshmax.base.reachability import UNKNOWN, Reachability
 from meshmax.base.status import PeerStatus, PeerView
 from meshmax.core.backoff import Random
 from meshmax.core.clones import Clones
@@ -25,6 +26,7 @@ from meshmax.core.gossip import Gossip
 from meshmax.core.peer_entry import cause_of
 from meshmax.core.peers import Dial, PeerEntry, PeerTable, Refusal
 from meshmax.core.sequence import StatusSequence
+from meshmax.core.told_path import told_path
 from meshmax.ports import CountsStreams, Discovery, Sighting, Signer, Swarm
 from meshmax.services.heartbeat import BEAT_PACE_S, FAREWELL_S, MAX_STATUS_STREAMS, Heartbeat
 from meshmax.services.own_status import Keep, OwnStatus
@@ -63,9 +65,10 @@ class PresenceService:
         sequence: StatusSequence | None = None,
         keep: Keep | None = None,
         connect: Connect | None = None,
+        reachability: Callable[[], Reachability] = lambda: UNKNOWN,
     ) -> None:
         self._swarm = swarm
-        self._connect = connect
+        self._connect, self._reachability = connect, reachability
         self._signer = signer
         self._config = config
         self._unix_now = unix_now
@@ -194,7 +197,7 @@ class PresenceService:
 
     def _on_moved(self, peer_id: PeerId) -> None:
         if (connection := self._swarm.connections().get(peer_id)) is not None:
-            self._table.on_moved(peer_id, connection.address, connection.path)
+            self._table.on_moved(peer_id, connection.address, connection.path, connection.direction == "out")
             _log.info("peer moved", peer=peer_id, address=connection.address, path=connection.path)
             self.heartbeat.move(peer_id)
 
@@ -301,7 +304,9 @@ class PresenceService:
         state = "offline" if gone else "draining" if draining else "online"
         seen_at = entry.last_sign_at if entry.alive_at is None else entry.alive_at
         seen_s = self._unix_now() - (trio.current_time() - seen_at)
-        return PeerView(entry.peer_id, state, entry.path, entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
+        mapped = entry.status.mapped if entry.status else ()
+        path = told_path(entry.path, entry.address, entry.dialled, mapped, self._reachability().state)
+        return PeerView(entry.peer_id, state, path, entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
 
 
 def _is_farther(entry: PeerEntry) -> bool:
@@ -323,13 +328,15 @@ async def open_presence(
     sequence: StatusSequence | None = None,
     keep: Keep | None = None,
     connect: Connect | None = None,
+    reachability: Callable[[], Reachability] = lambda: UNKNOWN,
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
     ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
     writes down how far it may come. ``connect``: how peers are connected to, if not by dialling alone (services.connector).
+    ``reachability``: where we stand now.
     """
-    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep, connect)
+    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep, connect, reachability)
     await presence.own.reserve()
     swarm.serve(STATUS, presence.heartbeat.answer)
     send, receive = trio.open_memory_channel[Sighting](SIGHTINGS_WAITING)

@@ -27,13 +27,13 @@ RUNS = 60  # lives; 200 were looked at when this was written
 class Slow:
     """A byte stream that takes ``per_s`` bytes a second, as a relay with a limit does; satisfies ports.ByteStream."""
 
-    def __init__(self, stream: ByteStream, per_s: float) -> None:
-        self._stream, self._per_s, self.remote = stream, per_s, stream.remote
+    def __init__(self, stream: ByteStream, per_s: float, latency_s: float) -> None:
+        self._stream, self._per_s, self._latency_s, self.remote = stream, per_s, latency_s, stream.remote
 
     async def send_all(self, data: bytes) -> None:
         for start in range(0, len(data), 4096):
             part = data[start : start + 4096]
-            await trio.sleep(len(part) / self._per_s)
+            await trio.sleep(len(part) / self._per_s + self._latency_s)
             await self._stream.send_all(part)
 
     async def receive_some(self, max_bytes: int) -> bytes:
@@ -49,8 +49,8 @@ class Site:
     def __init__(self, a: LibrarySwarm, b: LibrarySwarm, wires: MemoryWires) -> None:
         self.a, self.b, self.wires = a, b, wires
 
-    async def join(self, path: Path, per_s: float = 1e7, a_leads: bool = True) -> ByteStream:
-        """A connection over ``path``; the end of its leader."""
+    async def join(self, path: Path, per_s: float = 1e7, a_leads: bool = True, latency_s: float = 0.0) -> ByteStream:
+        """A connection over ``path``, ``latency_s`` longer than the cable; the end of its leader."""
         leader, follower = (self.a, self.b) if a_leads else (self.b, self.a)
         near, far = self.wires.attach(), self.wires.attach()
         listener = await far.listen(far.ip, 0)
@@ -59,9 +59,13 @@ class Site:
         listener.close()
         address = f"/ip4/203.0.113.1/tcp/1/{path}"
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(follower.adopt, Slow(following, per_s), leader.peer_id, "in", path, address)
-            await leader.adopt(Slow(leading, per_s), follower.peer_id, "out", path, address)
+            nursery.start_soon(follower.adopt, Slow(following, per_s, latency_s), leader.peer_id, "in", path, address)
+            await leader.adopt(Slow(leading, per_s, latency_s), follower.peer_id, "out", path, address)
         return leading
+
+    def partition(self, stream: Any) -> None:
+        """From now on nothing passes on a connection that was made here."""
+        self.wires.partition(stream.ip, stream.remote[0])
 
     def links(self, swarm: LibrarySwarm) -> list[str]:
         other = self.b if swarm is self.a else self.a
@@ -79,6 +83,10 @@ async def open_site(answer: Callable[[Stream], Awaitable[None]], latency_s: floa
             swarm.serve(TELL, answer)
         with trio.fail_after(3600):
             yield Site(a, b, network.wires)
+
+
+async def echo_nothing(stream: Stream) -> None:
+    await stream.receive_some(1)
 
 
 async def tell(stream: Stream, tokens: int = 50, pause_s: float = 0.2) -> None:
@@ -145,9 +153,9 @@ async def test_a_relay_is_kept_until_the_slow_reader_of_an_answer_has_read_it(au
 
 async def test_a_relay_that_fell_silent_is_let_go_too(autojump_clock: Clock) -> None:
     async with open_site(tell) as site:
-        leading: Any = await site.join("relay")
+        relay = await site.join("relay")
         await site.join("direct")
-        site.wires.partition(leading.ip, leading.remote[0])
+        site.partition(relay)
         await trio.sleep(2 * limits.LINK_IDLE_S + limits.LINK_ASK_TIMEOUT_S)
         assert site.links(site.a) == site.links(site.b) == ["direct"]
 

@@ -269,6 +269,13 @@ class Whereabouts:
         """When the next look is due."""
         return self._due
 
+    def on_seen(self, look: Look) -> bool:
+        """The first half of a look: from where we come. The rest takes seconds; whether the view is another one now."""
+        before, found = self.view, judge(look).external_ips
+        if found:
+            self.view = msgspec.structs.replace(before, external_ips=found)
+        return self.view != before
+
     def on_look(self, look: Look, now: float) -> bool:
         """What a look brought; whether the view is another one now."""
         before, found, self._looked = self.view, judge(look), now

@@ -204,6 +204,8 @@ class ReachabilityService:
         visited = await self._visit_all(whom)
         look = Look(tuple(self._own()), self._control_port(), mappings=tuple(self._mappings()))
         look = msgspec.structs.replace(look, seen=tuple(SeenFrom(e.ip, e.seen_ip) for e in visited if e.seen_ip))
+        self._core.on_seen(look)
+        self._tell()
         with trio.move_on_after(MEASURE_S):
             look = await self._measure(look, visited)
         before = self.view.state

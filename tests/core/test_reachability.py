@@ -343,3 +343,11 @@ def test_connections_that_are_lost_together_bring_a_look_but_not_ever_again() ->
     where.on_look(DOWN, 136.0)
     where.on_lost(PeerId("S"), 500.0, last=True)
     assert where.deadline() == 500.0 + SETTLE_S
+
+
+def test_from_where_we_come_is_known_before_the_rest() -> None:
+    where = Whereabouts(0.0)
+    assert where.on_seen(Look((OURS,), PORT, (SeenFrom(A, WAN),)))
+    assert (state_of(where), where.view.external_ips) == ("unknown", (WAN,))
+    assert not where.on_seen(Look((OURS,), PORT))
+    assert where.view.external_ips == (WAN,)

@@ -391,3 +391,11 @@ async def test_a_connection_of_the_network_before_is_given_up_and_made_anew(auto
         async with open_reachability(site.service()) as where:
             await trio.sleep(5)
             assert state_of(where) == "private"
+
+
+async def test_our_address_outside_is_told_before_slow_answers_are_there(autojump_clock: Any) -> None:
+    async with open_site(A) as site:
+        site.nat.udp = False
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(1)
+            assert (state_of(where), where.view.external_ips) == ("unknown", (WAN,))

@@ -16,7 +16,7 @@ from typing import Final, NoReturn, TypeVar
 import msgspec
 import trio
 
-from meshmax.base.errors import ManifestInvalid, MeshmaxError, Refused, RemoteProtocolError
+from meshmax.base.errors import ManifestInvalid, MeshmaxError, PeerGone, Refused, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId
 from meshmax.core.backoff import Random
@@ -231,11 +231,10 @@ class Rendezvous:
         why = f"it did not answer within {VISIT_S:g} s"
         with trio.move_on_after(VISIT_S):
             try:
-                await self._swarm.dial(node.peer_id, node.addresses, guest=True)
-                if due.register:
-                    await self._register(node)
-                if due.discover:
-                    await self._discover(node)
+                try:
+                    await self._visit(node, due)
+                except PeerGone:  # others use the connection, too, and may have ended it as we came
+                    await self._visit(node, due)
                 why = ""
             except MeshmaxError as error:
                 why = error.message
@@ -247,6 +246,13 @@ class Rendezvous:
             node.schedule.on_failed(trio.current_time())
             await self._drop(node)
         node.why = why
+
+    async def _visit(self, node: _Node, due: Due) -> None:
+        await self._swarm.dial(node.peer_id, node.addresses, guest=True)
+        if due.register:
+            await self._register(node)
+        if due.discover:
+            await self._discover(node)
 
     async def _register(self, node: _Node) -> None:
         namespace, own = self._seen

@@ -5,10 +5,12 @@ Not here: messages (wire.signal), decisions (core.signalling, core.dial_plan, co
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, Literal
 
 import msgspec
 
+from meshmax.base.errors import ConfigError
 from meshmax.base.ids import PeerId
 from meshmax.base.status import Path
 
@@ -19,6 +21,8 @@ Purpose = Literal["control", "lane"]
 
 PUNCH_TCP_S: Final = 2.0  # for one simultaneous open; where it works it takes one round trip
 PUNCH_UDP_S: Final = 5.0  # for ICE, gathering included; an attempt that fails does not end by itself
+DEFAULT_TURN_PORT: Final = 3478  # RFC 8656, 4
+_TURN_URL: Final = re.compile(r"turn:([A-Za-z0-9._-]{1,253})(?::([0-9]{1,5}))?(?:\?transport=(?:tcp|udp))?")
 MAX_IP: Final = 45  # characters; an IPv6 address in full, an IPv4 one inside (RFC 4291, 2.2)
 
 
@@ -32,14 +36,22 @@ class Candidate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TurnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A TURN server (RFC 8656). ``url``: turn:HOST:PORT?transport=tcp or udp."""
+    """A TURN server (RFC 8656). ``url`` (RFC 7065): turn:HOST:PORT?transport=udp or tcp; turns: is TLS over TCP."""
 
-    url: str
+    url: Annotated[str, msgspec.Meta(pattern=r"^turns?:[^?:/\s]{1,253}(:[0-9]{1,5})?(\?transport=(udp|tcp))?$")]
     username: str = ""
     password: str = ""
 
     def __repr__(self) -> str:
         return f"TurnServer({self.url!r})"  # never the password
+
+
+def parse_turn_url(url: str) -> tuple[str, int]:
+    """The host and port of a TURN server. Raises ConfigError that says what is accepted."""
+    match = _TURN_URL.fullmatch(url)
+    if match is None or not 0 < int(match[2] or DEFAULT_TURN_PORT) < 65536:
+        raise ConfigError(f"'{url[:100]}' is no TURN server: write turn:HOST:PORT?transport=tcp (or udp)")
+    return match[1], int(match[2] or DEFAULT_TURN_PORT)
 
 
 class PathRecord(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ import msgspec
 from meshmax.base.config import Config, parse_host_port
 from meshmax.base.errors import ConfigError
 from meshmax.base.status import MAX_PEER_NAME
+from meshmax.base.traversal import TurnServer, parse_turn_url
 from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.limits import Plan
 from meshmax.core.mirror import MirrorPlan
@@ -152,7 +153,8 @@ def _checked_value(value: Any, kind: Any, shown: str, lax: bool) -> Any:
     try:
         return msgspec.convert(value, kind, strict=not lax)
     except msgspec.ValidationError:
-        raise ConfigError(f"{shown} is {str(value)[:_SHOWN_CHARACTERS]!r}: it takes {accepted(kind)}") from None
+        told = "not right" if kind == tuple[TurnServer, ...] else repr(str(value)[:_SHOWN_CHARACTERS])  # no passwords
+        raise ConfigError(f"{shown} is {told}: it takes {accepted(kind)}") from None
 
 
 def _shown(source: str, path: tuple[str, ...]) -> str:
@@ -192,6 +194,8 @@ def _bounds(meta: msgspec.Meta) -> str:
 def _check_meaning(config: Config) -> None:
     for text in (*((config.api,) if config.api else ()), *config.listen, *config.stun):
         parse_host_port(text)
+    for server in config.turn:
+        parse_turn_url(server.url)
     parse_upstreams(config.upstreams)
     for text in config.join:
         if not text.startswith("/"):

@@ -48,6 +48,7 @@ async def open_signalling(node: Node, where: ReachabilityService) -> AsyncIterat
             where,
             vouches=partial(_vouches, node),
             interfaces=world.interfaces,
+            turn=node.config.turn,
             allowed=lambda: node.traversal.wanted,
         )
         node.network.watch(signalling.network_changed)

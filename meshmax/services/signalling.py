@@ -9,7 +9,6 @@ goes by them. Members of a private mesh only. Not here: decisions (core.signalli
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Protocol
@@ -21,7 +20,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
 from meshmax.base.reachability import Reachability
 from meshmax.base.status import Path
-from meshmax.base.traversal import Purpose, TurnServer
+from meshmax.base.traversal import Purpose, TurnServer, parse_turn_url
 from meshmax.core.attempt_actions import Action, End, Means
 from meshmax.core.candidates import Screen
 from meshmax.core.signalling import Signalling as Core
@@ -30,6 +29,7 @@ from meshmax.net.interfaces import Interface
 from meshmax.ports import ByteStream, Channels, Puncher, Stream, Swarm
 from meshmax.services.attempt import AttemptRun, Ways
 from meshmax.services.frames import FrameStream
+from meshmax.services.reachability import resolve_servers
 from meshmax.wire import signal as wire
 from meshmax.wire.protocols import SIGNAL
 
@@ -103,6 +103,7 @@ class Signalling:
         self._swarm, self._puncher, self._channels = swarm, puncher, channels
         self._standing, self._vouches, self._interfaces = standing, vouches, interfaces
         self._turn, self._allowed = tuple(turn), allowed
+        self._relay_ips: frozenset[str] = frozenset()  # of the TURN servers, when they were last looked up
         self._core = Core(swarm.peer_id, new_id)
         self._runs: dict[bytes, AttemptRun] = {}
         self._begun = trio.Event()
@@ -115,6 +116,7 @@ class Signalling:
         self._check()
         end = await self._settle(peer_id, turn=False)
         if end.path is None and self._turn and self._channels is not None and not self._by_turn(peer_id):
+            await self._look_up_relays()
             again = await self._settle(peer_id, turn=True)
             end = again if again.path else End(end.attempt, "failed", tried=(*end.tried, *again.tried))
         if end.path is None:
@@ -188,6 +190,8 @@ class Signalling:
         if not self._allowed() or (offer.purpose == "lane" and self.on_lane_stream is None):
             await frames.send(wire.MESSAGES, wire.Decline(offer.attempt, "not-offered"))
             return
+        if offer.turn:
+            await self._look_up_relays()
         screen = self._screen(stream.peer, offer.vouchers)
         attempt, actions = self._core.on_offer(
             stream.peer, offer, self._means(turn=offer.turn), screen, trio.current_time()
@@ -206,6 +210,10 @@ class Signalling:
         lane = run.take() if end.outcome == "made" and offer.purpose == "lane" else None
         if lane is not None and self.on_lane_stream is not None:
             await self.on_lane_stream(lane)
+
+    async def _look_up_relays(self) -> None:
+        servers = await resolve_servers([parse_turn_url(server.url) for server in self._turn])
+        self._relay_ips = frozenset(ip for ip, _ in servers)
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 
@@ -259,7 +267,7 @@ class Signalling:
             subnets=tuple(text for each in interfaces for text in each.networks),
             own=frozenset(ip for each in interfaces for ip in each.ips),
             external=frozenset(self._standing.view.external_ips),
-            relays=frozenset(server_ip for server in self._turn if (server_ip := _turn_ip(server))),
+            relays=self._relay_ips,
         )
 
 
@@ -270,12 +278,3 @@ def _ip_of(address: str) -> str:
     except InvalidRequest:
         return ""
     return "" if endpoint.name else endpoint.host
-
-
-def _turn_ip(server: TurnServer) -> str:
-    """The address of a TURN server that is configured by its address; '' for one with a name."""
-    host = server.url.partition(":")[2].partition("?")[0].rpartition(":")[0] or server.url.partition(":")[2]
-    try:
-        return str(ipaddress.ip_address(host.strip("[]")))
-    except ValueError:
-        return ""

@@ -145,6 +145,18 @@ def test_mirror_rules_come_from_the_file_with_their_own_words(tmp_path: Path) ->
             load_config({}, {}, file)
 
 
+def test_turn_servers_come_from_the_file_and_their_passwords_are_not_shown(tmp_path: Path) -> None:
+    file = tmp_path / "meshmax.yaml"
+    file.write_text("turn: [{url: 'turn:turn.example.org:443?transport=tcp', username: u, password: secret}]\n")
+    (server,) = load_config({}, {}, file).turn
+    assert (server.url, server.username, server.password) == ("turn:turn.example.org:443?transport=tcp", "u", "secret")
+    for wrong in ("url: 'http://turn.example.org'", "url: 'turn:'", "url: 'turn:a:70000'", "host: a", "url: 5"):
+        file.write_text(f"turn: [{{{wrong}, password: secret}}]\n")
+        with pytest.raises(ConfigError, match="turn") as caught:
+            load_config({}, {}, file)
+        assert "secret" not in caught.value.message
+
+
 def test_upstream_registries_are_hosts_or_urls_and_can_be_none(tmp_path: Path) -> None:
     env = {"MESHMAX_HOME": str(tmp_path), "MESHMAX_UPSTREAMS": "hf.co, http://10.0.0.5:5000"}
     assert load_config({}, env).upstreams == ("hf.co", "http://10.0.0.5:5000")

@@ -19,7 +19,10 @@ from meshmax.node.bootstrap import BootstrapNode, open_bootstrap
 from meshmax.node.whereabouts import control_port_of
 from meshmax.services.reachability import ReachabilityService, open_reachability
 from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.testing.process import peers
+from meshmax.testing.process import until as until_true
 from meshmax.wire.voucher import vouches
+from tests.loopback.bootstrap_site import points
 
 pytestmark = pytest.mark.loopback
 
@@ -124,3 +127,18 @@ async def test_a_node_that_is_gone_and_a_stun_server_that_is_deaf_are_borne(tmp_
                 await until(lambda: where.view.state != "unknown")
                 assert (where.view.state, where.view.nat.udp) == ("public", "open")
                 assert "the only observer" in where.view.why
+
+
+def test_a_real_peer_shows_where_it_stands(tmp_path: Path) -> None:
+    with points(tmp_path, "one", "two") as nodes:
+        addresses = ",".join(node.address for node in nodes)
+        with peers(tmp_path, "a", lan="false", bootstrap=addresses) as (a,):
+            asked = lambda: a.get("/api/v1/status")["reachability"]["state"] == "public"  # noqa: E731
+            until_true("it knows where it stands", asked)
+            where = a.get("/api/v1/status")["reachability"]
+            assert (where["nat"]["udp"], where["external_ips"], where["udp_blocked"]) == ("open", ["127.0.0.1"], False)
+            text = a.run("status").stdout
+            assert "reachable     yes: " in text
+            assert "nat           UDP open, mapping endpoint-independent" in text
+            assert "others outside reach this peer" in a.run("doctor", check=False).stdout
+            assert not (a.home / "networks.json").exists()  # nothing is blocked

@@ -106,7 +106,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ``bootstrap_list``: a YAML file with more of them, under the same key.
     ``stun``: HOST:PORT of STUN servers that are asked besides the bootstrap nodes, such as public ones.
     ``turn``: TURN servers, over which peers of a private mesh connect where nothing else works.
-    ``turn``: TURN servers, over which members talk where neither a direct path nor a relay of the mesh's is to be had.
     ``upstreams``: registries that are asked for models that no peer has (base.upstreams); ``offline``: none of them, ever.
     ``heartbeat_s``, ``heartbeat_timeout_s``: the status protocol; a peer silent for the timeout is gone.
     ``port_mapping``: in a private mesh, ask our router to forward the ports that we listen on.
@@ -132,7 +131,6 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bootstrap: tuple[str, ...] = ()
     bootstrap_list: str = ""
     stun: tuple[str, ...] = ()
-    turn: tuple[TurnServer, ...] = ()
     turn: tuple[TurnServer, ...] = ()
     models: str = ""
     token: str = ""

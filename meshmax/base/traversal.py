@@ -36,9 +36,9 @@ class Candidate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TurnServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A TURN server (RFC 8656). ``url`` (RFC 7065): turn:HOST:PORT?transport=udp or tcp; turns: is TLS over TCP."""
+    """A TURN server (RFC 8656). ``url``: turn:HOST:PORT?transport=tcp or udp."""
 
-    url: Annotated[str, msgspec.Meta(pattern=r"^turns?:[^?:/\s]{1,253}(:[0-9]{1,5})?(\?transport=(udp|tcp))?$")]
+    url: str
     username: str = ""
     password: str = ""
 

@@ -46,7 +46,7 @@ async def open_signalling(node: Node, where: ReachabilityService) -> AsyncIterat
             world.puncher,
             channels,
             where,
-            vouches=partial(_vouches, node),
+            vouched=partial(_vouched, node),
             interfaces=world.interfaces,
             turn=node.config.turn,
             allowed=lambda: node.traversal.wanted,
@@ -106,15 +106,16 @@ def _networks(node: Node) -> tuple[str, ...]:
         return ()
 
 
-def _vouches(node: Node, peer_id: PeerId, ip: str, vouchers: Sequence[Signed]) -> bool:
-    """Whether a node that we know says that the peer came to it from ``ip``: a bootstrap node, a relay of ours, a member."""
+def _vouched(node: Node, peer_id: PeerId, vouchers: Sequence[Signed]) -> frozenset[str]:
+    """From where nodes that we know say that the peer came to them: bootstrap nodes, relays of ours, members."""
     relays = node.traversal.relays.relays if node.traversal.relays else ()
     known = {*bootstrap_places(node), *relays, *node.swarm.connections()} - {peer_id}
+    ips = set()
     for signed in [each for each in vouchers if each.signer in known][:MAX_VOUCHERS]:
         try:
             word = verify_voucher(signed, node.now())
         except ManifestInvalid:
             continue
-        if (word.peer_id, word.ip) == (peer_id, ip):
-            return True
-    return False
+        if word.peer_id == peer_id:
+            ips.add(word.ip)
+    return frozenset(ips)

@@ -67,7 +67,8 @@ class Standing(Protocol):
         ...
 
 
-Vouches = Callable[[PeerId, str, Sequence[Signed]], bool]  # has a node that we know vouched for this peer at this IP?
+# From which IPs did the peer come to nodes that we know, as these vouch? Asked once for an offer or answer.
+Vouched = Callable[[PeerId, Sequence[Signed]], frozenset[str]]
 
 
 def _always() -> bool:
@@ -92,7 +93,7 @@ class Signalling:
         channels: Channels | None,
         standing: Standing,
         *,
-        vouches: Vouches,
+        vouched: Vouched,
         interfaces: Callable[[], Sequence[Interface]] = _none,
         turn: Sequence[TurnServer] = (),
         allowed: Callable[[], bool] = _always,
@@ -101,7 +102,7 @@ class Signalling:
         """``interfaces``: ours, as they are now; may raise OSError. ``allowed``: are we in a private mesh?"""
         self.on_lane_stream: Callable[[ByteStream], Awaitable[None]] | None = None  # None: lanes are declined
         self._swarm, self._puncher, self._channels = swarm, puncher, channels
-        self._standing, self._vouches, self._interfaces = standing, vouches, interfaces
+        self._standing, self._vouched, self._interfaces = standing, vouched, interfaces
         self._turn, self._allowed = tuple(turn), allowed
         self._relay_ips: frozenset[str] = frozenset()  # of the TURN servers, when they were last looked up
         self._core = Core(swarm.peer_id, new_id)
@@ -262,7 +263,7 @@ class Signalling:
         view = self._swarm.connections().get(peer_id)
         connected = _ip_of(view.address) if view is not None and view.path != "relay" else ""
         return Screen(
-            vouched=lambda ip: self._vouches(peer_id, ip, vouchers),
+            vouched=self._vouched(peer_id, vouchers).__contains__,
             connected=frozenset({connected} - {""}),
             subnets=tuple(text for each in interfaces for text in each.networks),
             own=frozenset(ip for each in interfaces for ip in each.ips),

@@ -1,6 +1,6 @@
 """Better paths between peers of the in-memory network, by ports and channels that meet as the test says; in virtual time."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ import trio
 import trio.testing
 
 from meshmax.base.errors import ConnectError, PeerGone
-from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
 from meshmax.base.reachability import Reachability
 from meshmax.base.traversal import Candidate, TurnServer
@@ -47,15 +46,12 @@ class Side:
             self.paths,
             self.paths,
             self.standing,
-            vouches=self.vouches,
+            vouched=lambda peer_id, vouchers: frozenset(IPS),
             interfaces=lambda: [Interface("eth0", 1, self.addresses)],
             turn=turn,
             allowed=lambda: self.allowed,
         )
         self.signalling.on_lane_stream = self.take
-
-    def vouches(self, peer_id: PeerId, ip: str, vouchers: Sequence[Signed]) -> bool:
-        return ip in IPS
 
     async def take(self, stream: ByteStream) -> None:
         self.lanes.append(stream)

@@ -2,7 +2,7 @@
 
 The lead prepares, offers, and with the answer knows the round trip of the signalling: what passed since the offer, less what
 the other took to prepare. It says Go and starts TCP half a round trip later; the other starts when Go comes, so that both
-start together. UDP is prepared a moment later, beside it, and starts when both SDPs are there. What a method finds the lead
+start together; for a lane it starts at once. UDP is prepared a moment later, beside it, and starts when both SDPs are there. What a method finds the lead
 adopts as "out", one after another, each with a head start over the next, TCP before UDP; the other as "in", each at once. The
 lead ends the attempt: with the first that is adopted, or when every method is over; the other when it has adopted one, the
 lead says so, or its deadlines pass. Once methods run, the loss of the signalling stream ends nothing.
@@ -279,7 +279,10 @@ class Attempt:
         self._take_candidates(answer.candidates)
         if self._state["punch-tcp"] == "ready":
             if answer.candidates:
-                trip_s = now - self._offer - answer.prepared_s
+                # Where the SYNs cross, each side takes the time since its own last one for the round trip, and BBR keeps the
+                # least that it saw for 10 s: too little, and it sends a tenth of what the path takes. Of a lane the other one
+                # sends; so our SYN goes first, and the other's measurement is of a whole round trip.
+                trip_s = now - self._offer - answer.prepared_s if self.purpose == "control" else 0.0
                 self._send(Go(self.id))
                 self._run_tcp(now + min(max(0.0, trip_s / 2), MAX_HALF_TRIP_S), now)
             else:

@@ -99,6 +99,15 @@ def test_the_lead_starts_half_a_round_trip_after_its_go() -> None:
     assert len(of(actions, StartUdp)) == 1
 
 
+def test_the_lead_of_a_lane_starts_with_its_go_so_that_the_sender_measures_a_whole_round_trip() -> None:
+    attempt = lead(purpose="lane")
+    attempt.begin(0.0)
+    attempt.on_tcp_ready([OURS], 0.0)
+    actions = attempt.on_message(Answer(ID, 0.3, (THEIRS,)), SCREEN, 0.5)
+    assert said(actions) == [Go(ID)]
+    assert of(actions, StartTcp)[0].at_s == 0.5
+
+
 @pytest.mark.parametrize(("prepared_s", "at_s"), [(MAX_PREPARED_S, 2.9), (0.0, 2.9 + core.MAX_HALF_TRIP_S)])
 def test_whatever_the_peer_says_of_its_preparation_the_start_is_near(prepared_s: float, at_s: float) -> None:
     attempt = offered()

@@ -109,7 +109,8 @@ class Reservations:
     def on_reserved(self, peer_id: PeerId, ttl_s: float, told: Sequence[str], now: float) -> list[Action]:
         """The relay keeps a place for us. ``told``: its own addresses, without /p2p. Leave if it is wanted no more."""
         relay = self._relays.get(peer_id)
-        if relay is None:
+        late = relay is not None and not relay.asked and not relay.expires_s and self._lacking() <= 0
+        if relay is None or late:  # it was no candidate for a while, and others were asked since
             return [Leave(peer_id)]
         ttl_s = min(max(ttl_s, MIN_TTL_S), MAX_TTL_S)
         relay.asked, relay.failures = False, 0

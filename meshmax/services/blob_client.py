@@ -23,6 +23,7 @@ from meshmax.services.frames import FrameStream
 from meshmax.services.landing import Landing
 from meshmax.services.lane_client import MIN_BLOB_BYTES, OpensLanes, SourceLanes
 from meshmax.services.lane_client import READY_TIMEOUT_S as LANE_TIMEOUT_S
+from meshmax.services.relay_stream import is_relayed
 from meshmax.wire import blob as wire
 from meshmax.wire.failure import Failure, error_of
 from meshmax.wire.protocols import BLOB
@@ -56,6 +57,7 @@ class Session:
         self._held = False
         self._assembly = wire.Assembly(self._map)
         self._failure: MeshmaxError | None = None
+        self.relayed = False  # the stream goes over a relay, and stays there whatever better path there is later
         self._lanes: SourceLanes | None = None
         if opener is not None and self._map.size > MIN_BLOB_BYTES:
             self._lanes = SourceLanes(opener, peer, landing, lane_goal, self._ask_again)
@@ -123,6 +125,7 @@ class Session:
         try:
             with trio.move_on_after(OPEN_TIMEOUT_S) as opening:
                 stream = await swarm.open_stream(self.peer, BLOB)
+                self.relayed = is_relayed(stream)
                 frames = FrameStream(stream)
                 await frames.send(wire.FROM_FETCHER, wire.open_blob(self._map.sha256))
                 first = await frames.receive(wire.FROM_SERVER)

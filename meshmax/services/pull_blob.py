@@ -256,15 +256,19 @@ class BlobFetch:
                 nursery.start_soon(local.run)
 
     def _is_relayed(self, peer: PeerId) -> bool:
-        """Whether its chunks come over a relay: it is reached so, and has no lane to us."""
-        view = self._swarm.connections().get(peer)
-        return view is not None and view.path == "relay" and not self.lanes(peer)
+        """Whether its chunks come over a relay: the session began there, and there is no lane."""
+        session = self._sessions.get(peer)
+        return isinstance(session, Session) and session.relayed and not session.lanes
 
     def _allowance(self, peer: PeerId, now: float) -> int | None:
         return self._quota.left_bytes(peer, now) // CHUNK_BYTES if self._is_relayed(peer) else None
 
     def _follow_paths(self, now: float) -> None:
-        for peer in self._sessions:
+        connections = self._swarm.connections()
+        for peer, session in self._sessions.items():
+            view = connections.get(peer)
+            if view is not None and view.path != "relay" and self._is_relayed(peer):
+                session.end()  # the next one begins on the better path
             self._perform(self._core.on_path(peer, self._allowance(peer, now), now))
         self._flush()
 

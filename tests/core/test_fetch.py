@@ -233,6 +233,30 @@ def test_a_chunk_that_a_source_lacks_is_not_asked_of_it_until_it_offers_it_again
     assert asked(core.on_have(A, Haves.all(1), 2.0)) == [0]
 
 
+def test_a_relayed_source_is_asked_only_for_what_no_other_has_and_never_helps() -> None:
+    core = new_fetch(6)
+    assert asked(core.on_source(A, Haves.all(6), 0.0, 32), A) != []
+    core = new_fetch(6)
+    core.on_source(B, haves_of(6, {0, 1, 2, 3}), 0.0)
+    actions = core.on_source(A, Haves.all(6), 0.0, 32)
+    assert set(asked(actions, A)) == {4, 5}
+    for index in (4, 5):
+        assert asked(core.on_chunk_ok(A, index, CHUNK_BYTES, 1.0), A) == []
+    assert asked(core.on_source_gone(B, 2.0), A) != []
+
+
+def test_a_relayed_source_that_brought_its_share_counts_as_having_nothing_until_the_path_is_better() -> None:
+    core = new_fetch(6)
+    assert len(asked(core.on_source(A, Haves.all(6), 0.0, 1), A)) == 1
+    (index,) = core._known[A].asked
+    assert asked(core.on_path(A, 0, 0.5), A) == []
+    actions = core.on_chunk_ok(A, index, CHUNK_BYTES, 1.0)
+    assert any(isinstance(action, Stuck) for action in actions)
+    assert core.stuck
+    assert len(asked(core.on_path(A, None, 2.0), A)) == 2
+    assert not core.stuck
+
+
 def test_at_the_end_an_idle_fast_source_is_asked_too_and_the_loser_is_cancelled() -> None:
     core = new_fetch(10)
     for index in asked(core.on_source(A, haves_of(10, {0}), 0.0)):

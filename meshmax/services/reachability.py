@@ -37,6 +37,8 @@ MAX_OBSERVERS: Final = 12  # whose last answers are kept
 VISIT_S: Final = 5.0  # for all visits of a look
 STALE_S: Final = 2.0  # for an answer over a connection that may be a dead one
 LATE_S: Final = 1.0  # for further visits, once one was answered
+RELAYED_S: Final = 10.0  # after which who came over a relay has a direct path, where there is one
+MAX_SUSPECTS: Final = 16  # at once
 CHECK_S: Final = 5.0  # between looks for somebody to ask, while there is nobody
 MEASURE_S: Final = 12.0  # for the second half; each question has its own, shorter time
 
@@ -73,6 +75,7 @@ class ReachabilityService:
         self._observers: dict[PeerId, Observer] = {}  # the last answer of each, most recent last
         self._vouchers: dict[PeerId, Signed] = {}
         self._servers: tuple[tuple[str, int], ...] = ()  # configured ones, resolved
+        self._suspects: set[PeerId] = set()  # that came over a relay just now
         self._relays_seen: frozenset[PeerId] = frozenset()
         self._watchers: list[Callable[[], None]] = []
         self._woken = trio.Event()
@@ -165,15 +168,31 @@ class ReachabilityService:
 
     async def follow_swarm(self) -> NoReturn:
         """Notice neighbours that are lost, and those that come over a relay although others reach us, until cancelled."""
-        while True:
-            async with self._swarm.subscribe() as events:
-                async for event in events:
-                    if event.kind == "disconnected":
-                        self._on_lost(event.peer_id)
-                    view = self._swarm.connections().get(event.peer_id)
-                    if view is not None and view.direction == "in" and view.path == "relay":
-                        self.on_unreached(event.peer_id)
-            await trio.lowlevel.checkpoint()
+        async with trio.open_nursery() as nursery:
+            while True:
+                async with self._swarm.subscribe() as events:
+                    async for event in events:
+                        if event.kind == "disconnected":
+                            self._on_lost(event.peer_id)
+                        elif self._is_relayed(event.peer_id) and len(self._suspects) < MAX_SUSPECTS:
+                            nursery.start_soon(self._suspect, event.peer_id)
+                await trio.lowlevel.checkpoint()
+
+    def _is_relayed(self, peer_id: PeerId) -> bool:
+        view = self._swarm.connections().get(peer_id)
+        return view is not None and view.direction == "in" and view.path == "relay"
+
+    async def _suspect(self, peer_id: PeerId) -> None:
+        """A neighbour came over a relay: if that is still so in a while, it could not come directly."""
+        if peer_id in self._suspects or self._core.view.state not in ("public", "mapped"):
+            return
+        self._suspects.add(peer_id)
+        try:
+            await trio.sleep(RELAYED_S)
+        finally:
+            self._suspects.discard(peer_id)
+        if self._is_relayed(peer_id):
+            self.on_unreached(peer_id)
 
     def _wake(self) -> None:
         self._woken.set()

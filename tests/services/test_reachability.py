@@ -14,7 +14,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.reachability import PortMapping
 from meshmax.core.networks import BlockedNetworks
 from meshmax.core.reachability import CONFIRM_S, LOOK_EVERY_S, MappedSeen
-from meshmax.ports import Arrival
+from meshmax.ports import Arrival, ConnectionView, SwarmEvent
 from meshmax.services.observe import Attest, ObserveServer, Reach
 from meshmax.services.reachability import ReachabilityService, open_reachability, resolve_servers
 from meshmax.services.strangers import NoMesh
@@ -328,16 +328,46 @@ async def test_a_member_outside_that_we_dialled_is_asked_and_one_of_our_lan_is_n
             assert {observer for observer, _, _ in site.nat.knocks} == {C}
 
 
-async def test_neighbours_that_come_over_a_relay_although_we_are_public_bring_a_look(autojump_clock: Any) -> None:
+@pytest.mark.parametrize(("stays", "looks"), [(True, 2), (False, 1)])
+async def test_neighbours_that_stay_on_a_relay_although_we_are_public_bring_a_look(
+    stays: bool, looks: int, autojump_clock: Any
+) -> None:
     async with open_site(A) as site:
         site.own, site.nat.control = (WAN,), "open"
+        site.swarm = cast(Any, swarm := Relayed(site.swarm))
         async with open_reachability(site.service()) as where:
             await trio.sleep(100)
-            looks = len(site.nat.knocks)
-            where.on_unreached(PeerId("P"))
-            where.on_unreached(PeerId("Q"))
+            assert (state_of(where), len(site.nat.knocks)) == ("public", 1)
+            for name in ("P", "Q"):
+                await swarm.come(PeerId(name))
             await trio.sleep(5)
-            assert len(site.nat.knocks) == 2 * looks
+            if not stays:
+                swarm.paths.clear()
+            await trio.sleep(15)
+            assert len(site.nat.knocks) == looks
+
+
+class Relayed:
+    """A swarm to which peers come over a relay."""
+
+    def __init__(self, swarm: MemorySwarm) -> None:
+        self._swarm = swarm
+        self.paths: dict[PeerId, ConnectionView] = {}
+        self._events, self._source = trio.open_memory_channel[SwarmEvent](10)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._swarm, name)
+
+    async def come(self, peer_id: PeerId) -> None:
+        self.paths[peer_id] = ConnectionView(peer_id, "/ip4/5.5.5.5/tcp/1/p2p/x/p2p-circuit", "in", 0.0, "relay")
+        await self._events.send(SwarmEvent(peer_id, "connected"))
+
+    def connections(self) -> dict[PeerId, ConnectionView]:
+        return {**self._swarm.connections(), **self.paths}
+
+    @asynccontextmanager
+    async def subscribe(self) -> AsyncIterator[Any]:
+        yield self._source
 
 
 async def test_a_connection_in_use_for_a_look_is_said_to_be(autojump_clock: Any) -> None:

@@ -9,13 +9,13 @@ import pytest
 import trio
 import trio.testing
 
-from meshmax.base.errors import ConnectError, PeerGone
+from meshmax.base.errors import Busy, ConnectError, PeerGone
 from meshmax.base.model import Signed
 from meshmax.base.reachability import Reachability
 from meshmax.base.traversal import Candidate, TurnServer
 from meshmax.core.attempt import ATTEMPT_S, MAX_HEARD
 from meshmax.net.interfaces import Interface
-from meshmax.ports import ByteStream
+from meshmax.ports import ByteStream, Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.signalling import Signalling
 from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
@@ -368,6 +368,58 @@ async def test_a_stranger_at_the_punched_port_does_not_become_a_lane(autojump_cl
         assert stream.remote[0] == IPS[1]
         assert [lane.remote[0] for lane in b.lanes] == [IPS[0]]
         stream.close()
+
+
+@pytest.mark.parametrize("reason", ["glare", "restart", "busy", "withdrawn"])
+async def test_a_peer_that_refuses_every_offer_costs_a_few_offers_and_an_error(
+    reason: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with two(MemoryNats()) as (a, b):
+        offers = 0
+
+        async def refuse(stream: Stream) -> None:
+            nonlocal offers
+            frames = FrameStream(stream)
+            offer = await frames.receive(wire.MESSAGES)
+            offers += 1
+            await frames.send(wire.MESSAGES, wire.Decline(offer.attempt, reason))
+
+        b.swarm.serve(SIGNAL, refuse)
+        started = trio.current_time()
+        with pytest.raises((ConnectError, Busy)):
+            await a.signalling.traverse(b.swarm.peer_id)
+        assert 1 <= offers <= 4
+        assert trio.current_time() - started < 14.0
+
+
+async def test_a_peer_that_answers_nothing_is_given_up(autojump_clock: trio.testing.MockClock) -> None:
+    async with two(MemoryNats()) as (a, b):
+
+        async def swallow(stream: Stream) -> None:
+            while await stream.receive_some(1000):
+                pass
+
+        b.swarm.serve(SIGNAL, swallow)
+        started = trio.current_time()
+        with pytest.raises(ConnectError, match="did not answer"):
+            await a.signalling.traverse(b.swarm.peer_id)
+        assert trio.current_time() - started < 5.0
+
+
+async def test_a_peer_that_stops_reading_does_not_hold_an_attempt_beyond_its_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    nats = MemoryNats(tcp=False, udp=False)
+    async with two(nats) as (a, b):
+
+        async def stall(_stream: Stream) -> None:
+            await trio.sleep(60.0)
+
+        b.swarm.serve(SIGNAL, stall)
+        started = trio.current_time()
+        with pytest.raises(ConnectError):
+            await a.signalling.traverse(b.swarm.peer_id)
+        assert trio.current_time() - started < ATTEMPT_S + 2.0
 
 
 async def test_only_members_are_answered(autojump_clock: trio.testing.MockClock) -> None:

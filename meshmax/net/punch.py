@@ -258,11 +258,24 @@ async def _bound(family: socket.AddressFamily, port: int) -> trio.socket.SocketT
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        _avoid_bbr(sock)
         await sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))  # noqa: S104 -- peers are outside
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _avoid_bbr(sock: trio.socket.SocketType) -> None:
+    """Use a congestion control that counts losses, where the system's is BBR: two SYNs that cross look like an answer after half
+    a round trip, and BBR keeps its window to that, a fifth of the path's rate, until it measures anew after ten seconds."""
+    option = getattr(socket, "TCP_CONGESTION", None)  # Linux
+    if option is None or not sock.getsockopt(socket.IPPROTO_TCP, option, 16).startswith(b"bbr"):
+        return
+    for name in (b"cubic", b"reno"):  # the first one may not be allowed to everybody, the second one is
+        with suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, name)
+            return
 
 
 async def _listening(family: socket.AddressFamily, port: int) -> trio.socket.SocketType:

@@ -1,11 +1,11 @@
 """One attempt at a better path between two peers, as either of them sees it: what is said, and when each method starts and ends.
 
 The lead prepares, offers, and with the answer knows the round trip of the signalling: what passed since the offer, less what
-the other took to prepare. It says Go and starts TCP half a round trip later; the other starts when Go comes, so that both
-start together; for a lane it starts at once. UDP is prepared a moment later, beside it, and starts when both SDPs are there. What a method finds the lead
-adopts as "out", one after another, each with a head start over the next, TCP before UDP; the other as "in", each at once. The
-lead ends the attempt: with the first that is adopted, or when every method is over; the other when it has adopted one, the
-lead says so, or its deadlines pass. Once methods run, the loss of the signalling stream ends nothing.
+the other took to prepare. It says Go and starts TCP half a round trip later; the other starts when Go comes, so that both start
+together; for a lane it starts at once. UDP is prepared a moment later, beside it, and starts when both SDPs are there. What a
+method finds the lead adopts as "out", one after another, each with a head start over the next, TCP before UDP; the other as
+"in", each at once. The lead ends the attempt: with the first that is adopted, or when every method is over; the other when it
+has adopted one, the lead says so, or its deadlines pass. Once methods run, the loss of the signalling stream ends nothing.
 
 What is late, twice, of another attempt or not the sender's to say is ignored, and counted: MAX_ODD such messages end it.
 Not here: which attempts there may be, glare, restarts (core.signalling), which candidates are believed (core.candidates), I/O.

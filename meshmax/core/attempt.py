@@ -50,8 +50,8 @@ from meshmax.wire.signal import (
 )
 
 PREPARE_TCP_S: Final = 1.2  # a port is ready within 1 s (ports.Puncher)
-ANSWER_S: Final = 3.0  # for the other to prepare, and two ways over a slow relay
-GO_S: Final = 3.0  # for the lead to say Go: two ways over a slow relay
+ANSWER_S: Final = 4.0  # for the other to prepare, and two ways over a slow relay between busy machines
+GO_S: Final = 4.0  # for the lead to say Go: two ways over such a relay
 MAX_HALF_TRIP_S: Final = 1.0  # the longest that the lead waits after Go, whatever the other says of its preparation
 HEAD_START_S: Final = 0.3  # of the stream that is being adopted over the next one; a handshake takes two round trips
 UDP_LATER_S: Final = (
@@ -60,7 +60,7 @@ UDP_LATER_S: Final = (
 TCP_FIRST_S: Final = 0.9  # that TCP has before UDP is adopted: its second SYN after 0.3 s, and an answer from far away
 ADOPT_S: Final = 3.0  # for one stream to be proved and admitted; four round trips
 GRACE_S: Final = 1.0  # from the lead's word that it adopted a stream until we have
-ATTEMPT_S: Final = 10.0  # no attempt is longer, whatever happens; above the sum of the longest way through it
+ATTEMPT_S: Final = 12.0  # no attempt is longer, whatever happens; above the sum of the longest way through it
 MAX_FOUND: Final = 8  # streams of one attempt: candidates of a few interfaces, each way
 MAX_ODD: Final = 8  # messages that mean nothing; late ones are one or two
 MAX_HEARD: Final = 32  # messages in all; an attempt has four, and a few trickles

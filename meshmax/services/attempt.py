@@ -232,6 +232,9 @@ class AttemptRun:
             except MeshmaxError as error:
                 running = self._tcp_go.is_set() if method == "punch-tcp" else self._udp_go.is_set()
                 stage, cause = "connect" if running else "prepare", error.message
+            else:
+                if any(each == method for each, _ in self._streams.values()):
+                    cause = "what was made was not taken"
         self._perform(self.attempt.on_method_over(method, stage, cause, trio.current_time()))
 
     async def _punch(self) -> None:

@@ -216,7 +216,7 @@ def test_methods_end_at_their_deadlines_and_then_the_attempt() -> None:
 
 def test_without_an_answer_the_lead_gives_up_and_without_a_word_to_start_the_other_does() -> None:
     attempt = offered()
-    assert of(attempt.tick(core.ANSWER_S), End)[0].tried[0][2] == "the peer did not answer within 3 s"
+    assert of(attempt.tick(core.ANSWER_S), End)[0].tried[0][2] == f"the peer did not answer within {core.ANSWER_S:g} s"
     other, _ = answering(Offer(ID, "control", (THEIRS,)))
     other.on_tcp_ready([OURS], 0.0)
     assert of(other.tick(core.GO_S), Stop) == [Stop(ID, "punch-tcp")]

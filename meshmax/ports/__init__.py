@@ -29,6 +29,7 @@ from meshmax.ports.lanes import (
 from meshmax.ports.net import (
     Admission,
     ByteStream,
+    Connections,
     ConnectionView,
     CountsStreams,
     Datagrams,
@@ -59,6 +60,7 @@ __all__ = [
     "ChunkSource",
     "ChunkWriter",
     "ConnectionView",
+    "Connections",
     "CountsStreams",
     "Datagrams",
     "Dht",

@@ -85,7 +85,27 @@ class SwarmEvent(msgspec.Struct, frozen=True):
     kind: Literal["connected", "disconnected", "moved"]
 
 
-class Swarm(Protocol):
+class Connections(Protocol):
+    """Who is connected, and over what."""
+
+    async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
+        """Close every connection to the peer; stalled writers included. No error if there is none.
+
+        With ``last`` (of `connections`) only that one and older ones over the same kind of path: what the peer has opened
+        since may be good, and so may another path.
+        """
+        ...
+
+    def connections(self) -> Mapping[PeerId, ConnectionView]:
+        """The best connection of each peer that is connected now."""
+        ...
+
+    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
+        """Events from now on, peers that are connected already first, as "connected"; a slow reader misses none."""
+        ...
+
+
+class Swarm(Connections, Protocol):
     """Authenticated connections to peers and streams over them. The only place that knows libp2p is its adapter."""
 
     @property
@@ -155,22 +175,6 @@ class Swarm(Protocol):
         Streams at once are bounded per peer and in all; those beyond are reset. A stream of a peer that is not admitted (yet)
         waits for its admission for a moment unless the protocol is served to "anyone".
         """
-        ...
-
-    async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
-        """Close every connection to the peer; stalled writers included. No error if there is none.
-
-        With ``last`` (of `connections`) only that one and older ones over the same kind of path: what the peer has opened
-        since may be good, and so may another path.
-        """
-        ...
-
-    def connections(self) -> Mapping[PeerId, ConnectionView]:
-        """The best connection of each peer that is connected now."""
-        ...
-
-    def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
-        """Events from now on, peers that are connected already first, as "connected"; a slow reader misses none."""
         ...
 
 

@@ -13,7 +13,8 @@ from meshmax.services.frames import FrameStream
 from meshmax.wire.failure import Failure, error_of
 from meshmax.wire.frames import Codec
 from meshmax.wire.protocols import MEMBER
-from tests.contracts.test_swarm import ECHO, Lan, clock, echo, kind, lan, settled
+from tests.contracts.swarm_lan import Lan
+from tests.contracts.test_swarm import ECHO, clock, echo, kind, lan, settled
 
 __all__ = ["clock", "kind", "lan"]  # fixtures
 

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +14,8 @@ from meshmax.base.status import Path
 from meshmax.net import limits
 from meshmax.ports import Admission, ByteStream, Stream, Swarm
 from meshmax.testing.memory_swarm import SeededSigner
-from tests.contracts.test_swarm import ECHO, Lan, clock, echo, kind, lan, read_all, settled
+from tests.contracts.swarm_lan import Lan
+from tests.contracts.test_swarm import ECHO, clock, echo, kind, lan, read_all, settled
 from tests.contracts.test_swarm_admission import OPEN, Mute, Word, refusal, say
 
 __all__ = ["clock", "kind", "lan"]  # fixtures
@@ -28,7 +30,7 @@ async def join(
     """One more connection between two swarms, over a stream that both adopt."""
     leading, following = await lan.pair()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(follower.adopt, following, leader.peer_id, "in", path, address)
+        nursery.start_soon(partial(follower.adopt, following, leader.peer_id, "in", path, address))
         await leader.adopt(leading, follower.peer_id, "out", path, address)
     return leading, following
 
@@ -39,6 +41,7 @@ async def two(lan: Lan, admission: Admission | None = None) -> AsyncIterator[Any
     async with lan.open(1, admission) as a, lan.open(2, admission) as b:
         b.serve(ECHO, echo)
         with trio.fail_after(60):
+            await trio.lowlevel.checkpoint()
             yield a, b
 
 
@@ -47,7 +50,7 @@ def paths(swarm: Swarm) -> list[tuple[str, str, str]]:
 
 
 async def path_is(swarm: Swarm, path: Path) -> None:
-    while [view.path for view in swarm.connections().values()] != [path]:
+    while [view.path for view in swarm.connections().values()] != [path]:  # noqa: ASYNC110  it looks on
         await trio.sleep(0.01)
 
 
@@ -239,13 +242,14 @@ async def test_adopting_can_be_cancelled_at_any_moment(lan: Lan, clock: Any) -> 
 
 async def test_garbage_on_an_adopted_stream_is_an_error(lan: Lan, clock: Any) -> None:
     async with two(lan) as (a, b):
-        for direction in ("in", "out"):
+        directions: tuple[Literal["in", "out"], ...] = ("in", "out")
+        for direction in directions:
             ours, theirs = await lan.pair()
             await theirs.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(is_over, theirs)
                 with trio.fail_after(10), pytest.raises(ConnectError):
-                    await a.adopt(ours, b.peer_id, direction, "relay", RELAYED)  # type: ignore[arg-type]
+                    await a.adopt(ours, b.peer_id, direction, "relay", RELAYED)
         assert not a.connections()
 
 

@@ -93,7 +93,8 @@ class Relays(Protocol):
     async def connect(self, peer_id: PeerId, relay: PeerId | str, *, guest: bool = False) -> None:
         """Connect to a peer over a relay: its PeerId where we know how to reach it, or a circuit multiaddr.
 
-        ``guest`` as in `Swarm.dial`. Returns once the connection is admitted. Raises ConnectError, NotAMember. Deadlines are the caller's.
+        ``guest`` as in `Swarm.dial`. Returns once the connection is admitted. Raises ConnectError, NotAMember. Deadlines are the
+        caller's.
         """
         ...
 

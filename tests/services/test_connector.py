@@ -145,8 +145,7 @@ async def ground(kept: Sequence[PathRecord] = ()) -> AsyncIterator[Ground]:
     ):
         found = Ground(network, a, b)
         async with open_connector(a, found.ways(), PathMemory(kept, STARTED_AT_S)) as found.connector:
-            with trio.fail_after(3600):
-                yield found
+            yield found
 
 
 async def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:

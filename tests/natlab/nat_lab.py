@@ -8,8 +8,9 @@ The kinds, in the words of RFC 4787 (mapping / filtering; the kernel keeps a sou
   reject  as port, and what nobody asked for is answered by a reset or ICMP instead of silence
   noudp   as port, TCP only
   corp    as noudp, and only to ports 80 and 443
-One host stands behind each router: two with the same source port would make the kernel change it, and the kinds that
-forward unasked packets could not tell whose they are. Packets to addresses that do not exist vanish. Nothing leads out.
+One host stands behind each router, always at the same address: two with the same source port would make the kernel change it,
+and the kinds that forward unasked packets could not tell whose they are. Packets to addresses that do not exist vanish. Nothing
+leads out.
 Not here: what runs on the hosts (nat_site).
 """
 
@@ -132,6 +133,7 @@ class Router:
         internet.plug(self.host, self.ip)
         self.switch: Switch = internet.lab.switch(f"lan of {name}")
         self.switch.plug(self.host, f"10.{number}.0.1/24", interface="lan")
+        self.guest: Host | None = None
         self.become(kind)
 
     def become(self, kind: NatKind) -> None:
@@ -149,9 +151,11 @@ class Router:
         return host
 
     def take(self, host: Host) -> None:
-        """Put the cable of ``host`` in here; where it was plugged in before, it is pulled out."""
-        if "eth0" in host.plugs:
-            host.unplug("eth0")
+        """Put the cable of ``host`` in here; where it was plugged in before, it is pulled out, as is who was here."""
+        for there in (host, self.guest):
+            if there is not None and "eth0" in there.plugs and (there is host or there.plugs["eth0"][0] is self.switch):
+                there.unplug("eth0")
+        self.guest = host
         self.switch.plug(host, f"10.{self.number}.0.11/24", interface="eth0")
         host.ip(f"route add default via 10.{self.number}.0.1")
 

@@ -250,3 +250,37 @@ def _deafen(stream: object) -> None:
     """From now on it hears nothing, and so answers nothing, as if it had lost its power."""
     for protocol in stream._channel._parts.connection._protocols:  # type: ignore[attr-defined]
         protocol.datagram_received = lambda _data, _addr: None
+
+
+async def test_a_check_from_where_the_other_end_said_it_is_not_leads_to_nothing() -> None:
+    async with site() as channels, pair(channels) as (one, other):
+        parts = one._channel._parts
+        connection = parts.connection
+        pairs, candidates = len(connection._check_list), len(connection.remote_candidates)
+        request = aioice.stun.Message(aioice.stun.Method.BINDING, aioice.stun.Class.REQUEST)
+        request.attributes["USERNAME"] = f"{connection.local_username}:{connection.remote_username}"
+        request.attributes["PRIORITY"] = 1
+        request.attributes["ICE-CONTROLLED"] = 1
+        request.add_message_integrity(connection.local_password.encode())
+        with trio.socket.socket(trio.socket.AF_INET, trio.socket.SOCK_DGRAM) as elsewhere:
+            await elsewhere.bind(("127.0.0.1", 0))
+            await elsewhere.sendto(bytes(request), other.remote)
+            with trio.fail_after(PROMPTLY_S):
+                data, _ = await elsewhere.recvfrom(1500)  # an answer to the question, and no question
+            assert aioice.stun.parse_message(data).message_class == aioice.stun.Class.RESPONSE
+            assert len(data) <= len(bytes(request)) + 32
+            with trio.move_on_after(0.7) as scope:
+                await elsewhere.recvfrom(1500)
+            assert scope.cancelled_caught
+        assert (len(connection._check_list), len(connection.remote_candidates)) == (pairs, candidates)
+
+
+async def test_other_streams_and_kinds_of_messages_are_not_taken() -> None:
+    async with site() as channels, pair(channels) as (one, other):
+        association = one._channel._parts._sctp
+        await one._channel._loop.call(association._send, 7, 53, b"another stream")
+        await one._channel._loop.call(association._send, 0, 51, b"text")
+        assert list(other._channel._parts._sctp._inbound_streams) in ([], [0])
+        await trio.sleep(0.2)
+        assert 7 not in other._channel._parts._sctp._inbound_streams
+        assert not other._channel._received

@@ -30,5 +30,6 @@ def reachability_json(where: Reachability, *, udp_blocked: bool, now_s: float) -
             }
             for each in where.mappings
         ],
+        "mapping_why": where.mapping_why,
         "relays": list(where.relays),
     }

@@ -44,7 +44,8 @@ class Reachability(msgspec.Struct, frozen=True):
     """Where we stand now. ``why`` is a sentence for people.
 
     ``external_ips``: our addresses as observers see them. ``addresses``: multiaddrs without /p2p at which others reach us from
-    outside (our own public ones, mapped ones); ``relays``: those that keep a place for us.
+    outside (our own public ones, mapped ones); ``relays``: those that keep a place for us. ``mapping_why``: how it stands with
+    our router's mappings, a sentence for people; '' where it is not asked.
     """
 
     state: ReachState = "unknown"
@@ -54,6 +55,7 @@ class Reachability(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...] = ()
     mappings: tuple[PortMapping, ...] = ()
     relays: tuple[PeerId, ...] = ()
+    mapping_why: str = ""
 
 
 UNKNOWN = Reachability()

@@ -130,6 +130,8 @@ def _reach_lines(where: dict[str, Any]) -> list[tuple[str, str]]:
         ("mapping", f"{each['protocol']} {each['port']} at {each['external']}, by {each['by']}")
         for each in where.get("mappings") or ()
     ]
+    if state == "private" and not where.get("mappings") and where.get("mapping_why"):
+        lines.append(("mapping", f"none: {where['mapping_why']}"))
     if relays := where.get("relays"):
         lines.append(("relayed by", ", ".join(relays)))
     return lines

@@ -53,5 +53,6 @@ def _reached(where: Reachability, peer: PeerFacts) -> Iterator[Finding]:
         yield Finding("relayed_only", "ok", text)
     elif peer.mesh:
         text = f"nobody outside connects to this peer ({where.why}), and no relay keeps a place for it"
+        text += f"; {where.mapping_why}" if where.mapping_why and not where.mappings else ""
         advice = f"name a bootstrap node that relays (--bootstrap), or {_FORWARD}"
         yield Finding("unreachable", "warning", text, advice)

@@ -88,7 +88,7 @@ class PortMappings:
         self._search_at_s = -math.inf
         self._search_failures = 0
         self._gone: list[PortMapping] = []  # to be given back
-        self.why = "no port mapping was asked for"  # for people
+        self.why = ""  # how it stands, for people; '' before the first answer
 
     @property
     def mappings(self) -> tuple[PortMapping, ...]:

@@ -38,6 +38,7 @@ async def open_whereabouts(node: Node) -> AsyncIterator[ReachabilityService]:
         probes=world.probes,
         stun=partial(resolve_servers, stun) if stun else None,
         mappings=lambda: node.traversal.mapping.mappings if node.traversal.mapping is not None else (),
+        mapping_why=lambda: node.traversal.mapping.why if node.traversal.mapping is not None else "",
         relays=lambda: _relays(node),
         blocked=load_networks(home),
         keep=keep,

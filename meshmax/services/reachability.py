@@ -61,6 +61,7 @@ class ReachabilityService:
         probes: Probes | None = None,
         stun: Callable[[], Awaitable[Sequence[tuple[str, int]]]] | None = None,
         mappings: Callable[[], Sequence[PortMapping]] = tuple,
+        mapping_why: Callable[[], str] = str,
         relays: Callable[[], Sequence[PeerId]] = tuple,
         wanted: Callable[[], bool] = lambda: True,
         blocked: BlockedNetworks | None = None,
@@ -70,6 +71,7 @@ class ReachabilityService:
         self._swarm, self._places, self._own, self._control_port = swarm, places, own, control_port
         self._unix_now, self._probes, self._configured = unix_now, probes, stun
         self._mappings, self._relays, self._wanted = mappings, relays, wanted
+        self._mapping_why = mapping_why
         self._blocked, self._keep = blocked or BlockedNetworks(), keep
         self._core = Whereabouts(trio.current_time())
         self._observers: dict[PeerId, Observer] = {}  # the last answer of each, most recent last
@@ -88,7 +90,12 @@ class ReachabilityService:
     @property
     def view(self) -> Reachability:
         """Where we stand now."""
-        return msgspec.structs.replace(self._core.view, mappings=tuple(self._mappings()), relays=tuple(self._relays()))
+        return msgspec.structs.replace(
+            self._core.view,
+            mappings=tuple(self._mappings()),
+            relays=tuple(self._relays()),
+            mapping_why=self._mapping_why(),
+        )
 
     @property
     def udp_blocked(self) -> bool:

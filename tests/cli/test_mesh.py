@@ -158,6 +158,10 @@ REACHABILITY = {
             {"state": "private", "why": "no", "nat": {}, "mappings": [], "relays": []},
             ["reachable     not directly: no"],
         ),
+        (
+            {"state": "private", "why": "no", "nat": {}, "mappings": [], "relays": [], "mapping_why": "no router here"},
+            ["reachable     not directly: no", "mapping       none: no router here"],
+        ),
         ({"state": "unknown", "why": "nobody", "nat": {}, "mappings": [], "relays": []}, []),
     ],
 )

@@ -145,7 +145,8 @@ async def test_the_rung_names_peers_of_the_mesh_and_old_neighbours_that_moved(
             nursery.cancel_scope.cancel()
         send.close()
         named = {sighting.peer_id: sighting.addresses async for sighting in receive}
-        assert named == {SeededSigner(5).peer_id: ("/ip4/10.0.0.5/tcp/1",), old: ("/ip4/10.0.0.7/tcp/1",)}
+        new = SeededSigner(5).peer_id
+        assert named == {new: (f"/ip4/10.0.0.5/tcp/1/p2p/{new}",), old: (f"/ip4/10.0.0.7/tcp/1/p2p/{old}",)}
 
 
 async def test_the_rung_says_what_is_wrong_and_looks_again_when_told(autojump_clock: trio.testing.MockClock) -> None:

@@ -62,9 +62,21 @@ class Answer:
         except httpx.HTTPError as error:
             self.problem = repr(error)
 
-    def until_whole(self, within_s: float = 30.0) -> None:
+    def until_over(self, within_s: float = 30.0) -> str:
+        """What went wrong with it, '' for nothing."""
         self._thread.join(within_s)
+        assert not self._thread.is_alive(), "the answer hangs"
+        return self.problem
+
+    def until_whole(self) -> None:
+        self.until_over()
         assert self.text.strip() == WORDS, f"{self.problem}; {self.text[-100:]}"
+
+
+def ask(site: NatSite, asker: str) -> bool:
+    """Whether a prompt is answered. Raises httpx.HTTPError."""
+    body = {"model": "tiny", "prompt": "one two", "stream": False}
+    return bool(site.call(asker, "POST", "/api/generate", body, timeout_s=15.0).json()["response"].strip() == "one two")
 
 
 @contextmanager
@@ -109,13 +121,17 @@ def test_a_pull_goes_on_when_a_router_forgets_its_mappings_or_gets_another_addre
         site.until_path(one, two, *DIRECT)
 
 
-def test_an_answer_goes_on_when_a_router_forgets_its_mappings(site: NatSite) -> None:
+def test_an_answer_whose_router_forgets_ends_with_a_sentence_and_the_next_one_is_given(site: NatSite) -> None:
     one, two = site.pair("port", "port", **SLOW)
     with told(site):
         meet_directly(site, one, two)
         answer = Answer(site, one, two)
         site.routers[0].flush()
-        answer.until_whole()
+        assert "went away in the middle of its answer" in answer.until_over()
+        assert WORDS.startswith(answer.text.strip())
+        began_s = time.monotonic()
+        until("the next one is given", lambda: ask(site, one), 30.0)
+        print(f"answered again {time.monotonic() - began_s:.1f} s after that")
 
 
 def test_an_answer_that_began_over_a_relay_is_not_broken_by_the_move_to_a_direct_path(site: NatSite) -> None:

@@ -6,6 +6,7 @@ The kinds, in the words of RFC 4787 (mapping / filtering; the kernel keeps a sou
   port    endpoint-independent / address-and-port-dependent
   sym     address-and-port-dependent / address-and-port-dependent: each destination sees another port
   reject  as port, and what nobody asked for is answered by a reset or ICMP instead of silence
+  nosyn   as port, and no SYN comes in, not even one that meets one of ours: TCP goes out only, UDP is punched
   noudp   as port, TCP only
   corp    as noudp, and only to ports 80 and 443
 One host stands behind each router, always at the same address: two with the same source port would make the kernel change it,
@@ -25,7 +26,7 @@ from typing import Final, Literal, get_args
 from tests.natlab.delay_wire import Wire
 from tests.natlab.lab import Host, Lab, Switch
 
-NatKind = Literal["full", "addr", "port", "sym", "reject", "noudp", "corp"]
+NatKind = Literal["full", "addr", "port", "sym", "reject", "nosyn", "noudp", "corp"]
 KINDS: Final[tuple[NatKind, ...]] = get_args(NatKind)
 NETWORK: Final = "11.22.33"  # public in everybody's eyes, which addresses for documentation are not
 CORE: Final = f"{NETWORK}.254"
@@ -47,6 +48,7 @@ _UNASKED: Final = {
 _OUTWARD: Final = {
     "full": _LEARN,
     "addr": f"{_LEARN}\n{_NOTE}",
+    "nosyn": 'iifname "wan" tcp flags & (syn | ack) == syn drop',
     "noudp": 'iifname "lan" meta l4proto udp drop',
     "corp": 'iifname "lan" meta l4proto udp drop\niifname "lan" tcp dport != { 80, 443 } drop',
 }

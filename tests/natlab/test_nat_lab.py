@@ -122,6 +122,7 @@ EXPECTED: dict[NatKind, tuple[str, str]] = {
     "addr": ("independent", "address"),
     "port": ("independent", "port"),
     "reject": ("independent", "port"),
+    "nosyn": ("independent", "port"),
     "sym": ("port", "port"),
     "noudp": ("", ""),
     "corp": ("", ""),

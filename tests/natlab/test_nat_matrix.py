@@ -27,6 +27,7 @@ PAIRS: tuple[tuple[Place, Place], ...] = (
     ("corp", "sym"),
     ("full", "addr"),
     ("public", "port"),
+    ("nosyn", "nosyn"),
 )
 
 
@@ -46,6 +47,8 @@ def test_a_pair_meets_by_the_best_way_that_there_is(site: NatSite, left: Place, 
     assert pair.path, f"{left} and {right} did not meet\n{site.tails()}"
     assert pair.answered_by == site.ids[[*site.peers][1]]
     assert pair.pulled_mb_per_s or (pair.path == "relay" and left != right), f"{pair}\n{site.tails()}"
+    if left == "nosyn":
+        assert pair.path == pair.back == "punched-udp"
     assert {pair.path, pair.back} <= (set(DIRECT) if possible_directly(left, right) else {"relay"}), (
         f"{pair}\n{site.tails()}"
     )

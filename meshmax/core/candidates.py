@@ -49,6 +49,26 @@ def is_private(ip: str) -> bool:
     return address is not None and any(address in net for net in _PRIVATE if net.version == address.version)
 
 
+def leads_here(host: str) -> bool:
+    """Whether ``host``, an IP address or a name, is this machine by its form: loopback or unspecified, to which connections
+    go to loopback, also as IPv4 in IPv6, or localhost (RFC 6761, 6.3)."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        name = host.rstrip(".").lower()
+        return name == "localhost" or name.endswith(".localhost")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback or (mapped or address).is_unspecified
+
+
+def may_lead_elsewhere(ip: str, port: int) -> bool:
+    """Whether others' word may have us connect there at all: to no address of _NEVER, at no port of a system service."""
+    address = try_ip(ip)
+    if address is None or not _port_allowed(port):
+        return False
+    return not any(address in net for net in _NEVER if net.version == address.version)
+
+
 def try_ip(text: str) -> _IP | None:
     """The address that ``text`` is; None for anything else, names and zones included."""
     try:
@@ -75,9 +95,9 @@ class Screen(msgspec.Struct, frozen=True):
     def allows(self, candidate: Candidate) -> bool:
         """See the module."""
         address = try_ip(candidate.ip)
-        if address is None or str(address) in self.own or not _port_allowed(candidate.port):
+        if address is None or str(address) in self.own:
             return False
-        if any(address in net for net in _NEVER if net.version == address.version):
+        if not may_lead_elsewhere(candidate.ip, candidate.port):
             return False
         if candidate.kind == "relay":
             return str(address) in self.relays

@@ -23,6 +23,7 @@ import msgspec
 
 from meshmax.base.ids import PeerId
 from meshmax.base.status import MAX_ADDRESSES
+from meshmax.core.candidates import leads_here
 
 PUBLIC_S: Final = 0.05  # a LAN answers within that
 RELAY_S: Final = 0.15  # the direct ways have had a round trip on a continent; a relay costs its owner something
@@ -39,7 +40,7 @@ _P2P: Final = "/p2p/"
 class Own(msgspec.Struct, frozen=True):
     """Where we stand. ``networks``: of our interfaces, as CIDR; () where nothing is known, and then every private address may
     be of one of ours. ``relays``: at which we hold a place, ``circuits``: how these are reached, as circuit multiaddrs;
-    ``over_relays``: whether we can go over relays at all.
+    ``over_relays``: whether we can go over relays at all; ``here``: whether we listen on loopback alone.
     """
 
     peer_id: PeerId
@@ -49,6 +50,7 @@ class Own(msgspec.Struct, frozen=True):
     relays: tuple[PeerId, ...] = ()
     over_relays: bool = True
     circuits: tuple[str, ...] = ()
+    here: bool = False
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -150,11 +152,11 @@ def _circuits(found: Iterable[Address], target: PeerId, own: Own) -> list[Addres
 
 
 def _is_here(given: Sequence[Address], own: Own) -> bool:
-    """Whether the peer may be on this machine: it is where we are, or all that it tells is loopback."""
-    hosts = [each.host for each in given if each.host]
-    if any(each.host in own.ips for each in given if not each.relay and not _is_loopback(each.host)):
+    """Whether the peer may be on this machine: it is where we are, or both of us tell loopback alone."""
+    if any(each.host in own.ips for each in given if not each.relay and not leads_here(each.host)):
         return True
-    return bool(hosts) and all(_is_loopback(host) for host in hosts)
+    hosts = [each.host for each in given if each.host]
+    return own.here and bool(hosts) and all(leads_here(host) for host in hosts)
 
 
 def _place(address: Address, own: Own, given: Sequence[Address]) -> Place:
@@ -163,9 +165,9 @@ def _place(address: Address, own: Own, given: Sequence[Address]) -> Place:
     if CIRCUIT in address.text or not address.host:
         return "odd" if CIRCUIT not in address.text else "circuit"
     if not address.is_ip:
-        return "loopback" if _is_loopback(address.host) else "public"
+        return "loopback" if leads_here(address.host) else "public"
     ip = ipaddress.ip_address(address.host.partition("%")[0])
-    if ip.is_loopback:
+    if leads_here(address.host):
         return "loopback"
     if not _is_private(ip):
         return "public"
@@ -180,11 +182,6 @@ def _is_private(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 def _in(ip: ipaddress.IPv4Address | ipaddress.IPv6Address, networks: Sequence[str]) -> bool:
     nets = (ipaddress.ip_network(text, strict=False) for text in networks)
     return any(ip in net for net in nets if net.version == ip.version)
-
-
-def _is_loopback(host: str) -> bool:
-    ip = _try_ip(host.partition("%")[0])
-    return host == "localhost" or (ip is not None and ip.is_loopback)
 
 
 def _try_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

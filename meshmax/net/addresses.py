@@ -16,6 +16,7 @@ import msgspec
 
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import PeerId, parse_peer_id
+from meshmax.core.candidates import leads_here
 from meshmax.net.interfaces import is_zoned, running_interfaces
 
 MAX_MULTIADDR: Final = 400  # characters; a DNS name has at most 253, a PeerId 52
@@ -153,10 +154,15 @@ def without_own_loopback(multiaddrs: Sequence[str], own: Callable[[], Sequence[s
     Peers tell loopback addresses for others on their machine; on any other they lead to whoever listens there.
     """
     hosts = {multiaddr: _host(multiaddr) for multiaddr in dict.fromkeys(multiaddrs)}
-    loopback = {multiaddr for multiaddr, host in hosts.items() if host and ipaddress.ip_address(host).is_loopback}
+    loopback = {multiaddr for multiaddr, host in hosts.items() if host and leads_here(host)}
     if not loopback or len(loopback) == len(hosts) or {hosts[each] for each in hosts.keys() - loopback} & set(own()):
         return tuple(hosts)
     return tuple(multiaddr for multiaddr in hosts if multiaddr not in loopback)
+
+
+def is_only_here(multiaddrs: Sequence[str]) -> bool:
+    """Whether ``multiaddrs``, of one peer, lead to its own machine alone: it listens on loopback."""
+    return bool(multiaddrs) and all(leads_here(_host(multiaddr)) for multiaddr in multiaddrs)
 
 
 def _host(multiaddr: str) -> str:

@@ -1,9 +1,10 @@
 """Dialling: every address at once, each with its own deadline; the first that proves the PeerId wins, the rest is dropped.
 
 Rules: at most MAX_DIAL_ADDRESSES addresses of one peer and MAX_DIALS attempts at once; an address that may not be used, or
-that names another peer, is an attempt that failed. Two dials to one peer do not race each other: the second waits for the
-first, which is over when its ``finish`` (the admission) is. A peer that failed before is tried like any other. Addresses over
-relays are passed over. Not here: who should be dialled, and when again (services); relays (services.relay_client).
+that names another peer, is an attempt that failed; so is a name that leads to loopback, unless it says so. Two dials to one
+peer do not race each other: the second waits for the first, which is over when its ``finish`` (the admission) is. A peer that
+failed before is tried like any other. Addresses over relays are passed over. Not here: who should be dialled, and when again
+(services); relays (services.relay_client).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import trio
 
 from meshmax.base.errors import ConnectError, InvalidRequest, MeshmaxError
 from meshmax.base.ids import PeerId
+from meshmax.core.candidates import leads_here
 from meshmax.net import library, limits
 from meshmax.net.addresses import Endpoint, is_circuit, parse_endpoint, without_own_loopback
 from meshmax.net.wire import Transport
@@ -153,6 +155,8 @@ class Dialler(Generic[L]):
 
     async def _connect(self, endpoint: Endpoint) -> ByteStream:
         ips = await self._transport.resolve(endpoint.host) if endpoint.name else [endpoint.host]
+        if endpoint.name and not leads_here(endpoint.host):  # others' names are theirs to point where they like
+            ips = [ip for ip in ips if not leads_here(ip)]
         allowed = [ip for ip in ips if self._allow(ip)]
         if not allowed:
             raise ConnectError("this mesh does not connect to that address")

@@ -18,6 +18,7 @@ from meshmax.base.model import Signed
 from meshmax.base.traversal import PathRecord
 from meshmax.core.dial_plan import Own
 from meshmax.core.path_memory import PathMemory, fingerprint
+from meshmax.net.addresses import is_only_here
 from meshmax.node.bootstrapping import bootstrap_places
 from meshmax.node.relaying import status_of
 from meshmax.services.connector import Connector, Ways, open_connector
@@ -65,7 +66,8 @@ async def open_node_connector(node: Node) -> AsyncIterator[Connector]:
 
     def own() -> Own:
         external = traversal.reachability().external_ips
-        where = Own(node.peer_id, node.network.addresses, _networks(node), external)
+        here = is_only_here(node.swarm.addresses)
+        where = Own(node.peer_id, node.network.addresses, _networks(node), external, here=here)
         if (relays := traversal.relays) is None:
             return where
         return msgspec.structs.replace(where, relays=relays.relays, circuits=relays.addresses)

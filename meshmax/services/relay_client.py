@@ -1,10 +1,11 @@
 """The peer's side of circuit relay v2: keeps places at relays, dials members over relays, takes circuits that relays bring.
 
-Rules. Circuits are taken only from relays at which we hold a place, a bounded number of them. What comes out of a circuit is a
-byte stream that the swarm adopts: Noise proves who is at its other end, whatever the relay said, and admission that it is of
-our mesh. A relay that we use is pinged: one that is gone or frozen costs us its place, and its circuits are broken at once, so
-that they are made anew over another. Circuits are renewed before they end. Not here: when and where (core.reservations,
-core.circuits), whom to connect to (the connector), being a relay (services.relay_server).
+Rules. Circuits are taken only from relays at which we hold a place, a bounded number of them. What comes out of a circuit is
+a byte stream that the swarm adopts: Noise proves who is at its other end, whatever the relay said, and admission that it is
+of our mesh. A relay that is none of ours is dialled where others say that it is, but never at loopback and the like, nor at a
+port of a system service. A relay that we use is pinged: one that is gone or frozen costs us its place, and its circuits are
+broken at once, so that they are made anew over another. Circuits are renewed before they end. Not here: when and where
+(core.reservations, core.circuits), whom to connect to (the connector), being a relay (services.relay_server).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import trio
 from meshmax.base.errors import ConnectError, InvalidRequest, MeshmaxError, NotAMember, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.core.backoff import Random
+from meshmax.core.candidates import leads_here, may_lead_elsewhere
 from meshmax.core.circuits import Circuits, Connect, Direction, Life
 from meshmax.core.rates import Rates
 from meshmax.core.reservations import MAX_TTL_S, Ask, Leave, RelayPlace, Reservations
 from meshmax.core.reservations import Action as PlaceAction
-from meshmax.net.addresses import multiaddr_of, parse_circuit, parse_endpoint
+from meshmax.net.addresses import Endpoint, is_only_here, multiaddr_of, parse_circuit, parse_endpoint
 from meshmax.ports import CountsStreams, Stream, Swarm
 from meshmax.services.relay_stream import CircuitBytes, RelayMessages
 from meshmax.telemetry.log import get_logger
@@ -282,8 +284,16 @@ class RelayClient:
             raise ConnectError(f"'{relay[:200]}' leads to another peer")
         address = relay.partition("/p2p/")[0]
         known = self._reservations.place_of(over)
-        addresses = dict.fromkeys((address, *(known.addresses if known else ())))
-        return RelayPlace(over, tuple(addresses), known.member if known else self._member(over))
+        if known is None and over not in self._swarm.connections() and not self._may_dial(circuit.relay):
+            raise ConnectError(f"'{relay[:200]}' names a relay where none may be")
+        addresses = (known.addresses if known else ()) or (address,)  # what we know ourselves before what others say
+        return RelayPlace(over, addresses, known.member if known else self._member(over))
+
+    def _may_dial(self, relay: Endpoint) -> bool:
+        """Whether others' word may have us dial a relay there; see the module. Who listens on loopback alone lives there."""
+        if is_only_here(self._swarm.addresses):
+            return True
+        return not leads_here(relay.host) if relay.name else may_lead_elsewhere(relay.host, relay.port)
 
     async def _connect(self, peer_id: PeerId, place: RelayPlace, guest: bool) -> None:
         relay = place.peer_id

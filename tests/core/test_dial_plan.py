@@ -1,6 +1,7 @@
 """Which ways to a peer are tried, in which order, and when."""
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,10 +105,29 @@ def test_who_cannot_go_over_relays_does_not() -> None:
 def test_loopback_counts_only_where_the_peer_is_on_this_machine() -> None:
     assert LOCAL not in at(dial_plan(PEER, [LOCAL, PUBLIC], HOME))
     assert LOCAL not in at(dial_plan(PEER, [LOCAL, circuit(RELAY)], HOME))
-    assert at(dial_plan(PEER, [LOCAL], HOME)) == {LOCAL: 0.0}
+    here = msgspec.structs.replace(HOME, here=True)
+    assert at(dial_plan(PEER, [LOCAL], here)) == {LOCAL: 0.0}
     assert LOCAL in at(dial_plan(PEER, [LOCAL, f"/ip4/192.168.1.5/tcp/1/p2p/{PEER}"], HOME))
     beside = circuit(RELAY, host="127.0.0.1")  # everything is on this machine, as in tests
-    assert at(dial_plan(PEER, [LOCAL, beside], HOME)) == {LOCAL: 0.0, beside: RELAY_S}
+    assert at(dial_plan(PEER, [LOCAL, beside], here)) == {LOCAL: 0.0, beside: RELAY_S}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LOCAL,
+        "/ip4/0.0.0.0/tcp/11434",  # the system connects it to loopback
+        "/ip6/::/tcp/11434",
+        "/ip6/::1/tcp/11434",
+        "/ip6/::ffff:127.0.0.1/tcp/11434",
+        "/ip6/::ffff:0.0.0.0/tcp/11434",
+        "/dns4/localhost/tcp/11434",
+        "/dns/x.localhost./tcp/11434",
+    ],
+)
+def test_who_tells_nothing_but_ways_to_our_own_machine_is_not_dialled(text: str) -> None:
+    for told in ([text], [text, text + f"/p2p/{PEER}"], [text, PUBLIC], [text, circuit(RELAY)]):
+        assert not any(address.startswith(text) for address in at(dial_plan(PEER, told, HOME)))
 
 
 def test_what_is_no_address_is_left_to_the_dialler_to_name() -> None:

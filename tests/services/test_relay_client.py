@@ -317,6 +317,55 @@ async def test_circuits_come_only_from_where_we_have_a_place(autojump_clock: Any
         assert wire.parse_stop_status((await stream.receive_some(100))[1:]) == wire.PERMISSION_DENIED
 
 
+@pytest.mark.parametrize(
+    "at",
+    [
+        "/ip4/127.0.0.1/tcp/11434",
+        "/ip4/0.0.0.0/tcp/11434",
+        "/ip6/::1/tcp/11434",
+        "/ip6/::ffff:127.0.0.1/tcp/11434",
+        "/ip4/169.254.169.254/tcp/80",
+        "/ip4/224.0.0.251/tcp/5353",
+        "/ip4/255.255.255.255/tcp/5353",
+        "/ip4/198.51.100.9/tcp/25",
+        "/dns4/localhost/tcp/11434",
+    ],
+)
+async def test_nobody_has_us_dial_a_relay_at_our_own_machine_or_at_a_system_service(
+    autojump_clock: Any, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_site() as site:
+        relay = await site.relay()
+        a = await site.member([])
+        b = await site.member()
+        await until(lambda: b.client.relays)
+        dialled: list[str] = []
+
+        async def dial(_: object, __: str, addresses: list[str], **___: object) -> None:
+            await trio.lowlevel.checkpoint()
+            dialled.extend(addresses)
+
+        monkeypatch.setattr(type(a.swarm), "dial", dial)
+        with pytest.raises(ConnectError, match="where none may be"):
+            await a.client.connect(b.peer_id, f"{at}/p2p/{relay.peer_id}/p2p-circuit/p2p/{b.peer_id}")
+        assert dialled == []
+
+
+async def test_a_relay_that_we_know_is_dialled_where_we_know_it_and_not_where_others_say(autojump_clock: Any) -> None:
+    async with open_site() as site:
+        relay = await site.relay()
+        b = await site.member()
+        await until(lambda: b.client.relays)
+        a = await site.member()
+        await until(lambda: a.client.relays)
+        await a.swarm.disconnect(relay.peer_id)
+        lie = f"/ip4/203.0.113.66/tcp/4001/p2p/{relay.peer_id}/p2p-circuit/p2p/{b.peer_id}"
+        assert a.client._place_of(b.peer_id, lie).addresses == relay.place.addresses
+        with trio.fail_after(10):
+            await a.client.connect(b.peer_id, lie)
+        assert await exchange(a, b) == b"hello"
+
+
 async def test_a_relay_that_cuts_every_circuit_is_shunned_for_another(autojump_clock: Any) -> None:
     async with open_site() as site:
         cutter = await site.relay()
@@ -328,6 +377,7 @@ async def test_a_relay_that_cuts_every_circuit_is_shunned_for_another(autojump_c
         async def cut(*_given: Any) -> None:
             _core, _circuit, asking, asked = _given
             await asking.stream.send_all(wire.encode_hop_status(wire.OK))
+            await trio.sleep(0.05)  # a reset takes what was not read yet with it
             await asking.stream.reset()
             await asked.stream.reset()
 
@@ -336,6 +386,7 @@ async def test_a_relay_that_cuts_every_circuit_is_shunned_for_another(autojump_c
         for _ in range(3):
             with pytest.raises(ConnectError):
                 await a.client.connect(b.peer_id, way)
+        await until(lambda: a.client.circuits.shunned(cutter.peer_id, trio.current_time()))
         with pytest.raises(ConnectError, match="cut circuits short"):
             await a.client.connect(b.peer_id, way)
         await until(lambda: is_relayed(a, b))

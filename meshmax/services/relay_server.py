@@ -72,6 +72,10 @@ class RelayServer:
             return self.members if self._serves_members() else self.relay
         return self.relay
 
+    def _may_be_reached(self, relay: Relay, peer_id: PeerId) -> bool:
+        """A member's place ends with its membership, as by a revocation, though it may be connected as a guest still."""
+        return relay is not self.members or peer_id in self._swarm.connections()
+
     async def answer(self, stream: Stream) -> None:
         """Serve one hop stream, to the end of its circuit if it becomes one. Raises PeerGone, RemoteProtocolError."""
         asking = RelayMessages(stream)
@@ -105,6 +109,8 @@ class RelayServer:
 
     async def _connect(self, relay: Relay, asking: RelayMessages, subnet: str, target: PeerId) -> None:
         stream = asking.stream
+        if not self._may_be_reached(relay, target):
+            relay.forget(target)
         circuit = relay.connect(stream.peer, subnet, target, trio.current_time())
         if not isinstance(circuit, Circuit):
             await stream.send_all(wire.encode_hop_status(_STATUS[circuit]))
@@ -164,7 +170,10 @@ class RelayServer:
                     if relay is not None:
                         relay.expire(trio.current_time())
                         for peer_id in relay.reserved():
-                            nursery.start_soon(self._ping, relay, peer_id, limiter)
+                            if self._may_be_reached(relay, peer_id):
+                                nursery.start_soon(self._ping, relay, peer_id, limiter)
+                            else:
+                                relay.forget(peer_id)
 
     async def _ping(self, relay: Relay, peer_id: PeerId, limiter: trio.CapacityLimiter) -> None:
         async with limiter:

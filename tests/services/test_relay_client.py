@@ -512,3 +512,23 @@ async def test_members_meet_over_a_member_that_relays(autojump_clock: Any) -> No
         relay.serves = False
         with pytest.raises(ConnectError, match="does not relay for us"):
             await a.client.connect(b.peer_id, b.client.addresses[0])
+
+
+async def test_a_member_that_is_one_no_longer_is_not_relayed_to_though_it_stays_as_a_guest(autojump_clock: Any) -> None:
+    async with open_site() as site:
+        relay = await site.members_relay()
+        a, b = await site.member([relay], as_member=True), await site.member([relay], as_member=True)
+        await until(lambda: b.client.relays)
+        way = b.client.addresses[0]
+        members = relay.server.members
+        assert members is not None
+        assert b.peer_id in members.reserved()
+        b.swarm._gate._admission = SameWord(b"else")  # revoked: the next admission fails
+        await relay.swarm.disconnect(b.peer_id)
+        await b.swarm.dial(relay.peer_id, relay.swarm.addresses, guest=True)
+        brought: list[str] = []
+        b.swarm.serve(RELAY_STOP, lambda stream: brought.append(stream.peer), to="anyone")  # type: ignore[arg-type,return-value]
+        with pytest.raises(ConnectError, match="has no place there"):
+            await a.client.connect(b.peer_id, way)
+        assert brought == []
+        assert b.peer_id not in members.reserved()

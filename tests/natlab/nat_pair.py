@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import httpx
+
 from meshmax.testing.process import until
 from tests.natlab.nat_site import NatSite, Place
 from tests.natlab.site import Site
@@ -19,6 +21,7 @@ from tests.natlab.site import Site
 MODEL: Final = "big"
 PROMPT: Final = "we meet behind our routers"
 MEET_S: Final = 20.0  # until a pair that is not connected counts as such
+PULL_S: Final = 90.0
 DIRECT_S: Final = 12.0  # the same for a direct path
 DIRECT: Final = ("direct", "mapped", "punched-tcp", "punched-udp")
 
@@ -115,7 +118,11 @@ def _pull(site: NatSite, pair: Pair, one: str, two: str, model: Path) -> None:
     give_model(site, two, MODEL, model)
     until(f"{one} hears of the model", lambda: lists(site, one, MODEL), 20.0)
     began_s = time.monotonic()
-    reply = site.call(one, "POST", "/api/pull", {"model": MODEL, "stream": False}, timeout_s=120.0)
+    try:
+        reply = site.call(one, "POST", "/api/pull", {"model": MODEL, "stream": False}, timeout_s=PULL_S)
+    except httpx.HTTPError as error:
+        pair.pull_problem = f"{type(error).__name__}: {error}"
+        return
     if reply.json().get("status") != "success":
         pair.pull_problem = reply.text[:300]
         return

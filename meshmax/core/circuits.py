@@ -20,6 +20,7 @@ from meshmax.core.backoff import Random, backoff_s
 
 MAX_CIRCUITS: Final = 64  # of ours, either way; beyond it neighbours are too many to be all behind relays
 MAX_CIRCUITS_PER_PEER: Final = 4  # as many as a relay allows: a new one, an old one, and both sides dialled at once
+MAX_BROUGHT: Final = 24  # by one relay; ours bring 8 to a peer, and one that invents guests leaves room for the others'
 RENEW_SHARE: Final = 0.5  # of its life, so that a stream has as much again: a quarter of an hour as relays usually are
 RETRY_FIRST_S, RETRY_MOST_S = 1.0, 60.0  # pauses of renewals that fail
 REPLACE_S: Final = 15.0  # for how long a broken one is tried to be replaced
@@ -96,8 +97,11 @@ class Circuits:
     def __len__(self) -> int:
         return len(self._open)
 
-    def room_for(self, peer_id: PeerId) -> bool:
-        """Whether one more circuit with this peer may be opened."""
+    def room_for(self, peer_id: PeerId, brought_by: PeerId | None = None) -> bool:
+        """Whether one more circuit with this peer may be opened. ``brought_by``: the relay that wants to bring it to us."""
+        brought = sum(circuit.direction == "in" and circuit.relay == brought_by for circuit in self._open)
+        if brought >= MAX_BROUGHT:
+            return False
         own = sum(circuit.peer_id == peer_id for circuit in self._open)
         return own < MAX_CIRCUITS_PER_PEER and len(self._open) < MAX_CIRCUITS
 

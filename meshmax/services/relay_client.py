@@ -23,8 +23,10 @@ from meshmax.core.backoff import Random
 from meshmax.core.candidates import leads_here, may_lead_elsewhere
 from meshmax.core.circuits import Circuits, Connect, Direction, Life
 from meshmax.core.rates import Rates
+from meshmax.core.reachability import scope_of
 from meshmax.core.reservations import MAX_TTL_S, Ask, Leave, RelayPlace, Reservations
 from meshmax.core.reservations import Action as PlaceAction
+from meshmax.core.subnets import ip_of
 from meshmax.net.addresses import Endpoint, is_only_here, multiaddr_of, parse_circuit, parse_endpoint
 from meshmax.ports import CountsStreams, Stream, Swarm
 from meshmax.services.relay_stream import CircuitBytes, RelayMessages
@@ -179,7 +181,8 @@ class RelayClient:
         if status is not None and status.status == wire.OK:
             ttl_s = status.expires_at_s - self._unix_now() if status.expires_at_s else MAX_TTL_S
             first = relay not in self.relays
-            self._perform(self._reservations.on_reserved(relay, ttl_s, _told_addresses(relay, status), now))
+            told = _told_addresses(relay, status, self._seen_at(relay))
+            self._perform(self._reservations.on_reserved(relay, ttl_s, told, now))
             if first and relay in self.relays:
                 _log.info("relay keeps a place for us", relay=relay)
             self._keep_pinging(relay)
@@ -188,6 +191,11 @@ class RelayClient:
             why = _WHY.get(status.status, f"it answered with status {status.status}")
         _log.info("relay keeps no place for us", relay=relay, why=why)
         self._perform(self._reservations.on_failed(relay, now))
+
+    def _seen_at(self, relay: PeerId) -> str:
+        """The IP address at which we reach the relay; '' where there is none."""
+        view = self._swarm.connections().get(relay)
+        return ip_of(view.address) if view is not None else ""
 
     async def _ask_for_place(self, place: RelayPlace) -> wire.RelayStatus:
         await self._reach(place)
@@ -427,7 +435,7 @@ class RelayClient:
     def _judge(self, relay: PeerId, source: PeerId) -> wire.Status:
         if relay not in self.relays or source in (relay, self._swarm.peer_id):
             return wire.PERMISSION_DENIED
-        taken = self.circuits.room_for(source) and self._offers.take(relay, trio.current_time())
+        taken = self.circuits.room_for(source, relay) and self._offers.take(relay, trio.current_time())
         return wire.OK if taken else wire.RESOURCE_LIMIT_EXCEEDED
 
 
@@ -441,14 +449,21 @@ async def _ping_once(stream: Stream) -> None:
         left -= len(data)
 
 
-def _told_addresses(relay: PeerId, status: wire.RelayStatus) -> list[str]:
-    """The addresses that the relay says it has, without /p2p, as far as we could dial them."""
+def _told_addresses(relay: PeerId, status: wire.RelayStatus, seen_at: str) -> list[str]:
+    """The addresses that the relay says it has, without /p2p, as far as others may be told of them.
+
+    What is nearer than ``seen_at``, where we reach it ourselves, leads others to machines of their own.
+    """
     found = []
     for raw in status.addresses:
         text = try_decode_multiaddr(raw)
         try:
             endpoint = parse_endpoint(text or "")
         except InvalidRequest:
+            continue
+        if endpoint.name or scope_of(endpoint.host) < scope_of(seen_at):
+            continue
+        if scope_of(seen_at) and not may_lead_elsewhere(endpoint.host, endpoint.port):
             continue
         if text and endpoint.peer_id in (None, relay):
             found.append(text.partition("/p2p/")[0])

@@ -4,7 +4,7 @@ import random
 
 from meshmax.base.ids import PeerId
 from meshmax.core import circuits as module
-from meshmax.core.circuits import MAX_CIRCUITS, MAX_CIRCUITS_PER_PEER, Circuits, Connect, Life
+from meshmax.core.circuits import MAX_BROUGHT, MAX_CIRCUITS, MAX_CIRCUITS_PER_PEER, Circuits, Connect, Life
 
 RELAY, OTHER, PEER = PeerId("r"), PeerId("o"), PeerId("p")
 LIFE = Life(1800.0, 64 << 20)
@@ -100,3 +100,17 @@ def test_circuits_are_bounded_by_peer_and_in_all() -> None:
     for number in range(2 * module.MAX_SHUNNED):
         circuits.on_cut_short(PeerId(str(number)), 0.0)
     assert len(circuits._conduct) == module.MAX_SHUNNED
+
+
+def test_a_relay_that_brings_guests_without_end_leaves_room_for_other_relays_and_for_ours() -> None:
+    circuits = made()
+    for number in range(MAX_BROUGHT):
+        assert circuits.room_for(PEER, RELAY)
+        circuits.on_opened(PeerId(str(number)), RELAY, "in", LIFE, 0.0)
+    assert not circuits.room_for(PEER, RELAY)
+    assert circuits.room_for(PEER, OTHER)
+    for number in range(MAX_BROUGHT):
+        circuits.on_opened(PeerId(str(number)), OTHER, "in", LIFE, 0.0)
+    for _ in range(MAX_CIRCUITS_PER_PEER):
+        assert circuits.room_for(PEER)
+        circuits.on_opened(PEER, RELAY, "out", LIFE, 0.0)

@@ -1,11 +1,11 @@
 """Fetching one blob from all its sources at once: runs core.fetch over sessions.
 
-One task owns the core: it takes what has happened in all sessions from one inbox, all of it at a time, marks the chunks
-that were written, and performs the core's actions. New sources are looked for all the time; those that fail are tried
-again after a pause. It ends when the blob is whole, the store fails, or nobody has had what is missing for long; by then
-every session has ended, and every thread of its lanes. Not here: which peers have the model (services.pull_world), what
-to ask of whom (core.fetch), how much over relays (core.relay_quota), how chunks come (services.blob_client) and are
-written (services.landing).
+One task owns the core: it takes what has happened in all sessions from one inbox, all of it at a time, marks the chunks that
+were written, and performs the core's actions. New sources are looked for all the time; those that fail are tried again after a
+pause, or as soon as they are connected over another connection than the one that failed. It ends when the blob is whole, the
+store fails, or nobody has had what is missing for long; by then every session has ended, and every thread of its lanes. Not
+here: which peers have the model (services.pull_world), what to ask of whom (core.fetch), how much over relays
+(core.relay_quota), how chunks come (services.blob_client) and are written (services.landing).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from meshmax.base.model import CHUNK_BYTES
 from meshmax.core import fetch as core
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.relay_quota import RELAY_BLOB_BYTES, RelayQuota
-from meshmax.ports import ChunkSource, Partial, Swarm, Throttle
+from meshmax.ports import ChunkSource, ConnectionView, Partial, Swarm, Throttle
 from meshmax.services.blob_client import Session
 from meshmax.services.fetch_events import (
     Bad,
@@ -101,6 +101,7 @@ class BlobFetch:
         self._sessions: dict[PeerId, Session | LocalSession] = {}
         self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
         self._retry_at_s: dict[PeerId, float] = {}
+        self._began_over: dict[PeerId, ConnectionView | None] = {}  # the last session of each; None: not connected then
         self._done = False
         self._done_bytes = sum(self.map.span(i)[1] for i in range(self.map.count) if i in partial.haves)
 
@@ -242,10 +243,14 @@ class BlobFetch:
                     pass  # seen in `view` and `stuck`
 
     def _seek(self, nursery: trio.Nursery, now: float) -> None:
+        connections = self._swarm.connections()
         for peer, addresses in self._sources().items():
             known = peer in self._sessions or self._core.banned(peer)
-            if known or len(self._sessions) >= core.MAX_SOURCES or now < self._retry_at_s.get(peer, 0.0):
+            view = connections.get(peer)
+            early = now < self._retry_at_s.get(peer, 0.0) and view in (None, self._began_over.get(peer))
+            if known or len(self._sessions) >= core.MAX_SOURCES or early:
                 continue
+            self._began_over[peer] = view
             session = Session(peer, self._landing, partial(self._heard, peer), self._opener, self._lane_goal)
             self._sessions[peer] = session
             nursery.start_soon(session.run, self._swarm, addresses)

@@ -326,6 +326,26 @@ async def test_lanes_end_with_the_control_connection(autojump_clock: trio.testin
             nursery.cancel_scope.cancel()
 
 
+async def test_a_source_that_is_connected_anew_is_asked_at_once_however_often_it_failed_before(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site(limit=Metered(4 * CHUNK_BYTES), lanes=False) as site:
+        fetch = await site.fetch(chunk_map_of_bytes(LARGE))
+        (peer,) = site.servers
+        (server,) = [each for each in site.network._swarms.values() if each.peer_id == peer]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch.run)
+            await trio.sleep(2)
+            for away_s in (0.1, 25.0):
+                await site.fetcher.disconnect(peer)
+                await trio.sleep(away_s)
+                had = fetch.done_bytes
+                await site.fetcher.dial(peer, server.addresses)
+                await trio.sleep(1.5)  # a look for sources, and a chunk
+                assert fetch.done_bytes > had
+            nursery.cancel_scope.cancel()
+
+
 class Metered:
     """A limit of ``rate`` bytes a second each way, in virtual time."""
 

@@ -95,6 +95,8 @@ async def open_node_connector(node: Node) -> AsyncIterator[Connector]:
     memory = PathMemory(load_paths(home), world.unix_now())
     async with open_connector(node.swarm, ways, memory) as connector:
         node.network.watch(connector.on_network_change)
+        if traversal.where is not None:
+            traversal.where.watch(connector.on_whereabouts)
         node.membership.connect = partial(connector.connect, guest=True)
         yield connector
 

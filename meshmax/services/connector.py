@@ -32,6 +32,9 @@ from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
 
 UPGRADE_S: Final = 15.0  # for an attempt at a better path; each of its parts has a shorter deadline of its own
+UPGRADE_DIAL_S: Final = (
+    4.0  # of these for addresses: who is not there lets a dial wait for longer than signalling takes
+)
 WRITE_PAUSE_S: Final = 5.0  # news of paths come many at a time
 LAST_WRITE_S: Final = 2.0
 
@@ -61,11 +64,10 @@ class Connector:
         self._swarm, self._ways, self._memory = swarm, ways, memory
         self._upgrades = Upgrades(ways.random)
         self._stories: dict[PeerId, Story] = {}  # of connected peers
-        self._told: dict[
-            PeerId, tuple[str, ...]
-        ] = {}  # addresses of peers that are reached over a relay, by their own word
+        self._told: dict[PeerId, tuple[str, ...]] = {}  # addresses of who is reached over a relay, by its own word
         self._given: dict[PeerId, tuple[str, ...]] = {}  # of the same: what they were dialled at
         self._dials: dict[PeerId, _Dial] = {}
+        self._outside = frozenset[str]()  # our own IP addresses as others see them
         self._due = trio.Event()
         self._news = trio.Event()
 
@@ -112,7 +114,7 @@ class Connector:
             delays_s=[delay_s for _, delay_s in direct],
             better=better,
         )
-        found = [Way("direct", dial)] if direct else []
+        found = [Way("direct", partial(_shortly, dial) if better else dial)] if direct else []
         if (relays := self._ways.relays()) is not None and not better:
             for step in plan:
                 if step.method == "relay":
@@ -180,6 +182,12 @@ class Connector:
         """Our own network is another: attempts begin afresh. Cheap, called from any task."""
         self._upgrades.on_network_change(trio.current_time())
         self._due.set()
+
+    def on_whereabouts(self) -> None:
+        """Others may see us at other addresses than before: attempts that went by the old ones begin afresh. Cheap."""
+        before, self._outside = self._outside, frozenset(self._ways.own().external_ips)
+        if self._outside - before:
+            self.on_network_change()
 
     def on_news(self) -> None:
         """Peers may tell other addresses than before. Cheap, called from any task."""
@@ -250,6 +258,13 @@ class Connector:
     async def _write(self) -> None:
         self._news = trio.Event()
         await isolate("paths", partial(self._ways.keep, self._memory.snapshot()))
+
+
+async def _shortly(dial: Callable[[], Awaitable[None]]) -> None:
+    with trio.move_on_after(UPGRADE_DIAL_S):
+        await dial()
+        return
+    raise ConnectError("no address answered in time")
 
 
 class _Dial:

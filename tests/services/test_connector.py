@@ -20,7 +20,7 @@ from meshmax.core.path_memory import PathMemory, fingerprint
 from meshmax.core.upgrades import JITTER, PAUSES_S, YIELD_S
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import ByteStream
-from meshmax.services.connector import WRITE_PAUSE_S, Connector, Ways, open_connector
+from meshmax.services.connector import UPGRADE_DIAL_S, WRITE_PAUSE_S, Connector, Ways, open_connector
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.testing.sim_network import SimNetwork
 
@@ -39,6 +39,7 @@ class Ground:
         self.relays: Relays | None = Relays(self)
         self.signals: Signals | None = Signals(self)
         self.wanted = True
+        self.outside: tuple[str, ...] = ()
         self.told: tuple[str, ...] = b.addresses
         self.kept: list[tuple[PathRecord, ...]] = []
         self.connector: Connector
@@ -79,7 +80,7 @@ class Ground:
 
         return Ways(
             wanted=lambda: self.wanted,
-            own=lambda: Own(self.a.peer_id),
+            own=lambda: Own(self.a.peer_id, external_ips=self.outside),
             network=lambda: NETWORK,
             relays=lambda: self.relays,
             signals=lambda: self.signals,
@@ -279,6 +280,33 @@ async def test_while_a_relay_carries_better_paths_are_tried_with_longer_and_long
         g.connector.on_news()
         await trio.sleep(1.5)
         assert len(g.signals.tried) == before + 1
+
+
+async def test_when_others_see_us_elsewhere_a_better_path_is_tried_at_once(autojump_clock: Clock) -> None:
+    async with ground() as g:
+        g.apart()
+        g.told = ()
+        await g.connector.connect(g.b.peer_id, [g.circuit])
+        assert g.signals
+        await trio.sleep(300)
+        before = len(g.signals.tried)
+        for outside, more in ((("198.51.100.1",), 1), (("198.51.100.1",), 0), ((), 0), (("198.51.100.7",), 1)):
+            g.outside = outside
+            g.connector.on_whereabouts()
+            await trio.sleep(1.5)
+            assert len(g.signals.tried) == before + more
+            await trio.sleep(200)
+            before = len(g.signals.tried)
+
+
+async def test_addresses_that_do_not_answer_do_not_delay_the_next_attempt(autojump_clock: Clock) -> None:
+    async with ground() as g:
+        g.apart()
+        await g.connector.connect(g.b.peer_id, [g.circuit, *g.b.addresses])
+        await until(lambda: g.signals is not None and len(g.signals.tried) == 2)
+        assert g.signals
+        first, second = g.signals.tried
+        assert second - first <= UPGRADE_DIAL_S + PAUSES_S[0] * (1 + JITTER) + 0.1
 
 
 async def test_the_side_that_did_not_dial_waits_for_the_other_to_begin(autojump_clock: Clock) -> None:

@@ -38,6 +38,7 @@ from meshmax.base.errors import ConnectError
 from meshmax.base.traversal import TurnServer
 from meshmax.base.units import KIB
 from meshmax.wire.sdp import SCTP_PORT, Description, IceCandidate, Kind
+from meshmax.wire.stun import padding
 
 MAX_PAIRS: Final = 128  # of addresses that are checked: 8 of ours with 16 of theirs
 MAX_DATAGRAMS: Final = 1024  # that arrived and were not read yet, as a socket's buffer; more are lost, and sent again
@@ -51,6 +52,17 @@ for _name in ("aioice", "aiortc"):
 
 class _Connection(Connection):
     """Bounds of what others can make an ICE agent do."""
+
+    def request_received(self, message: Any, addr: tuple[str, int], protocol: StunProtocol) -> None:
+        """Passed over: what is not the other end's, since any answer, an error (RFC 8489, 9.1.3) too, can be longer than the
+        question and go to a spoofed address."""
+        known = {one.host for one in self._remote_candidates}
+        given = message.attributes
+        if (known and addr[0] not in known) or not {"USERNAME", "MESSAGE-INTEGRITY"} <= set(given):
+            return
+        password = self.local_password.encode()
+        if self._valid_username(given["USERNAME"]) and message.check_message_integrity(password):
+            super().request_received(message, addr, protocol)
 
     def check_incoming(self, message: Any, addr: tuple[str, int], protocol: StunProtocol) -> None:
         """Passed over: checks from where the remote said it is not (its NAT may choose the port), and too many pairs."""
@@ -136,6 +148,7 @@ class Parts:
     async def gather_reflexive(self, protocol: StunProtocol, server: tuple[str, int]) -> bool:
         """Ask a STUN server (an IP address and port) how it sees a socket. False: it said nothing useful. Asks for long."""
         request = aioice.stun.Message(aioice.stun.Method.BINDING, aioice.stun.Class.REQUEST)
+        request.attributes["SOFTWARE"] = padding(ipv6=":" in server[0])
         try:
             response, source = await protocol.request(request, server)
         except aioice.stun.TransactionError:

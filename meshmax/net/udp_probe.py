@@ -63,7 +63,8 @@ class UdpProbePort:
         for at_s in RETRANSMIT_S:
             await trio.sleep_until(began_s + at_s)
             try:
-                await self._socket.sendto(stun.encode_request(question.transaction), question.server)
+                request = stun.encode_request(question.transaction, ipv6=":" in question.server[0])
+                await self._socket.sendto(request, question.server)
             except OSError:  # no way there at this moment; the next attempt may find one
                 continue
 

@@ -1,11 +1,12 @@
 """STUN binding requests and answers (RFC 8489), as a server that shares its port with other protocols speaks them.
 
-Rules: a message is a header of 20 bytes and attributes; one with another cookie, a length that does not fit, a wrong FINGERPRINT
-or over MAX_MESSAGE_BYTES is no message. A request needs no attribute; one that must be understood and is not gets an error
-answer that names it (RFC 8489, 6.3.1). Answers carry XOR-MAPPED-ADDRESS, RESPONSE-ORIGIN and OTHER-ADDRESS where they are
-given (RFC 5780), and FINGERPRINT where the request had it: an answer has at most MAX_ANSWER_BYTES, so that it is no
-weapon against a spoofed address. Credentials are not checked: a binding is no secret. Over TCP messages follow each other;
-`message_length` says where one ends. Not here: who is answered how often (services.stun_server), ICE.
+Rules: a message is a header of 20 bytes and attributes; one with another cookie, a length that does not fit, a wrong
+FINGERPRINT or over MAX_MESSAGE_BYTES is no message. A request needs no attribute; one that must be understood and is not gets
+an error answer that names it (RFC 8489, 6.3.1). Answers carry XOR-MAPPED-ADDRESS, RESPONSE-ORIGIN and OTHER-ADDRESS where
+they are given (RFC 5780), and FINGERPRINT where the request had it: an answer has at most MAX_ANSWER_BYTES, so that it is no
+weapon against a spoofed address. Our own requests are padded to the length of what we answer to them. Credentials are not
+checked: a binding is no secret. Over TCP messages follow each other; `message_length` says where one ends. Not here: who is
+answered how often (services.stun_server), ICE.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _HEADER: Final = struct.Struct(">HHI12s")
 _ATTRIBUTE: Final = struct.Struct(">HH")
 _FINGERPRINT_XOR: Final = 0x5354554E
 _XOR_MAPPED_ADDRESS, _ERROR_CODE, _UNKNOWN_ATTRIBUTES = 0x0020, 0x0009, 0x000A
-_FINGERPRINT, _RESPONSE_ORIGIN, _OTHER_ADDRESS = 0x8028, 0x802B, 0x802C
+_SOFTWARE, _FINGERPRINT, _RESPONSE_ORIGIN, _OTHER_ADDRESS = 0x8022, 0x8028, 0x802B, 0x802C
 # Of those that must be understood: credentials and ICE's, which change nothing about what we answer.
 _UNDERSTOOD: Final = frozenset((0x0001, 0x0006, 0x0008, 0x0014, 0x0015, 0x001C, 0x001D, 0x001E, 0x0024, 0x0025))
 _OPTIONAL: Final = 0x8000
@@ -74,9 +75,15 @@ def message_length(header: bytes) -> int:
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
-def encode_request(transaction: bytes, *, fingerprint: bool = True) -> bytes:
-    """A binding request. ``transaction``: 12 random bytes; the fingerprint is due on ports that STUN shares."""
-    return _message(REQUEST, transaction, b"", fingerprint)
+def padding(*, ipv6: bool) -> str:
+    """The SOFTWARE of our requests, with which they are as long as their answers; it names no program."""
+    return " " * (20 if ipv6 else 8)
+
+
+def encode_request(transaction: bytes, *, fingerprint: bool = True, ipv6: bool = False) -> bytes:
+    """A binding request, as long as its answer. ``transaction``: 12 random bytes; the fingerprint is due on ports that STUN
+    shares. ``ipv6``: the answer will name such an address."""
+    return _message(REQUEST, transaction, _attribute(_SOFTWARE, padding(ipv6=ipv6).encode()), fingerprint)
 
 
 def parse_request(data: bytes) -> BindingRequest:

@@ -12,7 +12,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import trio
+
 from meshmax.net import limits
+from meshmax.net.negotiation import propose_on
 from meshmax.net.wire import Wire
 
 # The import takes 2 to 3 s, so it happens when a swarm is opened, never when a module of ours is imported.
@@ -45,7 +48,6 @@ def load() -> None:
 @functools.cache
 def failures() -> tuple[type[Exception], ...]:
     """What the library and its parsers raise for bytes that a peer chose, or for a connection that went away."""
-    import trio
     from cryptography.exceptions import InvalidSignature, InvalidTag
     from google.protobuf.message import DecodeError
     from libp2p.exceptions import BaseLibp2pError
@@ -113,12 +115,37 @@ def make_host(private_bytes: bytes, advertised: Callable[[], Sequence[str]]) -> 
     # It would ask every new peer who it is in a system task, which outlives the host and ends the program if it fails.
     # We answer such questions and ask none.
     host._schedule_identify = lambda _peer_id, *, reason: None
+    upgrader = host.get_network().upgrader  # nobody asks after Noise's: without it nothing follows
+    _propose_eagerly(upgrader.security_multistream._selector, NOISE, lambda _raw: trio.Event())
+    _propose_eagerly(upgrader.muxer_multistream._selector, YAMUX, lambda secured: _wire_under(secured).agreed)
     return host
+
+
+def _propose_eagerly(selector: Any, protocol: str, agreed: Callable[[Any], trio.Event]) -> None:
+    """Let connections that we begin go on with ``protocol`` at once: the library waits for two answers, each a round trip.
+
+    ``agreed``: of a connection, what to set when the answers are there.
+    """
+    from libp2p.protocol_muxer.exceptions import MultiselectClientError
+
+    answer = selector.select
+
+    def refused() -> Exception:
+        error: Exception = MultiselectClientError(f"the peer does not speak {protocol}")
+        return error
+
+    async def select(connection: Any, is_initiator: bool, *timeout_s: int) -> tuple[str, Any]:
+        if not is_initiator:
+            taken: tuple[str, Any] = await answer(connection, is_initiator, *timeout_s)
+            return taken
+        await propose_on(connection, protocol, refused, agreed(connection))
+        return protocol, selector.handlers[protocol]
+
+    selector.select = select
 
 
 @functools.cache
 def _bounded_yamux() -> Any:
-    import trio
     from libp2p.stream_muxer.yamux.yamux import Yamux
 
     class BoundedYamux(Yamux):  # type: ignore[misc]
@@ -163,5 +190,9 @@ def make_raw_connection(wire: Any, initiator: bool) -> Any:
 
 def wire_of(muxed_connection: Any) -> Wire:
     """The Wire under a connection of the library: Yamux over a Noise session over a raw connection over it."""
-    wire: Wire = muxed_connection.secured_conn.conn.read_writer.read_write_closer.stream
+    return _wire_under(muxed_connection.secured_conn)
+
+
+def _wire_under(secured_connection: Any) -> Wire:
+    wire: Wire = secured_connection.conn.read_writer.read_write_closer.stream
     return wire

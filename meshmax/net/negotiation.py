@@ -1,12 +1,14 @@
-"""Agreeing on a stream's protocol: multistream-select 1.0, the opener's side.
+"""Agreeing on a stream's protocol, or a connection's: multistream-select 1.0, the opener's side.
 
 Decided here: both lines go out at once and both answers are read afterwards, which saves a round trip; who has the first
-message ready sends it along (`EagerStream`), which saves another. Not here: the answering side, which is the library's.
+message ready sends it along (`EagerStream`), which saves another. So it is with Noise and Yamux on connections that we begin,
+where there is nothing else to choose (`propose_on`). Not here: the answering side, which is the library's and takes either.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import trio
 
@@ -88,6 +90,32 @@ class EagerStream:
     async def aclose(self) -> None:
         """See ports.Stream."""
         await self._stream.aclose()
+
+
+async def propose_on(connection: Any, protocol: str, refused: Callable[[], Exception], agreed: trio.Event) -> None:
+    """Say on one of the library's connections that we want ``protocol``; its next `read` reads the answers first.
+
+    That read sets ``agreed``, or raises what ``refused`` makes where the peer says something else.
+    """
+    await connection.write(_delimited(_MULTISTREAM) + _delimited(protocol))
+    read = connection.read
+
+    async def read_answers_first(n: int | None = None) -> bytes:
+        for line in (_MULTISTREAM, protocol):
+            due, answer = _delimited(line), b""
+            while len(answer) < len(due):
+                # The length by itself: some readers wait for all that they are asked for, and "na" is shorter.
+                part = await read(len(due) - len(answer) if answer else 1)
+                if not part:
+                    return b""
+                answer += part
+                if not due.startswith(answer):
+                    raise refused()
+        connection.read = read
+        agreed.set()
+        return bytes(await read(n))
+
+    connection.read = read_answers_first
 
 
 def _delimited(line: str) -> bytes:

@@ -141,6 +141,8 @@ class LibrarySwarm:
             await self._gate.wait_asked(link.passage, guest=guest)
 
     async def _ask(self, link: Link, *, guest: bool) -> None:
+        if guest or not self._gate.checks:
+            await link.wait_agreed()
         self._gate.open(link.passage, guest=guest)
         await self._gate.ask(link.passage, partial(self._open_member, link))
 
@@ -342,6 +344,7 @@ class LibrarySwarm:
         """Accept nothing more, let out what is queued for at most LAST_WORDS_S, cut every connection."""
         for _, listener in self._listeners:
             listener.close()
+        self._upgrader.close()
         wires = [link.wire for link in self._upgrader.links.values()]
         with trio.CancelScope(deadline=trio.current_time() + limits.LAST_WORDS_S, shield=True):
             for wire in wires:

@@ -1,7 +1,9 @@
 """From a byte stream to an authenticated link: Noise proves the PeerId, Yamux carries streams.
 
 Rules: whatever fails or is cancelled on the way cuts the stream. A peer has at most MAX_CONNECTIONS_PER_PEER links, whoever made
-them. Not here: where the stream comes from (dialler, door, punching, relays), who is a member (net.admission).
+them. A link that we begin is handed over as soon as the peer is authenticated; that the peer takes it shows with the first
+answer on it, or by `Link.wait_agreed`. Not here: where the stream comes from (dialler, door, punching, relays), who is a member
+(net.admission).
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ class Link:
         self.streams = 0  # see net.draining.HasStreams
         self.idle_since = trio.current_time()
 
+    @property
+    def heard_s(self) -> float:
+        """See net.draining.HasStreams."""
+        return self.wire.heard_s
+
     def opened(self) -> None:
         """There is one stream more."""
         self.streams += 1
@@ -43,6 +50,20 @@ class Link:
     def discount(self) -> None:
         """One of the streams is but a question about the link."""
         self.streams -= 1
+
+    async def wait_agreed(self) -> None:
+        """Wait for the peer's side of a link that we began, for who has nothing to ask. Raises ConnectError.
+
+        Where that fails or is cancelled, the link is cut.
+        """
+        with trio.move_on_after(limits.DIAL_ADDRESS_TIMEOUT_S):
+            try:
+                await self.wire.agreed.wait()
+            finally:
+                if not self.wire.agreed.is_set():
+                    self.cut()
+        if self.wire.cut_off:
+            raise ConnectError("the connection was lost as soon as it was made")
 
     def cut(self) -> None:
         """End it now."""
@@ -63,6 +84,11 @@ class Upgrader:
         self._network, self._nursery = network, nursery
         self._welcome, self._on_lost = welcome, lost
         self.links: dict[Any, Link] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Make no more links: a handshake that ends from now on has failed."""
+        self._closed = True
 
     async def outbound(self, stream: ByteStream, peer_id: PeerId, path: Path = "direct", address: str = "") -> Link:
         """The link that we began, to exactly ``peer_id``. Raises ConnectError and library.failures(). No deadline."""
@@ -110,7 +136,7 @@ class Upgrader:
         path: Path,
         pending: _Pending,
     ) -> Link:
-        if wire.cut_off or connection.is_closed:
+        if wire.cut_off or connection.is_closed or self._closed:
             raise ConnectError("the connection was lost as soon as it was made")
         if sum(link.view.peer_id == peer_id for link in self.links.values()) >= limits.MAX_CONNECTIONS_PER_PEER:
             raise ConnectError("there are too many connections with the peer")

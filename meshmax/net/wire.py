@@ -65,6 +65,8 @@ class Wire:
         self._queued, self._sent = trio.Event(), trio.Event()
         self._allowance_bytes: int | None = limits.MAX_HANDSHAKE_BYTES
         self.cut_off = False
+        self.heard_s = trio.current_time()  # when bytes came last
+        self.agreed = trio.Event()  # the peer speaks Yamux, as far as we asked; or the wire is cut
         self.remote = stream.remote
         self.address = address or multiaddr_of(*stream.remote)
         relayed = is_circuit(self.address)
@@ -134,6 +136,7 @@ class Wire:
             data = await self._stream.receive_some(max_bytes)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             data = b""
+        self.heard_s = trio.current_time()
         if not data:
             self.cut()
         elif self._allowance_bytes is not None:
@@ -154,6 +157,7 @@ class Wire:
             self._stream.close()
             self._queued.set()
             self._sent.set()
+            self.agreed.set()
             self._on_end()
 
     def get_remote_address(self) -> tuple[str, int]:

@@ -61,7 +61,8 @@ TCP_FIRST_S: Final = 0.9  # that TCP has before UDP is adopted: its second SYN a
 ADOPT_S: Final = 3.0  # for one stream to be proved and admitted; four round trips
 GRACE_S: Final = 1.0  # from the lead's word that it adopted a stream until we have
 ATTEMPT_S: Final = 12.0  # no attempt is longer, whatever happens; above the sum of the longest way through it
-MAX_FOUND: Final = 8  # streams of one attempt: candidates of a few interfaces, each way
+MAX_FOUND: Final = 8  # streams of one attempt at once: candidates of a few interfaces, each way
+MAX_FOUND_IN_ALL: Final = 32  # one that connects without end costs no more proofs than these
 MAX_ODD: Final = 8  # messages that mean nothing; late ones are one or two
 MAX_HEARD: Final = 32  # messages in all; an attempt has four, and a few trickles
 
@@ -76,6 +77,7 @@ class Attempt:
         "_candidates",
         "_due",
         "_found",
+        "_found_in_all",
         "_free_s",
         "_heard",
         "_lost",
@@ -124,7 +126,7 @@ class Attempt:
         self._free_s = 0.0  # when the next may be adopted
         self._offer = 0.0  # when the offer was sent or came
         self._spoken = self._answered = self._lost = False  # we offered or answered; the lead has an answer
-        self._odd = self._heard = 0
+        self._odd = self._heard = self._found_in_all = 0
         self._outbox: list[Action] = []
 
     # --- beginning ---------------------------------------------------------------------------------------------------
@@ -190,8 +192,9 @@ class Attempt:
 
     def on_found(self, method: Method, number: int, now: float) -> list[Action]:
         """The method made a stream; ``number`` is the caller's, unused before."""
-        if self.ended or len(self._found) >= MAX_FOUND:
+        if self.ended or len(self._found) >= MAX_FOUND or self._found_in_all >= MAX_FOUND_IN_ALL:
             return [Drop(self.id, number)]
+        self._found_in_all += 1
         self._found[number] = method
         self._waiting.append(number)
         return self._actions(now)

@@ -66,6 +66,7 @@ class AttemptRun:
         self._said = trio.Event()  # everything that will ever be
         self._stream: Stream | None = None  # that we opened
         self._streams: dict[int, tuple[Method, ByteStream]] = {}
+        self._fruitful: set[Method] = set()  # those that made any
         self._scopes: dict[Method | int, trio.CancelScope] = {}
         self._tcp: StartTcp | None = None
         self._udp: StartUdp | None = None
@@ -143,7 +144,7 @@ class AttemptRun:
                 self._start_adopting(action)
             case Drop():
                 self._stop(action.number)
-                self._streams[action.number][1].close()
+                self._streams.pop(action.number)[1].close()
             case End():
                 self._finish(action)
 
@@ -233,7 +234,7 @@ class AttemptRun:
                 running = self._tcp_go.is_set() if method == "punch-tcp" else self._udp_go.is_set()
                 stage, cause = "connect" if running else "prepare", error.message
             else:
-                if any(each == method for each, _ in self._streams.values()):
+                if method in self._fruitful:
                     cause = "what was made was not taken"
         self._perform(self.attempt.on_method_over(method, stage, cause, trio.current_time()))
 
@@ -277,6 +278,7 @@ class AttemptRun:
     def _found(self, method: Method, stream: ByteStream) -> None:
         self._count += 1
         self._streams[self._count] = (method, stream)
+        self._fruitful.add(method)
         self._perform(self.attempt.on_found(method, self._count, trio.current_time()))
 
     def _start_adopting(self, action: Adopt) -> None:

@@ -36,6 +36,8 @@ class PortMappingService:
         self._mappers, self._ports = tuple(mappers), ports
         self._core = PortMappings(random)
         self._mapper: PortMapper | None = None
+        self._asking: set[trio.CancelScope] = set()  # of questions for mappings
+        self._stopped = False
         self._watchers: list[Callable[[], None]] = []
         self._woken = trio.Event()
         self._told: tuple[object, ...] = ()
@@ -81,6 +83,12 @@ class PortMappingService:
                 wait_s = max(0.0, self._core.deadline() - trio.current_time())
                 with trio.move_on_after(min(wait_s, CHECK_S)):
                     await self._woken.wait()
+
+    def stop_asking(self) -> None:
+        """Questions that are under way have END_S to be answered; what nobody knows of would stay mapped."""
+        self._stopped = True
+        for scope in self._asking:
+            scope.deadline = min(scope.deadline, trio.current_time() + END_S)
 
     async def end(self) -> None:
         """Give everything back."""
@@ -132,6 +140,16 @@ class PortMappingService:
         self._core.on_no_router(trio.current_time())
 
     async def _ask(self, ask: Ask) -> None:
+        if self._stopped:
+            return
+        with trio.CancelScope(shield=True) as scope:
+            self._asking.add(scope)
+            try:
+                await self._ask_router(ask)
+            finally:
+                self._asking.discard(scope)
+
+    async def _ask_router(self, ask: Ask) -> None:
         wanted, mapper = ask.wanted, self._mapper
         assert mapper is not None
         try:
@@ -152,11 +170,14 @@ async def open_port_mapping(
 ) -> AsyncIterator[PortMappingService]:
     """Port mappings until the block ends, which gives them back."""
     service = PortMappingService(mappers, ports, random)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(service.run)
-        try:
-            yield service
-        finally:
-            nursery.cancel_scope.cancel()
-            with trio.CancelScope(deadline=trio.current_time() + END_S, shield=True):
-                await service.end()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.run)
+            try:
+                yield service
+            finally:
+                service.stop_asking()
+                nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(deadline=trio.current_time() + END_S, shield=True):
+            await service.end()

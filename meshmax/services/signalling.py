@@ -35,6 +35,7 @@ from meshmax.wire.protocols import SIGNAL
 
 OFFER_TIMEOUT_S: Final = 5.0  # for the offer of who opened a stream
 GLARE_WAIT_S: Final = 3.0  # for the offer that counts, when ours was declined for it
+RELAYS_KNOWN_S: Final = 60.0  # that the IP addresses of TURN servers count
 MAX_ROUNDS: Final = 4  # attempts that one wish may go through: glare, and restarts as networks change
 
 
@@ -105,6 +106,7 @@ class Signalling:
         self._standing, self._vouched, self._interfaces = standing, vouched, interfaces
         self._turn, self._allowed = tuple(turn), allowed
         self._relay_ips: frozenset[str] = frozenset()  # of the TURN servers, when they were last looked up
+        self._relays_due_s = 0.0  # when they are looked up again
         self._core = Core(swarm.peer_id, new_id)
         self._runs: dict[bytes, AttemptRun] = {}
         self._begun = trio.Event()
@@ -213,8 +215,10 @@ class Signalling:
             await self.on_lane_stream(lane)
 
     async def _look_up_relays(self) -> None:
-        servers = await resolve_servers([parse_turn_url(server.url) for server in self._turn])
-        self._relay_ips = frozenset(ip for ip, _ in servers)
+        if trio.current_time() >= self._relays_due_s:  # so that offers without end ask no name server without end
+            self._relays_due_s = trio.current_time() + RELAYS_KNOWN_S
+            servers = await resolve_servers([parse_turn_url(server.url) for server in self._turn])
+            self._relay_ips = frozenset(ip for ip, _ in servers)
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 

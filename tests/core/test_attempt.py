@@ -194,6 +194,17 @@ def test_streams_of_one_attempt_are_bounded() -> None:
     assert found[-3:] == [[Drop(ID, core.MAX_FOUND + number)] for number in range(3)]
 
 
+def test_a_peer_that_connects_without_end_costs_a_bounded_number_of_proofs() -> None:
+    attempt, _ = answering(OFFER)
+    attempt.on_tcp_ready([OURS], 0.0)
+    attempt.on_message(Go(ID), None, 0.1)
+    proofs = 0
+    for number in range(10 * core.MAX_FOUND_IN_ALL):
+        proofs += attempt.on_found("punch-tcp", number, 0.2) == [Adopt(ID, number, "in")]
+        attempt.on_adopt_failed(number, "nobody", 0.2)
+    assert proofs == core.MAX_FOUND_IN_ALL
+
+
 def test_a_stream_that_is_not_proved_in_time_is_dropped() -> None:
     attempt = offered()
     attempt.on_message(Answer(ID, 0.0, (THEIRS,)), SCREEN, 0.0)

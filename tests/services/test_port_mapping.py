@@ -9,6 +9,7 @@ from random import Random
 import trio
 from trio.testing import MockClock
 
+from meshmax.base.reachability import MappingProtocol
 from meshmax.core.port_mapping import LIFETIME_S, PortWanted
 from meshmax.services.port_mapping import END_S, PortMappingService, open_port_mapping
 from meshmax.testing.memory_router import MemoryRouter
@@ -134,3 +135,32 @@ async def test_a_router_that_is_silent_at_the_end_holds_nobody_up(autojump_clock
         router.answer_s = 3600
         begun_s = trio.current_time()
     assert trio.current_time() - begun_s <= END_S + 0.1
+
+
+class SlowToTell(MemoryRouter):
+    """It maps at once and says so late."""
+
+    async def add(self, protocol: MappingProtocol, port: int, external_port: int, lifetime_s: int) -> tuple[int, int]:
+        granted = await super().add(protocol, port, external_port, lifetime_s)
+        await trio.sleep(1.5)
+        return granted
+
+
+async def test_what_a_slow_router_maps_while_we_stop_is_given_back(autojump_clock: MockClock) -> None:
+    router = SlowToTell()
+    async with running(router, wanted=[CONTROL]) as service:
+        await trio.sleep(1.0)
+        assert router.table
+        assert not service.mappings
+        stopped_s = trio.current_time()
+    assert router.table == {}
+    assert trio.current_time() - stopped_s < 2 * END_S
+
+
+async def test_a_router_that_never_says_what_it_maps_holds_nobody_up(autojump_clock: MockClock) -> None:
+    router = SlowToTell(answer_s=1000)
+    async with running(router, wanted=[CONTROL]):
+        await trio.sleep(1001)
+        assert router.asked["add"] == 1
+        stopped_s = trio.current_time()
+    assert trio.current_time() - stopped_s <= 2 * END_S

@@ -144,16 +144,7 @@ class LibrarySwarm:
         if guest or not self._gate.checks:
             await link.wait_agreed()
         self._gate.open(link.passage, guest=guest)
-        await self._gate.ask(link.passage, partial(self._open_member, link))
-
-    async def _open_member(self, link: Link) -> Stream:
-        stream = await self._open_on(link)
-        try:
-            await propose(stream, MEMBER)
-        except BaseException:
-            stream.give_up()
-            raise
-        return EagerStream(stream, MEMBER)
+        await self._gate.ask(link.passage, partial(self._open_eagerly, link, MEMBER))
 
     def _guest_links(self, peer_id: PeerId) -> list[Link]:
         links = self._upgrader.links.values()
@@ -201,17 +192,28 @@ class LibrarySwarm:
 
     # --- streams we open ---------------------------------------------------------------------------------------------
 
-    async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
+    async def open_stream(self, peer_id: PeerId, protocol: str, *, eager: bool = False) -> Stream:
         """See ports.Swarm. Raises Busy where MAX_STREAMS_PER_PEER are open already."""
         await trio.lowlevel.checkpoint()
         link = self._links.best(peer_id) or next(reversed(self._guest_links(peer_id)), None)
         if link is None:
             raise PeerGone("not connected to the peer")
+        if eager:
+            return await self._open_eagerly(link, protocol)
         stream = await self._open_on(link)
         with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
             await _agree(stream, protocol)
             return stream
         raise PeerGone(_NO_ANSWER)
+
+    async def _open_eagerly(self, link: Link, protocol: str) -> Stream:
+        stream = await self._open_on(link)
+        try:
+            await propose(stream, protocol)
+        except BaseException:
+            stream.give_up()
+            raise
+        return EagerStream(stream, protocol)
 
     async def _ask_idle(self, link: Link) -> bool:
         stream = await self._open_on(link, asks=True)

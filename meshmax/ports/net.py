@@ -159,8 +159,12 @@ class Swarm(Connections, Protocol):
         """
         ...
 
-    async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
-        """A new stream on the best connection. Raises PeerGone, VersionMismatch if the peer does not serve ``protocol``."""
+    async def open_stream(self, peer_id: PeerId, protocol: str, *, eager: bool = False) -> Stream:
+        """A new stream on the best connection. Raises PeerGone, VersionMismatch if the peer does not serve ``protocol``.
+
+        ``eager``, for who has the first message: that need not wait for the peer's consent, a round trip; the first
+        `receive_some` may raise VersionMismatch or RemoteProtocolError instead, and resets the stream if cancelled.
+        """
         ...
 
     def serve(

@@ -161,7 +161,7 @@ class AttemptRun:
     async def _talk(self, frames: FrameStream | None) -> None:
         try:
             if frames is None:
-                self._stream = await self._swarm.open_stream(self.attempt.peer, SIGNAL)
+                self._stream = await self._swarm.open_stream(self.attempt.peer, SIGNAL, eager=True)
                 frames = FrameStream(self._stream)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._listen, frames)

@@ -319,7 +319,7 @@ class RelayClient:
             self._unuse(relay)
 
     async def _ask_for_circuit(self, peer_id: PeerId, relay: PeerId) -> tuple[RelayMessages, wire.Limit]:
-        stream = await self._swarm.open_stream(relay, RELAY_HOP)
+        stream = await self._swarm.open_stream(relay, RELAY_HOP, eager=True)
         connected = False
         try:
             messages = RelayMessages(stream)

@@ -144,7 +144,7 @@ class RelayServer:
         accepted = False
         try:
             with trio.move_on_after(REQUEST_TIMEOUT_S):
-                stream = await self._swarm.open_stream(target, RELAY_STOP)
+                stream = await self._swarm.open_stream(target, RELAY_STOP, eager=True)
                 await stream.send_all(wire.encode_stop_connect(source, _limit_of(relay)))
                 messages = RelayMessages(stream)
                 accepted = wire.parse_stop_status(await messages.receive()) == wire.OK

@@ -158,7 +158,7 @@ class _Connection:
         self.pipes: dict[Pipe, None] = {}
         self.opened: Counter[PeerId] = Counter()
         self.streams = 0
-        self.idle_since = trio.current_time()
+        self.idle_since = self.heard_s = trio.current_time()  # nothing queues here, so answers alone show life
 
     def _passage(self, swarm: MemorySwarm, view: ConnectionView) -> Passage:
         welcome = partial(swarm.gained, view.peer_id, self)
@@ -341,8 +341,8 @@ class MemorySwarm:
         self._all[connection] = peer_id
         self.gate.open(connection.passages[self.peer_id], guest=guest)
 
-    async def open_stream(self, peer_id: PeerId, protocol: str) -> Stream:
-        """See ports.Swarm."""
+    async def open_stream(self, peer_id: PeerId, protocol: str, *, eager: bool = False) -> Stream:
+        """See ports.Swarm. Here the peer consents first in any case."""
         connection = self._connections.best(peer_id) or next(reversed(self._guests(peer_id)), None)
         if connection is None:
             await trio.lowlevel.checkpoint()

@@ -6,6 +6,7 @@ from typing import Any, Final
 import pytest
 import trio
 
+from meshmax.base.errors import VersionMismatch
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import Stream
 from meshmax.testing.memory_swarm import SeededSigner
@@ -92,3 +93,26 @@ async def test_opening_a_stream_takes_one_round_trip(
     began_s = trio.current_time()
     await a.open_stream(b.peer_id, ECHO)
     assert round_trips_since(began_s) == 1
+
+
+async def test_an_eager_stream_is_answered_after_one_round_trip_in_all(
+    autojump_clock: Any, pair: tuple[LibrarySwarm, LibrarySwarm]
+) -> None:
+    a, b = pair
+    await a.dial(b.peer_id, b.addresses)
+    began_s = trio.current_time()
+    stream = await a.open_stream(b.peer_id, ECHO, eager=True)
+    await stream.send_all(b"hello")
+    assert await stream.receive_some(10) == b"hello"
+    assert round_trips_since(began_s) == 1
+
+
+async def test_that_an_eager_streams_protocol_is_not_served_shows_with_the_answer(
+    autojump_clock: Any, pair: tuple[LibrarySwarm, LibrarySwarm]
+) -> None:
+    a, b = pair
+    await a.dial(b.peer_id, b.addresses)
+    stream = await a.open_stream(b.peer_id, "/meshmax/other/1.0.0", eager=True)
+    await stream.send_all(b"hello")
+    with pytest.raises(VersionMismatch):
+        await stream.receive_some(10)

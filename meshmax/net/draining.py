@@ -1,15 +1,18 @@
 """How connections end that a better one has made superfluous: in peace, when no stream of either side is on them any more.
 
-Rules: the best link of a peer is never ended here. Any other one that has had no stream for LINK_IDLE_S is asked about at its
-other end; it is cut when nothing is open there either (a reader may be slower than we, and what we wrote last may still be on
-its way) and it is not the best one there, which it may be where two links have the same path. Who does not answer within
-LINK_ASK_TIMEOUT_S is gone from that link, which is cut, too; who does not know the question keeps it. Shared by the real swarm
-and the one in memory. Not here: which link is the best (net.links), how a stream is opened.
+Rules: the best link of a peer is ended here only if it is dead. A peer that makes a worse one may have lost it, as when it
+moved to another network: so it is asked about, and cut when nothing at all comes on it within LINK_PROBE_S. Any other link
+that has had no stream for LINK_IDLE_S is asked about at its other end; it is cut when nothing is open there either (a reader
+may be slower than we, and what we wrote last may still be on its way) and it is not the best one there, which it may be where
+two links have the same path. Who does not answer within LINK_ASK_TIMEOUT_S is gone from that link, which is cut, too; who does
+not know the question keeps it. Shared by the real swarm and the one in memory. Not here: which link is the best (net.links),
+how a stream is opened.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final, Generic, Protocol, TypeVar
 
 import trio
@@ -28,6 +31,11 @@ class HasStreams(Protocol):
     streams: int  # open now, of either side, also those being opened or closed; not those that only ask about the link
     idle_since: float  # monotonic seconds; when the last one was closed
 
+    @property
+    def heard_s(self) -> float:
+        """Monotonic seconds; when anything came on it last."""
+        ...
+
     def cut(self) -> None:
         """End it now."""
         ...
@@ -43,10 +51,16 @@ class Draining(Generic[L]):
         """``ask`` has the other end say what `may_end` says there. It raises MeshmaxError."""
         self._nursery, self._table, self._ask = nursery, table, ask
         self._draining: set[L] = set()
+        self._known: dict[PeerId, frozenset[L]] = {}
 
     def look(self, peer_id: PeerId) -> None:
         """The peer's links are others than before."""
-        for link in self._table.of(peer_id)[:-1]:
+        links, known = self._table.of(peer_id), self._known.pop(peer_id, frozenset())
+        if links:
+            self._known[peer_id] = frozenset(links)
+            if links[-1] in known and set(links) - known:
+                self._nursery.start_soon(self._probe, links[-1])
+        for link in links[:-1]:
             if link not in self._draining:
                 self._draining.add(link)
                 self._nursery.start_soon(self._drain, link)
@@ -54,6 +68,14 @@ class Draining(Generic[L]):
     def may_end(self, link: L) -> bool:
         """Whether nothing of ours is on the link, and we would not put anything there."""
         return not link.streams and self._table.is_spare(link)
+
+    async def _probe(self, link: L) -> None:
+        """Cut the link if it is dead."""
+        began = trio.current_time()
+        with trio.move_on_after(limits.LINK_PROBE_S) as scope, suppress(MeshmaxError):  # an error is an answer
+            await self._ask(link)
+        if scope.cancelled_caught and link.heard_s <= began:
+            link.cut()
 
     async def _drain(self, link: L) -> None:
         try:

@@ -111,6 +111,13 @@ async def hear(stream: Stream, tokens: int = 50, pause_s: float = 0.0) -> None:
     await stream.aclose()
 
 
+async def hear_whole(site: Site) -> None:
+    """A new stream works."""
+    stream = await site.a.open_stream(site.b.peer_id, TELL)
+    await stream.send_all(b"?")
+    await hear(stream)
+
+
 async def test_an_answer_goes_on_over_the_relay_while_new_streams_go_directly_and_then_the_relay_is_let_go(
     autojump_clock: Clock,
 ) -> None:
@@ -160,6 +167,39 @@ async def test_a_relay_that_fell_silent_is_let_go_too(autojump_clock: Clock) -> 
         site.partition(relay)
         await trio.sleep(2 * limits.LINK_IDLE_S + limits.LINK_ASK_TIMEOUT_S)
         assert site.links(site.a) == site.links(site.b) == ["direct"]
+
+
+async def test_a_dead_connection_is_cut_soon_after_the_peer_came_by_a_worse_one(autojump_clock: Clock) -> None:
+    async with open_site(tell) as site:
+        direct = await site.join("direct")
+        await trio.sleep(10)
+        site.partition(direct)
+        await site.join("relay")
+        await trio.sleep(limits.LINK_PROBE_S + 0.1)
+        assert site.links(site.a) == site.links(site.b) == ["relay"]
+        await hear_whole(site)
+
+
+async def test_a_connection_that_is_slow_to_answer_and_yet_carries_something_is_kept(autojump_clock: Clock) -> None:
+    async def pour(stream: Stream) -> None:
+        await stream.send_all(bytes(2_000_000))
+
+    async with open_site(pour) as site, trio.open_nursery() as nursery:
+        for swarm in (site.a, site.b):  # as where what is asked waits behind much else
+            swarm._draining._ask = lambda link: trio.sleep_forever()
+        await site.join("direct", per_s=200_000.0)
+        stream = await site.a.open_stream(site.b.peer_id, TELL)
+        nursery.start_soon(read_all, stream)
+        await trio.sleep(5)
+        await site.join("relay")
+        await trio.sleep(2 * limits.LINK_PROBE_S)
+        assert site.links(site.a) == site.links(site.b) == ["relay", "direct"]
+        nursery.cancel_scope.cancel()
+
+
+async def read_all(stream: Stream) -> None:
+    while await stream.receive_some(65536):
+        pass
 
 
 async def test_the_only_connection_and_the_best_one_are_never_let_go(autojump_clock: Clock) -> None:

@@ -24,6 +24,7 @@ from meshmax.node.relaying import status_of
 from meshmax.services.connector import Connector, Ways, open_connector
 from meshmax.services.reachability import ReachabilityService
 from meshmax.services.signalling import Signalling
+from meshmax.services.spare_port import open_spare_port
 from meshmax.store.paths_file import load_paths, save_paths
 from meshmax.wire.voucher import verify_voucher
 
@@ -42,9 +43,15 @@ async def open_signalling(node: Node, where: ReachabilityService) -> AsyncIterat
         if channels is None and world.puncher is None:
             yield None
             return
+        puncher = world.puncher
+        if puncher is not None:
+            spare = puncher = await stack.enter_async_context(open_spare_port(puncher, lambda: where.tcp_observers))
+            node.network.watch(spare.forget)
+            if node.traversal.relays is not None:
+                node.traversal.relays.on_circuit = spare.prepare
         signalling = Signalling(
             node.swarm,
-            world.puncher,
+            puncher,
             channels,
             where,
             vouched=partial(_vouched, node),

@@ -41,6 +41,7 @@ REQUEST_S: Final = 5.0  # for a relay to say what circuit it brings
 ADOPT_S: Final = 10.0  # for Noise, Yamux and admission over a circuit
 PING_S: Final = 3.0  # between pings of a relay in use; libp2p's answerers wait for at most ten seconds
 PING_TIMEOUT_S: Final = 4.0  # the connection carries circuits, and waits at their rates
+DOUBT_TIMEOUT_S: Final = 2.0  # the same where there is reason to think that the connection is dead
 PING_BYTES: Final = 32  # of libp2p's ping protocol
 OFFERS_PER_S, OFFERS_BURST, OFFERS_TOTAL_PER_S = 2.0, 16.0, 10.0  # circuits that one relay may bring, and all of them
 
@@ -72,11 +73,14 @@ class RelayClient:
         self._nursery, self._ways, self._member = nursery, ways, member
         self._reservations = Reservations(random)
         self.circuits = Circuits(random)
+        self.on_circuit: Callable[[], None] = lambda: None  # called when one is on its way, either way
         self._offers = Rates(OFFERS_PER_S, OFFERS_BURST, OFFERS_TOTAL_PER_S)
         self._watchers: list[Callable[[], None]] = []
         self._told: tuple[object, ...] = ()
         self._wake = trio.Event()
         self._pings: set[PeerId] = set()
+        self._pauses: set[trio.CancelScope] = set()  # between pings
+        self._doubted_s = float("-inf")
         self._uses: Counter[PeerId] = Counter()  # open circuits, and those on their way
 
     # --- ports.Relays ------------------------------------------------------------------------------------------------
@@ -113,7 +117,14 @@ class RelayClient:
     def look_again(self) -> None:
         """Our network or our mesh has changed: what failed may work now. Cheap, never raises."""
         self._reservations.on_network_change()
+        self.doubt()
         self.check()
+
+    def doubt(self) -> None:
+        """Connections may be dead, since others are: ping the relays in use at once. Cheap, never raises."""
+        self._doubted_s = trio.current_time()
+        for pause in self._pauses:
+            pause.cancel()
 
     def check(self) -> None:
         """Whether places are wanted, or who may be asked, may be another now. Cheap, never raises."""
@@ -235,11 +246,12 @@ class RelayClient:
             if self.uses(relay):
                 _log.info("relay lost", relay=relay, why="it does not answer" if frozen else "its connection ended")
             if frozen:
+                self.doubt()  # what took this connection may have taken others
                 await self._swarm.disconnect(relay)
         finally:
             self._pings.discard(relay)
         now = trio.current_time()
-        self._perform((self._reservations.on_failed if frozen else self._reservations.on_lost)(relay, now))
+        self._perform((self._reservations.on_silent if frozen else self._reservations.on_lost)(relay, now))
 
     async def _ping(self, relay: PeerId) -> bool:
         """Until it is gone (False), is frozen (True), or is of no more use (False). It may not speak the protocol."""
@@ -247,7 +259,8 @@ class RelayClient:
         failures = 0
         try:
             while self.uses(relay):
-                with trio.move_on_after(PING_TIMEOUT_S) as scope:
+                doubted = trio.current_time() - self._doubted_s < DOUBT_TIMEOUT_S
+                with trio.move_on_after(DOUBT_TIMEOUT_S if doubted else PING_TIMEOUT_S) as scope:
                     try:
                         stream = stream or await self._swarm.open_stream(relay, PING)
                         await _ping_once(stream)
@@ -270,11 +283,12 @@ class RelayClient:
 
     async def _ended(self, stream: Stream | None, within_s: float) -> bool:
         """Whether the stream ends ``within_s``; nothing else is expected to come."""
-        if stream is None:
-            await trio.sleep(within_s)
-            return False
         with trio.move_on_after(within_s) as scope, suppress(PeerGone):
-            await stream.receive_some(1)
+            self._pauses.add(scope)
+            try:
+                await (stream.receive_some(1) if stream is not None else trio.sleep_forever())
+            finally:
+                self._pauses.discard(scope)
         return not scope.cancelled_caught
 
     # --- circuits that we dial ---------------------------------------------------------------------------------------
@@ -310,6 +324,7 @@ class RelayClient:
         if not self.circuits.room_for(peer_id):
             raise ConnectError("there are as many relayed connections as this peer keeps")
         self._uses[relay] += 1
+        self.on_circuit()
         try:
             await self._reach(place)
             messages, limit = await self._ask_for_circuit(peer_id, relay)
@@ -422,6 +437,7 @@ class RelayClient:
         await stream.send_all(wire.encode_stop_status(status))
         if status != wire.OK:
             return
+        self.on_circuit()
         byte_stream = self._open(messages, request.limit, request.peer_id, "in")
         with trio.move_on_after(ADOPT_S) as scope:
             try:
@@ -470,10 +486,6 @@ def _told_addresses(relay: PeerId, status: wire.RelayStatus, seen_at: str) -> li
     return found
 
 
-def _no_ways(peer_id: PeerId) -> tuple[str, ...]:
-    return ()
-
-
 @asynccontextmanager
 async def open_relay_client(
     swarm: Swarm,
@@ -481,7 +493,7 @@ async def open_relay_client(
     wanted: Callable[[], bool],
     unix_now: Callable[[], float],
     random: Random,
-    ways: Callable[[PeerId], Sequence[str]] = _no_ways,
+    ways: Callable[[PeerId], Sequence[str]] = lambda peer_id: (),
     member: Callable[[PeerId], bool] = lambda peer_id: False,
 ) -> AsyncIterator[RelayClient]:
     """A relay client on ``swarm``, until the block is left.

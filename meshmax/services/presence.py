@@ -215,7 +215,8 @@ class PresenceService:
         why = "no answer in time"
         refused = False
         attempts: tuple[tuple[str, str, str], ...] = ()
-        with trio.move_on_after(DIAL_DEADLINE_S) as self._dials[dial.peer_id]:
+        with trio.move_on_after(DIAL_DEADLINE_S) as scope:
+            self._dials[dial.peer_id] = scope
             try:
                 await (self._connect or self._swarm.dial)(dial.peer_id, dial.addresses)
             except NotAMember as error:
@@ -227,9 +228,9 @@ class PresenceService:
                     now = trio.current_time()
                     chosen = connection.direction == "out"
                     self._table.on_connected(dial.peer_id, connection.address, now, chosen, connection.path)
-                    del self._dials[dial.peer_id]
+                    self._dialled(dial, scope)
                     return
-        del self._dials[dial.peer_id]
+        self._dialled(dial, scope)
         entry = self._table.entry(dial.peer_id)
         # Once for people, who may have given the address; what follows is only the same again.
         # Refusals are told where they are made (net.admission).
@@ -241,6 +242,11 @@ class PresenceService:
         else:
             self._table.on_dial_failed(dial.peer_id, now, why, attempts)
         self._dial_soon.set()
+
+    def _dialled(self, dial: Dial, scope: trio.CancelScope) -> None:
+        """A dial is over; another one to the same peer may have begun, where that came to us meanwhile and went again."""
+        if self._dials.get(dial.peer_id) is scope:
+            del self._dials[dial.peer_id]
 
     def _hasten(self, peer_id: PeerId) -> None:
         """A dial that is under way at older addresses than those just told has not all its time any more."""

@@ -19,6 +19,7 @@ from meshmax.core.reachability import (
     DOUBT_PAUSE_S,
     LOOK_EVERY_S,
     LOST_PAUSE_S,
+    MAX_DOUBTERS,
     RETRY_S,
     SETTLE_S,
     TOGETHER_S,
@@ -351,3 +352,16 @@ def test_from_where_we_come_is_known_before_the_rest() -> None:
     assert (state_of(where), where.view.external_ips) == ("unknown", (WAN,))
     assert not where.on_seen(Look((OURS,), PORT))
     assert where.view.external_ips == (WAN,)
+
+
+def test_of_neighbours_without_end_a_few_are_remembered() -> None:
+    where = Whereabouts(0.0)
+    where.on_look(UP, 0.0)
+    for number in range(10 * MAX_DOUBTERS):
+        where.on_unreached(PeerId(f"P{number}"), 100.0 + number)
+        where.on_lost(PeerId(f"P{number}"), 100.0 + number)
+        where.on_look(UP, 100.5 + number)
+    assert len(where._losses) <= MAX_DOUBTERS
+    for number in range(10 * MAX_DOUBTERS):
+        where.on_unreached(PeerId(f"P{number}"), 5000.0)
+    assert len(where._doubts) <= MAX_DOUBTERS

@@ -75,6 +75,19 @@ def test_lanes_and_attempts_in_all_are_bounded_whoever_begins() -> None:
     assert len(table.attempts) == core.MAX_ATTEMPTS
 
 
+def test_lanes_of_a_peer_are_paced_after_the_first_few() -> None:
+    table = Signalling(US, fresh_id)
+
+    def offered(now: float) -> bool:
+        attempt, _ = table.on_offer(LARGE, offer("lane"), MEANS, SCREEN, now)
+        if attempt is not None:
+            attempt.withdraw("withdrawn", "withdrawn", now)
+        return attempt is not None
+
+    assert sum(offered(0.0) for _ in range(10 * core.LANE_BURST)) == core.LANE_BURST
+    assert sum(offered(10 * core.LANE_REFILL_S) for _ in range(10 * core.LANE_BURST)) == min(10, core.LANE_BURST)
+
+
 def test_when_both_offer_the_smaller_peer_ids_offer_counts() -> None:
     table = Signalling(US, fresh_id)
     ours, _ = table.want(LARGE, "control", MEANS, 0.0)

@@ -307,3 +307,26 @@ async def test_other_streams_and_kinds_of_messages_are_not_taken() -> None:
         await trio.sleep(0.2)
         assert 7 not in other._channel._parts._sctp._inbound_streams
         assert not other._channel._received
+
+
+async def test_neither_pairs_nor_datagrams_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with site() as channels, pair(channels) as (one, _):
+        from meshmax.net.ice_parts import MAX_DATAGRAMS, MAX_PAIRS
+
+        loop, connection = one._channel._loop, one._channel._parts.connection
+        protocol, host = connection._protocols[0], connection.remote_candidates[0].host
+        monkeypatch.setattr(connection, "check_start_task", lambda _pair: None)
+        request = aioice.stun.Message(aioice.stun.Method.BINDING, aioice.stun.Class.REQUEST)
+        request.attributes["PRIORITY"] = 1
+
+        def flood() -> tuple[int, int]:
+            for port in range(1024, 1024 + 4 * MAX_PAIRS):
+                connection.check_incoming(request, (host, port), protocol)
+            pairs = len(connection._check_list)
+            for _ in range(2 * MAX_DATAGRAMS):
+                connection.data_received(b"x", 1)
+            return pairs, connection._queue.qsize()
+
+        pairs, datagrams = await loop.make(flood)
+        assert MAX_PAIRS <= pairs <= MAX_PAIRS + 1
+        assert datagrams <= MAX_DATAGRAMS

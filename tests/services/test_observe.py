@@ -178,6 +178,18 @@ async def test_many_packets_are_not_to_be_had(autojump_clock: Any) -> None:
         assert (await ask_observer(peer, node, wire.Knock(5002)))[0] == wire.Knocked("open")
 
 
+async def test_all_sources_together_get_so_many_packets_however_many_they_are(autojump_clock: Any) -> None:
+    wired = Wire()
+    server = ObserveServer(11435, 11437, (), reach=Reach(lambda: 0.0, datagrams=cast(Any, wired)))
+    sent = 0
+    for number in range(3 * int(module.TRIES_TOTAL_PER_S)):
+        try:
+            sent += server._probe(f"81.{number // 256}.{number % 256}.9", wire.Probe(5000, NONCE))
+        except Busy:
+            continue
+    assert sent == len(wired.sent) == module.TRIES_TOTAL_PER_S
+
+
 async def test_only_so_many_knocks_go_on_at_once(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PLACES", 2)
     async with open_pair() as (wired, peer, node):

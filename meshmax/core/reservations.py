@@ -1,10 +1,11 @@
 """Which relays keep a place for us: whom to ask, when to renew, and what follows when one is lost.
 
 Rules. At most MAX_PLACES are kept, so that one is left when a relay dies. Candidates come in the order of preference, and are
-asked in it; one that fails, refuses or is lost is asked again after growing pauses, and the next one at once. A place is renewed
-at half of its time; whoever does not renew it has lost it for us. A place at who is no candidate any more is left: without
-candidates, as when we are reached without relays, all are. A change of our network ends every pause. Time is passed in. Not
-here: who is a candidate (the owner), circuits (core.circuits), streams (services.relay_client).
+asked in it; one that fails, refuses or is lost is asked again after growing pauses, and the next one at once. One that fell
+silent is asked again at once as well: it may be our router that forgot the connection, or the relay that froze. A place is
+renewed at half of its time; whoever does not renew it has lost it for us. A place at who is no candidate any more is left:
+without candidates, as when we are reached without relays, all are. A change of our network ends every pause. Time is passed
+in. Not here: who is a candidate (the owner), circuits (core.circuits), streams (services.relay_client).
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ Action: TypeAlias = Ask | Leave
 class _Relay:
     """One candidate. ``expires_s`` 0: we have no place there."""
 
-    __slots__ = ("asked", "expires_s", "failures", "place", "renew_s", "retry_s", "told")
+    __slots__ = ("asked", "doubtful", "expires_s", "failures", "place", "renew_s", "retry_s", "told")
 
     def __init__(self, place: RelayPlace) -> None:
         self.place = place
         self.asked = False
+        self.doubtful = False  # asked, with little hope
         self.renew_s = self.expires_s = self.retry_s = 0.0
         self.failures = 0
         self.told: tuple[str, ...] = ()  # addresses that it told of itself
@@ -109,11 +111,14 @@ class Reservations:
     def on_reserved(self, peer_id: PeerId, ttl_s: float, told: Sequence[str], now: float) -> list[Action]:
         """The relay keeps a place for us. ``told``: its own addresses, without /p2p. Leave if it is wanted no more."""
         relay = self._relays.get(peer_id)
-        late = relay is not None and not relay.asked and not relay.expires_s and self._lacking() <= 0
-        if relay is None or late:  # it was no candidate for a while, and others were asked since
+        if relay is None:
+            return [Leave(peer_id)]
+        if not relay.expires_s and len(self.relays) >= MAX_PLACES:  # others were asked since
+            relay.asked = relay.doubtful = False
             return [Leave(peer_id)]
         ttl_s = min(max(ttl_s, MIN_TTL_S), MAX_TTL_S)
-        relay.asked, relay.failures = False, 0
+        relay.asked = relay.doubtful = False
+        relay.failures = 0
         relay.renew_s, relay.expires_s, relay.told = now + ttl_s / 2, now + ttl_s, tuple(told)[:MAX_ADDRESSES]
         return self._next(now)
 
@@ -121,7 +126,8 @@ class Reservations:
         """The relay gave no place, lost ours, or is of no use: others are asked at once, it not for ``pause_s`` at least."""
         relay = self._relays.get(peer_id)
         if relay is not None:
-            relay.asked, relay.expires_s = False, 0.0
+            relay.asked = relay.doubtful = False
+            relay.expires_s = 0.0
             relay.failures += 1
             own_s = backoff_s(relay.failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
             relay.retry_s = now + max(own_s, pause_s)
@@ -134,6 +140,14 @@ class Reservations:
             return []
         relay.asked, relay.expires_s, relay.retry_s = False, 0.0, now
         return self._next(now)
+
+    def on_silent(self, peer_id: PeerId, now: float) -> list[Action]:
+        """The relay did not answer any more on its connection, which was cut: it is asked on another, and the next one, too."""
+        relay = self._relays.get(peer_id)
+        if relay is None or not relay.expires_s:
+            return self.on_failed(peer_id, now)
+        relay.expires_s, relay.asked, relay.doubtful = 0.0, True, True
+        return [Ask(relay.place), *self._next(now)]
 
     def on_network_change(self) -> None:
         """What failed from where we were may work from here: see `deadline`."""
@@ -154,7 +168,9 @@ class Reservations:
     # --- deciding ----------------------------------------------------------------------------------------------------
 
     def _lacking(self) -> int:
-        return MAX_PLACES - sum(bool(relay.expires_s or relay.asked) for relay in self._relays.values())
+        return MAX_PLACES - sum(
+            bool(relay.expires_s or (relay.asked and not relay.doubtful)) for relay in self._relays.values()
+        )
 
     def _next(self, now: float) -> list[Action]:
         actions: list[Action] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final, NoReturn
 
 import trio
@@ -29,20 +29,17 @@ from meshmax.core.reservations import Action as PlaceAction
 from meshmax.core.subnets import ip_of
 from meshmax.net.addresses import Endpoint, is_only_here, multiaddr_of, parse_circuit, parse_endpoint
 from meshmax.ports import CountsStreams, Stream, Swarm
+from meshmax.services.relay_pings import RelayPings
 from meshmax.services.relay_stream import CircuitBytes, RelayMessages
 from meshmax.telemetry.log import get_logger
 from meshmax.wire import relay as wire
 from meshmax.wire.multiaddr import try_decode_multiaddr
-from meshmax.wire.protocols import PING, RELAY_HOP, RELAY_STOP
+from meshmax.wire.protocols import RELAY_HOP, RELAY_STOP
 
 CHECK_S: Final = 5.0  # between looks at who may be asked; whoever is told of changes calls look_again
 ASK_S: Final = 10.0  # for a place: dial, ask, answer
 REQUEST_S: Final = 5.0  # for a relay to say what circuit it brings
 ADOPT_S: Final = 10.0  # for Noise, Yamux and admission over a circuit
-PING_S: Final = 3.0  # between pings of a relay in use; libp2p's answerers wait for at most ten seconds
-PING_TIMEOUT_S: Final = 4.0  # the connection carries circuits, and waits at their rates
-DOUBT_TIMEOUT_S: Final = 2.0  # the same where there is reason to think that the connection is dead
-PING_BYTES: Final = 32  # of libp2p's ping protocol
 OFFERS_PER_S, OFFERS_BURST, OFFERS_TOTAL_PER_S = 2.0, 16.0, 10.0  # circuits that one relay may bring, and all of them
 
 _log = get_logger("relay")
@@ -78,9 +75,7 @@ class RelayClient:
         self._watchers: list[Callable[[], None]] = []
         self._told: tuple[object, ...] = ()
         self._wake = trio.Event()
-        self._pings: set[PeerId] = set()
-        self._pauses: set[trio.CancelScope] = set()  # between pings
-        self._doubted_s = float("-inf")
+        self._pings = RelayPings(swarm, nursery, self.uses, self._on_unanswered)
         self._uses: Counter[PeerId] = Counter()  # open circuits, and those on their way
 
     # --- ports.Relays ------------------------------------------------------------------------------------------------
@@ -122,9 +117,7 @@ class RelayClient:
 
     def doubt(self) -> None:
         """Connections may be dead, since others are: ping the relays in use at once. Cheap, never raises."""
-        self._doubted_s = trio.current_time()
-        for pause in self._pauses:
-            pause.cancel()
+        self._pings.doubt()
 
     def check(self) -> None:
         """Whether places are wanted, or who may be asked, may be another now. Cheap, never raises."""
@@ -196,7 +189,7 @@ class RelayClient:
             self._perform(self._reservations.on_reserved(relay, ttl_s, told, now))
             if first and relay in self.relays:
                 _log.info("relay keeps a place for us", relay=relay)
-            self._keep_pinging(relay)
+            self._pings.keep(relay)
             return
         if status is not None:
             why = _WHY.get(status.status, f"it answered with status {status.status}")
@@ -235,61 +228,15 @@ class RelayClient:
 
     # --- relays in use -----------------------------------------------------------------------------------------------
 
-    def _keep_pinging(self, relay: PeerId) -> None:
-        if relay not in self._pings:
-            self._pings.add(relay)
-            self._nursery.start_soon(self._ping_while_used, relay)
-
-    async def _ping_while_used(self, relay: PeerId) -> None:
-        try:
-            frozen = await self._ping(relay)
-            if self.uses(relay):
-                _log.info("relay lost", relay=relay, why="it does not answer" if frozen else "its connection ended")
-            if frozen:
-                self.doubt()  # what took this connection may have taken others
-                await self._swarm.disconnect(relay)
-        finally:
-            self._pings.discard(relay)
-        now = trio.current_time()
-        self._perform((self._reservations.on_silent if frozen else self._reservations.on_lost)(relay, now))
-
-    async def _ping(self, relay: PeerId) -> bool:
-        """Until it is gone (False), is frozen (True), or is of no more use (False). It may not speak the protocol."""
-        stream: Stream | None = None
-        failures = 0
-        try:
-            while self.uses(relay):
-                doubted = trio.current_time() - self._doubted_s < DOUBT_TIMEOUT_S
-                with trio.move_on_after(DOUBT_TIMEOUT_S if doubted else PING_TIMEOUT_S) as scope:
-                    try:
-                        stream = stream or await self._swarm.open_stream(relay, PING)
-                        await _ping_once(stream)
-                        failures = 0
-                    except PeerGone:
-                        stream, failures = None, failures + 1
-                    except MeshmaxError:
-                        stream = None  # it answers, and that it does not speak this protocol
-                if scope.cancelled_caught:
-                    return True
-                if failures > 1:
-                    return False
-                if not failures and await self._ended(stream, PING_S):
-                    stream = None
-        finally:
-            if stream is not None:
-                with trio.CancelScope(shield=True):  # does not block
-                    await stream.reset()
-        return False
-
-    async def _ended(self, stream: Stream | None, within_s: float) -> bool:
-        """Whether the stream ends ``within_s``; nothing else is expected to come."""
-        with trio.move_on_after(within_s) as scope, suppress(PeerGone):
-            self._pauses.add(scope)
-            try:
-                await (stream.receive_some(1) if stream is not None else trio.sleep_forever())
-            finally:
-                self._pauses.discard(scope)
-        return not scope.cancelled_caught
+    async def _on_unanswered(self, relay: PeerId, frozen: bool) -> None:
+        """Its connection ended, does not answer any more (``frozen``), or is of no more use."""
+        if self.uses(relay):
+            _log.info("relay lost", relay=relay, why="it does not answer" if frozen else "its connection ended")
+        if frozen:
+            self.doubt()  # what took this connection may have taken others
+            await self._swarm.disconnect(relay)
+        on_lost = self._reservations.on_silent if frozen else self._reservations.on_lost
+        self._perform(on_lost(relay, trio.current_time()))
 
     # --- circuits that we dial ---------------------------------------------------------------------------------------
 
@@ -379,7 +326,7 @@ class RelayClient:
 
         self._uses[relay] += 1
         self._nursery.start_soon(live)
-        self._keep_pinging(relay)
+        self._pings.keep(relay)
         return byte_stream
 
     async def _adopt(
@@ -453,16 +400,6 @@ class RelayClient:
             return wire.PERMISSION_DENIED
         taken = self.circuits.room_for(source, relay) and self._offers.take(relay, trio.current_time())
         return wire.OK if taken else wire.RESOURCE_LIMIT_EXCEEDED
-
-
-async def _ping_once(stream: Stream) -> None:
-    await stream.send_all(bytes(PING_BYTES))
-    left = PING_BYTES
-    while left > 0:
-        data = await stream.receive_some(left)
-        if not data:
-            raise PeerGone("the relay ended the stream")
-        left -= len(data)
 
 
 def _told_addresses(relay: PeerId, status: wire.RelayStatus, seen_at: str) -> list[str]:

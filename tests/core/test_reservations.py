@@ -54,6 +54,21 @@ def test_places_are_renewed_at_half_of_their_time() -> None:
     assert set(kept.relays) == {A}
 
 
+def test_one_that_fell_silent_is_asked_again_at_once_as_is_the_next_one_and_no_third_place_is_kept() -> None:
+    for first, second in ((A, C), (C, A)):
+        kept = held(A, B)
+        assert asked(kept.on_silent(A, 10.0)) == [A, C]
+        assert kept.relays == (B,)
+        assert kept.tick(10.0) == []
+        assert kept.on_reserved(first, 3600.0, (), 11.0) == []
+        assert kept.on_reserved(second, 3600.0, (), 12.0) == [Leave(second)]
+        assert set(kept.relays) == {first, B}
+    kept = held(A, B)
+    kept.on_silent(A, 10.0)
+    assert asked(kept.on_failed(A, 20.0)) == []
+    assert asked(kept.on_failed(C, 21.0)) == [D]
+
+
 def test_one_that_is_lost_is_asked_again_at_once_and_the_next_one_if_it_fails() -> None:
     kept = held(A, B)
     assert asked(kept.on_lost(A, 10.0)) == [A]

@@ -16,6 +16,7 @@ from meshmax.core.circuits import MAX_CIRCUITS, MAX_CIRCUITS_PER_PEER
 from meshmax.core.relay import RelayLimits
 from meshmax.core.reservations import MAX_PLACES
 from meshmax.ports import Stream
+from meshmax.services.relay_pings import DOUBT_TIMEOUT_S
 from meshmax.services.relay_stream import CircuitBytes
 from meshmax.wire import relay as wire
 from meshmax.wire.protocols import INFER, PING, RELAY_HOP
@@ -90,6 +91,39 @@ async def test_a_frozen_relay_is_noticed_and_another_one_keeps_a_place(autojump_
         site.wires.thaw(site.relays[1].ip)
         site.wires.kill(site.relays[2].ip)
         await until(lambda: site.relays[1].peer_id in b.client.relays, 400)
+
+
+@pytest.mark.parametrize("why", ["doubt", "look_again"])
+async def test_where_connections_may_be_dead_relays_are_pinged_at_once_and_asked_anew(
+    autojump_clock: Any, why: str
+) -> None:
+    async with open_site() as site:
+        for _ in range(2):
+            await site.relay()
+        b = await site.member()
+        await until(lambda: len(b.client.relays) == MAX_PLACES)
+        await trio.sleep(100)
+        for relay in site.relays:
+            site.wires.partition(b.ip, relay.ip)
+        getattr(b.client, why)()
+        assert await until(lambda: not b.client.relays) <= DOUBT_TIMEOUT_S + 0.1
+        for relay in site.relays:
+            site.wires.heal(b.ip, relay.ip)
+        assert await until(lambda: len(b.client.relays) == MAX_PLACES) < 0.5
+
+
+async def test_connections_to_relays_that_are_doubted_without_reason_are_kept(autojump_clock: Any) -> None:
+    async with open_site() as site:
+        for _ in range(2):
+            await site.relay()
+        b = await site.member()
+        await until(lambda: len(b.client.relays) == MAX_PLACES)
+        kept = set(b.swarm._upgrader.links)
+        for _ in range(50):
+            b.client.doubt()
+            await trio.sleep(0.1)
+        await trio.sleep(10)
+        assert set(b.swarm._upgrader.links) == kept
 
 
 async def test_who_is_reached_without_relays_gives_its_places_up(autojump_clock: Any) -> None:

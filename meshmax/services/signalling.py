@@ -23,6 +23,7 @@ from meshmax.base.status import Path
 from meshmax.base.traversal import Purpose, TurnServer, parse_turn_url
 from meshmax.core.attempt_actions import Action, End, Means
 from meshmax.core.candidates import Screen
+from meshmax.core.signalling import REFILL_S
 from meshmax.core.signalling import Signalling as Core
 from meshmax.net.addresses import parse_endpoint
 from meshmax.net.interfaces import Interface
@@ -195,6 +196,9 @@ class Signalling:
             return
         if offer.turn:
             await self._look_up_relays()
+        if offer.attempt in self._runs:  # one that ended lives on while it says its last word: it is not to be mixed up
+            await frames.send(wire.MESSAGES, wire.Decline(offer.attempt, "busy", REFILL_S))
+            return
         screen = self._screen(stream.peer, offer.vouchers)
         attempt, actions = self._core.on_offer(
             stream.peer, offer, self._means(turn=offer.turn), screen, trio.current_time()

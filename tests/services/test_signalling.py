@@ -16,6 +16,7 @@ from meshmax.base.traversal import Candidate, TurnServer
 from meshmax.core.attempt import ATTEMPT_S, MAX_HEARD
 from meshmax.net.interfaces import Interface
 from meshmax.ports import ByteStream, Stream
+from meshmax.services.attempt import AttemptRun
 from meshmax.services.frames import FrameStream
 from meshmax.services.signalling import Signalling
 from meshmax.testing.memory_swarm import MemoryNetwork, MemorySwarm, SeededSigner
@@ -250,6 +251,38 @@ async def test_offers_without_end_hold_no_more_than_one_attempt(autojump_clock: 
         assert len(declined) > 25
         assert declined[0].retry_after_s > 0
         await trio.sleep(ATTEMPT_S + 1.0)
+
+
+async def test_an_attempt_that_says_its_last_word_is_not_mixed_up_with_another_of_the_same_id(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = AttemptRun._clean
+
+    async def slowly(self: AttemptRun, frames: FrameStream | None) -> None:
+        await trio.sleep(0.5)
+        await clean(self, frames)
+
+    monkeypatch.setattr(AttemptRun, "_clean", slowly)
+    async with two(MemoryNats()) as (a, b):
+        heard: list[wire.Message] = []
+
+        async def offer_again(stream: Stream) -> None:
+            frames = FrameStream(stream)
+            theirs = await frames.receive(wire.MESSAGES)
+            await frames.send(wire.MESSAGES, wire.Decline(theirs.attempt, "not-offered"))
+            await trio.sleep(0.1)
+            again = FrameStream(await b.swarm.open_stream(a.swarm.peer_id, SIGNAL))
+            await again.send(wire.MESSAGES, wire.Offer(theirs.attempt, "lane", an_offer().candidates))
+            heard.append(await again.receive(wire.MESSAGES))
+            await again.send(wire.MESSAGES, wire.Decline(theirs.attempt, "withdrawn"))
+
+        b.swarm.serve(SIGNAL, offer_again)
+        with pytest.raises(ConnectError):
+            await a.signalling.open_lane_stream(b.swarm.peer_id)
+        await eventually(lambda: bool(heard))
+        assert [type(each) for each in heard] == [wire.Decline]
+        await trio.sleep(ATTEMPT_S + 1.0)
+        assert not a.signalling._runs
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ async def test_an_attempt_that_says_its_last_word_is_not_mixed_up_with_another_o
             await frames.send(wire.MESSAGES, wire.Decline(theirs.attempt, "not-offered"))
             await trio.sleep(0.1)
             again = FrameStream(await b.swarm.open_stream(a.swarm.peer_id, SIGNAL))
-            await again.send(wire.MESSAGES, wire.Offer(theirs.attempt, "lane", an_offer().candidates))
+            await again.send(wire.MESSAGES, wire.Offer(theirs.attempt, "control", an_offer().candidates))
             heard.append(await again.receive(wire.MESSAGES))
             await again.send(wire.MESSAGES, wire.Decline(theirs.attempt, "withdrawn"))
 

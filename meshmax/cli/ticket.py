@@ -184,7 +184,13 @@ def _asked() -> str:
         return sys.stdin.read(MAX_PASTED + 1)
     import getpass
 
-    return getpass.getpass("Ticket (not shown): ")
+    try:
+        return getpass.getpass("Ticket (not shown): ")
+    except EOFError:
+        sys.stderr.write("\n")  # the prompt's line is still open
+        raise InvalidRequest(
+            "a ticket is needed: `meshmax ticket` at a member of the mesh makes one, and it is pasted here"
+        ) from None
 
 
 def _keep(given: Ticket, target: Target, as_json: bool) -> None:

@@ -220,3 +220,31 @@ def test_tickets_are_taken_back_and_none_is_made(fake_peer: FakePeer, capsys: py
     assert main(["ticket", "--withdraw", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"withdrawn": 1}
     assert fake_peer.bodies("/api/v1/mesh/tickets") == []
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "code", "said"), [(EOFError, 2, "a ticket is needed"), (KeyboardInterrupt, 130, "")]
+)
+def test_a_prompt_that_is_left_ends_with_a_sentence_or_quietly(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ended_by: type[BaseException],
+    code: int,
+    said: str,
+) -> None:
+    def prompt(_words: str) -> str:
+        raise ended_by
+
+    monkeypatch.setattr("sys.stdin", _Terminal())
+    monkeypatch.setattr("getpass.getpass", prompt)
+    assert main(["join"]) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(err.strip()) == bool(said)
+    assert not home.exists()

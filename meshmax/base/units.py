@@ -49,9 +49,9 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_rate(text: str) -> int:
-    """Bytes a second in ``text`` (``10MB/s``, ``800KB``); 0 for ``off``, ``0`` and ''. Raises InvalidRequest."""
+    """Bytes a second in ``text`` (``10MB/s``, ``800KB``); 0 for ``off``, ``none``, ``0`` and ''. Raises InvalidRequest."""
     body = text.strip().lower().removesuffix("/s")
-    if body in ("", "off", "unlimited", "0"):
+    if body in ("", "off", "none", "unlimited", "0"):
         return 0
     try:
         rate = parse_bytes(body)

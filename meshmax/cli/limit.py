@@ -14,7 +14,7 @@ from meshmax.cli.output import emit, emit_json, table
 _ROWS: Final = (
     ("up", "out, in all"), ("down", "in, in all"), ("peer_up", "out, to each peer"), ("peer_down", "in, from each peer"),
 )  # fmt: skip
-Rate = Annotated[str | None, Parameter(help="like 10MB/s, or off")]
+Rate = Annotated[str | None, Parameter(help="like 10MB/s, or none")]
 
 
 def limit(
@@ -23,11 +23,11 @@ def limit(
     down: Rate = None,
     peer_up: Rate = None,
     peer_down: Rate = None,
-    reset: bool = False,
+    reset: Annotated[bool, Parameter(help="Forget what was set by command: the configured limits hold again.")] = False,
     as_json: AsJson = False,
     target: Target = HERE,
 ) -> None:
-    """Show the limits on moving models, or set them: `--up 10MB/s`, `--down off`; `--reset` goes back to the configured ones.
+    """Show the limits on moving models, or set them: `--up 10MB/s`, `--down none`; `--reset` goes back to the configured ones.
 
     What is set holds at once and over restarts, and goes before the configured schedule.
     """

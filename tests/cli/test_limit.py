@@ -41,3 +41,16 @@ def test_what_is_no_rate_is_refused_before_anything_is_asked(
     assert main(["limit", "--up", "fast"]) == 2
     assert "10MB/s" in capsys.readouterr().err
     assert fake_peer.asked == []
+
+
+@pytest.mark.parametrize("word", ["none", "off", "None"])
+def test_the_word_that_is_shown_for_no_limit_is_taken_as_well(fake_peer: FakePeer, word: str) -> None:
+    fake_peer.on("GET", "/api/v1/limits", {"limits": LIMITS, "set": SET})
+    fake_peer.on("PUT", "/api/v1/limits", {"limits": LIMITS, "set": SET})
+    assert main(["limit", "--up", word]) == 0
+    assert fake_peer.bodies("/api/v1/limits")[-1] == {**SET, "up": 0}
+
+
+def test_help_says_what_reset_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["limit", "--help"]) == 0
+    assert "Forget what was set by command" in " ".join(capsys.readouterr().out.split())

@@ -59,7 +59,7 @@ def external(site: NatSite, name: str) -> list[str]:
 def test_another_address_of_the_router_and_another_network_are_noticed(site: NatSite) -> None:
     one, two = site.pair("port", "addr")
     site.until_path(one, two, "direct", "punched-tcp", "punched-udp")
-    until(f"{one} knows its address", lambda: external(site, one) == [site.routers[0].ip], 20)
+    until(f"{one} knows its address", lambda: external(site, one) == [site.routers[0].ip], 45)
     began_s = time.monotonic()
     site.routers[0].rebind(11)
     until(f"{one} knows its new address", lambda: external(site, one) == [site.routers[0].ip], 60)
@@ -68,5 +68,5 @@ def test_another_address_of_the_router_and_another_network_are_noticed(site: Nat
     other.take(site.hosts[one])
     began_s = time.monotonic()
     until(f"{one} knows where it is", lambda: external(site, one) == [other.ip], 60)
-    until(f"{one} knows what this NAT does", lambda: known(site, one) == KNOWN["sym"], 20)
+    until(f"{one} knows what this NAT does", lambda: known(site, one) == KNOWN["sym"], 45)
     print(f"another network was known after {time.monotonic() - began_s:.1f} s")

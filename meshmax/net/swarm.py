@@ -151,7 +151,13 @@ class LibrarySwarm:
         return [link for link in links if link.view.peer_id == peer_id and link.passage.state == "guest"]
 
     async def _accept(self, stream: ByteStream) -> None:
-        self._gate.open((await self._upgrader.inbound(stream)).passage)
+        try:
+            link = await self._upgrader.inbound(stream)
+        except ConnectError:
+            if self._upgrader.closed:
+                return  # we were leaving
+            raise
+        self._gate.open(link.passage)
 
     def _welcome(self, link: Link) -> None:
         peer_id = link.view.peer_id

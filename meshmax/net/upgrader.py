@@ -84,11 +84,11 @@ class Upgrader:
         self._network, self._nursery = network, nursery
         self._welcome, self._on_lost = welcome, lost
         self.links: dict[Any, Link] = {}
-        self._closed = False
+        self.closed = False
 
     def close(self) -> None:
         """Make no more links: a handshake that ends from now on has failed."""
-        self._closed = True
+        self.closed = True
 
     async def outbound(self, stream: ByteStream, peer_id: PeerId, path: Path = "direct", address: str = "") -> Link:
         """The link that we began, to exactly ``peer_id``. Raises ConnectError and library.failures(). No deadline."""
@@ -136,7 +136,7 @@ class Upgrader:
         path: Path,
         pending: _Pending,
     ) -> Link:
-        if wire.cut_off or connection.is_closed or self._closed:
+        if wire.cut_off or connection.is_closed or self.closed:
             raise ConnectError("the connection was lost as soon as it was made")
         if sum(link.view.peer_id == peer_id for link in self.links.values()) >= limits.MAX_CONNECTIONS_PER_PEER:
             raise ConnectError("there are too many connections with the peer")

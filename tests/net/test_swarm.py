@@ -33,7 +33,8 @@ async def echo(stream: Stream) -> None:
 async def dial_again(swarm: LibrarySwarm, peer: LibrarySwarm) -> None:
     """Make one more connection, as a peer that moved does."""
 
-    async def finish(link: Any) -> None:  # noqa: ASYNC124  the dialler awaits it
+    async def finish(link: Any) -> None:
+        await link.wait_agreed()
         swarm._gate.open(link.passage)
 
     await swarm._dialler.dial(peer.peer_id, peer.addresses, lambda: False, finish)

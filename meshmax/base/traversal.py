@@ -50,7 +50,8 @@ def parse_turn_url(url: str) -> tuple[str, int]:
     """The host and port of a TURN server. Raises ConfigError that says what is accepted."""
     match = _TURN_URL.fullmatch(url)
     if match is None or not 0 < int(match[2] or DEFAULT_TURN_PORT) < 65536:
-        raise ConfigError(f"'{url[:100]}' is no TURN server: write turn:HOST:PORT?transport=tcp (or udp)")
+        shown = url.rpartition("@")[2][:100]  # what is before it may be a password
+        raise ConfigError(f"'{shown}' is no TURN server: write turn:HOST:PORT?transport=tcp (or udp)")
     return match[1], int(match[2] or DEFAULT_TURN_PORT)
 
 

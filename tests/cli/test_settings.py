@@ -150,7 +150,15 @@ def test_turn_servers_come_from_the_file_and_their_passwords_are_not_shown(tmp_p
     file.write_text("turn: [{url: 'turn:turn.example.org:443?transport=tcp', username: u, password: secret}]\n")
     (server,) = load_config({}, {}, file).turn
     assert (server.url, server.username, server.password) == ("turn:turn.example.org:443?transport=tcp", "u", "secret")
-    for wrong in ("url: 'http://turn.example.org'", "url: 'turn:'", "url: 'turn:a:70000'", "host: a", "url: 5"):
+    assert "secret" not in repr(load_config({}, {}, file))
+    for wrong in (
+        "url: 'http://turn.example.org'",
+        "url: 'turn:u:secret@turn.example.org'",
+        "url: 'turn:'",
+        "url: 'turn:a:70000'",
+        "host: a",
+        "url: 5",
+    ):
         file.write_text(f"turn: [{{{wrong}, password: secret}}]\n")
         with pytest.raises(ConfigError, match="turn") as caught:
             load_config({}, {}, file)

@@ -192,7 +192,8 @@ def test_other_addresses_that_are_told_during_a_dial_are_dialled_as_soon_as_it_e
     peers.on_sighting(HIGH, [ADDRESS], now=1.0)
     entry = peers.entry(HIGH)
     assert entry is not None
-    assert not entry.news
+    news = entry.news
+    assert not news
     peers.on_sighting(HIGH, [other], now=1.0)
     assert entry.news
     peers.on_dial_failed(HIGH, now=2.0)

@@ -1,6 +1,7 @@
 """How many round trips there are until a connection can be used, between real libp2p hosts in simulated time."""
 
 import math
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -62,7 +63,7 @@ async def test_adopting_a_byte_stream_takes_a_round_trip_for_noise_and_those_of_
         far = await listener.accept()
         began_s = trio.current_time()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(b.adopt, far, a.peer_id, "in", "punched-tcp", "/ip4/10.0.0.1/tcp/1")
+            nursery.start_soon(partial(b.adopt, far, a.peer_id, "in", "punched-tcp", "/ip4/10.0.0.1/tcp/1"))
             await a.adopt(near, b.peer_id, "out", "punched-tcp", "/ip4/10.0.0.2/tcp/1")
             assert round_trips_since(began_s) == 1 + ADMISSION
         listener.close()

@@ -178,7 +178,7 @@ async def test_many_packets_are_not_to_be_had(autojump_clock: Any) -> None:
         assert (await ask_observer(peer, node, wire.Knock(5002)))[0] == wire.Knocked("open")
 
 
-async def test_all_sources_together_get_so_many_packets_however_many_they_are(autojump_clock: Any) -> None:
+def test_all_sources_together_get_so_many_packets_however_many_they_are() -> None:
     wired = Wire()
     server = ObserveServer(11435, 11437, (), reach=Reach(lambda: 0.0, datagrams=cast(Any, wired)))
     sent = 0

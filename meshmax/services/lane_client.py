@@ -3,7 +3,8 @@
 Rules: a lane is asked for on a stream of the control connection, which stays open as long as the lane does; its end is the
 lane's end. A chunk is asked of the lane that owes least. What a lane owed when it ended is asked for anew: of another
 lane, or on the blob's own stream. While no lane can be opened, the blob's stream is used; lanes are tried again every
-RETRY_S, and after one was lost sooner. Not here: which chunks (core.fetch), sockets and threads (net.lane), what becomes of
+RETRY_S, and after one was lost sooner; to a peer behind a relay less often (core.lane_ways). Why there is none is said once
+of a peer and state. Not here: which chunks (core.fetch), sockets and threads (net.lane), what becomes of
 a chunk (services.landing).
 """
 
@@ -38,6 +39,7 @@ LOST_S: Final = (
     1.0  # after the first that was lost for a minute, doubled then; a NAT that forgot one lets the next through
 )
 LOOK_S: Final = 1.0  # how often it is looked whether more lanes are due, as when other sources left
+MAX_SAID: Final = 256  # peers whose last failure is remembered; of a forgotten one it is said once more
 MIN_BLOB_BYTES: Final = 4 * MIB  # smaller blobs are there before a lane would be
 
 _log = get_logger("lanes")
@@ -58,6 +60,23 @@ class LaneOpener:
         self._swarm = swarm
         self._lanes = lanes
         self._memory = WayMemory()
+        self._said: dict[PeerId, tuple[str, str]] = {}  # the code of the last failure, and the path that there was
+
+    def opened(self, peer: PeerId) -> None:
+        """There is a lane: what keeps the next one from being opened is news."""
+        self._said.pop(peer, None)
+
+    def failed(self, peer: PeerId, error: MeshmaxError) -> None:
+        """There is none: say why, to people once as long as it is the same."""
+        view = self._swarm.connections().get(peer)
+        state = (error.code, view.path if view else "")
+        log = _log.debug if self._said.get(peer) == state or isinstance(error, _Waits) else _log.info
+        log("no lane", peer=peer, code=error.code, error=error.message)
+        if not isinstance(error, _Waits):
+            self._said.pop(peer, None)
+            self._said[peer] = state
+            if len(self._said) > MAX_SAID:
+                del self._said[next(iter(self._said))]
 
     @asynccontextmanager
     async def open_lane(self, peer: PeerId) -> AsyncIterator[tuple[FetchLane, Stream]]:
@@ -122,7 +141,14 @@ class LaneOpener:
         ip = self._ip_of(view.address)
         if ip is None and self.signalled is None:
             raise NotOffered("lanes need a direct connection to the peer")
-        return LanePeer(peer, ip, ip is not None and is_lan_address(ip), view.direction, view.path)
+        seen = LanePeer(peer, ip, ip is not None and is_lan_address(ip), view.direction, view.path)
+        if pause_s := self._memory.pause_s(seen, trio.current_time()):
+            raise _Waits(f"the peer is reached over a relay, and a lane is tried again in {pause_s:.0f} s")
+        return seen
+
+
+class _Waits(NotOffered):
+    """No attempt is due."""
 
 
 def try_ip(address: str) -> str | None:
@@ -142,6 +168,14 @@ class OpensLanes(Protocol):
         ...
 
     def open_lane(self, peer: PeerId) -> AbstractAsyncContextManager[tuple[FetchLane, Stream]]:
+        """See LaneOpener."""
+        ...
+
+    def opened(self, peer: PeerId) -> None:
+        """See LaneOpener."""
+        ...
+
+    def failed(self, peer: PeerId, error: MeshmaxError) -> None:
         """See LaneOpener."""
         ...
 
@@ -246,6 +280,7 @@ class SourceLanes:
                     lane, stream = await stack.enter_async_context(self._opener.open_lane(self._peer))
                 if opening.cancelled_caught:
                     raise PeerGone(f"no lane within {OPEN_TIMEOUT_S:g} s")
+                self._opener.opened(self._peer)
                 self._owed[lane] = set()
                 try:
                     self.ready.set()
@@ -254,7 +289,7 @@ class SourceLanes:
                 finally:
                     self._drop(lane)
         except MeshmaxError as error:
-            _log.info("no lane", peer=self._peer, code=error.code, error=error.message)
+            self._opener.failed(self._peer, error)
         finally:
             tried.set()
 

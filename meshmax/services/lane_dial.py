@@ -2,7 +2,8 @@
 
 Rules: each way starts HEAD_START_S after the one before, or as soon as that has failed; the first connection is taken, the
 others are given up and closed. A way with a head start that lost is remembered as failed: its packets are dropped
-somewhere, and the next lane shall not wait for them. Not here: what proves a lane (net.lanes).
+somewhere, and the next lane shall not wait for them. So is one that was given up after LONG_S without a connection: whoever
+wanted the lane could not wait. Not here: what proves a lane (net.lanes).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from meshmax.core.lane_ways import LanePeer, Way, WayMemory
 from meshmax.ports import ByteStream, LaneDial
 
 HEAD_START_S: Final = 0.3  # a direct connection over half the world is there; a punched one costs both sides more
+LONG_S: Final = 2.0  # two round trips over a slow relay and a handshake are done by then
 
 # Agrees with a peer on an attempt, and gives the TCP connection that came of it. Raises MeshmaxError.
 OpenLaneStream: TypeAlias = Callable[[PeerId], Awaitable[ByteStream]]
@@ -68,8 +70,13 @@ class LaneDialling:
                 self._memory.failed(self._peer, way, trio.current_time())
 
     async def _try(self, way: Way, failed: trio.Event, scope: trio.CancelScope) -> None:
+        began = trio.current_time()
         try:
             stream = await self._dials[way]()
+        except trio.Cancelled:
+            if self.won is None and trio.current_time() - began >= LONG_S:
+                self._memory.failed(self._peer, way, trio.current_time())
+            raise
         except MeshmaxError as error:
             self._memory.failed(self._peer, way, trio.current_time())
             self._attempts.append((self._peer.ip or self._peer.peer, way, error.message))

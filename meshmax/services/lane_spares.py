@@ -68,6 +68,14 @@ class LaneSpares:
         finally:
             spare.released.set()
 
+    def opened(self, peer: PeerId) -> None:
+        """See LaneOpener."""
+        self._opener.opened(peer)
+
+    def failed(self, peer: PeerId, error: MeshmaxError) -> None:
+        """See LaneOpener."""
+        self._opener.failed(peer, error)
+
     def _take(self, peer: PeerId) -> _Spare | None:
         spares = self._spares.get(peer)
         if not spares:

@@ -6,7 +6,7 @@ import pytest
 
 from meshmax.base.ids import PeerId
 from meshmax.base.status import Path
-from meshmax.core.lane_ways import FAILED_S, MAX_REMEMBERED, LanePeer, Way, WayMemory, ways_to
+from meshmax.core.lane_ways import FAILED_S, MAX_REMEMBERED, RELAYED_S, LanePeer, Way, WayMemory, ways_to
 
 P = PeerId("p")
 BOTH: tuple[Way, ...] = ("direct", "signalled")
@@ -66,3 +66,15 @@ def test_the_memory_is_bounded() -> None:
         memory.failed(peer(name=PeerId(str(number))), "direct", 0.0)
     assert memory.sort(peer(name=PeerId("0")), BOTH, 0.0) == (BOTH, ())
     assert memory.sort(peer(name=PeerId("1")), BOTH, 0.0) == (("signalled",), ("direct",))
+
+
+def test_an_attempt_that_failed_behind_a_relay_waits_until_it_is_long_ago_or_the_path_is_better() -> None:
+    memory, relayed = WayMemory(), peer(None, path="relay")
+    assert memory.pause_s(relayed, 0.0) == 0.0
+    memory.failed(relayed, "signalled", 0.0)
+    assert memory.pause_s(relayed, 1.0) == RELAYED_S - 1
+    assert memory.pause_s(peer(None, path="relay", name=PeerId("q")), 1.0) == 0.0
+    assert memory.pause_s(relayed, RELAYED_S) == 0.0
+    memory.failed(relayed, "signalled", RELAYED_S)
+    assert memory.pause_s(peer(path="punched-tcp"), RELAYED_S + 1) == 0.0
+    assert memory.pause_s(relayed, RELAYED_S + 2) == 0.0  # it was better meanwhile

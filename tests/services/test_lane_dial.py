@@ -2,17 +2,21 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
 from meshmax.base.errors import ConnectError, NotOffered, PeerGone
 from meshmax.base.ids import PeerId
-from meshmax.core.lane_ways import LanePeer, Way, WayMemory
+from meshmax.core.lane_ways import RELAYED_S, LanePeer, Way, WayMemory
 from meshmax.ports import ByteStream, FetchLane, Stream
-from meshmax.services.lane_client import LaneOpener
+from meshmax.services import lane_client
+from meshmax.services.lane_client import OPEN_TIMEOUT_S, LaneOpener
 from meshmax.services.lane_dial import HEAD_START_S, LaneDialling
 from meshmax.services.lane_server import LaneServer
 from meshmax.services.offers import Offers
@@ -120,7 +124,7 @@ class Site:
         ours = MemoryLanes(self.lanes, server.peer_id)
         LaneServer(MemoryBlobStore(), ours, Outflow(), Offers(trio.current_time)).register(server)
         await fetcher.dial(server.peer_id, server.addresses)
-        self.server = server.peer_id
+        self.server, self.fetcher = server.peer_id, fetcher
         self.opener = LaneOpener(fetcher, StrangeLanes(self, fetcher.peer_id), 2, lambda _: ip)
 
     async def signalled(self, peer: PeerId) -> ByteStream:
@@ -193,3 +197,45 @@ async def test_a_peer_that_is_not_connected_is_gone(autojump_clock: trio.testing
         with pytest.raises(PeerGone):
             async with opened(site.opener, PeerId("nobody")):
                 pass
+
+
+async def test_behind_a_relay_a_failed_attempt_is_not_repeated_soon_nor_said_twice(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, said = Site(), []
+    tries: list[float] = []
+
+    async def hopeless(_peer: PeerId) -> ByteStream:
+        tries.append(trio.current_time())
+        await trio.sleep(10)
+        raise ConnectError("it took too long")
+
+    monkeypatch.setattr(
+        lane_client, "_log", SimpleNamespace(info=lambda *_, **words: said.append(words), debug=_nothing)
+    )
+    async with AsyncExitStack() as stack:
+        await site.open(stack, None)
+        views = site.fetcher.connections()
+        relayed = {peer: msgspec.structs.replace(view, path="relay") for peer, view in views.items()}
+        monkeypatch.setattr(site.fetcher, "connections", lambda: relayed)
+        site.opener.signalled = hopeless
+        for _ in range(40):
+            try:
+                with trio.move_on_after(OPEN_TIMEOUT_S) as opening:
+                    async with site.opener.open_lane(site.server):
+                        pass
+                assert opening.cancelled_caught
+                site.opener.failed(site.server, PeerGone("no lane in time"))
+            except NotOffered as error:
+                site.opener.failed(site.server, error)
+            await trio.sleep(30)
+        gaps = [later - before for before, later in pairwise(tries)]
+        assert len(tries) in (2, 3)
+        assert min(gaps) >= RELAYED_S
+        assert len(said) == 1
+        site.opener.opened(site.server)
+        site.opener.failed(site.server, PeerGone("no lane in time"))
+        assert len(said) == 2
+
+
+def _nothing(*_args: object, **_words: object) -> None: ...

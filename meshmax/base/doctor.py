@@ -55,7 +55,8 @@ class LookedBack(msgspec.Struct, frozen=True):
 
     ``why``: a sentence where it did not answer, and then the rest is empty. ``theirs``: rungs of it that saw us; ``ours``: rungs
     of ours that saw it; ``their_rungs``: those that it climbs. ``at``: the multiaddr at which we see it, ``address``: the one
-    that it sees us come from. ``clock_ahead_s``: its clock against ours, ``uncertain_s`` either way.
+    that it sees us come from; '' in either where a relay stands between. ``relayed_s``: for how many seconds a relay has, None
+    where there is none. ``clock_ahead_s``: its clock against ours, ``uncertain_s`` either way.
     """
 
     peer_id: PeerId
@@ -70,6 +71,7 @@ class LookedBack(msgspec.Struct, frozen=True):
     clock_ahead_s: float | None = None
     uncertain_s: float = 0.0
     ports: tuple[PortSeen, ...] = ()
+    relayed_s: float | None = None
 
 
 class BootstrapSeen(msgspec.Struct, frozen=True):
@@ -129,7 +131,7 @@ class PeerFacts(msgspec.Struct, frozen=True):
     ``mesh_problem``: what is wrong with our membership, a sentence.
     ``certificate_left_s``: until ours expires, None where there is none. ``copies``: sentences on a second machine that has our
     identity. ``joined``: how many addresses were given by --join; ``given``: how each stands.
-    ``reachability``: as others outside see this peer.
+    ``reachability``: as others outside see this peer; ``relays``: what people call those that keep a place for it.
     """
 
     rungs: tuple[RungLook, ...] = ()
@@ -147,6 +149,7 @@ class PeerFacts(msgspec.Struct, frozen=True):
     copies: tuple[str, ...] = ()
     given: tuple[GivenSeen, ...] = ()
     reachability: Reachability | None = None
+    relays: tuple[str, ...] = ()
 
 
 class Facts(msgspec.Struct, frozen=True):

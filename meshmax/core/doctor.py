@@ -24,7 +24,7 @@ from meshmax.base.doctor import (
     RefusedPeer,
 )
 from meshmax.base.units import format_bytes
-from meshmax.core.doctor_reach import REACH_CODES, reach_findings
+from meshmax.core.doctor_reach import REACH_CODES, ip_of, is_translated, reach_findings
 
 CLOCK_ERROR_S: Final = 300.0  # certificates bear that much (base.membership)
 CLOCK_WARNING_S: Final = 60.0
@@ -140,8 +140,8 @@ def _peer(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     yield from _membership(peer)
     yield from _rungs(peer)
     yield from _clocks(peer.looked_back)
-    yield from reach_findings(peer)
-    yield from _ports(peer)
+    yield from reach_findings(peer, machine)
+    yield from _ports(peer, machine)
     for told in peer.looked_back:
         yield from _one(told, peer, machine)
 
@@ -288,16 +288,18 @@ def _clock_off_s(told: LookedBack) -> float:
     return max(abs(told.clock_ahead_s or 0.0) - told.uncertain_s, 0.0)
 
 
-def _ports(peer: PeerFacts) -> Iterator[Finding]:
+def _ports(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
+    """Only the word of those between whom and us no NAT stands: that a NAT lets nobody in is usual, and no firewall's doing."""
     where = peer.reachability
     otherwise = where is not None and (where.relays or where.state in ("public", "mapped"))
-    yield from _port(peer, "control", "port_unreachable", "warning" if otherwise else "error")
-    yield from _port(peer, "lane", "lane_unreachable", "warning")
-    yield from _port(peer, "udp", "udp_lost", "warning")
+    near = [told for told in peer.looked_back if not is_translated(told, peer, machine)]
+    yield from _port(near, "control", "port_unreachable", "warning" if otherwise else "error")
+    yield from _port(near, "lane", "lane_unreachable", "warning")
+    yield from _port(near, "udp", "udp_lost", "warning")
 
 
-def _port(peer: PeerFacts, kind: PortKind, code: str, severity: str) -> Iterator[Finding]:
-    tried = [(told, port) for told in peer.looked_back for port in told.ports if port.kind == kind]
+def _port(looked_back: Sequence[LookedBack], kind: PortKind, code: str, severity: str) -> Iterator[Finding]:
+    tried = [(told, port) for told in looked_back for port in told.ports if port.kind == kind]
     tried = [(told, port) for told, port in tried if port.outcome != "not_tried"]
     bad = [(told, port) for told, port in tried if port.outcome in _BAD]
     if not bad:
@@ -343,9 +345,8 @@ def _one(told: LookedBack, peer: PeerFacts, machine: MachineFacts) -> Iterator[F
         )
         return
     yield from _multicast(told, peer)
-    seen = _ip(told.address)
-    if seen and not _is_own(seen, {*machine.networks, *(_ip(address) for address in peer.control)}):
-        yield Finding("nat", "ok", f"{told.name} sees this machine as {seen}: a NAT stands between")
+    if is_translated(told, peer, machine):
+        yield Finding("nat", "ok", f"{told.name} sees this machine as {ip_of(told.address)}: a NAT stands between")
 
 
 def _multicast(told: LookedBack, peer: PeerFacts) -> Iterator[Finding]:
@@ -375,11 +376,11 @@ def _multicast(told: LookedBack, peer: PeerFacts) -> Iterator[Finding]:
 
 def _same_network(told: LookedBack, peer: PeerFacts) -> bool:
     """Whether both are in one IPv4 network of 256 addresses, as homes and offices have them; loopback is none."""
-    seen = _ip(told.address)
-    if not seen or ":" in seen or _is_loopback(seen) or seen not in {_ip(address) for address in peer.control}:
+    seen = ip_of(told.address)
+    if not seen or ":" in seen or _is_loopback(seen) or seen not in {ip_of(address) for address in peer.control}:
         return False
     net = ipaddress.IPv4Network(f"{seen}/24", strict=False)
-    others = {_ip(address) for each in told.ours for address in each.addresses} | {_ip(told.at)}
+    others = {ip_of(address) for each in told.ours for address in each.addresses} | {ip_of(told.at)}
     return any(ip and ":" not in ip and ipaddress.IPv4Address(ip) in net for ip in others)
 
 
@@ -389,22 +390,6 @@ def _port_of(address: str) -> str:
     return f"TCP and UDP {port} of it" if port.isdigit() else "it"
 
 
-def _ip(address: str) -> str:
-    """The IP address in a multiaddr or IP:PORT; '' where there is none."""
-    parts = address.split("/")
-    text = parts[2] if len(parts) > 2 else address.rpartition(":")[0].strip("[]") or address
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        return ""
-
-
-def _is_own(ip: str, own: set[str]) -> bool:
-    """Also where it cannot be known: loopback and link-local addresses stand behind no NAT."""
-    address = ipaddress.ip_address(ip)
-    return ip in own or address.is_loopback or address.is_link_local
-
-
 def _is_loopback(address: str) -> bool:
-    ip = _ip(address)
+    ip = ip_of(address)
     return bool(ip) and ipaddress.ip_address(ip).is_loopback

@@ -6,32 +6,39 @@ a mesh of its own that neither others nor relays reach. Not here: ports as neigh
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from typing import Final
 
-from meshmax.base.doctor import Finding, PeerFacts
+from meshmax.base.doctor import Finding, LookedBack, MachineFacts, PeerFacts
 from meshmax.base.reachability import NatBehaviour, Reachability
+from meshmax.base.units import MIB
+from meshmax.core.relay_quota import RELAY_BLOB_BYTES
 
 REACH_CODES: Final = (
-    "nat_changes_ports", "reachable", "reachability_unknown", "relayed_only", "udp_blocked", "unreachable",
+    "nat_changes_ports", "no_direct_path", "reachable", "reachability_unknown", "relayed_only", "udp_blocked", "unreachable",
 )  # fmt: skip
+SETTLE_S: Final = 15.0  # after the first connection, for a direct path: what is tried takes under ten seconds
+_CIRCUIT: Final = "/p2p-circuit"
 _FORWARD: Final = "have the router pass the port on (UPnP does it by itself), for direct connections from everywhere"
 
 
-def reach_findings(peer: PeerFacts) -> Iterator[Finding]:
+def reach_findings(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     """Nothing where nobody was asked because there is nobody to ask: that is said of the bootstrap nodes."""
+    yield from _over_relays(peer)
     where = peer.reachability
     if where is None or (where.state == "unknown" and not where.external_ips and not peer.bootstrap):
         return
-    yield from _reached(where, peer)
+    yield from _reached(where, peer, machine)
     if where.nat.udp == "blocked":
         text = "this network lets no UDP out: no DHT, and connections through NAT by TCP and relays alone"
         yield Finding(
             "udp_blocked", "warning", text, "let UDP out in the network's firewall; without it all still works"
         )
     if changes_ports(where.nat) and where.state != "public":
-        text = "the NAT of this network uses another port for every destination: some peers are met over relays only"
-        yield Finding("nat_changes_ports", "ok" if where.state == "mapped" else "warning", text, _FORWARD)
+        text = "the NAT of this network uses another port for every destination: some peers may be met over relays only"
+        met = where.state == "mapped" or (peer.online and not _stuck(peer))  # all that are here now have direct paths
+        yield Finding("nat_changes_ports", "ok" if met else "warning", text, "" if met else _FORWARD)
 
 
 def changes_ports(nat: NatBehaviour) -> bool:
@@ -40,19 +47,81 @@ def changes_ports(nat: NatBehaviour) -> bool:
     return bool(seen) and all(each != "endpoint-independent" for each in seen)
 
 
-def _reached(where: Reachability, peer: PeerFacts) -> Iterator[Finding]:
+def ip_of(address: str) -> str:
+    """The IP address in a multiaddr or IP:PORT; '' where there is none, and of a way over a relay, which is not the peer's."""
+    if _CIRCUIT in address:
+        return ""
+    parts = address.split("/")
+    text = parts[2] if len(parts) > 2 else address.rpartition(":")[0].strip("[]") or address
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return ""
+
+
+def is_translated(told: LookedBack, peer: PeerFacts, machine: MachineFacts) -> bool:
+    """Whether a NAT stands between us and who looked back, as far as it can be known: of loopback and links it cannot."""
+    seen = ip_of(told.address)
+    if not seen or seen in {*machine.networks, *(ip_of(address) for address in peer.control)}:
+        return False
+    address = ipaddress.ip_address(seen)
+    return not (address.is_loopback or address.is_link_local)
+
+
+def _reached(where: Reachability, peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
+    across = [
+        each.name for each in peer.looked_back if is_translated(each, peer, machine)
+    ]  # met although a NAT is between
     if where.state in ("public", "mapped"):
         yield Finding("reachable", "ok", f"others outside reach this peer: {where.why}")
+    elif where.relays or (where.state == "private" and across):
+        text = "no one outside reaches this machine's ports by themselves, as behind any NAT; "
+        if where.relays:
+            through = ", ".join(peer.relays or where.relays)
+            text += f"peers reach it over relay{'s' * (len(where.relays) > 1)} {through} and go on to direct paths"
+        else:
+            text += f"there are direct paths to {', '.join(across)}"
+        yield Finding("relayed_only", "ok", text)
     elif where.state == "unknown":
         text = f"it is not known whether others outside reach this peer: {where.why}"
         advice = "" if peer.online else "see that a bootstrap node runs and can be reached from here"
         yield Finding("reachability_unknown", "ok" if peer.online else "warning", text, advice)
-    elif where.relays:
-        many = f"{len(where.relays)} relays keep" if len(where.relays) > 1 else "a relay keeps"
-        text = f"nobody outside connects to this peer directly ({where.why}); {many} a place for it, so it is met all the same"
-        yield Finding("relayed_only", "ok", text)
     elif peer.mesh:
         text = f"nobody outside connects to this peer ({where.why}), and no relay keeps a place for it"
         text += f"; {where.mapping_why}" if where.mapping_why and not where.mappings else ""
         advice = f"name a bootstrap node that relays (--bootstrap), or {_FORWARD}"
-        yield Finding("unreachable", "warning", text, advice)
+        nobody = not peer.online and all(node.problem for node in peer.bootstrap)
+        yield Finding("unreachable", "error" if nobody else "warning", text, advice)
+
+
+def _stuck(peer: PeerFacts) -> list[str]:
+    return [each.name for each in peer.looked_back if each.relayed_s is not None and each.relayed_s >= SETTLE_S]
+
+
+def _over_relays(peer: PeerFacts) -> Iterator[Finding]:
+    """Each connected peer to which there was time for a direct path, and none was found."""
+    stuck = _stuck(peer)
+    if not stuck:
+        return
+    nat = peer.reachability.nat if peer.reachability else NatBehaviour()
+    names = ", ".join(stuck)
+    text = f"no direct path to {names} was found ({_why_relayed(nat)}): prompts work over a relay, "
+    text += f"models are limited to {RELAY_BLOB_BYTES // MIB} MiB an hour"
+    advice = (
+        "one of these at either side: UPnP or NAT-PMP switched on in the router, TCP 11435 forwarded to the peer, or a peer"
+        " or bootstrap node with a public address that both can reach"
+    )
+    yield Finding("no_direct_path", "warning", text, advice)
+
+
+def _why_relayed(nat: NatBehaviour) -> str:
+    """Of our side what was seen; of the other's nothing is known here."""
+    if nat.udp == "blocked":
+        ours = "UDP is blocked here"
+    elif changes_ports(nat):
+        ours = "our NAT uses another port for every destination"
+    elif "endpoint-independent" in (nat.mapping, nat.tcp_mapping):
+        ours = "our NAT keeps its ports, so it is more likely the other side"
+    else:
+        ours = "what our NAT does is not known"
+    return f"{ours}; `meshmax doctor` over there tells of its side"

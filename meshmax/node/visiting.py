@@ -6,11 +6,12 @@ from functools import partial
 
 from meshmax.base.doctor import BootstrapSeen, GivenSeen, MachineFacts, PeerFacts, PortKind, RefusedPeer
 from meshmax.base.errors import InvalidRequest
+from meshmax.base.ids import PeerId
 from meshmax.base.status import PeerView
 from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import parse_endpoint
 from meshmax.net.static import parse_join
-from meshmax.node.bootstrapping import bootstrap_of
+from meshmax.node.bootstrapping import bootstrap_of, bootstrap_places
 from meshmax.node.running import Node
 from meshmax.services.checkup import check_machine
 from meshmax.services.doctor import Doctor
@@ -82,7 +83,16 @@ class NodePatient:
             certificate_left_s=None if mesh.expires_at_s is None else mesh.expires_at_s - node.now(),
             copies=(problem,) if problem else (),
             reachability=node.reachability.view,
+            relays=tuple(self._relay_name(peer_id) for peer_id in node.reachability.view.relays),
         )
+
+    def _relay_name(self, peer_id: PeerId) -> str:
+        """What people call a relay: its name as a member, else the first address by which it is known."""
+        view = self._node.presence.view(peer_id)
+        if view is not None and view.status is not None and view.status.name:
+            return view.status.name
+        address = (bootstrap_places(self._node).get(peer_id) or ("",))[0]
+        return (address.split("/") + [""] * 3)[2] or peer_id[-8:]
 
     async def machine(self) -> MachineFacts:
         """See Patient."""

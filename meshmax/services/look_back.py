@@ -111,7 +111,12 @@ class LookBack:
         """Have a connected peer look back at us; what it says, or why it said nothing. Within ASK_TIMEOUT_S and a bit."""
         connection = self._swarm.connections().get(peer_id)
         direction, where = (connection.direction, connection.address) if connection else ("out", "")
-        blank = LookedBack(peer_id, name, direction, ours=self._ladder.seen(peer_id), at=where)
+        relayed_s = None
+        if (
+            connection is not None and connection.path == "relay"
+        ):  # its address is the relay's, and says nothing of the peer
+            relayed_s, where = max(self._unix_now() - connection.opened_at_s, 0.0), ""
+        blank = LookedBack(peer_id, name, direction, ours=self._ladder.seen(peer_id), at=where, relayed_s=relayed_s)
         asks = [wire.PortAsk(kind, port) for kind, port in ports if port >= wire.LOWEST_PORT][: wire.MAX_PORTS]
         nonce = secrets.token_bytes(wire.NONCE_BYTES)
         why = f"it did not answer within {ASK_TIMEOUT_S:g} s"
@@ -190,7 +195,7 @@ def _looked_back(
         blank,
         theirs=tuple(SeenBy(each.rung, each.addresses, each.ago_s) for each in seen.rungs if each.ago_s is not None),
         their_rungs=tuple(each.rung for each in seen.rungs),
-        address=seen.address,
+        address="" if blank.relayed_s is not None or "/p2p-circuit" in seen.address else seen.address,
         # It read its clock between our question and its answer, so that half of the time between is the best guess.
         clock_ahead_s=seen.unix_s - (started_s + took_s / 2),
         uncertain_s=took_s / 2,

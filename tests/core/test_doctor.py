@@ -75,6 +75,19 @@ def tried(control: PortOutcome = "open", lane: PortOutcome = "open", udp: PortOu
     return told(ports=ports)
 
 
+def across() -> LookedBack:
+    """A peer beyond our NAT, connected directly, that finds no port of ours."""
+    ports = tuple(
+        msgspec.structs.replace(port, outcome="lost" if port.kind == "udp" else "silent") for port in GOOD.ports
+    )
+    return told(address="/ip4/203.0.113.5/tcp/5000", at="/ip4/198.51.100.7/tcp/40000", ports=ports)
+
+
+def relayed(for_s: float) -> LookedBack:
+    ports = tuple(msgspec.structs.replace(port, outcome="not_tried") for port in GOOD.ports)
+    return told(address="", at="", ports=ports, relayed_s=for_s)
+
+
 def rung(name: str, state: str = "failing", problem: str = "no route to host") -> RungLook:
     return RungLook(RungReport(name, state, problem))  # type: ignore[arg-type]
 
@@ -157,8 +170,21 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("a port that a relay makes up for", peer(tried("silent"), reachability=Reachability("private", "x", relays=(B,))),
      {"port_unreachable": "warning"}),
     ("udp is blocked", peer(reachability=Reachability("public", "x", NatBehaviour(udp="blocked"))), {"udp_blocked": "warning"}),
-    ("a carrier's nat", peer(reachability=Reachability("private", "x", CARRIER, relays=(B,))),
-     {"nat_changes_ports": "warning"}),
+    ("a carrier's nat, with direct paths", peer(reachability=Reachability("private", "x", CARRIER, relays=(B,))), {}),
+    ("a carrier's nat, alone", alone(reachability=Reachability("private", "x", CARRIER, relays=(B,))),
+     {"alone": "warning", "nat_changes_ports": "warning"}),
+    ("punched through a nat, ports closed",
+     peer(across(), mesh="m", reachability=Reachability("private", "x", relays=(B,)), relays=("box",)), {}),
+    ("punched through a nat, no relay", peer(across(), mesh="m", reachability=Reachability("private", "x")), {}),
+    ("punched through a nat, the bootstrap node is down",
+     peer(across(), mesh="m", reachability=Reachability("unknown", "nobody answered"),
+          bootstrap=(BootstrapSeen("/b", "refused"),)), {"bootstrap_silent": "warning"}),
+    ("nobody can be met",
+     alone(mesh="m", reachability=Reachability("private", "x"), bootstrap=(BootstrapSeen("/b", "refused"),)),
+     {"alone": "warning", "bootstrap_silent": "warning", "unreachable": "error"}),
+    ("over a relay", peer(relayed(60.0), mesh="m", reachability=Reachability("private", "x", CARRIER, relays=(B,))),
+     {"no_direct_path": "warning", "nat_changes_ports": "warning"}),
+    ("over a relay a moment ago", peer(relayed(3.0), mesh="m"), {}),
     ("a carrier's nat with a mapping", peer(reachability=Reachability("mapped", "x", CARRIER)), {}),
     ("a nat that changes udp ports alone",
      peer(reachability=Reachability("private", "x", msgspec.structs.replace(CARRIER, tcp_mapping="endpoint-independent"))), {}),
@@ -243,3 +269,25 @@ def test_one_refusal_by_several_is_said_once_by_their_names() -> None:
 def test_a_sighting_by_mdns_counts_for_two_and_a_half_minutes() -> None:
     for ago_s, expected in ((150.0, {}), (151.0, {"mdns_one_way_there": "warning"})):
         assert not_ok(diagnose(peer(told(theirs=(SeenBy("mdns", (), ago_s),))))) == expected
+
+
+def test_a_peer_over_a_relay_is_named_with_why_and_what_helps() -> None:
+    for nat, why in (
+        (NatBehaviour(udp="blocked"), "UDP is blocked here"),
+        (CARRIER, "our NAT uses another port for every destination"),
+        (NatBehaviour("open", "endpoint-independent"), "our NAT keeps its ports"),
+        (NatBehaviour(), "what our NAT does is not known"),
+    ):
+        said = sentences(peer(relayed(60.0), reachability=Reachability("private", "x", nat, relays=(B,))))
+        assert f"no direct path to B was found ({why}" in said
+        assert "models are limited to 32 MiB an hour" in said
+        assert "UPnP or NAT-PMP" in said
+        assert "TCP 11435" in said
+        assert "a NAT stands between" not in said
+
+
+def test_a_nat_with_relays_is_one_sentence_that_names_them() -> None:
+    where = Reachability("private", "x", relays=(B,))
+    said = sentences(peer(across(), mesh="m", reachability=where, relays=("203.0.113.9",)))
+    assert "as behind any NAT; peers reach it over relay 203.0.113.9 and go on to direct paths" in said
+    assert "ufw" not in said

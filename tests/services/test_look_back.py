@@ -255,6 +255,18 @@ async def test_a_peer_that_answers_garbage_is_a_sentence(
         assert told.clock_ahead_s is None
 
 
+async def test_an_address_of_a_relay_is_not_taken_for_ours(autojump_clock: trio.testing.MockClock) -> None:
+    async def answer(stream: Stream) -> None:
+        frames = FrameStream(stream)
+        await frames.receive(wire.FROM_ASKER)
+        where = f"/ip4/203.0.113.9/tcp/11435/p2p/{stream.peer}/p2p-circuit"
+        await frames.send(wire.FROM_ASKED, wire.Seen((), where, NOW_S, ()))
+
+    async with two() as (a, b):
+        b.swarm.serve(LOOK_BACK, answer)
+        assert (await a.look_back.ask(b.swarm.peer_id, "b", [])).address == ""
+
+
 async def test_what_a_peer_says_of_ports_that_nobody_asked_about_counts_for_nothing(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

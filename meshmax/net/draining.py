@@ -72,7 +72,8 @@ class Draining(Generic[L]):
     async def _probe(self, link: L) -> None:
         """Cut the link if it is dead."""
         began = trio.current_time()
-        with trio.move_on_after(limits.LINK_PROBE_S) as scope, suppress(MeshmaxError):  # an error is an answer
+        until = max(began + limits.LINK_ANSWER_S, link.heard_s + limits.LINK_PROBE_S)
+        with trio.move_on_at(until) as scope, suppress(MeshmaxError):  # an error is an answer
             await self._ask(link)
         if scope.cancelled_caught and link.heard_s <= began:
             link.cut()

@@ -37,7 +37,8 @@ LINK_IDLE_S: Final = 3.0  # without a stream, before a connection to which there
 LINK_ASK_TIMEOUT_S: Final = (
     60.0  # for its other end to agree; the question waits behind all that a slow path still carries
 )
-LINK_PROBE_S: Final = 2.5  # of silence on the best connection while a worse one is new: much longer than any round trip
+LINK_PROBE_S: Final = 2.5  # of silence on the best connection, while a worse one is new, that make it a dead one
+LINK_ANSWER_S: Final = 1.0  # of these at least after it was asked: much longer than a round trip
 MAX_HALF_OPEN: Final = 128  # inbound connections that are not authenticated yet, in all
 MAX_HALF_OPEN_PER_IP: Final = 64  # the same from one address; several peers may share a machine or a NAT
 HANDSHAKE_TIMEOUT_S: Final = 5.0  # from accept to authenticated; an honest peer needs well under one second

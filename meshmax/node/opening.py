@@ -199,6 +199,7 @@ class _Opening:
                 self._keep_sequence,
                 node.traversal.connector.connect,
                 node.traversal.reachability,
+                node.traversal.on_silent,
             )
         )
         node.garbage.leases.connect = node.traversal.connector.connect

@@ -80,6 +80,12 @@ class Traversal:
         outside = [f"{text}/p2p/{self._node.peer_id}" for text in self.reachability().addresses]
         return told_addresses(own, outside, self.relays.addresses if self.relays else ())
 
+    def on_silent(self, peer_id: PeerId) -> None:
+        """A peer lets us wait: its connection may be dead, and those to relays with it. Cheap."""
+        if self.relays is not None:
+            self.relays.doubt()
+        self.connector.on_silent(peer_id)
+
     def watch(self, on_mesh_change: Callable[[], None]) -> None:
         """Call ``on_mesh_change`` when the node is in another mesh. It must not block, and is kept for ever."""
         self._watchers.append(on_mesh_change)

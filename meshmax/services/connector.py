@@ -35,6 +35,9 @@ UPGRADE_S: Final = 15.0  # for an attempt at a better path; each of its parts ha
 UPGRADE_DIAL_S: Final = (
     4.0  # of these for addresses: who is not there lets a dial wait for longer than signalling takes
 )
+BESIDE_S: Final = 5.0  # for a relayed connection beside one that is doubted
+BESIDE_PAUSE_S: Final = 0.3
+BESIDE_AGAIN_S: Final = 30.0  # before the same of the same peer: who is slow for long is not dead
 WRITE_PAUSE_S: Final = 5.0  # news of paths come many at a time
 LAST_WRITE_S: Final = 2.0
 
@@ -60,7 +63,9 @@ class Ways:
 class Connector:
     """See the module; made by `open_connector`."""
 
-    def __init__(self, swarm: Swarm, ways: Ways, memory: PathMemory) -> None:
+    def __init__(self, swarm: Swarm, ways: Ways, memory: PathMemory, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._besides: dict[PeerId, float] = {}  # connected peers to whom another way was looked for -> when
         self._swarm, self._ways, self._memory = swarm, ways, memory
         self._upgrades = Upgrades(ways.random)
         self._stories: dict[PeerId, Story] = {}  # of connected peers
@@ -164,6 +169,7 @@ class Connector:
 
     def _on_gone(self, peer_id: PeerId) -> None:
         self._stories.pop(peer_id, None)
+        self._besides.pop(peer_id, None)
         self._forget_addresses(peer_id)
         self._upgrades.on_gone(peer_id)
 
@@ -189,6 +195,27 @@ class Connector:
         if self._outside - before:
             self.on_network_change()
 
+    def on_silent(self, peer_id: PeerId) -> None:
+        """The connection to the peer may be dead: connect over a relay beside it; which one lives shows then (net.draining).
+
+        Cheap, called from any task.
+        """
+        view, now = self._swarm.connections().get(peer_id), trio.current_time()
+        again = now - self._besides.get(peer_id, float("-inf")) < BESIDE_AGAIN_S
+        if view is not None and view.path != "relay" and self._ways.wanted() and not again:
+            self._besides[peer_id] = now
+            self._nursery.start_soon(isolate, "connection", partial(self._connect_beside, peer_id))
+
+    async def _connect_beside(self, peer_id: PeerId) -> None:
+        with trio.move_on_after(BESIDE_S):
+            while (view := self._swarm.connections().get(peer_id)) is not None and view.path != "relay":
+                plan = [step for step in self._plan(peer_id, self._addresses_of(peer_id)) if step.method == "relay"]
+                try:
+                    await self._race(self._ways_of(peer_id, plan))
+                    return
+                except ConnectError:  # connections to relays may have died with this one, and come back
+                    await trio.sleep(BESIDE_PAUSE_S)
+
     def on_news(self) -> None:
         """Peers may tell other addresses than before. Cheap, called from any task."""
         for peer_id, before in self._told.items():
@@ -204,12 +231,12 @@ class Connector:
 
     # --- better paths ------------------------------------------------------------------------------------------------
 
-    async def run_upgrades(self, nursery: trio.Nursery) -> NoReturn:
+    async def run_upgrades(self) -> NoReturn:
         """Begin attempts when they are due."""
         while True:
             due = self._due
             for peer_id in self._upgrades.tick(trio.current_time()):
-                nursery.start_soon(self._upgrade, peer_id)
+                self._nursery.start_soon(self._upgrade, peer_id)
             deadline = self._upgrades.deadline()
             with trio.CancelScope(deadline=float("inf") if deadline is None else deadline):
                 await due.wait()
@@ -279,10 +306,10 @@ class _Dial:
 @asynccontextmanager
 async def open_connector(swarm: Swarm, ways: Ways, memory: PathMemory) -> AsyncIterator[Connector]:
     """A connector, running. ``memory``: what was kept from before."""
-    connector = Connector(swarm, ways, memory)
     async with trio.open_nursery() as nursery:
+        connector = Connector(swarm, ways, memory, nursery)
         nursery.start_soon(connector.run_events)
-        nursery.start_soon(connector.run_upgrades, nursery)
+        nursery.start_soon(connector.run_upgrades)
         nursery.start_soon(connector.run_memory)
         await trio.lowlevel.checkpoint()
         try:

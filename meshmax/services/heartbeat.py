@@ -1,6 +1,7 @@
 """The status protocol with each neighbour: beats, answers, and what both carry. Moves words between streams and core.gossip.
 
-A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p by itself never notices a frozen process).
+A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p by itself never notices a frozen process);
+before that, after SILENT_S, its owner may look for another way to the peer.
 Beats go over the best connection and move to a better one at once, so that the worse one empties. A beat goes out every
 ``heartbeat_s``, at once when our own status changed, and soon when a neighbour asked for something. Not here: who is a neighbour
 (services.presence).
@@ -15,7 +16,7 @@ from typing import Final
 import trio
 
 from meshmax.base.config import Config
-from meshmax.base.errors import ManifestInvalid, MeshmaxError, RemoteProtocolError
+from meshmax.base.errors import ManifestInvalid, MeshmaxError, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus, vitals_of
@@ -48,13 +49,15 @@ MAX_STATUS_STREAMS: Final = 4  # answered at once for one peer: one a connection
 BEAT_PACE_S: Final = 0.1  # after each answer: checking 64 signatures takes about 20 ms, and nobody honest beats faster
 # What the other side may be silent for before we give its status stream up; it beats every heartbeat_s.
 SILENCE_FACTOR: Final = 15.0
+SILENT_S: Final = 1.0  # without an echo, or SILENT_ROUND_TRIPS if these are longer, until the connection is doubted
+SILENT_ROUND_TRIPS: Final = 4
 FAREWELL_S: Final = 0.3  # for our last word to reach all neighbours; who misses it notices the end of the connection
 
 _log = get_logger("heartbeat")
 
 
 class Heartbeat:
-    """See the module. ``on_news``: a peer said something new."""
+    """See the module. ``on_news``: a peer said something new; ``on_silent``: a peer lets a beat wait."""
 
     def __init__(
         self,
@@ -65,10 +68,11 @@ class Heartbeat:
         clones: Clones,
         own: OwnStatus,
         on_news: Callable[[], None],
+        on_silent: Callable[[PeerId], None] = lambda peer_id: None,
     ) -> None:
         self._swarm, self._config = swarm, config
         self._table, self._gossip, self._clones, self._own = table, gossip, clones, own
-        self._on_news = on_news
+        self._on_news, self._on_silent = on_news, on_silent
         self._beats: dict[PeerId, trio.CancelScope] = {}
         self._over: dict[PeerId, tuple[ConnectionView, trio.CancelScope]] = {}  # where these beats go
         self._hurries: dict[PeerId, trio.Event] = {}  # beat soon
@@ -162,7 +166,7 @@ class Heartbeat:
             vitals = vitals_of(own) if own.sequence > told else None
             with trio.fail_after(self._config.heartbeat_timeout_s):
                 await frames.send(BEAT, Beat(nonce, statuses, notices, wants, vitals, parting))
-                echo = await frames.receive(ECHO)
+                echo = await self._echo(frames)
             if echo.nonce != nonce:
                 raise RemoteProtocolError("the peer echoed another heartbeat than it was sent")
             now = trio.current_time()
@@ -178,6 +182,28 @@ class Heartbeat:
                 self._hurry(peer_id)
             with trio.move_on_after(self._config.heartbeat_s):
                 await self._either(reissued, hurry)
+
+    async def _echo(self, frames: FrameStream) -> Echo:
+        """The answer to a beat. Raises what `FrameStream.receive` does."""
+        echo: Echo | None = None
+        failure: MeshmaxError | None = None
+        entry = self._table.entry(frames.peer)
+        patience_s = max(SILENT_S, SILENT_ROUND_TRIPS * (entry.rtt_s or 0.0) if entry else 0.0)
+
+        async def doubt() -> None:
+            await trio.sleep(patience_s)
+            self._on_silent(frames.peer)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(doubt)
+            try:
+                echo = await frames.receive(ECHO)
+            except MeshmaxError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if echo is None:
+            raise failure or PeerGone("the peer did not answer")
+        return echo
 
     def _note_alive(self, peer_id: PeerId, rtt_s: float, now: float) -> None:
         connection = self._swarm.connections().get(peer_id)

@@ -66,6 +66,7 @@ class PresenceService:
         keep: Keep | None = None,
         connect: Connect | None = None,
         reachability: Callable[[], Reachability] = lambda: UNKNOWN,
+        on_silent: Callable[[PeerId], None] = lambda peer_id: None,
     ) -> None:
         self._swarm = swarm
         self._connect, self._reachability = connect, reachability
@@ -78,7 +79,9 @@ class PresenceService:
         self._gossip = Gossip(signer.peer_id, self._table, self._clones)
         sequence = sequence or StatusSequence()
         self.own = OwnStatus(swarm, signer, describe, unix_now, instance, sequence, keep, self._gossip, self._clones)
-        self.heartbeat = Heartbeat(swarm, config, self._table, self._gossip, self._clones, self.own, self._on_news)
+        self.heartbeat = Heartbeat(
+            swarm, config, self._table, self._gossip, self._clones, self.own, self._on_news, on_silent
+        )
         self._dial_soon = trio.Event()
         self._dials: dict[PeerId, trio.CancelScope] = {}  # under way
         self._watchers: set[Callable[[], None]] = set()
@@ -335,14 +338,17 @@ async def open_presence(
     keep: Keep | None = None,
     connect: Connect | None = None,
     reachability: Callable[[], Reachability] = lambda: UNKNOWN,
+    on_silent: Callable[[PeerId], None] = lambda peer_id: None,
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
     ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
     writes down how far it may come. ``connect``: how peers are connected to, if not by dialling alone (services.connector).
-    ``reachability``: where we stand now.
+    ``reachability``: where we stand now. ``on_silent``: a connected peer lets us wait longer than it should.
     """
-    presence = PresenceService(swarm, signer, config, describe, unix_now, random, sequence, keep, connect, reachability)
+    presence = PresenceService(
+        swarm, signer, config, describe, unix_now, random, sequence, keep, connect, reachability, on_silent
+    )
     await presence.own.reserve()
     swarm.serve(STATUS, presence.heartbeat.answer)
     send, receive = trio.open_memory_channel[Sighting](SIGHTINGS_WAITING)

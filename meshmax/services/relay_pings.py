@@ -19,7 +19,7 @@ from meshmax.wire.protocols import PING
 
 PING_S: Final = 3.0  # between pings of a relay in use; libp2p's answerers wait for at most ten seconds
 PING_TIMEOUT_S: Final = 4.0  # the connection carries circuits, and waits at their rates
-DOUBT_TIMEOUT_S: Final = 2.0  # the same where there is reason to think that the connection is dead
+DOUBT_TIMEOUT_S: Final = 1.5  # the same where there is reason to think that the connection is dead
 PING_BYTES: Final = 32  # of libp2p's ping protocol
 
 

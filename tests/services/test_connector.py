@@ -309,6 +309,26 @@ async def test_addresses_that_do_not_answer_do_not_delay_the_next_attempt(autoju
         assert second - first <= UPGRADE_DIAL_S + PAUSES_S[0] * (1 + JITTER) + 0.1
 
 
+async def test_a_silent_connection_gets_a_relayed_one_beside_it_and_is_left_if_it_is_dead(
+    autojump_clock: Clock,
+) -> None:
+    async with ground() as g:
+        g.told = (g.circuit, *g.b.addresses)
+        await g.connector.connect(g.b.peer_id, g.b.addresses)
+        await trio.sleep(60)
+        assert g.relays
+        for _ in range(20):  # it is only slow
+            g.connector.on_silent(g.b.peer_id)
+            await trio.sleep(1.0)
+        assert (len(g.relays.asked), g.path()) == (1, "direct")
+        await trio.sleep(60)
+        g.apart()
+        began = trio.current_time()
+        g.connector.on_silent(g.b.peer_id)
+        await until(lambda: g.path() == "relay")
+        assert trio.current_time() - began < 1.5
+
+
 async def test_the_side_that_did_not_dial_waits_for_the_other_to_begin(autojump_clock: Clock) -> None:
     async with ground() as g:
         g.apart()

@@ -9,9 +9,11 @@ import trio
 import trio.testing
 
 from meshmax.base.config import Config
+from meshmax.base.ids import PeerId
 from meshmax.base.reachability import Reachability
 from meshmax.base.status import PeerStatus
 from meshmax.net import limits
+from meshmax.services.heartbeat import SILENT_S
 from meshmax.services.ladder import Ladder
 from meshmax.services.presence import PresenceService, open_presence
 from meshmax.testing.memory_swarm import SeededSigner
@@ -28,6 +30,8 @@ class Pair:
     def __init__(self, site: Site, a: PresenceService, b: PresenceService) -> None:
         self.site, self.a, self.b = site, a, b
 
+        self.silent: list[float] = []  # when b was, at a
+
     def shown(self, presence: PresenceService) -> tuple[str, str, float | None]:
         """Its one peer: the path, the state, and the round trip in ms."""
         (view,) = presence.peers()[1:]
@@ -37,6 +41,7 @@ class Pair:
 @asynccontextmanager
 async def open_pair(state: str = "unknown") -> AsyncIterator[Pair]:
     async with open_site(echo_nothing, latency_s=0.02) as site, AsyncExitStack() as stack:
+        silent: list[float] = []
         presences = [
             await stack.enter_async_context(
                 open_presence(
@@ -48,11 +53,31 @@ async def open_pair(state: str = "unknown") -> AsyncIterator[Pair]:
                     lambda: 1e9 + trio.current_time(),
                     random.Random(seed),
                     reachability=lambda: Reachability(state),  # type: ignore[arg-type]
+                    on_silent=partial(note_silence, silent) if seed == 1 else lambda peer_id: None,
                 )
             )
             for seed, swarm in ((1, site.a), (2, site.b))
         ]
-        yield Pair(site, *presences)
+        pair = Pair(site, *presences)
+        pair.silent = silent
+        yield pair
+
+
+def note_silence(silent: list[float], peer_id: PeerId) -> None:
+    silent.append(trio.current_time())
+
+
+async def test_a_peer_that_lets_a_beat_wait_is_told_of_long_before_it_is_given_up(autojump_clock: Clock) -> None:
+    async with open_pair() as pair:
+        stream = await pair.site.join("direct")
+        await trio.sleep(60)
+        assert pair.silent == []
+        pair.site.partition(stream)
+        began = trio.current_time()
+        await trio.sleep(4)
+        (silent_s,) = pair.silent
+        assert silent_s - began <= Config().heartbeat_s + SILENT_S + 0.1
+        assert pair.shown(pair.a)[1] == "online"
 
 
 async def test_the_heartbeat_moves_at_once_and_the_round_trip_is_measured_afresh(autojump_clock: Clock) -> None:

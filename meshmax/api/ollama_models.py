@@ -6,6 +6,7 @@ knows two models under one name, the further ones are listed as NAME@DIGEST, whi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ from meshmax.base.model import ModelDetails
 SHORT_DIGEST: Final = 12  # digits of a digest that people see
 LINE_INTERVAL_S: Final = 0.06  # Ollama's own pace of progress lines
 LONG_ARRAY: Final = 5  # items of an array in model_info that is still shown
+MAX_WAITS: Final = 32  # reasons told of one wait; more are no news to anybody
+_DIGITS: Final = re.compile(r"\d+")
 _FOR_EVER_S: Final = float((1 << 63) - 1) / 1e9  # how far away Ollama puts "for ever"
 _HIDDEN_KEYS: Final = frozenset({"general.name", "tokenizer.chat_template"})
 _LAST_PHASES: Final = ("verifying sha256 digest", "writing manifest")
@@ -172,6 +175,8 @@ class PullLines:
     def __init__(self) -> None:
         self._phases: set[str] = {"pulling manifest"}
         self._done: dict[Sha256, int] = {}
+        self._waits: set[str] = set()  # why it waited since it last went on, numbers left out: they change all the time
+        self._waits_at = 0  # bytes that were here when it began to wait
         self._next_at_s = float("-inf")
 
     def first(self) -> list[dict[str, Any]]:
@@ -192,13 +197,26 @@ class PullLines:
 
     def _new_phases(self, transfer: Transfer) -> Iterator[str]:
         seen = [transfer.phase] if transfer.phase and not transfer.phase.startswith("pulling") else []
-        if transfer.state in ("waiting", "paused") and transfer.reason:
-            seen.append(f"{transfer.state}: {transfer.reason}")
+        seen += [transfer.note] if transfer.note else []
+        yield from self._waiting(transfer)
         # Whoever watched too slowly to see the last phases is still told that they took place.
         for phase in [*seen, *_LAST_PHASES] if transfer.state == "done" else seen:
             if phase != "success" and phase not in self._phases:
                 self._phases.add(phase)
                 yield phase
+
+    def _waiting(self, transfer: Transfer) -> Iterator[str]:
+        """Why it waits, and that it goes on as soon as more has come: one that tries again may go back to waiting."""
+        if transfer.state in ("waiting", "paused") and transfer.reason:
+            text = f"{transfer.state}: {transfer.reason}"
+            if not self._waits:
+                self._waits_at = transfer.bytes_done
+            if (kind := _DIGITS.sub("", text)) not in self._waits and len(self._waits) < MAX_WAITS:
+                self._waits.add(kind)
+                yield text
+        elif transfer.state == "running" and self._waits and transfer.bytes_done > self._waits_at:
+            self._waits.clear()
+            yield "going on"
 
     def _layers(self, transfer: Transfer) -> Iterator[dict[str, Any]]:
         for blob in transfer.blobs:

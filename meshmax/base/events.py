@@ -40,7 +40,8 @@ class Transfer(msgspec.Struct, frozen=True):
     """A transfer as it is now. ``phase`` is Ollama's status line of the moment; ``reason`` says why it waits or failed.
 
     ``bytes_wasted`` are bytes received that were not used (bad or double). ``detached``: it goes on when nobody watches,
-    and after a restart. An outgoing transfer counts in ``bytes_done`` what was sent, whoever got it.
+    and after a restart. ``note``: what bounds it while it runs, as a relay does. An outgoing transfer counts in
+    ``bytes_done`` what was sent, whoever got it.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Transfer(msgspec.Struct, frozen=True):
     blobs: tuple[BlobProgress, ...] = ()
     peers: dict[PeerId, TransferPeer] = {}
     detached: bool = False
+    note: str = ""
 
 
 class Download(msgspec.Struct, frozen=True):

@@ -56,7 +56,7 @@ def _show_lines(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def _show_bars(lines: Iterable[dict[str, Any]]) -> str:
-    last = ""
+    last, timed = "", True
     bars: dict[str, TaskID] = {}
     notes: list[str] = []
     with _unechoed(), _progress(notes) as progress:
@@ -70,11 +70,11 @@ def _show_bars(lines: Iterable[dict[str, Any]]) -> str:
                 continue
             part = str(line.get("digest") or last)
             if part not in bars and len(bars) < MAX_BARS:
-                bars[part] = progress.add_task(last, total=total, sources="")
+                bars[part] = progress.add_task(last, total=total, sources="", timed=True)
             if part in bars:
                 done = _count(line, "completed")
-                sources = _sources(line) if done < total else ""
-                progress.update(bars[part], completed=done, total=total, description=last, sources=sources)
+                sources, timed = _sources(line) if done < total else "", _is_timed(line, timed)
+                progress.update(bars[part], completed=done, total=total, description=last, sources=sources, timed=timed)
     return last
 
 
@@ -100,7 +100,15 @@ def _unechoed() -> Iterator[None]:
 def _progress(notes: list[str]) -> Progress:
     """Bars, and below them the lines of ``notes``: what happens after the parts began to come."""
     from rich.console import RenderableType
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.text import Text
 
     class Noted(Progress):
@@ -109,13 +117,17 @@ def _progress(notes: list[str]) -> Progress:
             for note in notes:
                 yield Text(note)
 
+    class Remaining(TimeRemainingColumn):
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.fields["timed"] else Text("--:--", style="progress.remaining")
+
     return Noted(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TimeRemainingColumn(compact=True),
+        Remaining(compact=True),
         TextColumn("{task.fields[sources]}", markup=False),
     )
 
@@ -125,6 +137,12 @@ def _sources(line: dict[str, Any]) -> str:
     told = line.get("meshmax")
     count = _count(told, "sources") if isinstance(told, dict) else 0
     return f"{count} source{'s' * (count > 1)}" if count else ""
+
+
+def _is_timed(line: dict[str, Any], before: bool) -> bool:
+    """Whether what is left comes at the rate of now: the peer knows what will halt it, as a relay's bounds do."""
+    told = line.get("meshmax")
+    return told["eta_s"] is not None if isinstance(told, dict) and "eta_s" in told else before
 
 
 def _status(line: dict[str, Any]) -> str:

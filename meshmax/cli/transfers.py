@@ -90,7 +90,10 @@ def describe(shown: list[dict[str, Any]]) -> str:
     going = [transfer for transfer in shown if transfer["state"] not in _ENDED]
     ended = [transfer for transfer in shown if transfer["state"] in _ENDED][:ENDED_SHOWN]
     lines = [table(_HEADER, [_row(transfer) for transfer in (*going, *ended)])]
-    reasons = [(t["id"], t["reason"]) for t in (*going, *ended) if t.get("reason") and t["state"] != "cancelled"]
+    reasons = [
+        (t["id"], str(t.get("reason") or t.get("note") or "")) for t in (*going, *ended) if t["state"] != "cancelled"
+    ]
+    reasons = [(name, text) for name, text in reasons if text]
     if reasons:
         lines += ["", *(f"{name}: {printable(reason)}" for name, reason in reasons)]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """How much of models goes over relays: a little, since a relay's owner pays for it and prompts need the room.
 
 Rules. Chunks that come or go over relayed connections are counted by peer: RELAY_BLOB_BYTES in an hour that begins with the first
-of them. Who fetches asks for no more, who serves sends no more, whatever it is asked. They are sent at RELAY_BLOB_BYTES_PER_S,
+of them. Who fetches asks for no more, who serves sends no more, whatever it is asked; where who serves has counted more, its
+word ends the share of this hour. They are sent at RELAY_BLOB_BYTES_PER_S,
 half of what a relay lets through, so that heartbeats and prompts are not held up. Manifests and chunk maps are not counted. Of
 more than MAX_PEERS peers the one whose hour began first is forgotten. Time is passed in. Not here: what a relay itself allows
 (core.relay).
@@ -60,6 +61,11 @@ class RelayQuota:
             if len(self._hours) > MAX_PEERS:
                 del self._hours[next(iter(self._hours))]
         hour.bytes += size_bytes
+
+    def refused(self, peer: PeerId, retry_after_s: float, now: float) -> None:
+        """It gives no more for ``retry_after_s``, RELAY_HOUR_S at most: by its count the share is used up."""
+        self._hours.pop(peer, None)
+        self.note(peer, RELAY_BLOB_BYTES, now - RELAY_HOUR_S + min(max(retry_after_s, 0.0), RELAY_HOUR_S))
 
     def pace_s(self, peer: PeerId, size_bytes: int, now: float) -> float:
         """Seconds to wait before these bytes, which were noted, may go out; they count from now on."""

@@ -24,7 +24,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.model import CHUNK_BYTES
 from meshmax.core import fetch as core
 from meshmax.core.backoff import Random, backoff_s
-from meshmax.core.relay_quota import RELAY_BLOB_BYTES, RelayQuota
+from meshmax.core.relay_quota import RELAY_BLOB_BYTES, RELAY_BLOB_BYTES_PER_S, RelayQuota
 from meshmax.ports import ChunkSource, ConnectionView, Partial, Swarm, Throttle
 from meshmax.services.blob_client import Session
 from meshmax.services.fetch_events import (
@@ -49,6 +49,14 @@ SEEK_INTERVAL_S: Final = 0.5  # how often new sources are looked for
 SOURCE_WAIT_S: Final = 30.0  # how long nobody may have what is missing before the pull is given up
 STALL_WAIT_S: Final = 180.0  # how long sources may offer chunks and bring none
 KEPT: Final = "what was fetched is kept, and pulling again goes on from there"
+RELAY_REFUSAL_S: Final = (
+    30.0  # a source over a relay that is busy for longer has used up its share; disks are free sooner
+)
+MAX_NAMED: Final = 3  # sources named in a reason, the rest would make it no clearer
+MAX_NAME: Final = 100  # characters
+OVER_RELAY: Final = (
+    f"over a relay, {RELAY_BLOB_BYTES_PER_S >> 10} KiB/s and at most {RELAY_BLOB_BYTES >> 20} MiB an hour"
+)
 RETRY_FIRST_S: Final = 1.0  # pause before a source that failed is tried again; doubles
 RETRY_MOST_S: Final = 15.0
 RETRY_VERSION_S: Final = 600.0  # a peer of another version stays one until it is restarted
@@ -76,11 +84,13 @@ class BlobFetch:
         throttle: Throttle | None = None,
         local: Sequence[ChunkSource] = (),
         quota: RelayQuota | None = None,
+        peer_name: Callable[[PeerId], str] = str,
     ) -> None:
         """``patience_s``: how long nobody may have what is missing; asked anew each time, infinity is an answer.
 
         ``opener`` None: no lanes, chunks ride the control connections. ``local``: sources on this
         machine, looked at again and again. ``quota``: what has come over relays, shared by all fetches.
+        ``peer_name``: what people call a peer.
         """
         self.map = partial.chunk_map
         self._swarm = swarm
@@ -98,6 +108,7 @@ class BlobFetch:
         self._opener = opener
         self._local = local
         self._quota = quota or RelayQuota()
+        self._peer_name = peer_name
         self._sessions: dict[PeerId, Session | LocalSession] = {}
         self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
         self._retry_at_s: dict[PeerId, float] = {}
@@ -146,7 +157,7 @@ class BlobFetch:
                 self._stored(event, trio.current_time())
 
     async def _fetch(self, nursery: trio.Nursery) -> None:
-        began_s = hopeful_s = seek_at_s = trio.current_time()
+        began_s = hopeful_s = patient_s = seek_at_s = trio.current_time()
         progress_bytes = self._done_bytes
         self._perform(self._core.start(began_s))
         while not self._done:
@@ -161,7 +172,9 @@ class BlobFetch:
             if self._done_bytes > progress_bytes:
                 progress_bytes, began_s = self._done_bytes, now
             patience_s = self._patience_s()
-            if now - hopeful_s >= patience_s or now - began_s >= max(STALL_WAIT_S, patience_s):
+            if math.isinf(patience_s):
+                began_s = patient_s = now
+            if now - max(hopeful_s, patient_s) >= patience_s or now - began_s >= max(STALL_WAIT_S, patience_s):
                 raise NoProviders(f"{self.lacking()}; {KEPT}")
             await self._step(min(seek_at_s, self._core.deadline() or seek_at_s))
 
@@ -206,6 +219,8 @@ class BlobFetch:
             case Lacking(peer=peer, index=index):
                 return self._core.on_not_have(peer, index, now)
             case Paused(peer=peer, index=index, retry_after_s=retry_after_s):
+                if retry_after_s > RELAY_REFUSAL_S and self._is_relayed(peer):
+                    self._quota.refused(peer, retry_after_s, now)
                 return self._core.on_busy(peer, index, retry_after_s, now)
             case Withdrawn(peer=peer, index=index, wasted=wasted):
                 return self._core.on_cancelled(peer, index, wasted, now)
@@ -251,6 +266,9 @@ class BlobFetch:
             if known or len(self._sessions) >= core.MAX_SOURCES or early:
                 continue
             self._began_over[peer] = view
+            if view is not None and view.path == "relay":
+                left = self._quota.left_bytes(peer, now)
+                _log.info("source over a relay", peer=peer, blob=self.map.sha256[:12], quota_left_bytes=left)
             session = Session(peer, self._landing, partial(self._heard, peer), self._opener, self._lane_goal)
             self._sessions[peer] = session
             nursery.start_soon(session.run, self._swarm, addresses)
@@ -296,16 +314,40 @@ class BlobFetch:
         if error:
             _log.info("source lost", peer=peer, blob=self.map.sha256[:12], code=error.code, error=error.message)
 
+    @property
+    def waits_for_quota(self) -> bool:
+        """Whether nothing comes because of what was fetched over relays in this hour."""
+        return self._core.stuck and bool(self._quota_waits())
+
+    def relay_left_bytes(self) -> int | None:
+        """What may still come in this hour while there are sources over relays alone; None: there are others, or none."""
+        if not self._sessions or not all(map(self._is_relayed, self._sessions)):
+            return None
+        now = trio.current_time()
+        return sum(self._quota.left_bytes(peer, now) for peer in self._sessions)
+
+    def _quota_waits(self) -> dict[PeerId, float]:
+        """Seconds until each source that only a relay leads to gives more, those that have used up their share."""
+        now, connections = trio.current_time(), self._swarm.connections()
+        waits = {}
+        for peer in self._sources():
+            session, view = self._sessions.get(peer), connections.get(peer)
+            # A session without work is ended by the other side, and begun anew: it waits for its quota meanwhile, too.
+            relayed = self._is_relayed(peer) if session else view is not None and view.path == "relay"
+            if relayed and (wait_s := self._quota.wait_s(peer, CHUNK_BYTES, now)) > 0:
+                waits[peer] = wait_s
+        return waits
+
     def lacking(self) -> str:
         """What is missing that nobody has, in words."""
-        view, now = self._core.snapshot(), trio.current_time()
-        waits = [self._quota.wait_s(peer, CHUNK_BYTES, now) for peer in self._sessions if self._is_relayed(peer)]
-        if waits and min(waits) > 0:
+        waits = self._quota_waits()
+        if waits:
+            names = ", ".join(sorted(self._peer_name(peer)[:MAX_NAME] for peer in waits)[:MAX_NAMED])
             return (
-                f"the peers that have the missing {view.missing} of {view.count} chunks of blob {self.map.sha256[:12]} are "
-                f"reached over a relay, over which each gives {RELAY_BLOB_BYTES >> 20} MiB an hour: it goes on in "
-                f"{math.ceil(min(waits) / 60)} min, or as soon as there is a better path"
+                f"only a relay leads to {names}: {RELAY_BLOB_BYTES >> 20} MiB of this hour are used, more in "
+                f"{math.ceil(min(waits.values()) / 60)} min, or at once when a direct path is found (meshmax doctor)"
             )
+        view = self._core.snapshot()
         return (
             f"no peer that can be reached has the missing {view.missing} of {view.count} chunks of blob "
             f"{self.map.sha256[:12]}"

@@ -23,6 +23,7 @@ from meshmax.base.model import Layer
 from meshmax.base.names import ModelName
 from meshmax.core.backoff import backoff_s
 from meshmax.services.model_exchange import FetchedModel
+from meshmax.services.pull_blob import OVER_RELAY
 from meshmax.services.pull_progress import FINAL, Board, Rate
 from meshmax.services.pull_steps import Steps
 from meshmax.services.pull_tally import Tally
@@ -238,7 +239,9 @@ class Job:
 
     def patience_s(self) -> float:
         """How long nobody may have what is missing."""
-        return math.inf if self.detached else WATCHED_WAIT_S
+        fetch = self._tally.fetch()
+        known = fetch is not None and fetch.waits_for_quota  # it is told when it goes on
+        return math.inf if self.detached or known else WATCHED_WAIT_S
 
     # --- how it is seen ----------------------------------------------------------------------------------------------
 
@@ -264,6 +267,8 @@ class Job:
         old = self.board.value
         if old.state not in FINAL:
             state, reason = self._state()
+            if state == "waiting" and old.state != "waiting":
+                _log.info("pull waits", model=old.model, reason=reason)
             self._post(old.phase, state, reason)
 
     def _end(self, state: TransferState, reason: str = "", code: str = "", *, phase: str = "") -> None:
@@ -276,7 +281,13 @@ class Job:
         total, here = tally.size, sum(blob.done for blob in blobs)
         received = sum(peer.bytes for peer in peers.values())
         rate = self._rate.note(received, trio.current_time()) if state == "running" else 0.0
-        eta_s = (total - here) / rate if rate > 0 else None
+        eta_s, note = (total - here) / rate if rate > 0 else None, ""
+        fetch = self._tally.fetch()
+        left = fetch.relay_left_bytes() if fetch and state == "running" else None
+        if left is not None:
+            # Chunks come so seldom over a relay that none may have in the last seconds.
+            rate, note = sum(peer.rate_bytes_per_s for peer in peers.values()), OVER_RELAY
+            eta_s = (total - here) / rate if rate > 0 and total - here <= left else None
         self.board.post(
             Transfer(
                 old.id,
@@ -294,5 +305,6 @@ class Job:
                 blobs,
                 peers,
                 self.detached,
+                note,
             )
         )

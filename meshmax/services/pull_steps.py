@@ -290,6 +290,7 @@ class Steps:
                 throttle=world.throttle,
                 local=world.local(layer.digest),
                 quota=world.quota,
+                peer_name=world.peer_name,
             )
             world.fetching[layer.digest] = fetch
             self._tally.begin(fetch)

@@ -82,6 +82,11 @@ class World(msgspec.Struct, frozen=True):
     seek: Seek = seek_nowhere
     quota: RelayQuota = msgspec.field(default_factory=RelayQuota)
 
+    def peer_name(self, peer: PeerId) -> str:
+        """What people call a peer; its id where it has told no name."""
+        view = self.presence.view(peer)
+        return view.status.name if view and view.status and view.status.name else peer
+
     def sources(self, digest: Sha256) -> Mapping[PeerId, tuple[str, ...]]:
         """Other peers that have the model ``digest``, those that have it whole first, and their addresses."""
         return self._holders({digest})

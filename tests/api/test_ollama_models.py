@@ -1,5 +1,7 @@
 """Lists of models and the lines of a pull."""
 
+from typing import Any
+
 import msgspec
 
 from meshmax.api.ollama_models import LINE_INTERVAL_S, PullLines, listed, modelfile, ps_json
@@ -40,6 +42,29 @@ def test_a_phase_is_told_once_and_a_wait_with_its_reason() -> None:
     assert lines.on_transfer(waiting, 1.0) == []
     verifying = msgspec.structs.replace(RUNNING, phase="verifying sha256 digest", blobs=())
     assert lines.on_transfer(verifying, 1.0) == [{"status": "verifying sha256 digest"}]
+
+
+def test_who_waited_is_told_when_it_goes_on_and_not_each_minute_how_long_it_takes() -> None:
+    def told(at: float, **how: Any) -> list[str]:
+        return [line["status"] for line in lines.on_transfer(msgspec.structs.replace(RUNNING, blobs=(), **how), at)]
+
+    lines = PullLines()
+    assert told(0, state="waiting", reason="more in 12 min", bytes_done=5) == ["waiting: more in 12 min"]
+    assert told(60, state="waiting", reason="more in 11 min", bytes_done=5) == []
+    assert told(61, bytes_done=5) == []  # it tries again
+    assert told(62, state="waiting", reason="nobody", bytes_done=5) == ["waiting: nobody"]
+    assert told(63, state="waiting", reason="more in 11 min", bytes_done=5) == []
+    assert told(64, bytes_done=6) == ["going on"]
+    assert told(65, bytes_done=7) == []
+    assert told(66, state="waiting", reason="more in 60 min", bytes_done=7) == ["waiting: more in 60 min"]
+    assert told(67, bytes_done=8) == ["going on"]
+
+
+def test_what_bounds_a_pull_is_told_once() -> None:
+    lines = PullLines()
+    relayed = msgspec.structs.replace(RUNNING, note="over a relay, slowly", blobs=())
+    assert lines.on_transfer(relayed, 0.0) == [{"status": "over a relay, slowly"}]
+    assert lines.on_transfer(relayed, 1.0) == []
 
 
 def test_a_modelfile_leaves_a_template_out_that_is_not_of_its_language() -> None:

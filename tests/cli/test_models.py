@@ -252,6 +252,26 @@ def test_a_bar_tells_from_how_many_peers_it_comes(
     assert "3 sources" in capsys.readouterr().out
 
 
+def test_a_bar_shows_no_time_where_the_peer_knows_none(
+    fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {
+        "status": "pulling 6a0746a1ec1a",
+        "digest": f"sha256:{DIGEST}",
+        "total": 98_362_432,
+        "completed": 50_000_000,
+    }
+    pace = {"sources": 1, "rate_bytes_per_s": 64_000, "eta_s": None}
+    note = {"status": "over a relay, 64 KiB/s and at most 32 MiB an hour"}
+    fake_peer.on("POST", "/api/pull", Lines([PULL[0], part | {"meshmax": pace}, note, part]))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["pull", "smollm2"]) == 4
+    shown = capsys.readouterr().out
+    assert " --:-- " in shown
+    assert note["status"] in shown
+
+
 def test_a_pull_that_fails_on_the_way_ends_with_the_code_of_its_cause(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:

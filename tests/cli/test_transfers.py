@@ -55,6 +55,12 @@ def test_transfers_are_a_table_with_the_reasons_below(fake_peer: FakePeer, capsy
     ]
 
 
+def test_what_bounds_a_transfer_is_told_below(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/transfers", {"transfers": [PULLING | {"note": "over a relay, slowly"}]})
+    assert main(["transfers"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ab12-1: over a relay, slowly"
+
+
 def test_few_ended_ones_are_shown_and_json_has_all(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     answer = {"transfers": [DONE | {"id": f"x-{n}"} for n in range(30)]}
     fake_peer.on("GET", "/api/v1/transfers", answer)

@@ -45,6 +45,15 @@ def test_bytes_go_out_at_half_of_what_a_relay_lets_through() -> None:
     assert 14 < now < 17
 
 
+def test_who_says_that_it_gives_no_more_is_believed_for_an_hour_at_most() -> None:
+    quota = RelayQuota()
+    quota.refused(A, 600.0, 0.0)
+    assert (quota.left_bytes(A, 599.0), quota.wait_s(A, CHUNK, 0.0)) == (0, 600.0)
+    assert quota.left_bytes(A, 600.0) == RELAY_BLOB_BYTES
+    quota.refused(A, 1e9, 0.0)
+    assert quota.wait_s(A, CHUNK, 0.0) == module.RELAY_HOUR_S
+
+
 def test_so_many_peers_are_remembered() -> None:
     quota = RelayQuota()
     for number in range(3 * module.MAX_PEERS):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import re
 from typing import Any
 
 import pytest
@@ -57,7 +59,10 @@ async def test_an_hours_share_comes_slowly_then_it_waits_until_the_path_is_bette
         fetch = await fetch_of(a, [b], RelayQuota())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fetch.run)
+            assert fetch.relay_left_bytes() is None  # nobody is asked yet
             await trio.sleep(30)
+            assert fetch.relay_left_bytes() == SHARE_BYTES - fetch.done_bytes
+            assert not fetch.waits_for_quota
             assert fetch.done_bytes <= 40 * 64 * 1024
             began = trio.current_time()
             await exchange(a, b)
@@ -66,7 +71,12 @@ async def test_an_hours_share_comes_slowly_then_it_waits_until_the_path_is_bette
             await trio.sleep(60)
             assert fetch.done_bytes == SHARE_BYTES
             assert fetch.stuck_since_s is not None
-            assert "reached over a relay, over which each gives 32 MiB an hour: it goes on in" in fetch.lacking()
+            assert fetch.waits_for_quota
+            assert re.match(
+                rf"only a relay leads to {b.peer_id}: 32 MiB of this hour are used, more in \d+ min, or at once when a "
+                r"direct path is found \(meshmax doctor\)$",
+                fetch.lacking(),
+            )
             site.wires.heal(a.ip, b.ip)
             await a.swarm.dial(b.peer_id, b.swarm.addresses, better=True)
             await until(lambda: fetch.done_bytes == len(DATA), 30)
@@ -93,7 +103,7 @@ async def test_who_does_not_want_to_wait_is_told_why(autojump_clock: Any) -> Non
         quota = RelayQuota()
         quota.note(b.peer_id, SHARE_BYTES, trio.current_time())
         fetch = await fetch_of(a, [b], quota, patience_s=5)
-        with pytest.raises(NoProviders, match="reached over a relay"):
+        with pytest.raises(NoProviders, match="only a relay leads to"):
             await fetch.run()
 
 
@@ -134,3 +144,30 @@ async def test_a_source_that_is_reached_directly_brings_everything(autojump_cloc
             await fetch.run()
         sources = fetch.view().sources
         assert sources[c.peer_id].chunks >= CHUNKS
+
+
+async def test_what_the_other_side_has_counted_ends_the_share_too_and_is_told(autojump_clock: Any) -> None:
+    async with open_site() as site:
+        a, b, _ = await relayed_pair(site)
+        for partly in (await fetch_of(a, [b], RelayQuota()), await fetch_of(a, [b], RelayQuota())):  # the second forgot
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partly.run)
+                await until(lambda fetch=partly: fetch.waits_for_quota, 200)
+                await trio.sleep(120)  # the other side ends a session without work meanwhile
+                assert partly.waits_for_quota
+                assert "32 MiB of this hour are used" in partly.lacking()
+                nursery.cancel_scope.cancel()
+        assert partly.done_bytes == 0
+
+
+async def test_a_fetch_that_may_wait_without_end_goes_on_when_the_share_is_new(autojump_clock: Any) -> None:
+    async with open_site() as site:
+        a, b, _ = await relayed_pair(site)
+        quota = RelayQuota()
+        quota.note(b.peer_id, SHARE_BYTES, trio.current_time())
+        fetch = await fetch_of(a, [b], quota)
+        fetch._patience_s = lambda: math.inf if fetch.waits_for_quota else 300.0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch.run)
+            await until(lambda: fetch.done_bytes > 0, HOUR_S + 60)
+            nursery.cancel_scope.cancel()

@@ -99,11 +99,16 @@ async def open_node_connector(node: Node) -> AsyncIterator[Connector]:
         unix_now=world.unix_now,
         random=world.random,
     )
+
+    def on_whereabouts() -> None:
+        if connector.on_whereabouts() and traversal.signals is not None:
+            traversal.signals.network_changed()
+
     memory = PathMemory(load_paths(home), world.unix_now())
     async with open_connector(node.swarm, ways, memory) as connector:
         node.network.watch(connector.on_network_change)
         if traversal.where is not None:
-            traversal.where.watch(connector.on_whereabouts)
+            traversal.where.watch(on_whereabouts)
         node.membership.connect = partial(connector.connect, guest=True)
         yield connector
 

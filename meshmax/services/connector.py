@@ -189,11 +189,17 @@ class Connector:
         self._upgrades.on_network_change(trio.current_time())
         self._due.set()
 
-    def on_whereabouts(self) -> None:
-        """Others may see us at other addresses than before: attempts that went by the old ones begin afresh. Cheap."""
-        before, self._outside = self._outside, frozenset(self._ways.own().external_ips)
-        if self._outside - before:
-            self.on_network_change()
+    def on_whereabouts(self) -> bool:
+        """Others may see us at other addresses than before: better paths are tried afresh by these. Cheap.
+
+        True where attempts that are under way went by others.
+        """
+        before, outside = self._outside, frozenset(self._ways.own().external_ips)
+        self._outside = outside or before
+        if outside <= before:
+            return False
+        self.on_network_change()
+        return bool(before)
 
     def on_silent(self, peer_id: PeerId) -> None:
         """The connection to the peer may be dead: connect over a relay beside it; which one lives shows then (net.draining).

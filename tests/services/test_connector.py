@@ -290,9 +290,16 @@ async def test_when_others_see_us_elsewhere_a_better_path_is_tried_at_once(autoj
         assert g.signals
         await trio.sleep(300)
         before = len(g.signals.tried)
-        for outside, more in ((("198.51.100.1",), 1), (("198.51.100.1",), 0), ((), 0), (("198.51.100.7",), 1)):
+        seen: list[tuple[tuple[str, ...], int]] = [
+            (("198.51.100.1",), 1),
+            (("198.51.100.1",), 0),
+            ((), 0),
+            (("198.51.100.1",), 0),
+            (("198.51.100.7",), 1),
+        ]
+        for outside, more in seen:
             g.outside = outside
-            g.connector.on_whereabouts()
+            assert g.connector.on_whereabouts() == (outside == ("198.51.100.7",))  # else no attempt went by others
             await trio.sleep(1.5)
             assert len(g.signals.tried) == before + more
             await trio.sleep(200)

@@ -66,3 +66,4 @@ def follow_mesh(node: Node, first_seen: FirstSeen) -> None:
     membership.name_of = name_of
     membership.addresses_of = node.presence.addresses_of
     membership.on_change = on_change
+    node.network.watch(membership.look_again)

@@ -21,7 +21,6 @@ import trio
 from meshmax.base.errors import InvalidRequest, NotAMember, OutOfScope, RemoteProtocolError
 from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.base.membership import (
-    MAX_TICKET_ADDRESSES,
     OPEN_MESH,
     SCOPES,
     BootstrapAddress,
@@ -43,7 +42,7 @@ from meshmax.services.joining import AddressesOf, Connect, Joining
 from meshmax.services.renewal import Renewal
 from meshmax.services.standing import Standing
 from meshmax.services.telling import Telling
-from meshmax.services.tickets import TicketDesk
+from meshmax.services.tickets import TicketDesk, reachable
 from meshmax.store.mesh_files import MeshFiles, OwnMesh
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -151,6 +150,11 @@ class MembershipService:
         return self._standing.mesh
 
     @property
+    def waiting(self) -> Ticket | None:
+        """The ticket that is on its way; None if none is."""
+        return self._joining.ticket if self._joining else None
+
+    @property
     def standing(self) -> Standing:
         """Our certificates, and what makes others members, for protocols that need no connection."""
         return self._standing
@@ -219,9 +223,7 @@ class MembershipService:
     async def ticket(self, scopes: Sequence[Scope], expires_s: float, uses: int) -> str:
         """The text of a new ticket. Raises InvalidRequest, OutOfScope, NotAMember, QuotaExceeded, StoreError."""
         bootstrap = [each.address for each in self.bootstrap()]
-        return await self.desk.give(
-            scopes, expires_s, uses, _reachable(self.told() or self._swarm.addresses), bootstrap
-        )
+        return await self.desk.give(scopes, expires_s, uses, reachable(self.told() or self._swarm.addresses), bootstrap)
 
     async def withdraw_tickets(self) -> int:
         """Take back every ticket that this node gave out; how many could still be used. Raises InvalidRequest, StoreError."""
@@ -291,6 +293,12 @@ class MembershipService:
         self._swarm = swarm
         swarm.serve(MEMBER, self.answer)
         swarm.serve(TICKET, self.desk.answer, to="anyone")
+
+    def look_again(self) -> None:
+        """Our network has changed: a ticket that is on its way is tried at once. Cheap, called from any task."""
+        if self._joining:
+            self._joining.look_again()
+            self._wake()
 
     def allows(self, ip: str, is_lan: Callable[[str], bool]) -> bool:
         """Whether ``ip`` may be dialled, and may connect: any in a private mesh or on the way into one, else those of a LAN."""
@@ -484,9 +492,3 @@ async def open_membership(membership: MembershipService, swarm: Swarm) -> AsyncI
 
 def _whose(peer_id: PeerId) -> str:
     return f"the certificate of {peer_id}"
-
-
-def _reachable(addresses: Sequence[str]) -> tuple[str, ...]:
-    """Those that another machine can use; all, where there are no such."""
-    others = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
-    return tuple(others or addresses)[:MAX_TICKET_ADDRESSES]

@@ -142,6 +142,12 @@ class TicketDesk:
             ) from None
 
 
+def reachable(addresses: Sequence[str]) -> tuple[str, ...]:
+    """Those for a ticket, which another machine can use; all, where there are no such."""
+    others = [address for address in addresses if not address.startswith(("/ip4/127.", "/ip6/::1/"))]
+    return tuple(others or addresses)[:MAX_TICKET_ADDRESSES]
+
+
 def _private(standing: Standing) -> Standing:
     if standing.core is None:
         raise InvalidRequest("the open mesh needs no tickets: `meshmax mesh new NAME` makes a mesh that has them")

@@ -5,13 +5,19 @@ Not here: the rungs (net, services), their supervision (services.ladder), the do
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from meshmax.base.ids import PeerId
 
 RungName = Literal["cached", "mdns", "static", "rendezvous", "dht"]
+BOOTSTRAP_OUTSIDE: Final = (
+    "bootstrap nodes outside this LAN are used by private meshes only: meshmax mesh new, or meshmax join"
+)
+REFUSED_ADDRESS: Final = (
+    "does not connect to that address"  # in what the dialler says of addresses that our mesh does not use
+)
 RungState = Literal["working", "failing", "off"]
 
 

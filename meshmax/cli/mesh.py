@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE
 from meshmax.base.units import NS_PER_S, format_bytes
 from meshmax.cli.client import Target, open_client
 from meshmax.cli.models import HERE, AsJson
@@ -143,7 +144,9 @@ def _discovery_lines(reports: Sequence[dict[str, Any]]) -> list[tuple[str, str]]
     words = [
         f"{report['name']} {report['found']}" + " (failing)" * (report["state"] == "failing") for report in climbed
     ]
-    return [("found by", ", ".join(words) + " (`meshmax doctor` says more)")] if words else []
+    lines = [("found by", ", ".join(words) + " (`meshmax doctor` says more)")] if words else []
+    unused = any(report.get("problem") == BOOTSTRAP_OUTSIDE for report in reports if report["state"] == "off")
+    return [*lines, ("bootstrap", f"not used: {BOOTSTRAP_OUTSIDE}")] if unused else lines
 
 
 def _partial_lines(partials: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from cyclopts import Parameter
 
 from meshmax import __version__
 from meshmax.base.config import DEFAULT_API_PORT, Config
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE
 from meshmax.base.errors import MeshmaxError
 from meshmax.base.membership import OPEN_MESH, MeshView
 from meshmax.cli.membership import open_words
@@ -145,6 +146,7 @@ def node_facts(node: Any) -> dict[str, Any]:
         "lan": node.config.lan,
         "mesh": node.membership.view(),
         "addresses": tuple(node.addresses),
+        "unused": any(report.problem == BOOTSTRAP_OUTSIDE for report in node.ladder.reports()),
         "models": sum(entry.local for entry in node.catalog.entries()),
     }
 
@@ -177,6 +179,8 @@ def banner(facts: Mapping[str, Any], url: str, holder: str) -> str:
         ]
     lines += [f"  mesh     {line}" for line in _mesh_lines(facts["mesh"], facts["lan"])]
     lines += [f"  {'address' if at == 0 else '':<8} {address}" for at, address in enumerate(facts["addresses"])]
+    if facts.get("unused"):
+        lines += [f"  note     {BOOTSTRAP_OUTSIDE}"]
     lines += [f"  models   {facts['models']} here; home {facts['home']}", "Ctrl-C ends it."]
     return "\n".join(lines)
 

@@ -12,6 +12,9 @@ import ipaddress
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+import msgspec
+
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE, REFUSED_ADDRESS
 from meshmax.base.doctor import (
     Diagnosis,
     Facts,
@@ -38,7 +41,8 @@ MDNS_STALE_S: Final = (
 DISK_ERROR_BYTES: Final = 64 << 20  # statuses, peers and certificates are still written, models no longer
 DISK_WARNING_BYTES: Final = 2 << 30
 CODES: Final = (
-    "alone", "bootstrap_silent", "certificate_expired", "certificate_expiring", "clock_off", "clock_off_here", "clock_went_back",
+    "alone", "bootstrap_silent", "bootstrap_unused", "certificate_expired", "certificate_expiring",
+    "clock_off", "clock_off_here", "clock_went_back",
     "copied_identity", "disk_full", "disk_low", "engine_missing", "given_unreached",
     "home_unusable", "identity_unusable", "lane_unreachable",
     "look_back_failed", "loopback_only", "mdns_failing", "mdns_one_way_here", "mdns_one_way_there", "mdns_socket", "membership",
@@ -47,7 +51,6 @@ CODES: Final = (
 )  # fmt: skip
 
 _OTHER_MESH: Final = ("different mesh", "another mesh")  # in what is said to a stranger (services.admission)
-_FOREIGN_ADDRESS: Final = "does not connect to that address"  # net.dialler's words, and of whom it asks
 _UNREACHED_ISSUER: Final = "issuer was not reached"  # services.joining's
 _NO_DHT_NODE: Final = "no node of the DHT"  # net.dht's: being alone explains it
 _ORDER: Final = {"error": 0, "warning": 1, "ok": 2}
@@ -135,6 +138,14 @@ def _disk(machine: MachineFacts) -> Iterator[Finding]:
 
 
 def _peer(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
+    if unused := [node.address for node in peer.bootstrap if node.problem == BOOTSTRAP_OUTSIDE]:
+        text = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used: {BOOTSTRAP_OUTSIDE}"
+        advice = (
+            "" if peer.online else "`meshmax mesh new` makes a private mesh, `meshmax join` with a ticket enters one"
+        )
+        yield Finding("bootstrap_unused", "ok" if peer.online else "warning", text, advice)
+        used = tuple(node for node in peer.bootstrap if node.problem != BOOTSTRAP_OUTSIDE)
+        peer = msgspec.structs.replace(peer, bootstrap=used)
     yield from _company(peer, machine)
     yield from _given(peer)
     yield from _membership(peer)
@@ -163,7 +174,7 @@ def _given(peer: PeerFacts) -> Iterator[Finding]:
     for given in peer.given:
         if not given.problem:
             continue
-        if _FOREIGN_ADDRESS in given.problem:
+        if REFUSED_ADDRESS in given.problem:
             advice = "the open mesh lives on private addresses alone: make a mesh of your own with `meshmax mesh new`"
         else:
             advice = (

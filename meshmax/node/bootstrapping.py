@@ -1,6 +1,7 @@
 """Which bootstrap nodes a node uses: those of its configuration first, then those that the tickets of its mesh named.
 
 Rules: looked at anew by whoever uses them, since they change with the mesh. What a ticket named counts only in its mesh. Not
+The open mesh connects to private addresses alone, so that it uses no node elsewhere. Not
 here: what is done there (services.rendezvous, node.dht), how they are kept (store.mesh_files).
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import BootstrapAddress
 from meshmax.core.rendezvous import bootstrap_nodes
+from meshmax.net.addresses import is_lan_address, parse_endpoint
 
 if TYPE_CHECKING:
     from meshmax.node.running import Node
@@ -27,5 +30,19 @@ def bootstrap_of(node: Node) -> tuple[BootstrapAddress, ...]:
 
 
 def bootstrap_places(node: Node) -> dict[PeerId, tuple[str, ...]]:
-    """`bootstrap_of` by PeerId: addresses without /p2p."""
-    return bootstrap_nodes(each.address for each in bootstrap_of(node))
+    """Those of `bootstrap_of` that our mesh connects to, by PeerId: addresses without /p2p."""
+    unused = bootstrap_outside(node)
+    return bootstrap_nodes(each.address for each in bootstrap_of(node) if each not in unused)
+
+
+def bootstrap_outside(node: Node) -> tuple[BootstrapAddress, ...]:
+    """Those of `bootstrap_of` that our mesh does not connect to, because of where they are; of names it is not known here."""
+    return tuple(each for each in bootstrap_of(node) if not _may_be_used(node, each.address))
+
+
+def _may_be_used(node: Node, address: str) -> bool:
+    try:
+        endpoint = parse_endpoint(address)
+    except InvalidRequest:
+        return True  # `bootstrap_nodes` says what is wrong with it
+    return endpoint.name or node.membership.allows(endpoint.host, is_lan_address)

@@ -8,13 +8,13 @@ from functools import partial
 
 import trio
 
-from meshmax.base.discovery import KnownPeer
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE, KnownPeer
 from meshmax.base.ids import PeerId
 from meshmax.base.names import parse_name
 from meshmax.base.status import PeerStatus
 from meshmax.core.announce import Word
 from meshmax.core.known_peers import KnownPeers
-from meshmax.node.bootstrapping import bootstrap_places
+from meshmax.node.bootstrapping import bootstrap_outside, bootstrap_places
 from meshmax.node.running import Node
 from meshmax.services.announce import Announcer
 from meshmax.services.cached_peers import CachedPeers
@@ -110,6 +110,11 @@ async def open_announcing(node: Node) -> AsyncIterator[None]:
 
 
 def _rendezvous(node: Node) -> Rendezvous:
+    def none() -> str:
+        if bootstrap_outside(node):
+            return BOOTSTRAP_OUTSIDE
+        return "no bootstrap node is configured (--bootstrap), nor was one named by the ticket"
+
     return Rendezvous(
         node.swarm,
         node.signer,
@@ -119,5 +124,5 @@ def _rendezvous(node: Node) -> Rendezvous:
         node.world.unix_now,
         node.world.random,
         in_use=node.traversal.uses,
-        none="no bootstrap node is configured (--bootstrap), nor was one named by the ticket",
+        none=none,
     )

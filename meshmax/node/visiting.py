@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE
 from meshmax.base.doctor import BootstrapSeen, GivenSeen, MachineFacts, PeerFacts, PortKind, RefusedPeer
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import PeerId
@@ -11,7 +12,7 @@ from meshmax.base.status import PeerView
 from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import parse_endpoint
 from meshmax.net.static import parse_join
-from meshmax.node.bootstrapping import bootstrap_of, bootstrap_places
+from meshmax.node.bootstrapping import bootstrap_of, bootstrap_outside, bootstrap_places
 from meshmax.node.running import Node
 from meshmax.services.checkup import check_machine
 from meshmax.services.doctor import Doctor
@@ -64,10 +65,12 @@ class NodePatient:
     def bootstrap(self) -> tuple[BootstrapSeen, ...]:
         """See Patient."""
         given = bootstrap_nodes(each.address for each in bootstrap_of(self._node) if each.source == "config")
-        return tuple(
+        visited = tuple(
             BootstrapSeen(seen.address, seen.problem, "config" if seen.peer_id in given else "ticket")
             for seen in self._node.rendezvous.nodes
         )
+        unused = bootstrap_outside(self._node)
+        return (*visited, *(BootstrapSeen(each.address, BOOTSTRAP_OUTSIDE, each.source) for each in unused))
 
     def facts(self) -> PeerFacts:
         """See Patient."""

@@ -16,6 +16,7 @@ from typing import Final, NoReturn, TypeVar
 import msgspec
 import trio
 
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE, REFUSED_ADDRESS
 from meshmax.base.errors import ManifestInvalid, MeshmaxError, PeerGone, Refused, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId
@@ -92,7 +93,7 @@ class Rendezvous:
         unix_now: Callable[[], float],
         random: Random,
         in_use: Callable[[PeerId], bool] = lambda peer_id: False,
-        none: str = "no rendezvous node is known",
+        none: Callable[[], str] = lambda: "no rendezvous node is known",
     ) -> None:
         self._swarm, self._signer, self._own, self._mesh, self._in_use = swarm, signer, own, mesh, in_use
         self._named, self._none = nodes, none
@@ -108,7 +109,9 @@ class Rendezvous:
     @property
     def off(self) -> str:
         """Why nothing is done, in a sentence; '' while there is a node to visit."""
-        return "" if self._places() else self._none
+        if not self._places():
+            return self._none()
+        return BOOTSTRAP_OUTSIDE if self._nodes and all(n.why == BOOTSTRAP_OUTSIDE for n in self._nodes) else ""
 
     @property
     def problem(self) -> str:
@@ -238,11 +241,14 @@ class Rendezvous:
                 why = ""
             except MeshmaxError as error:
                 why = error.message
+                if why.count(REFUSED_ADDRESS) >= len(node.addresses):
+                    why = BOOTSTRAP_OUTSIDE
         if not why:
             node.schedule.on_visited(trio.current_time())
         else:
             log = _log.debug if node.why else _log.info  # once for people; what follows is only the same again
-            log("a rendezvous node does not serve us", address=node.addresses[0], why=why)
+            said = "a bootstrap node is not used" if why == BOOTSTRAP_OUTSIDE else "a rendezvous node does not serve us"
+            log(said, address=node.addresses[0], why=why)
             node.schedule.on_failed(trio.current_time())
             await self._drop(node)
         node.why = why

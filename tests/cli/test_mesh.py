@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE
 from meshmax.cli.main import main
 from tests.cli.conftest import FakePeer
 
@@ -107,6 +108,15 @@ def test_status_tells_how_the_peer_is(fake_peer: FakePeer, capsys: pytest.Captur
         "disk free     120 GB\n"
         "gpu           none\n"
     )
+
+
+def test_status_says_that_a_bootstrap_node_is_not_used(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    off = {"name": "rendezvous", "state": "off", "problem": BOOTSTRAP_OUTSIDE, "found": 0}
+    fake_peer.on("GET", "/api/v1/status", STATUS | {"discovery": [off]})
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    fake_peer.on("GET", "/api/v1/models", {"models": {}})
+    assert main(["status"]) == 0
+    assert f"bootstrap     not used: {BOOTSTRAP_OUTSIDE}" in capsys.readouterr().out.splitlines()
 
 
 def test_docs_lists_its_pages_and_shows_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,11 @@ def test_the_banner_with_a_kept_ticket_has_one_line_on_the_mesh() -> None:
     assert "open" not in text
 
 
+def test_the_banner_says_once_that_a_bootstrap_node_is_not_used() -> None:
+    text = banner({**FACTS, "unused": True}, "http://127.0.0.1:11434", "")
+    assert text.count("bootstrap nodes outside this LAN are used by private meshes only: meshmax mesh new") == 1
+
+
 async def test_nobody_is_asked_who_holds_the_default_port_when_we_have_it_or_chose_another() -> None:
     assert await who_holds_default_port(Config(), "http://127.0.0.1:11434") == ""
     assert await who_holds_default_port(Config(api="127.0.0.1:5"), "http://127.0.0.1:5") == ""

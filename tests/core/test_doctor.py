@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from meshmax.base.discovery import RungReport, SeenBy
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE, RungReport, SeenBy
 from meshmax.base.doctor import (
     BootstrapSeen,
     Diagnosis,
@@ -128,6 +128,10 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
     ("a bootstrap node is silent",
      peer(rungs=(MDNS, rung("rendezvous")), bootstrap=(BootstrapSeen("/a"), BootstrapSeen("/b", "refused"))),
      {"bootstrap_silent": "warning"}),
+    ("a bootstrap node outside, in the open mesh",
+     alone(rungs=(MDNS, rung("rendezvous", "off", BOOTSTRAP_OUTSIDE)), bootstrap=(BootstrapSeen("/b", BOOTSTRAP_OUTSIDE),),
+           reachability=Reachability()), {"alone": "warning", "bootstrap_unused": "warning"}),
+    ("the same in company", peer(bootstrap=(BootstrapSeen("/b", BOOTSTRAP_OUTSIDE),)), {}),
     ("another mesh, alone", alone(refused=(OTHER,)), {"alone": "warning", "other_mesh": "warning"}),
     ("another mesh, in company", peer(refused=(OTHER,)), {}),
     ("revoked", peer(refused=(RefusedPeer(B, "", "your certificate was revoked"),)), {"refused": "warning"}),

@@ -5,15 +5,16 @@ from typing import Any
 
 from meshmax.base.config import Config
 from meshmax.base.membership import BootstrapAddress
-from meshmax.node.bootstrapping import MAX_BOOTSTRAP, bootstrap_of, bootstrap_places
+from meshmax.node.bootstrapping import MAX_BOOTSTRAP, bootstrap_of, bootstrap_outside, bootstrap_places
 from meshmax.testing.memory_swarm import SeededSigner
 
 P, Q = SeededSigner(1).peer_id, SeededSigner(2).peer_id
 
 
-def node(given: tuple[str, ...], learnt: tuple[str, ...]) -> Any:
+def node(given: tuple[str, ...], learnt: tuple[str, ...], *, private: bool = True) -> Any:
     standing = SimpleNamespace(bootstrap=learnt)
-    return SimpleNamespace(config=Config(bootstrap=given), membership=SimpleNamespace(standing=standing))
+    membership = SimpleNamespace(standing=standing, allows=lambda ip, is_lan: private or is_lan(ip))
+    return SimpleNamespace(config=Config(bootstrap=given), membership=membership)
 
 
 def test_configured_ones_come_first_and_what_both_name_is_configured() -> None:
@@ -34,3 +35,11 @@ def test_configured_ones_come_first_and_what_both_name_is_configured() -> None:
 def test_there_are_no_more_than_can_be_used() -> None:
     many = tuple(f"/ip4/192.0.2.1/tcp/{port}/p2p/{P}" for port in range(1, 100))
     assert bootstrap_of(node(many, many)) == tuple(BootstrapAddress(text, "config") for text in many[:MAX_BOOTSTRAP])
+
+
+def test_the_open_mesh_uses_no_node_outside_its_lan() -> None:
+    near, far, named = f"/ip4/10.0.0.1/tcp/1/p2p/{P}", f"/ip4/192.0.2.2/tcp/1/p2p/{Q}", f"/dns/b.example/tcp/1/p2p/{Q}"
+    given = node((near, far, named), (), private=False)
+    assert bootstrap_places(given) == {P: ("/ip4/10.0.0.1/tcp/1",), Q: ("/dns/b.example/tcp/1",)}
+    assert bootstrap_outside(given) == (BootstrapAddress(far, "config"),)
+    assert bootstrap_outside(node((near, far, named), ())) == ()

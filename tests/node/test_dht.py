@@ -60,7 +60,7 @@ async def node_dht(
         datagrams=net.open(port=udp_port),
         home=SimpleNamespace(path=home),
         world=SimpleNamespace(random=random.Random(seed), unix_now=unix_now, run_sync=run_sync),
-        membership=SimpleNamespace(mesh=standing.mesh, standing=standing),
+        membership=SimpleNamespace(mesh=standing.mesh, standing=standing, allows=lambda ip, is_lan: True),
         swarm=SimpleNamespace(connections=dict, open_stream=nobody),
         traversal=SimpleNamespace(reachability=lambda: node.where, udp_blocked=False),
         where=Reachability(),

@@ -2,9 +2,12 @@
 
 import random
 
+import pytest
 import trio
 import trio.testing
 
+from meshmax.base.discovery import BOOTSTRAP_OUTSIDE, REFUSED_ADDRESS
+from meshmax.base.errors import ConnectError
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId
 from meshmax.core.registrations import Registrations
@@ -12,7 +15,7 @@ from meshmax.core.rendezvous import DISCOVER_EARLY_S, DISCOVER_SOON_S, REPEAT_S
 from meshmax.ports import LooksAgain, Stream
 from meshmax.services.rendezvous import CHECK_S, IDLE_S, VISIT_S, Rendezvous
 from meshmax.services.rendezvous_stream import RendezvousStream
-from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.testing.memory_swarm import MemorySwarm, SeededSigner
 from meshmax.wire import rendezvous
 from meshmax.wire.peer_record import seal_record
 from meshmax.wire.protocols import RENDEZVOUS
@@ -76,6 +79,23 @@ async def test_when_no_node_answers_the_rung_says_so_in_a_sentence(autojump_cloc
         seeker = await site.seeker(1, point)
         await trio.sleep(SOON_S)
         assert seeker.rung.problem.startswith("no rendezvous node serves us: /ip4/10.0.1.1/tcp/11435: ")
+
+
+async def test_a_node_that_our_mesh_does_not_connect_to_leaves_the_rung_off(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise ConnectError(None, [("/dns/b.example/tcp/1", "connect", f"this mesh {REFUSED_ADDRESS}")])
+
+    async with open_site() as site:
+        point = await site.point()
+        seeker = await site.seeker(1)
+        assert seeker.rung.off == "no rendezvous node is known"
+        monkeypatch.setattr(MemorySwarm, "dial", refuse)
+        seeker = await site.seeker(2, point)
+        await trio.sleep(SOON_S)
+        assert seeker.rung.off == BOOTSTRAP_OUTSIDE
 
 
 async def test_a_node_that_was_away_is_visited_again_and_a_restarted_one_hears_of_everybody_again(

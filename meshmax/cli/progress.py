@@ -68,12 +68,13 @@ def _show_bars(lines: Iterable[dict[str, Any]]) -> str:
                 else:
                     progress.console.print(last, markup=False, highlight=False)
                 continue
+            timed = _is_timed(line, timed)
             part = str(line.get("digest") or last)
             if part not in bars and len(bars) < MAX_BARS:
-                bars[part] = progress.add_task(last, total=total, sources="", timed=True)
+                bars[part] = progress.add_task(last, total=total, sources="", timed=timed)
             if part in bars:
                 done = _count(line, "completed")
-                sources, timed = _sources(line) if done < total else "", _is_timed(line, timed)
+                sources = _sources(line) if done < total else ""
                 progress.update(bars[part], completed=done, total=total, description=last, sources=sources, timed=timed)
     return last
 

@@ -103,7 +103,8 @@ def _rung_row(look: dict[str, Any], told: str) -> tuple[str, ...]:
     if report["state"] == "off":
         return (report["name"], "off", "-", "-", "-", report.get("problem", ""))
     first_s, now_s = report.get("first_found_s"), look.get("first_s")
-    now = f"{look['found_now']} in {_seconds(now_s)}" if now_s is not None else "-"
+    works = now_s is not None and report["state"] != "failing"  # a rung that fails only says again what it knew
+    now = f"{look['found_now']} in {_seconds(now_s)}" if works else "-"
     return (report["name"], report["state"], str(report["found"]), _seconds(first_s), now, problem)
 
 
@@ -116,7 +117,10 @@ def _peer_row(told: dict[str, Any]) -> tuple[str, ...]:
         return (told["name"], _rungs(told["ours"]), "?", "-", "-", told["why"])
     ahead_s = told.get("clock_ahead_s")
     clock = "-" if ahead_s is None else "same" if abs(ahead_s) <= told["uncertain_s"] + 1.0 else f"{ahead_s:+.0f} s"
-    ports = ", ".join(f"{port['kind']} {port['port']} {port['outcome']}" for port in told["ports"])
+    tried = [port for port in told["ports"] if port["outcome"] != "not_tried"]
+    ports = ", ".join(f"{port['kind']} {port['port']} {port['outcome']}" for port in tried)
+    if not ports and told.get("relayed_s") is not None:
+        ports = "not tried (relay)"
     return (told["name"], _rungs(told["ours"]), _rungs(told["theirs"]), told["address"] or "-", clock, ports or "-")
 
 

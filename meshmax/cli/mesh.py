@@ -17,6 +17,8 @@ from meshmax.cli.output import emit, emit_json, human_duration, human_time, pars
 MODELS_SHOWN: Final = 3  # of a peer, in the table; --json has all
 LABEL_WIDTH: Final = 12
 Verbose = Annotated[bool, Parameter(name=("--verbose", "-v"), help="Also how the path to each came about.")]
+_CIRCUIT: Final = "/p2p-circuit"
+_LOOPBACK: Final = ("127.0.0.1", "::1")
 _ORDER: Final = {"self": 0, "online": 1, "draining": 2, "offline": 3}
 
 
@@ -44,12 +46,31 @@ def _nearest_first(node: dict[str, Any]) -> tuple[int, float, str]:
 def _peer_row(node: dict[str, Any], now_s: float) -> tuple[str, ...]:
     status = node["status"]
     name = node.get("name") or "-"
-    address = next(iter(node.get("addresses") or ()), "-").partition("/p2p/")[0]
+    address = _shown_address(node)
     rtt_ms = node.get("rtt_ms")
     rtt = "self" if status == "self" else "-" if rtt_ms is None else f"{rtt_ms:.1f} ms"
     gpus = ", ".join(gpu["name"] for gpu in node.get("gpus") or ()) or "-"
     path = "-" if status in ("self", "offline") else node.get("path") or "-"
     return (name, node["id"], address, path, rtt, _models(node.get("models") or ()), gpus, _load(node, now_s))
+
+
+def _shown_address(node: dict[str, Any]) -> str:
+    """Where it is reached: by the connection in use, else at the address of those it tells that serves others best."""
+    told = sorted(node.get("addresses") or (), key=lambda text: (_host(text) in _LOOPBACK, _CIRCUIT in text))
+    used = node.get("address") or "" if node["status"] in ("online", "draining") else ""
+    if used:
+        if _CIRCUIT in used or node.get("path") == "relay":
+            return f"relay {_host(used)}"
+        # What came to us has a port for this connection alone: one it listens at, at the same place, tells more.
+        told = [text for text in told if _CIRCUIT not in text and _host(text) == _host(used)] or [used]
+    address = next(iter(told), "-")
+    return f"over relay {_host(address)}" if _CIRCUIT in address else address.partition("/p2p/")[0]
+
+
+def _host(address: str) -> str:
+    """The host in a multiaddr; of a way over a relay, the relay's."""
+    parts = address.split("/")
+    return "".join(parts[4:5] if parts[1:2] == ["ip6zone"] else parts[2:3]) or address
 
 
 def _models(models: Any) -> str:
@@ -107,7 +128,7 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         ("mesh", f"joining '{joining}'" if (joining := state.get("joining")) else state.get("mesh") or "open LAN mesh"),
         ("api", url),
         *(("address" if at == 0 else "", text) for at, text in enumerate(state.get("addresses") or ())),
-        *_reach_lines(state.get("reachability") or {}),
+        *_reach_lines(state.get("reachability") or {}, _relay_names(state, nodes)),
         ("peers", f"{online} online"),
         *_discovery_lines(state.get("discovery") or ()),
         ("models", f"{local} here, {len(models)} in the mesh"),
@@ -118,7 +139,14 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
     return "\n".join(f"{label:<{LABEL_WIDTH}}  {printable(str(text))}".rstrip() for label, text in lines)
 
 
-def _reach_lines(where: dict[str, Any]) -> list[tuple[str, str]]:
+def _relay_names(state: dict[str, Any], nodes: dict[str, Any]) -> dict[str, str]:
+    """What to call relays, by PeerId: members by their names, bootstrap nodes by their hosts."""
+    named = [each["address"].rpartition("/p2p/") for each in reversed(state.get("bootstrap") or ())]
+    hosts = {peer_id: _host(address) for address, _, peer_id in named}
+    return hosts | {peer_id: node["name"] for peer_id, node in nodes.items() if node.get("name")}
+
+
+def _reach_lines(where: dict[str, Any], relay_names: dict[str, str]) -> list[tuple[str, str]]:
     """How others outside reach this peer, and what its NAT does where one is known; nothing where nobody was asked."""
     nat, state = where.get("nat") or {}, where.get("state", "unknown")
     known = [f"{name} {nat[key]}" for key, name in _NAT_WORDS.items() if nat.get(key, "unknown") != "unknown"]
@@ -134,7 +162,7 @@ def _reach_lines(where: dict[str, Any]) -> list[tuple[str, str]]:
     if state == "private" and not where.get("mappings") and where.get("mapping_why"):
         lines.append(("mapping", f"none: {where['mapping_why']}"))
     if relays := where.get("relays"):
-        lines.append(("relayed by", ", ".join(relays)))
+        lines.append(("relayed by", ", ".join(relay_names.get(peer_id, peer_id) for peer_id in relays)))
     return lines
 
 

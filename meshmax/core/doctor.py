@@ -52,6 +52,7 @@ CODES: Final = (
 
 _OTHER_MESH: Final = ("different mesh", "another mesh")  # in what is said to a stranger (services.admission)
 _UNREACHED_ISSUER: Final = "issuer was not reached"  # services.joining's
+_NO_INTERFACE: Final = ("no interface", "interface is gone", "is the interface up")  # net.mdns's and net.mdns_problem's
 _NO_DHT_NODE: Final = "no node of the DHT"  # net.dht's: being alone explains it
 _ORDER: Final = {"error": 0, "warning": 1, "ok": 2}
 _PORT_NAMES: Final[dict[PortKind, str]] = {"control": "TCP", "lane": "TCP", "udp": "UDP"}
@@ -106,9 +107,7 @@ def _machine(machine: MachineFacts, peer: PeerFacts | None) -> Iterator[Finding]
         advice = "" if severity == "ok" else "connect this machine: no cable, no Wi-Fi, or no address was given to it"
         yield Finding("no_network", severity, "this machine is on no network but its own loopback", advice)  # type: ignore[arg-type]
     if machine.mdns_problem and peer is None:
-        advice = (
-            "another program holds UDP 5353 for itself, or multicast is not allowed here; see `ss -ulpn 'sport = 5353'`"
-        )
+        advice = _mdns_advice(machine.mdns_problem, machine)
         yield Finding("mdns_socket", "warning", f"mDNS cannot work here: {machine.mdns_problem}", advice)
     yield from _disk(machine)
     if machine.engine_problem:
@@ -120,6 +119,12 @@ def _machine(machine: MachineFacts, peer: PeerFacts | None) -> Iterator[Finding]
         if each.holder:
             text = f"port {each.port} ({each.what}) is held by {each.holder}: the next free one is used"
             yield Finding("port_taken", "ok", text)
+
+
+def _mdns_advice(problem: str, machine: MachineFacts) -> str:
+    if not machine.networks or any(words in problem for words in _NO_INTERFACE):
+        return "bring the network up: plug in the cable, join the Wi-Fi, or switch the interface on"
+    return "`ss -ulpn 'sport = 5353'` shows who has the port; multicast may not be allowed here, either"
 
 
 def _disk(machine: MachineFacts) -> Iterator[Finding]:
@@ -149,7 +154,7 @@ def _peer(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     yield from _company(peer, machine)
     yield from _given(peer)
     yield from _membership(peer)
-    yield from _rungs(peer)
+    yield from _rungs(peer, machine)
     yield from _clocks(peer.looked_back)
     yield from reach_findings(peer, machine)
     yield from _ports(peer, machine)
@@ -238,15 +243,13 @@ def _refused(peer: PeerFacts) -> Iterator[Finding]:
         yield Finding("refused", "warning", f"{', '.join(names)} {verb} this peer: {reason}", advice)
 
 
-def _rungs(peer: PeerFacts) -> Iterator[Finding]:
+def _rungs(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
     for look in peer.rungs:
         report = look.report
         if report.state != "failing" or (not peer.online and report.problem.startswith(_NO_DHT_NODE)):
             continue
         if report.name == "mdns":
-            advice = (
-                "it is tried again by itself, and other rungs go on; `ss -ulpn 'sport = 5353'` shows who has the port"
-            )
+            advice = f"it is tried again by itself, and other rungs go on; {_mdns_advice(report.problem, machine)}"
             yield Finding("mdns_failing", "warning", f"mDNS does not work: {report.problem}", advice)
         elif report.name != "rendezvous" or not peer.bootstrap:  # its nodes are named one by one
             text = f"the rung {report.name} does not work: {report.problem}"

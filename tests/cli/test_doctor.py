@@ -86,6 +86,34 @@ def test_a_problem_is_told_once_as_a_finding_or_else_in_its_rung_row(
     assert lines[2].startswith("dht") and lines[2].endswith("no node")
 
 
+def test_what_a_relay_keeps_from_being_tried_and_what_a_failing_rung_repeats_is_not_shown(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = diagnosis(WELL)
+    shown["facts"]["peer"]["rungs"] = [look("rendezvous", state="failing", problem="no node")]
+    untried = [{"kind": "control", "port": 11435, "outcome": "not_tried"}]
+    over_relay = {**TOLD, "address": "", "at": "", "ports": untried, "relayed_s": 60.0}
+    shown["facts"]["peer"]["looked_back"] = [over_relay, {**TOLD, "name": "near", "ports": untried}]
+    fake_peer.on("GET", PATH, Lines([{"status": "success", **shown}]))
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "not_tried" not in out
+    assert [line.split() for line in out.splitlines()][1] == [
+        "rendezvous",
+        "failing",
+        "2",
+        "0.25",
+        "s",
+        "-",
+        "no",
+        "node",
+    ]
+    (box,) = [line for line in out.splitlines() if line.startswith("box ")]
+    assert box.endswith("not tried (relay)")
+    (near,) = [line for line in out.splitlines() if line.startswith("near ")]
+    assert near.endswith(" -")
+
+
 def test_json_is_the_diagnosis_alone(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     fake_peer.on("GET", PATH, steps(ILL))
     assert main(["doctor", "--json"]) == 1

@@ -9,7 +9,7 @@ from meshmax.base.discovery import BOOTSTRAP_OUTSIDE
 from meshmax.cli.main import main
 from tests.cli.conftest import FakePeer
 
-A, B, C = (f"12D3KooW{letter * 44}" for letter in "ABC")
+A, B, C, D, E = (f"12D3KooW{letter * 44}" for letter in "ABCDE")
 
 
 def node(peer_id: str, name: str, status: str, **more: Any) -> dict[str, Any]:
@@ -69,6 +69,54 @@ def test_peers_tells_more_of_how_each_is_reached_if_asked(
     assert ours.endswith(" -")
     assert " punched-tcp " in theirs
     assert theirs.endswith(via)
+
+
+RELAYED = f"/ip4/203.0.113.9/tcp/11435/p2p/{C}/p2p-circuit"
+NEAR, LOOP = "/ip4/10.0.0.1/tcp/11435", "/ip6/::1/tcp/11435"
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "used", "told", "shown"),
+    [
+        ("online", "relay", RELAYED, (NEAR,), "relay 203.0.113.9"),
+        ("online", "punched-tcp", "/ip4/81.2.69.142/tcp/4444", (NEAR, RELAYED), "/ip4/81.2.69.142/tcp/4444"),
+        ("online", "direct", "/ip4/10.0.0.1/tcp/50123", (RELAYED, NEAR), NEAR),
+        ("online", "direct", "/ip6zone/eth0/ip6/fe80::1/tcp/1", (), "/ip6zone/eth0/ip6/fe80::1/tcp/1"),
+        ("self", "self", "", (LOOP, RELAYED, NEAR), NEAR),
+        ("self", "self", "", (LOOP, RELAYED), "over relay 203.0.113.9"),
+        ("self", "self", "", (LOOP,), LOOP),
+        ("offline", "direct", "", (RELAYED, NEAR), NEAR),
+        ("offline", "direct", "", (), "-"),
+    ],
+)
+def test_peers_shows_the_address_that_is_in_use(
+    fake_peer: FakePeer,
+    capsys: pytest.CaptureFixture[str],
+    status: str,
+    path: str,
+    used: str,
+    told: tuple[str, ...],
+    shown: str,
+) -> None:
+    told = tuple(f"{text}/p2p/{B}" for text in told)
+    fake_peer.on(
+        "GET", "/api/v1/nodes", {"nodes": {B: node(B, "box", status, path=path, address=used, addresses=told)}}
+    )
+    assert main(["peers"]) == 0
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.partition(B)[2].strip().startswith(f"{shown}  ")
+
+
+def test_status_names_relays_by_their_addresses_where_they_are_no_members(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = [{"address": f"/ip4/203.0.113.9/tcp/11435/p2p/{D}", "source": "config"}]
+    relays = {"reachability": REACHABILITY | {"relays": [D, E]}, "bootstrap": known}
+    fake_peer.on("GET", "/api/v1/status", STATUS | relays)
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    fake_peer.on("GET", "/api/v1/models", {"models": {}})
+    assert main(["status"]) == 0
+    assert f"relayed by    203.0.113.9, {E}" in capsys.readouterr().out.splitlines()
 
 
 def test_peers_as_json_is_what_the_interface_says(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +209,7 @@ REACHABILITY = {
                 "reachable     through the router: 2 observers reached us at 81.2.69.142:4444",
                 "nat           UDP open, mapping endpoint-independent, TCP mapping address-dependent",
                 "mapping       tcp 11435 at 81.2.69.142:4444, by upnp",
-                f"relayed by    {B}",
+                "relayed by    box",
             ],
         ),
         (

@@ -295,3 +295,15 @@ def test_a_nat_with_relays_is_one_sentence_that_names_them() -> None:
     said = sentences(peer(across(), mesh="m", reachability=where, relays=("203.0.113.9",)))
     assert "as behind any NAT; peers reach it over relay 203.0.113.9 and go on to direct paths" in said
     assert "ufw" not in said
+
+
+def test_mdns_without_a_network_is_told_to_bring_one_up_not_to_look_for_who_has_the_port() -> None:
+    lonely = msgspec.structs.replace(MACHINE, networks=())
+    for facts in (
+        alone(rungs=(rung("mdns", problem="no interface is up"),)),
+        alone(rungs=(rung("mdns", problem="eth0: the network is not reachable: is the interface up?"),)),
+        Facts(msgspec.structs.replace(lonely, mdns_problem="UDP 5353: No such device")),
+    ):
+        assert "bring the network up" in sentences(facts)
+        assert "ss -ulpn" not in sentences(facts)
+    assert "ss -ulpn" in sentences(alone(rungs=(rung("mdns", problem="UDP port 5353 is held by another program"),)))

@@ -14,7 +14,7 @@ from meshmax.base.names import parse_name
 from meshmax.base.status import PeerStatus
 from meshmax.core.announce import Word
 from meshmax.core.known_peers import KnownPeers
-from meshmax.node.bootstrapping import bootstrap_outside, bootstrap_places
+from meshmax.node.bootstrapping import bootstrap_outside, bootstrap_places, bootstrap_waiting
 from meshmax.node.running import Node
 from meshmax.services.announce import Announcer
 from meshmax.services.cached_peers import CachedPeers
@@ -113,6 +113,10 @@ def _rendezvous(node: Node) -> Rendezvous:
     def none() -> str:
         if bootstrap_outside(node):
             return BOOTSTRAP_OUTSIDE
+        if named := bootstrap_waiting(node):
+            return (
+                f"none is in use before this peer has joined; the ticket's issuer is looked for at {named[0].address}"
+            )
         return "no bootstrap node is configured (--bootstrap), nor was one named by the ticket"
 
     return Rendezvous(

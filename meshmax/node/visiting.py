@@ -12,7 +12,7 @@ from meshmax.base.status import PeerView
 from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import parse_endpoint
 from meshmax.net.static import parse_join
-from meshmax.node.bootstrapping import bootstrap_of, bootstrap_outside, bootstrap_places
+from meshmax.node.bootstrapping import bootstrap_of, bootstrap_outside, bootstrap_places, bootstrap_waiting
 from meshmax.node.running import Node
 from meshmax.services.checkup import check_machine
 from meshmax.services.doctor import Doctor
@@ -70,7 +70,13 @@ class NodePatient:
             for seen in self._node.rendezvous.nodes
         )
         unused = bootstrap_outside(self._node)
-        return (*visited, *(BootstrapSeen(each.address, BOOTSTRAP_OUTSIDE, each.source) for each in unused))
+        # The issuer of a ticket that waits is looked for at these; what comes of it is said of the mesh.
+        waiting = bootstrap_waiting(self._node)
+        return (
+            *visited,
+            *(BootstrapSeen(each.address, BOOTSTRAP_OUTSIDE, each.source) for each in unused),
+            *(BootstrapSeen(each.address, "", each.source) for each in waiting),
+        )
 
     def facts(self) -> PeerFacts:
         """See Patient."""

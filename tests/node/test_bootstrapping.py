@@ -5,7 +5,13 @@ from typing import Any
 
 from meshmax.base.config import Config
 from meshmax.base.membership import BootstrapAddress
-from meshmax.node.bootstrapping import MAX_BOOTSTRAP, bootstrap_of, bootstrap_outside, bootstrap_places
+from meshmax.node.bootstrapping import (
+    MAX_BOOTSTRAP,
+    bootstrap_of,
+    bootstrap_outside,
+    bootstrap_places,
+    bootstrap_waiting,
+)
 from meshmax.testing.memory_swarm import SeededSigner
 
 P, Q = SeededSigner(1).peer_id, SeededSigner(2).peer_id
@@ -43,3 +49,13 @@ def test_the_open_mesh_uses_no_node_outside_its_lan() -> None:
     assert bootstrap_places(given) == {P: ("/ip4/10.0.0.1/tcp/1",), Q: ("/dns/b.example/tcp/1",)}
     assert bootstrap_outside(given) == (BootstrapAddress(far, "config"),)
     assert bootstrap_outside(node((near, far, named), ())) == ()
+
+
+def test_what_a_ticket_names_that_waits_is_shown_and_not_used_yet() -> None:
+    one, two = f"/ip4/192.0.2.1/tcp/1/p2p/{P}", f"/ip4/192.0.2.2/tcp/1/p2p/{Q}"
+    joining = node((two,), ())
+    joining.membership.waiting = SimpleNamespace(bootstrap=(one, two, "rubbish"))
+    assert bootstrap_waiting(joining) == (BootstrapAddress(one, "ticket"),)
+    assert bootstrap_of(joining) == (BootstrapAddress(two, "config"),)
+    joining.membership.waiting = None
+    assert bootstrap_waiting(joining) == ()

@@ -93,7 +93,10 @@ class RelayPings:
         with trio.move_on_after(within_s) as scope, suppress(PeerGone):
             self._pauses.add(scope)
             try:
-                await (stream.receive_some(1) if stream is not None else trio.sleep_forever())
+                if stream is None:
+                    await trio.sleep_forever()
+                else:
+                    await stream.receive_some(1)
             finally:
                 self._pauses.discard(scope)
         return not scope.cancelled_caught

@@ -13,7 +13,7 @@ import msgspec
 from meshmax.base.discovery import RungReport, SeenBy
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import BootstrapSource
-from meshmax.base.reachability import Reachability
+from meshmax.base.reachability import NatBehaviour, Reachability
 
 Severity = Literal["ok", "warning", "error"]
 PortKind = Literal["control", "lane", "udp"]
@@ -57,6 +57,7 @@ class LookedBack(msgspec.Struct, frozen=True):
     of ours that saw it; ``their_rungs``: those that it climbs. ``at``: the multiaddr at which we see it, ``address``: the one
     that it sees us come from; '' in either where a relay stands between. ``relayed_s``: for how many seconds a relay has, None
     where there is none. ``clock_ahead_s``: its clock against ours, ``uncertain_s`` either way.
+    ``nat``: what its NAT does by its word, None where it does not tell.
     """
 
     peer_id: PeerId
@@ -72,6 +73,7 @@ class LookedBack(msgspec.Struct, frozen=True):
     uncertain_s: float = 0.0
     ports: tuple[PortSeen, ...] = ()
     relayed_s: float | None = None
+    nat: NatBehaviour | None = None
 
 
 class BootstrapSeen(msgspec.Struct, frozen=True):

@@ -94,8 +94,8 @@ def _reached(where: Reachability, peer: PeerFacts, machine: MachineFacts) -> Ite
         yield Finding("unreachable", "error" if nobody else "warning", text, advice)
 
 
-def _stuck(peer: PeerFacts) -> list[str]:
-    return [each.name for each in peer.looked_back if each.relayed_s is not None and each.relayed_s >= SETTLE_S]
+def _stuck(peer: PeerFacts) -> list[LookedBack]:
+    return [each for each in peer.looked_back if each.relayed_s is not None and each.relayed_s >= SETTLE_S]
 
 
 def _over_relays(peer: PeerFacts) -> Iterator[Finding]:
@@ -103,10 +103,10 @@ def _over_relays(peer: PeerFacts) -> Iterator[Finding]:
     stuck = _stuck(peer)
     if not stuck:
         return
-    nat = peer.reachability.nat if peer.reachability else NatBehaviour()
-    names = ", ".join(stuck)
-    text = f"no direct path to {names} was found ({_why_relayed(nat)}): prompts work over a relay, "
-    text += f"models are limited to {RELAY_BLOB_BYTES // MIB} MiB an hour"
+    why = [f"here {_nat_words(peer.reachability.nat if peer.reachability else None)}"]
+    why += [f"at {each.name} {_nat_words(each.nat)}" for each in stuck]
+    text = f"no direct path to {', '.join(each.name for each in stuck)} was found ({'; '.join(why)}): "
+    text += f"prompts work over a relay, models are limited to {RELAY_BLOB_BYTES // MIB} MiB an hour"
     advice = (
         "one of these at either side: UPnP or NAT-PMP switched on in the router, TCP 11435 forwarded to the peer, or a peer"
         " or bootstrap node with a public address that both can reach"
@@ -114,14 +114,15 @@ def _over_relays(peer: PeerFacts) -> Iterator[Finding]:
     yield Finding("no_direct_path", "warning", text, advice)
 
 
-def _why_relayed(nat: NatBehaviour) -> str:
-    """Of our side what was seen; of the other's nothing is known here."""
+def _nat_words(nat: NatBehaviour | None) -> str:
+    if nat is None:
+        return "the NAT is not known"
     if nat.udp == "blocked":
-        ours = "UDP is blocked here"
-    elif changes_ports(nat):
-        ours = "our NAT uses another port for every destination"
-    elif "endpoint-independent" in (nat.mapping, nat.tcp_mapping):
-        ours = "our NAT keeps its ports, so it is more likely the other side"
-    else:
-        ours = "what our NAT does is not known"
-    return f"{ours}; `meshmax doctor` over there tells of its side"
+        return "UDP is blocked"
+    if changes_ports(nat):
+        return "the NAT uses another port for every destination"
+    return (
+        "the NAT keeps its ports"
+        if "endpoint-independent" in (nat.mapping, nat.tcp_mapping)
+        else "the NAT is not known"
+    )

@@ -8,6 +8,7 @@ from meshmax.base.discovery import BOOTSTRAP_OUTSIDE
 from meshmax.base.doctor import BootstrapSeen, GivenSeen, MachineFacts, PeerFacts, PortKind, RefusedPeer
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import PeerId
+from meshmax.base.reachability import NatBehaviour
 from meshmax.base.status import PeerView
 from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.net.addresses import parse_endpoint
@@ -21,11 +22,13 @@ from meshmax.services.look_back import LookBack
 
 def make_doctor(node: Node) -> Doctor:
     """The doctor of a node, whose swarm answers look-backs from now on."""
-    return Doctor(
-        NodePatient(node),
-        node.ladder,
-        LookBack(node.swarm, node.ladder, node.world.knock, node.world.unix_now, node.datagrams),
-    )
+    world = node.world
+
+    def nat() -> NatBehaviour:
+        return node.reachability.view.nat
+
+    look_back = LookBack(node.swarm, node.ladder, world.knock, world.unix_now, node.datagrams, nat)
+    return Doctor(NodePatient(node), node.ladder, look_back)
 
 
 class NodePatient:

@@ -20,6 +20,7 @@ from meshmax.base.discovery import SeenBy
 from meshmax.base.doctor import LookedBack, PortKind, PortOutcome, PortSeen, TriedOutcome
 from meshmax.base.errors import InvalidRequest, MeshmaxError, RemoteProtocolError
 from meshmax.base.ids import PeerId
+from meshmax.base.reachability import NatBehaviour
 from meshmax.core.look_back import LookGate
 from meshmax.net.addresses import parse_endpoint
 from meshmax.ports import Datagrams, Stream, Swarm
@@ -43,7 +44,7 @@ async def knock_nowhere(_ip: str, _port: int) -> TriedOutcome:
 
 
 class LookBack:
-    """See the module. ``knock``: see net.knock. ``datagrams`` None: no probes, either way."""
+    """See the module. ``knock``: see net.knock. ``datagrams`` None: no probes, either way. ``nat``: what ours does."""
 
     def __init__(
         self,
@@ -52,9 +53,10 @@ class LookBack:
         knock: Knock,
         unix_now: Callable[[], float],
         datagrams: Datagrams | None = None,
+        nat: Callable[[], NatBehaviour | None] = lambda: None,
     ) -> None:
         self._swarm, self._ladder, self._knock, self._unix_now = swarm, ladder, knock, unix_now
-        self._datagrams = datagrams
+        self._datagrams, self._nat = datagrams, nat
         self._gate = LookGate()
         self._arrived: dict[bytes, trio.Event] = {}
         if datagrams is not None:
@@ -93,7 +95,8 @@ class LookBack:
         seen = {each.rung: each for each in self._ladder.seen(peer_id)}
         climbed = [report.name for report in self._ladder.reports() if report.state != "off"]
         rungs = [_rung_seen(name, seen.get(name)) for name in dict.fromkeys((*climbed, *seen))]
-        return wire.Seen(tuple(rungs[: wire.MAX_RUNGS]), address[: wire.MAX_ADDRESS], unix_s, tuple(tried.values()))
+        told = tuple(rungs[: wire.MAX_RUNGS])
+        return wire.Seen(told, address[: wire.MAX_ADDRESS], unix_s, tuple(tried.values()), self._nat())
 
     async def _try(self, ip: str, ask: wire.PortAsk, nonce: bytes, tried: dict[PortKind, wire.PortTried]) -> None:
         outcome: TriedOutcome = "not_tried"
@@ -200,4 +203,5 @@ def _looked_back(
         clock_ahead_s=seen.unix_s - (started_s + took_s / 2),
         uncertain_s=took_s / 2,
         ports=ports,
+        nat=seen.nat,
     )

@@ -13,6 +13,7 @@ from typing import Annotated, Final, TypeAlias
 import msgspec
 
 from meshmax.base.doctor import PortKind, TriedOutcome
+from meshmax.base.reachability import NatBehaviour
 from meshmax.base.units import KIB
 from meshmax.wire.failure import Failure
 from meshmax.wire.frames import Codec
@@ -63,12 +64,16 @@ class PortTried(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Seen(msgspec.Struct, frozen=True, tag="seen"):
-    """The asked peer: every rung that I climb; where you come from; my Unix time in seconds when I got the question."""
+    """The asked peer: every rung that I climb; where you come from; my Unix time in seconds when I got the question.
+
+    ``nat``: what my NAT does, None of a peer that does not tell.
+    """
 
     rungs: Annotated[tuple[RungSeen, ...], msgspec.Meta(max_length=MAX_RUNGS)]
     address: _Text
     unix_s: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     ports: Annotated[tuple[PortTried, ...], msgspec.Meta(max_length=MAX_PORTS)] = ()
+    nat: NatBehaviour | None = None
 
 
 FromAsker: TypeAlias = Look

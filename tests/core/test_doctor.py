@@ -276,18 +276,21 @@ def test_a_sighting_by_mdns_counts_for_two_and_a_half_minutes() -> None:
 
 
 def test_a_peer_over_a_relay_is_named_with_why_and_what_helps() -> None:
-    for nat, why in (
-        (NatBehaviour(udp="blocked"), "UDP is blocked here"),
-        (CARRIER, "our NAT uses another port for every destination"),
-        (NatBehaviour("open", "endpoint-independent"), "our NAT keeps its ports"),
-        (NatBehaviour(), "what our NAT does is not known"),
-    ):
-        said = sentences(peer(relayed(60.0), reachability=Reachability("private", "x", nat, relays=(B,))))
-        assert f"no direct path to B was found ({why}" in said
-        assert "models are limited to 32 MiB an hour" in said
-        assert "UPnP or NAT-PMP" in said
-        assert "TCP 11435" in said
-        assert "a NAT stands between" not in said
+    natted = (
+        (NatBehaviour(udp="blocked"), "UDP is blocked"),
+        (CARRIER, "the NAT uses another port for every destination"),
+        (NatBehaviour("open", "endpoint-independent"), "the NAT keeps its ports"),
+        (NatBehaviour(), "the NAT is not known"),
+    )
+    for nat, why in natted:
+        for theirs, their_why in (*natted, (None, "the NAT is not known")):
+            other = msgspec.structs.replace(relayed(60.0), nat=theirs)
+            said = sentences(peer(other, reachability=Reachability("private", "x", nat, relays=(B,))))
+            assert f"no direct path to B was found (here {why}; at B {their_why})" in said
+            assert "models are limited to 32 MiB an hour" in said
+            assert "UPnP or NAT-PMP" in said
+            assert "TCP 11435" in said
+            assert "a NAT stands between" not in said
 
 
 def test_a_nat_with_relays_is_one_sentence_that_names_them() -> None:

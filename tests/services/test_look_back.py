@@ -10,6 +10,7 @@ import trio.testing
 
 from meshmax.base.doctor import PortSeen, TriedOutcome
 from meshmax.base.errors import Busy, RemoteProtocolError
+from meshmax.base.reachability import NatBehaviour
 from meshmax.ports import Sighting, Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.ladder import Ladder
@@ -62,9 +63,10 @@ class Side:
         self.knocked: list[tuple[str, int]] = []
         self.outcome: TriedOutcome = "open"
         self.knock_s = 0.0
+        self.nat: NatBehaviour | None = None
         self.ladder = Ladder([Sees(*seen)], random.Random(1), off={"dht": "not configured"})
         self.look_back = LookBack(
-            swarm, self.ladder, self.knock, lambda: NOW_S + ahead_s + trio.current_time(), self.cable
+            swarm, self.ladder, self.knock, lambda: NOW_S + ahead_s + trio.current_time(), self.cable, lambda: self.nat
         )
 
     async def knock(self, ip: str, port: int) -> TriedOutcome:
@@ -253,6 +255,13 @@ async def test_a_peer_that_answers_garbage_is_a_sentence(
         told = await a.look_back.ask(b.swarm.peer_id, "b", [])
         assert told.why
         assert told.clock_ahead_s is None
+
+
+@pytest.mark.parametrize("nat", [None, NatBehaviour(udp="blocked", mapping="endpoint-independent")])
+async def test_a_peer_tells_what_its_nat_does(autojump_clock: trio.testing.MockClock, nat: NatBehaviour | None) -> None:
+    async with two() as (a, b):
+        b.nat = nat
+        assert (await a.look_back.ask(b.swarm.peer_id, "b", [])).nat == nat
 
 
 async def test_an_address_of_a_relay_is_not_taken_for_ours(autojump_clock: trio.testing.MockClock) -> None:

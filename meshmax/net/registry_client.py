@@ -9,6 +9,7 @@ Every failure becomes an error of our tree. Not here: which registry to ask, wha
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -51,6 +52,7 @@ from meshmax.wire.registry import (
 
 CONNECT_TIMEOUT_S: Final = 5.0  # name, TCP, TLS: a registry that takes longer is not reachable for practical purposes
 ANSWER_TIMEOUT_S: Final = 15.0  # until the head of an answer; a manifest whole
+MAX_CAUSES: Final = 8  # of an error without words that are looked through for some
 SILENCE_S: Final = 30.0  # within a body
 MAX_CONNECTIONS: Final = 128  # in all; each pull uses a few
 CLOSE_TIMEOUT_S: Final = 1.0
@@ -341,14 +343,32 @@ def _briefly() -> trio.CancelScope:
     return trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True)
 
 
+def _why(error: BaseException) -> str:
+    """What went wrong, in words: the library's timeouts, and some of its other errors, have no text of their own."""
+    if isinstance(error, httpx.ConnectTimeout):
+        return f"no connection within {CONNECT_TIMEOUT_S:.0f} s"
+    if isinstance(error, httpx.TimeoutException):
+        return f"nothing came within {SILENCE_S:.0f} s"
+    causes: list[BaseException] = []
+    cause = error.__cause__ or error.__context__
+    while cause is not None and len(causes) < MAX_CAUSES:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for each in (error, *causes):
+        if text := str(each).strip():
+            return text
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+    return f"{words}, without a reason given"
+
+
 @contextmanager
 def _translated(what: str) -> Iterator[None]:
     """Turn what httpx raises into errors of our tree."""
     try:
         yield
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise ConnectError(f"{what}: {error or 'no connection in time'}") from None
+        raise ConnectError(f"{what}: {_why(error)}") from None
     except (httpx.TransportError, httpx.StreamError) as error:
-        raise PeerGone(f"{what}: {error or type(error).__name__}") from None
+        raise PeerGone(f"{what}: {_why(error)}") from None
     except (httpx.InvalidURL, httpx.DecodingError) as error:
         raise RemoteProtocolError(f"{what}: {error}") from None

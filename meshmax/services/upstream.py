@@ -86,9 +86,10 @@ class Upstreams:
             try:
                 manifest = parse_manifest(await self._manifest(upstream, name))
             except MeshmaxError as error:
-                answers.append(error.message)
+                why = error.message if upstream.host in error.message else f"{upstream.host}: {error.message}"
+                answers.append(why)
                 if isinstance(error, ConnectError | PeerGone):
-                    self._down[upstream.base] = (trio.current_time() + DOWN_S, error.message)
+                    self._down[upstream.base] = (trio.current_time() + DOWN_S, why)
                 continue
             if digest in (None, manifest.digest):
                 return Found(upstream, name, manifest)

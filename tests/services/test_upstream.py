@@ -6,6 +6,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -159,6 +160,40 @@ async def test_an_upstream_that_takes_the_call_and_says_nothing_costs_its_timeou
     error = await raises(NoProviders, lambda: place.upstreams().find(NAME))
     assert trio.current_time() - began == pytest.approx(ANSWER_TIMEOUT_S)
     assert "did not answer within" in error.message
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (httpx.ConnectTimeout(""), "no connection within 5 s"),
+        (httpx.ConnectError(""), "connect error, without a reason given"),
+        (httpx.ReadTimeout(""), "nothing came within 30 s"),
+        (httpx.RemoteProtocolError(""), "remote protocol error, without a reason given"),
+        (httpx.ConnectError("no route"), "no route"),
+    ],
+)
+async def test_why_no_upstream_could_be_reached_is_told_of_every_one(
+    autojump_clock: MockClock, place: Place, error: httpx.TransportError, why: str
+) -> None:
+    async def broken(_: httpx.Request) -> httpx.Response:
+        raise error
+
+    place.first.handle_async_request = broken  # type: ignore[method-assign, assignment]
+    place.second.handle_async_request = broken  # type: ignore[method-assign, assignment]
+    upstreams = place.upstreams(FIRST, SECOND)
+    told = (await raises(NoProviders, lambda: upstreams.find(NAME))).message
+    hosts = [urlsplit(base).netloc for base in (FIRST, SECOND)]
+    assert told == "; ".join(f"{host} cannot be reached: {why}" for host in hosts)
+
+
+async def test_an_error_without_words_is_told_by_its_cause(autojump_clock: MockClock, place: Place) -> None:
+    async def broken(_: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("") from OSError("name not known")
+
+    place.first.handle_async_request = broken  # type: ignore[method-assign, assignment]
+    assert (
+        "cannot be reached: name not known" in (await raises(NoProviders, lambda: place.upstreams().find(NAME))).message
+    )
 
 
 @pytest.mark.parametrize("code", [401, 403, 404, 412, 500, 302])

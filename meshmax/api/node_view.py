@@ -10,6 +10,7 @@ from meshmax.api.registry_routes import HasRepositories
 from meshmax.api.registry_uploads import HasUploads
 from meshmax.base.config import Config
 from meshmax.base.ids import PeerId
+from meshmax.base.status import PeerView
 from meshmax.base.traversal import PathStory
 from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Residency, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
@@ -35,7 +36,11 @@ class HasBlobs(Protocol):
 
 
 class WatchfulPresence(Presence, Protocol):
-    """Presence that also looks out for copied identities."""
+    """Presence that also looks out for copied identities, and remembers who was there."""
+
+    def lost(self) -> tuple[PeerView, ...]:
+        """Peers that are gone, as they were last known."""
+        ...
 
     @property
     def problem(self) -> str:

@@ -41,8 +41,9 @@ from meshmax.base.inference import (
     InferRequest,
     is_load_only,
 )
-from meshmax.base.names import parse_name
+from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
+from meshmax.base.units import format_bytes
 from meshmax.core.catalog import last_holder
 from meshmax.core.residency import QUEUE_FULL
 from meshmax.ports import Answer
@@ -53,6 +54,7 @@ REQUEST_ID: Final = "meshmax.request_id"  # key in an ASGI scope
 SEEK_S: Final = (
     4.0  # a look-up, a dial and a status take less than one where all goes well; a person waits for the answer
 )
+LONG_S: Final = 120.0  # an absence that is told in minutes
 INPUT_TOO_LONG: Final = "the input length exceeds the context length"
 
 _log = get_logger("prompts")
@@ -99,11 +101,23 @@ class Prompts:
 
     def who_had(self, name: str) -> str:
         """The end of a sentence that tells which peer had the model and when it was last seen; '' where none is known."""
-        view = last_holder(name, self.node.presence.peers())
+        view = last_holder(name, self.node.presence.lost())
+        here = self._here_of(name)
         if view is None:
-            return ""
+            return f": {here} are here, and the pull goes on when a peer that has the rest is back" if here else ""
         ago_s = max(0.0, self.node.now() - view.last_seen_s)
-        return f": {self.peer_name(view.peer_id)} had it, and has been gone for {ago_s:.0f} s"
+        gone = f"{ago_s:.0f} s" if ago_s < LONG_S else f"{ago_s / 60:.0f} min"
+        kept = f"; {here} are here" if here else ""
+        return f": {self.peer_name(view.peer_id)} had it, and has been gone for {gone}{kept}"
+
+    def _here_of(self, name: str) -> str:
+        """How much of a model a pull that has not ended has brought; '' for none. Raises InvalidName."""
+        key = parse_name(split_digest(name)[0]).key
+        for transfer in self.node.pulls.transfers():
+            going = transfer.direction == "in" and transfer.state in ("running", "waiting", "paused")
+            if going and transfer.bytes_done and parse_name(split_digest(transfer.model)[0]).key == key:
+                return f"{format_bytes(transfer.bytes_done)} of its {format_bytes(transfer.bytes_total)}"
+        return ""
 
     def elsewhere(self, name: str) -> str:
         """The end of a sentence about a model that is not here: which peer has it, or had it; '' where none is known."""

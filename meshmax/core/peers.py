@@ -37,6 +37,7 @@ from meshmax.wire.status import key_of
 GONE_AFTER_S: Final = (
     12.0  # after the last sign of life; with a heartbeat every 2 s a dead peer is in no list after 15 s
 )
+LOST_S: Final = 3600.0  # what a peer had that was lost is still told for so long: people come back to a pull that waits
 FORGET_AFTER_S: Final = 600.0  # a peer with no sign of life and no sighting for that long is not worth a line
 FORGET_PROVEN_S: Final = 86400.0  # the same of one that was a neighbour, which may come back after a day, or refused us
 UNVOUCHED_S: Final = 5.0  # the same of one of whom only others spoke, and nobody does any more
@@ -296,6 +297,10 @@ class PeerTable:
         online.sort(key=lambda entry: (entry.rtt_s is None, entry.rtt_s or 0.0, entry.peer_id))
         return online + sorted((e for e in self._entries.values() if _is_missed(e, now)), key=lambda e: e.peer_id)
 
+    def lost(self, now: float) -> list[PeerEntry]:
+        """Those that are gone and were seen within LOST_S, or that said farewell. Read only."""
+        return [entry for entry in self._entries.values() if _is_lost(entry, now)]
+
     def entry(self, peer_id: PeerId) -> PeerEntry | None:
         """One peer. Read only."""
         return self._entries.get(peer_id)
@@ -422,3 +427,8 @@ def _is_missed(entry: PeerEntry, now: float) -> bool:
     if entry.connected or entry.leaving or entry.parted or entry.alive_at is None:
         return False
     return now - entry.alive_at <= GONE_AFTER_S
+
+
+def _is_lost(entry: PeerEntry, now: float) -> bool:
+    gone = not entry.connected or entry.leaving
+    return gone and not entry.parted and entry.alive_at is not None and now - entry.alive_at <= LOST_S

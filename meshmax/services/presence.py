@@ -143,6 +143,10 @@ class PresenceService:
         self._dial_soon.set()
         self._tell()
 
+    def lost(self) -> tuple[PeerView, ...]:
+        """Peers that are gone, as they were last known, also those that `peers` shows no more: for an hour at most."""
+        return tuple(self._view(entry) for entry in self._table.lost(trio.current_time()))
+
     def on_sighting(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
         """A person has just named this peer, as with a ticket."""
         self._table.on_sighting(peer_id, addresses, trio.current_time(), asked=True)

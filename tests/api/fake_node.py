@@ -248,6 +248,7 @@ class FakePresence:
         model = ModelPresence(REMOTE_DIGEST, ("registry.ollama.ai/library/far:latest",), "disk", 1000)
         status = PeerStatus(THEIRS, 1, 1, "attic", "0.1.0", models=(model,), load=Load(1, 2))
         own = PeerStatus(OURS, 1, 1, "desk", "0.1.0", cpu_percent=5.0, memory_bytes=1, memory_total_bytes=4)
+        self.gone: list[PeerView] = []  # and in no list any more
         self.known = [
             PeerView(OURS, "self", "self", own, last_seen_s=NOW_S),
             PeerView(THEIRS, "online", "direct", status, "/ip4/10.0.0.2/tcp/11435", 0.0015, NOW_S),
@@ -256,8 +257,11 @@ class FakePresence:
     def peers(self) -> tuple[PeerView, ...]:
         return tuple(self.known)
 
+    def lost(self) -> tuple[PeerView, ...]:
+        return tuple(view for view in (*self.known, *self.gone) if view.state == "offline")
+
     def view(self, peer_id: PeerId) -> PeerView | None:
-        return next((view for view in self.known if view.peer_id == peer_id), None)
+        return next((view for view in (*self.known, *self.gone) if view.peer_id == peer_id), None)
 
 
 class FakeSwarm:
@@ -307,6 +311,7 @@ class FakeMembership:
 
     def __init__(self) -> None:
         self.now = MeshView(OPEN_MESH, "", False, SCOPES)
+        self.near = ""
         self.known = (
             MemberView(OURS, "desk", SCOPES, 1_800_000_000),
             MemberView(THEIRS, "attic", ("infer",), 1_800_000_000),
@@ -328,6 +333,9 @@ class FakeMembership:
         await trio.lowlevel.checkpoint()
         self.did.append(("ticket", scopes, expires_s, uses))
         return ticket_text(Ticket(MeshId(OURS), "home", OURS, bytes(16), tuple(scopes), 1_800_000_000))
+
+    def only_near(self) -> str:
+        return self.near
 
     async def withdraw_tickets(self) -> int:
         await trio.lowlevel.checkpoint()

@@ -10,6 +10,7 @@ import trio
 
 from meshmax.api.app import make_app
 from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, NoProviders, PeerGone
+from meshmax.base.events import Transfer
 from tests.api.fake_node import BLOB, DIGEST, OURS, THEIRS, details, entry
 
 CREATED = "2025-10-26T17:15:24.097767Z"
@@ -374,6 +375,26 @@ async def test_a_model_whose_holder_left_is_not_found_with_who_had_it(
     assert "attic had it, and has been gone for 12 s" in reply.text
     reply = await client.post(path, json={"model": "missing", "prompt": "x"})
     assert "had it" not in reply.text
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/api/show", "/api/pull"])
+async def test_who_had_a_model_is_told_when_it_is_in_no_list_any_more_with_what_is_here(
+    client: httpx.AsyncClient, node: Any, path: str
+) -> None:
+    left = node.presence.known.pop()
+    node.presence.gone = [msgspec.structs.replace(left, state="offline", last_seen_s=node.now() - 540)]
+    del node.catalog.known[1]
+    node.pulls.missing = "far"
+    reply = await client.post(path, json={"model": "far", "prompt": "x"})
+    assert "attic had it, and has been gone for 9 min" in reply.text
+    assert "are here" not in reply.text
+    pull = Transfer("t", "far:latest", "in", "waiting", bytes_total=98_000_000, bytes_done=55_000_000)
+    node.pulls.transfers = lambda: (pull,)
+    reply = await client.post(path, json={"model": "far", "prompt": "x"})
+    assert "attic had it, and has been gone for 9 min; 55 MB of its 98 MB are here" in reply.text
+    node.presence.gone = []
+    reply = await client.post(path, json={"model": "far", "prompt": "x"})
+    assert ": 55 MB of its 98 MB are here, and the pull goes on when a peer that has the rest is back" in reply.text
 
 
 async def test_delete_frees_what_an_interrupted_pull_left(client: httpx.AsyncClient) -> None:

@@ -274,6 +274,15 @@ def test_a_bar_shows_no_time_where_the_peer_knows_none(
     assert note["status"] in shown
 
 
+def test_a_model_whose_holder_is_away_is_not_to_be_added(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "pull model manifest: file does not exist: no peer has 'x': attic had it, and has been gone for 12 s"
+    fake_peer.on("POST", "/api/pull", {"error": said}, 500)
+    assert main(["pull", "x"]) == 3
+    assert capsys.readouterr().err == f"Error: {said}\n"
+
+
 def test_a_pull_that_fails_on_the_way_ends_with_the_code_of_its_cause(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId, peer_id_of
 from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus
-from meshmax.core.peers import GONE_AFTER_S, GOSSIP_DIALS, MAX_BACKOFF_S, YIELD_S, Dial, PeerTable
+from meshmax.core.peers import GONE_AFTER_S, GOSSIP_DIALS, LOST_S, MAX_BACKOFF_S, YIELD_S, Dial, PeerTable
 
 IDS = sorted(peer_id_of(bytes([n]) * 32) for n in range(1, 40))
 LOW, HIGH = IDS[0], IDS[-1]
@@ -78,6 +78,12 @@ def test_a_lost_peer_is_shown_as_left_for_some_seconds_and_dialled_again() -> No
     assert peers.tick(7.0)
     peers.on_dial_failed(HIGH, now=8.0)
     assert peers.shown(4.1 + GONE_AFTER_S) == []
+    assert [entry.peer_id for entry in peers.lost(600.0)] == [HIGH]  # what it had is still told
+    peers.tick(600.0)
+    assert [entry.peer_id for entry in peers.lost(600.0)] == [HIGH]
+    assert peers.lost(4.1 + LOST_S) == []
+    peers.on_connected(HIGH, ADDRESS, now=601.0)
+    assert peers.lost(601.0) == []
 
 
 def test_a_peer_that_connects_but_never_answers_a_heartbeat_is_dialled_ever_more_seldom() -> None:

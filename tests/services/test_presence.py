@@ -140,6 +140,12 @@ async def test_a_frozen_peer_is_noticed_within_ten_seconds_and_shown_as_left(
         await trio.sleep(10)
         assert online(a) == set()
         assert [view.state for view in a.peers()] == ["self", "offline"]
+        await trio.sleep(590)
+        assert [view.state for view in a.peers()] == ["self"]
+        (lost,) = a.lost()
+        assert lost.state == "offline"
+        assert lost.status
+        assert lost.status.name == "peer1"
 
 
 async def test_a_peer_that_comes_back_is_met_again_without_a_person(autojump_clock: trio.testing.MockClock) -> None:

@@ -99,6 +99,10 @@ class _Invites(Protocol):
 
     async def withdraw_tickets(self) -> int: ...
 
+    def only_near(self) -> str:
+        """Why nobody outside our network reaches us now; '' where somebody may."""
+        ...
+
 
 class ShownMembership(_Shows, _Acts, _Invites, Protocol):
     """`services.membership`, as far as it is shown here."""
@@ -178,10 +182,11 @@ class MembershipFace:
         return json_reply({"peer_id": peer_id})
 
     async def ticket(self, request: Request) -> Response:
-        """POST /api/v1/mesh/tickets: an invitation."""
+        """POST /api/v1/mesh/tickets: an invitation. ``warning``: who cannot use it as things are; '' if all can."""
         body = await read_words(request, TicketBody)
         text = await self._node.membership.ticket(body.scopes, body.expires_s, body.uses)
         ticket = parse_ticket(text)
+        why = self._node.membership.only_near()
         shown = {
             "ticket": text,
             "mesh_name": self._node.membership.view().name,
@@ -189,6 +194,8 @@ class MembershipFace:
             "uses": body.uses,
             "expires_at": rfc3339(ticket.expires_at_s),
             "addresses": list(ticket.addresses),
+            "bootstrap": list(ticket.bootstrap),
+            "warning": f"only machines of this network can use this ticket now: {why}" if why else "",
         }
         return json_reply(shown, headers={"cache-control": "no-store"})
 

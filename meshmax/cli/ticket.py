@@ -68,6 +68,8 @@ def ticket(
         emit_json(answer)
     elif not sys.stdout.isatty():
         emit(printable(answer["ticket"]))
+        if warning := answer.get("warning"):
+            sys.stderr.write(f"{printable(warning)}\n")
     else:
         emit(invitation(answer, time.time(), shutil.get_terminal_size().columns, qr=not no_qr))
 
@@ -110,6 +112,8 @@ def invitation(answer: dict[str, Any], now_s: float, width: int, qr: bool) -> st
         f"It invites {'one peer' if count == 1 else f'{count} peers'} into '{printable(answer['mesh_name'])}'"
         f" with {', '.join(answer['scopes'])}, and ends {until}. Keep it secret until it is used.",
     ]
+    if warning := answer.get("warning"):
+        lines.append(f"Attention: {printable(warning)}")
     return "\n".join(lines)
 
 
@@ -152,9 +156,12 @@ def join(
             return 0
         answer = client.call("POST", "/api/v1/mesh/join", {"ticket": ticket_text(given)})
     joined = answer["mesh"] == given.mesh and not answer.get("joining")
+    replaced = before.get("joining") or ""
     if as_json:
-        emit_json(answer)
+        emit_json({**answer, "replaced": replaced} if replaced else answer)
     else:
+        if replaced:
+            emit(_replaced(replaced))
         emit(describe(answer, time.time()) if joined else _not_yet(answer, given))
     return 0 if joined else ConnectError.exit_code
 
@@ -172,6 +179,10 @@ def _tell_member(view: dict[str, Any], as_json: bool) -> None:
             f"This peer is already a member of '{printable(view['name'])}', with {', '.join(view['scopes'])};"
             " the ticket was not used."
         )
+
+
+def _replaced(mesh_name: str) -> str:
+    return f"The ticket for '{printable(mesh_name)}' that was kept until now is given up for this one."
 
 
 def _not_yet(answer: dict[str, Any], given: Ticket) -> str:
@@ -202,9 +213,14 @@ def _keep(given: Ticket, target: Target, as_json: bool) -> None:
         own = files.load_own()
         if own is not None and own.mesh != given.mesh:
             raise InvalidRequest(f"this peer is in the mesh '{own.name}' already: `meshmax mesh leave` leaves it first")
-        files.save_pending(ticket_text(given))
+        kept, text = files.load_pending(), ticket_text(given)
+        replaced = parse_ticket(kept).mesh_name if kept and kept != text else ""
+        files.save_pending(text)
     if as_json:
-        emit_json({"mesh": given.mesh, "name": given.mesh_name, "pending": True})
+        told = {"mesh": given.mesh, "name": given.mesh_name, "pending": True}
+        emit_json({**told, "replaced": replaced} if replaced else told)
     else:
+        if replaced:
+            emit(_replaced(replaced))
         name = printable(given.mesh_name)
         emit(f"The ticket for '{name}' is kept: no peer is running here, and the next `meshmax peer` uses it.")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import Ticket
 from meshmax.core.catalog import FirstSeen
+from meshmax.core.reachability import scope_of
 from meshmax.core.rendezvous import bootstrap_nodes, learnt_bootstrap
+from meshmax.core.subnets import ip_of
 from meshmax.net.addresses import is_lan_address
 from meshmax.node.bootstrapping import bootstrap_of
 from meshmax.node.running import Node
@@ -15,6 +18,8 @@ from meshmax.ports import Discovery
 from meshmax.services.membership import MembershipService
 from meshmax.services.rendezvous import Rendezvous
 from meshmax.store.mesh_files import MeshFiles
+
+ANYWHERE: Final = 3  # of `scope_of`
 
 
 def make_membership(node: Node) -> MembershipService:
@@ -26,8 +31,25 @@ def make_membership(node: Node) -> MembershipService:
     membership.lan = node.config.lan
     membership.bootstrap = lambda: bootstrap_of(node)
     membership.told = node.told_addresses
+    membership.only_near = lambda: why_only_near(node)
     membership.search = lambda ticket: _meeting_place(node, ticket)
     return membership
+
+
+def why_only_near(node: Node) -> str:
+    """Why nobody outside our network can come to us now, for people; '' where somebody may."""
+    traversal, bootstrap = node.traversal, node.rendezvous
+    seen, addresses = traversal.reachability(), node.told_addresses()
+    if traversal.reached or any("/p2p-circuit" in text for text in addresses):
+        return ""
+    if seen.state == "unknown" and any(scope_of(ip_of(text)) == ANYWHERE for text in addresses):
+        return ""  # nobody has tried yet
+    if not bootstrap.nodes:
+        return "no address of this peer is reached from outside, and " + (
+            bootstrap.off or "no bootstrap node was asked yet"
+        )
+    problem = bootstrap.problem or "no relay keeps a place for this peer yet"
+    return f"no address of this peer is reached from outside, and {problem}"
 
 
 def _meeting_place(node: Node, ticket: Ticket) -> Discovery | None:

@@ -88,6 +88,7 @@ class MembershipService:
         # The bootstrap nodes in use, which tickets name beside our own addresses.
         self.bootstrap: Callable[[], Sequence[BootstrapAddress]] = tuple
         self.told: Callable[[], Sequence[str]] = tuple  # our addresses that others may know; () is those of the swarm
+        self.only_near: Callable[[], str] = str  # why nobody outside our network reaches us now; '' where somebody may
         self.connect: Connect | None = None  # how a ticket's giver is reached; None: by dialling alone
         self.name_of: Callable[[PeerId], str] = lambda peer_id: ""
         self.addresses_of: AddressesOf = lambda peer_id: ()

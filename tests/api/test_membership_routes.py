@@ -61,6 +61,14 @@ async def test_a_ticket_is_made_with_what_was_asked_and_is_not_to_be_stored(
     assert node.membership.did == [("ticket", ("admin",), 60, 3)]
 
 
+async def test_a_ticket_that_nobody_outside_can_use_now_says_so(client: httpx.AsyncClient, node: Any) -> None:
+    answer = (await client.post("/api/v1/mesh/tickets", json={})).json()
+    assert (answer["warning"], answer["bootstrap"]) == ("", [])
+    node.membership.near = "no bootstrap node answers"
+    answer = (await client.post("/api/v1/mesh/tickets", json={})).json()
+    assert answer["warning"] == "only machines of this network can use this ticket now: no bootstrap node answers"
+
+
 async def test_a_ticket_is_for_one_peer_and_a_week_unless_said(client: httpx.AsyncClient, node: Any) -> None:
     await client.post("/api/v1/mesh/tickets", json={})
     assert node.membership.did == [("ticket", ("infer", "pull"), 604800, 1)]

@@ -248,3 +248,34 @@ def test_a_prompt_that_is_left_ends_with_a_sentence_or_quietly(
     assert said in err
     assert bool(err.strip()) == bool(said)
     assert not home.exists()
+
+
+def test_who_cannot_use_a_ticket_now_is_said_beside_it(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    warned = {**GIVEN, "warning": "only machines of this network can use this ticket now: no bootstrap node answers"}
+    fake_peer.on("POST", "/api/v1/mesh/tickets", warned)
+    assert main(["ticket"]) == 0
+    out, err = capsys.readouterr()
+    assert out == TEXT + "\n"
+    assert "only machines of this network" in err
+    assert "Attention: only machines of this network" in invitation(warned, time.time(), 80, qr=False)
+    assert "Attention" not in invitation(GIVEN, time.time(), 80, qr=False)
+
+
+def test_a_ticket_that_takes_the_place_of_another_says_so(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("GET", "/api/v1/mesh", {**OPEN, "joining": "attic"})
+    fake_peer.on("POST", "/api/v1/mesh/join", JOINED)
+    assert main(["join", TEXT]) == 0
+    assert "The ticket for 'attic' that was kept until now is given up for this one." in capsys.readouterr().out
+    assert main(["join", TEXT, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {**JOINED, "replaced": "attic"}
+
+
+def test_without_a_peer_a_replaced_ticket_is_named_and_the_same_one_is_not(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ticket_text(msgspec.structs.replace(TICKET, mesh_name="attic"))
+    for text, said in ((other, False), (other, False), (TEXT, True)):
+        assert main(["join", text]) == 0
+        assert ("The ticket for 'attic' that was kept" in capsys.readouterr().out) is said

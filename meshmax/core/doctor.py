@@ -151,6 +151,8 @@ def _peer(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
         yield Finding("bootstrap_unused", "ok" if peer.online else "warning", text, advice)
         used = tuple(node for node in peer.bootstrap if node.problem != BOOTSTRAP_OUTSIDE)
         peer = msgspec.structs.replace(peer, bootstrap=used)
+    elif not peer.bootstrap:
+        yield _no_bootstrap(peer)
     yield from _company(peer, machine)
     yield from _given(peer)
     yield from _membership(peer)
@@ -170,7 +172,8 @@ def _company(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
         yield Finding("peers_online", "ok", f"{peer.online} {plural} online: {names}{more}")
         return
     yield Finding("alone", "warning", "no other peer is online", _how_to_meet(peer))
-    if peer.control and all(_is_loopback(address) for address in peer.control) and machine.networks:
+    relayed = peer.reachability is not None and peer.reachability.relays
+    if peer.control and all(_is_loopback(address) for address in peer.control) and machine.networks and not relayed:
         text = f"this peer takes connections from this machine alone ({', '.join(peer.control)})"
         yield Finding("loopback_only", "warning", text, "leave out `listen` (or --no-lan), so that others can reach it")
 
@@ -264,11 +267,13 @@ def _rungs(peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
             whose = " (a ticket named it)" if node.source == "ticket" else ""
             text = f"the bootstrap node {node.address}{whose} does not answer: {node.problem}"
             yield Finding("bootstrap_silent", "warning", text, advice)
-    if not peer.bootstrap:
-        lonely = peer.mesh and not peer.online
-        advice = "run `meshmax bootstrap` where all can reach it, and name it: --bootstrap ADDRESS" if lonely else ""
-        text = "no bootstrap node is configured, nor did a ticket name one: only peers of this network, and given ones, are found"
-        yield Finding("no_bootstrap", "warning" if lonely else "ok", text, advice)
+
+
+def _no_bootstrap(peer: PeerFacts) -> Finding:
+    lonely = peer.mesh and not peer.online
+    advice = "run `meshmax bootstrap` where all can reach it, and name it: --bootstrap ADDRESS" if lonely else ""
+    text = "no bootstrap node is configured, nor did a ticket name one: only peers of this network, and given ones, are found"
+    return Finding("no_bootstrap", "warning" if lonely else "ok", text, advice)
 
 
 def _clocks(looked_back: Sequence[LookedBack]) -> Iterator[Finding]:

@@ -107,6 +107,9 @@ CASES: list[tuple[str, Facts, dict[str, str]]] = [
      {"no_peer_running": "warning", "mdns_socket": "warning"}),
     ("alone", alone(), {"alone": "warning"}),
     ("alone on loopback", alone(control=("127.0.0.1:11435",)), {"alone": "warning", "loopback_only": "warning"}),
+    ("alone on loopback, with a relay",
+     alone(control=("127.0.0.1:11435",), reachability=Reachability("private", "x", relays=(B,))),
+     {"alone": "warning"}),
     ("on loopback in company", peer(control=("127.0.0.1:11435",)), {}),
     ("alone, and no node of the DHT",
      alone(rungs=(MDNS, rung("dht", problem="no node of the DHT answers"))), {"alone": "warning"}),
@@ -310,3 +313,10 @@ def test_mdns_without_a_network_is_told_to_bring_one_up_not_to_look_for_who_has_
         assert "bring the network up" in sentences(facts)
         assert "ss -ulpn" not in sentences(facts)
     assert "ss -ulpn" in sentences(alone(rungs=(rung("mdns", problem="UDP port 5353 is held by another program"),)))
+
+
+def test_a_bootstrap_node_that_is_not_used_is_not_said_to_be_missing() -> None:
+    outside = alone(bootstrap=(BootstrapSeen("/b", BOOTSTRAP_OUTSIDE),))
+    assert f"/b is not used: {BOOTSTRAP_OUTSIDE}" in sentences(outside)
+    assert "no bootstrap node is configured" not in sentences(outside)
+    assert "does not answer" not in sentences(outside)

@@ -2,8 +2,9 @@
 
 Rules: all in small or all in capital letters (QR codes hold capitals in half the room), blanks and line ends anywhere are
 ignored; a text with one character changed, missing or too many is refused. What does not fit is left out: two addresses of
-the issuer come first, then one relay, by which it is reached wherever it is, then further addresses, bootstrap nodes, relays;
-the mesh's name is cut to 32 bytes (the whole one comes with the certificate).
+the issuer come first, then one relay, by which it is reached wherever it is, or a bootstrap node where it has no relay, then
+further addresses, bootstrap nodes, relays. That node goes before the second address where both do not fit.
+The mesh's name is cut to 32 bytes (the whole one comes with the certificate).
 
 Bytes: version 1, root key 32, issuer's key 32, secret 16, scopes 1 (bits in the order of SCOPES), expiry 4 (Unix seconds,
 big-endian), length and UTF-8 of the name, places, checksum 4 (BLAKE3 of all before it). A place: a byte of kind (4: ip4/tcp,
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+from collections.abc import Iterable
 from typing import Final
 
 from blake3 import blake3
@@ -81,7 +83,7 @@ def ticket_text(ticket: Ticket) -> str:
     scopes = sum(1 << SCOPES.index(scope) for scope in ordered(ticket.scopes))
     name = _cut(ticket.mesh_name)
     data = bytes([_VERSION]) + keys + ticket.secret + bytes([scopes]) + expiry + bytes([len(name)]) + name
-    for place in _places(ticket):
+    for place in _places(ticket, _MAX_BYTES - _CHECKSUM_BYTES - len(data)):
         if len(data) + len(place) + _CHECKSUM_BYTES <= _MAX_BYTES:
             data += place
     return PREFIX + base64.b32encode(data + _checksum(data)).decode().rstrip("=").lower()
@@ -142,8 +144,8 @@ def _cut(name: str) -> bytes:
     return name.encode()[:MAX_NAME_BYTES].decode(errors="ignore").encode()
 
 
-def _places(ticket: Ticket) -> list[bytes]:
-    """Those that can be written, in the order in which they are left out last."""
+def _places(ticket: Ticket, room: int) -> list[bytes]:
+    """Those that can be written, in the order in which they are left out last. ``room``: bytes for all."""
     suffix = _P2P + ticket.issuer
     own = [address.removesuffix(suffix) for address in ticket.addresses][:MAX_TICKET_ADDRESSES]
     direct = [(0, address) for address in own if _P2P not in address]
@@ -151,8 +153,15 @@ def _places(ticket: Ticket) -> list[bytes]:
     over = [address.removesuffix(_CIRCUIT) for address in own if _P2P in address and address.endswith(_CIRCUIT)]
     relays = [(_RELAY | (_BOOTSTRAP if address in nodes else 0), address) for address in over]
     rest = [(_BOOTSTRAP, address) for address in nodes if address not in over]
-    wanted = [*direct[:_FIRST], *relays[:1], *direct[_FIRST:], *rest, *relays[1:]]
-    return [place for flags, address in wanted if (place := _try_place(flags, address)) is not None]
+    far = (relays or rest)[:1]  # without either nobody outside the issuer's network finds it
+    front = _written([*direct[:_FIRST], *far])
+    if sum(map(len, front)) > room:
+        front = _written([*direct[:1], *far, *direct[1:_FIRST]])
+    return list(dict.fromkeys((*front, *_written([*direct[_FIRST:], *rest, *relays[1:]]))))
+
+
+def _written(places: Iterable[tuple[int, str]]) -> list[bytes]:
+    return [place for flags, address in places if (place := _try_place(flags, address)) is not None]
 
 
 def _try_place(flag: int, address: str) -> bytes | None:

@@ -53,6 +53,7 @@ RELAY_REFUSAL_S: Final = (
     30.0  # a source over a relay that is busy for longer has used up its share; disks are free sooner
 )
 MAX_NAMED: Final = 3  # sources named in a reason, the rest would make it no clearer
+RENEWAL_S: Final = 20.0  # after a share began anew until its source is asked: a session may have to be begun for it
 MAX_NAME: Final = 100  # characters
 OVER_RELAY: Final = (
     f"over a relay, {RELAY_BLOB_BYTES_PER_S >> 10} KiB/s and at most {RELAY_BLOB_BYTES >> 20} MiB an hour"
@@ -113,6 +114,7 @@ class BlobFetch:
         self._failures: dict[PeerId, int] = {}  # in a row; both are bounded by the peers that presence knows
         self._retry_at_s: dict[PeerId, float] = {}
         self._began_over: dict[PeerId, ConnectionView | None] = {}  # the last session of each; None: not connected then
+        self._renewed_s: dict[PeerId, float] = {}  # when the share of each that is or was used up begins anew
         self._done = False
         self._done_bytes = sum(self.map.span(i)[1] for i in range(self.map.count) if i in partial.haves)
 
@@ -334,8 +336,11 @@ class BlobFetch:
             session, view = self._sessions.get(peer), connections.get(peer)
             # A session without work is ended by the other side, and begun anew: it waits for its quota meanwhile, too.
             relayed = self._is_relayed(peer) if session else view is not None and view.path == "relay"
-            if relayed and (wait_s := self._quota.wait_s(peer, CHUNK_BYTES, now)) > 0:
+            wait_s = self._quota.wait_s(peer, CHUNK_BYTES, now)
+            if relayed and (wait_s > 0 or now < self._renewed_s.get(peer, -math.inf) + RENEWAL_S):
                 waits[peer] = wait_s
+            if wait_s > 0:
+                self._renewed_s[peer] = now + wait_s
         return waits
 
     def lacking(self) -> str:
@@ -345,7 +350,7 @@ class BlobFetch:
             names = ", ".join(sorted(self._peer_name(peer)[:MAX_NAME] for peer in waits)[:MAX_NAMED])
             return (
                 f"only a relay leads to {names}: {RELAY_BLOB_BYTES >> 20} MiB of this hour are used, more in "
-                f"{math.ceil(min(waits.values()) / 60)} min, or at once when a direct path is found (meshmax doctor)"
+                f"{max(1, math.ceil(min(waits.values()) / 60))} min, or at once when a direct path is found (meshmax doctor)"
             )
         view = self._core.snapshot()
         return (

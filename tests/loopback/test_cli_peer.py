@@ -238,7 +238,17 @@ def test_two_peers_and_the_daily_commands(tmp_path: Path) -> None:
     with peers(tmp_path, "alpha", "beta") as (alpha, beta):
         until("they meet", lambda: beta.peer_id in alpha.neighbours())
         listed = alpha.run("peers").stdout
-        assert listed.splitlines()[0].split() == ["NAME", "PEER", "ID", "ADDRESS", "PATH", "RTT", "MODELS", "GPU", "LOAD"]
+        assert listed.splitlines()[0].split() == [
+            "NAME",
+            "PEER",
+            "ID",
+            "ADDRESS",
+            "PATH",
+            "RTT",
+            "MODELS",
+            "GPU",
+            "LOAD",
+        ]
         assert beta.peer_id in listed
         assert "\x1b" not in listed
         assert "beta" in listed

@@ -63,15 +63,16 @@ async def over_tcp(side: Side) -> float:
         targets = [candidate for candidate in await side.hear() if candidate.kind == "srflx"]
         assert targets, "no observer answered the other side"
         sink, source = trio.open_memory_channel[ByteStream](8)
-        began = trio.current_time()
+        began, took = trio.current_time(), 0.0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_punch, port, targets, sink)
             async for stream in source:
-                took = trio.current_time() - began
+                here = trio.current_time() - began
                 if await _is_the_other(stream):
-                    nursery.cancel_scope.cancel()
-                    return took
-    return 0.0
+                    took = here
+                    break
+            nursery.cancel_scope.cancel()
+    return took
 
 
 async def over_udp(side: Side) -> float:
@@ -104,9 +105,9 @@ async def _is_the_other(stream: ByteStream) -> bool:
         with trio.move_on_after(0.5):
             await stream.send_all(b"x")
             answer = await stream.receive_some(1)
+        await trio.sleep(0.1)  # the other one hears us, too
         return answer == b"x"
     finally:
-        await trio.sleep(0.1)  # the other one hears us, too
         stream.close()
 
 

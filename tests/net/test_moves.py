@@ -184,9 +184,12 @@ async def test_a_connection_that_is_slow_to_answer_and_yet_carries_something_is_
     async def pour(stream: Stream) -> None:
         await stream.send_all(bytes(2_000_000))
 
+    async def wait_behind_much(_: object) -> bool:
+        await trio.sleep_forever()
+
     async with open_site(pour) as site, trio.open_nursery() as nursery:
-        for swarm in (site.a, site.b):  # as where what is asked waits behind much else
-            swarm._draining._ask = lambda link: trio.sleep_forever()
+        for swarm in (site.a, site.b):
+            swarm._draining._ask = wait_behind_much
         await site.join("direct", per_s=200_000.0)
         stream = await site.a.open_stream(site.b.peer_id, TELL)
         nursery.start_soon(read_all, stream)

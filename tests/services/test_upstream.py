@@ -176,6 +176,7 @@ async def test_why_no_upstream_could_be_reached_is_told_of_every_one(
     autojump_clock: MockClock, place: Place, error: httpx.TransportError, why: str
 ) -> None:
     async def broken(_: httpx.Request) -> httpx.Response:
+        await trio.lowlevel.checkpoint()
         raise error
 
     place.first.handle_async_request = broken  # type: ignore[method-assign, assignment]
@@ -188,6 +189,7 @@ async def test_why_no_upstream_could_be_reached_is_told_of_every_one(
 
 async def test_an_error_without_words_is_told_by_its_cause(autojump_clock: MockClock, place: Place) -> None:
     async def broken(_: httpx.Request) -> httpx.Response:
+        await trio.lowlevel.checkpoint()
         raise httpx.ConnectError("") from OSError("name not known")
 
     place.first.handle_async_request = broken  # type: ignore[method-assign, assignment]

@@ -192,8 +192,12 @@ def _bounds(meta: msgspec.Meta) -> str:
 
 
 def _check_meaning(config: Config) -> None:
-    for text in (*((config.api,) if config.api else ()), *config.listen, *config.stun):
-        parse_host_port(text)
+    for name, texts in (("api", [config.api] if config.api else []), ("listen", config.listen), ("stun", config.stun)):
+        for text in texts:
+            try:
+                parse_host_port(text)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error.message}") from None
     for server in config.turn:
         parse_turn_url(server.url)
     parse_upstreams(config.upstreams)

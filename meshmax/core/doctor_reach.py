@@ -69,9 +69,8 @@ def is_translated(told: LookedBack, peer: PeerFacts, machine: MachineFacts) -> b
 
 
 def _reached(where: Reachability, peer: PeerFacts, machine: MachineFacts) -> Iterator[Finding]:
-    across = [
-        each.name for each in peer.looked_back if is_translated(each, peer, machine)
-    ]  # met although a NAT is between
+    # Those that are met although a NAT is between.
+    across = [each.name for each in peer.looked_back if is_translated(each, peer, machine)]
     if where.state in ("public", "mapped"):
         yield Finding("reachable", "ok", f"others outside reach this peer: {where.why}")
     elif where.relays or (where.state == "private" and across):

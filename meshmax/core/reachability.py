@@ -220,7 +220,10 @@ def _reached(look: Look) -> tuple[ReachState, str, tuple[str, ...]]:
     reached = [at for at, said in voices.items() if _most(_most(voice) for voice in said.values())]
     said_by = {source_of(each.observer) for each in tried}
     asked = len(said_by)
-    who = "the only observer that was asked" if asked == 1 else f"{asked} observers"
+    lone = "the only observer that was asked"
+    if len({each.observer for each in tried}) > 1:
+        lone = "all observers that were asked, of one network,"  # which count as one
+    who = lone if asked == 1 else f"{asked} observers"
     public = [at for at in reached if is_own(at[0], look.own) and at[1] == look.control_port]
     mapped = [at for at in reached if not is_own(at[0], look.own)]
     addresses = tuple(_multiaddr(at) for at in (*public, *mapped))

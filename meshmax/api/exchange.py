@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from meshmax.api.replies import Dialect, ShuttingDown, error_body, error_reply, json_reply, only_error
 from meshmax.base.errors import EngineError, MeshmaxError
-from meshmax.base.inference import Delta, Event, Finish, Vector
+from meshmax.base.inference import Delta, Event, Finish, Moved, RoutedEvent, Vector
 from meshmax.base.route import Route
 from meshmax.base.units import MIB
 from meshmax.ports import Answer
@@ -139,7 +139,8 @@ class PromptReply:
             try:
                 with self._open_answers.held() as answering:
                     async for event in answer.events:
-                        await lines.send(form.line(event))
+                        if not isinstance(event, Moved):
+                            await lines.send(form.line(event))
                 if answering.cancelled_caught:
                     raise ShuttingDown
             except (MeshmaxError, BaseExceptionGroup) as error:
@@ -154,7 +155,7 @@ class PromptReply:
         await reply(scope, receive, send)
 
 
-async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vector], Finish]:
+async def _collect(events: AsyncIterator[RoutedEvent]) -> tuple[list[Delta], list[Vector], Finish]:
     deltas: list[Delta] = []
     vectors: list[Vector] = []
     finish: Finish | None = None
@@ -165,7 +166,7 @@ async def _collect(events: AsyncIterator[Event]) -> tuple[list[Delta], list[Vect
         elif isinstance(event, Vector):
             vectors.append(event)
             size += len(event.values)
-        else:
+        elif isinstance(event, Delta):
             deltas.append(event)
             size += len(msgspec.json.encode(event))  # with its logprobs, which are most of it where there are any
         if size > MAX_WHOLE_BYTES:

@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 
 from meshmax.base.errors import ConfigError
+from meshmax.base.route import Policy
 from meshmax.base.traversal import TurnServer
 from meshmax.base.upstreams import DEFAULT_UPSTREAMS
 
@@ -44,6 +45,20 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_timeout_s: Positive = 300.0
     max_queue: Count = 512
     echo_tokens_per_s: Positive = 1000.0
+
+
+class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which peer answers. ``policy`` is for requests that name none; ``weights``: shares of peers by name, for "weighted".
+
+    ``pull``: where no peer that could answer has a model, the best of them fetches it first. ``hedge``: ask a second peer
+    where the first is late. ``deadline_s``: for the whole of a request, waiting and carrying on included.
+    """
+
+    policy: Policy = "latency"
+    weights: dict[str, Annotated[float, msgspec.Meta(ge=0, le=1000)]] = {}
+    pull: bool = True
+    hedge: bool = True
+    deadline_s: Positive = 3600.0
 
 
 class LimitWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,6 +155,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     json_logs: bool = False
     engine: EngineConfig = EngineConfig()
+    routing: RoutingConfig = RoutingConfig()
     limits: LimitsConfig = LimitsConfig()
     mirror: tuple[MirrorRule, ...] = ()
     heartbeat_s: Positive = 2.0

@@ -150,6 +150,13 @@ class Busy(Refused):
         super().__init__(message)
 
 
+class Draining(Busy):
+    """The peer takes no new work: it is being drained."""
+
+    code = "draining"
+    retry = Retry.OTHER_PEER
+
+
 class Unauthorized(Refused):
     """This needs the API token that was set at the peer (token in meshmax.yaml, MESHMAX_TOKEN)."""
 

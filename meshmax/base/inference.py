@@ -1,6 +1,7 @@
 """A prompt and its answer, as they cross between faces, router, peers and engines.
 
 A request is one of three words (Generate, Chat, Embed); an answer is a stream of events: Delta* Finish, or Vector* Finish.
+A request whose ``said`` is set asks for the rest of an answer. To a face, the router's stream may also hold Moved.
 Fields follow the Ollama interface, which is the richer one; the OpenAI face translates. Model names were resolved to a
 digest before a request is made. Bounds are checked where bytes come in (api, wire.infer). Not here: JSON shapes of the faces.
 """
@@ -11,7 +12,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from meshmax.base.ids import Sha256
+from meshmax.base.ids import PeerId, Sha256
 
 MAX_MESSAGES: Final = 4096
 MAX_INPUTS: Final = 2048  # texts of one embedding request, as OpenAI's limit
@@ -20,6 +21,7 @@ MAX_PROMPT_BYTES: Final = 16 << 20  # text and images of one request
 
 Role = Literal["system", "user", "assistant", "tool"]
 DoneReason = Literal["stop", "length", "load", "unload", "tool_calls"]
+Priority = Literal["interactive", "batch"]
 Think = bool | Literal["low", "medium", "high", "max"] | None
 
 
@@ -62,6 +64,17 @@ class ToolCall(msgspec.Struct, frozen=True):
     id: str = ""
 
 
+class Said(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What of an answer was given already, by another peer: the engine goes on right after it and repeats none of it.
+
+    ``tokens``: how many that was, taken off ``num_predict``.
+    """
+
+    text: str = ""
+    thinking: str = ""
+    tokens: int = 0
+
+
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """One turn of a conversation. ``images`` are raw bytes (not base64)."""
 
@@ -92,6 +105,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="gene
     logprobs: bool = False
     top_logprobs: int = 0
     options: Options = Options()
+    said: Said | None = None
 
 
 class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
@@ -104,6 +118,7 @@ class ChatRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="chat"):
     logprobs: bool = False
     top_logprobs: int = 0
     options: Options = Options()
+    said: Said | None = None
 
 
 class EmbedRequest(msgspec.Struct, frozen=True, omit_defaults=True, tag="embed"):
@@ -159,6 +174,19 @@ class Finish(msgspec.Struct, frozen=True, omit_defaults=True, tag="finish"):
 Event = Delta | Vector | Finish
 
 
+class Moved(msgspec.Struct, frozen=True):
+    """From here on ``peer_id`` gives the answer. Made by the router alone, for faces; it never crosses to a peer.
+
+    ``exact``: what follows is what the peer before would have said, as far as can be told.
+    """
+
+    peer_id: PeerId
+    exact: bool = True
+
+
+RoutedEvent = Event | Moved
+
+
 def is_load_only(request: InferRequest) -> bool:
     """Whether the request asks for no answer, only that the model be loaded (or, with keep_alive 0, unloaded)."""
     if isinstance(request, GenerateRequest):
@@ -169,7 +197,8 @@ def is_load_only(request: InferRequest) -> bool:
 class Ask(msgspec.Struct, frozen=True):
     """A request on its way to an engine. ``keep_alive_s``: None the node's default, negative for ever, 0 unload after.
 
-    ``digest`` names the model; ``name`` is what the person typed, for messages.
+    ``digest`` names the model; ``name`` is what the person typed, for messages. ``priority``: a "batch" request waits for
+    those that somebody waits for.
     """
 
     request_id: str
@@ -177,3 +206,4 @@ class Ask(msgspec.Struct, frozen=True):
     name: str
     request: InferRequest
     keep_alive_s: float | None = None
+    priority: Priority = "interactive"

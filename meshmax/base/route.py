@@ -1,15 +1,39 @@
-"""Why a prompt went where it went: what X-Meshmax-Route and /api/v1/requests tell."""
+"""Why a prompt went where it went, and what came of it: what X-Meshmax-Route, `meshmax why` and /api/v1/requests tell."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.status import Device
 
-Verdict = Literal["chosen", "slower", "busy", "failed", "draining", "excluded"]
+Policy = Literal["latency", "least-loaded", "round-robin", "weighted", "affinity", "local-only"]
+POLICIES: Final[tuple[Policy, ...]] = ("latency", "least-loaded", "round-robin", "weighted", "affinity", "local-only")
+Verdict = Literal["chosen", "slower", "busy", "failed", "draining", "broken", "full", "excluded"]
+AttemptKind = Literal["first", "retry", "hedge", "continuation"]
+RequestState = Literal["running", "done", "failed", "cancelled"]
+
+
+class Wishes(msgspec.Struct, frozen=True):
+    """What a request asks of its routing. None: as this node is configured.
+
+    ``pull``: a peer may fetch the model first where none that could answer has it.
+    """
+
+    policy: Policy | None = None
+    pull: bool | None = None
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """What an estimate is made of, in seconds: they add up to it."""
+
+    rtt_s: float = 0.0
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    prompt_s: float = 0.0
+    output_s: float = 0.0
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -24,18 +48,31 @@ class Candidate(msgspec.Struct, frozen=True):
     estimate_s: float
     verdict: Verdict
     why: str
+    figures: Figures = Figures()
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """One try of a request at a peer. ``error`` '' where it answered; ``first_token_s`` from our sending, None if none came."""
+    """One try of a request at a peer. ``error``: code of what ended it, '' where it answered or still does.
+
+    ``at_s``: when it was sent, after the request came; ``first_token_s`` and ``ended_s`` after that, None if it did not.
+    ``tokens``: how many of the client's tokens came from it. ``message``: the error's sentence, without the prompt.
+    """
 
     peer_id: PeerId
     error: str = ""
     first_token_s: float | None = None
+    kind: AttemptKind = "first"
+    at_s: float = 0.0
+    ended_s: float | None = None
+    tokens: int = 0
+    message: str = ""
 
 
 class Route(msgspec.Struct, frozen=True):
-    """The decision for one request. ``line`` is one line of ASCII for the header."""
+    """The decision for one request. ``line`` is one line of ASCII for the header; ``peer_id`` began the answer.
+
+    ``started_at_s``: Unix time. ``first_token_s``, ``total_s``: after that, None until then. ``model``: as it was asked for.
+    """
 
     request_id: str
     digest: Sha256
@@ -43,3 +80,11 @@ class Route(msgspec.Struct, frozen=True):
     line: str
     candidates: tuple[Candidate, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    model: str = ""
+    policy: Policy = "latency"
+    state: RequestState = "running"
+    started_at_s: float = 0.0
+    first_token_s: float | None = None
+    total_s: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0

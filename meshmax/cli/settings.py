@@ -150,6 +150,8 @@ def _checked_struct(
 def _checked_value(value: Any, kind: Any, shown: str, lax: bool) -> Any:
     if lax and get_origin(kind) is tuple:
         value = [part.strip() for part in str(value).split(",") if part.strip()]
+    if lax and get_origin(kind) is dict:
+        value = dict(part.strip().partition("=")[::2] for part in str(value).split(",") if part.strip())
     try:
         return msgspec.convert(value, kind, strict=not lax)
     except msgspec.ValidationError:
@@ -177,6 +179,8 @@ def accepted(kind: Any) -> str:
         return "a list of entries with " + ", ".join(f.encode_name for f in msgspec.structs.fields(get_args(kind)[0]))
     if get_origin(kind) is tuple:
         return "a list of texts (comma separated in the environment)"
+    if get_origin(kind) is dict:
+        return f"names, each with {accepted(get_args(kind)[1])}"
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(accepted(part) for part in get_args(kind))
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, str(kind))

@@ -39,6 +39,9 @@ class LoadedModel(Protocol):
     def answer(self, request: InferRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """The answer's events; the last is a Finish. Leaving the block early stops the engine's work within a second.
 
+        Where the request has a ``said``, these are the rest of the answer, nothing of it repeated, and Finish counts the
+        rest alone; CapabilityMissing where the engine cannot go on from there.
+
         Raises CapabilityMissing, ContextTooLong, InvalidRequest before the first event, EngineCrashed at any time.
         """
         ...

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from meshmax.base.catalog import CatalogEntry, LoadedView, ModelDescription, Resolved
 from meshmax.base.errors import MeshmaxError
 from meshmax.base.events import Transfer
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.inference import Ask, Event
+from meshmax.base.inference import Ask, Event, RoutedEvent
 from meshmax.base.model import StoredModel
-from meshmax.base.route import Route
+from meshmax.base.route import Route, Wishes
 from meshmax.base.status import Load, PeerView, Speed
 from meshmax.ports.common import Progress
+
+WISHES: Final = Wishes()
 
 
 class Catalog(Protocol):
@@ -96,15 +98,15 @@ class Distribution(Protocol):
 
 
 class Answer(Protocol):
-    """An answer under way. ``route`` is final once the first event is there; `events` ends with a Finish."""
+    """An answer under way. `events` ends with a Finish; before a Moved another peer spoke."""
 
     @property
     def route(self) -> Route:
-        """The decision; final once the first event is there."""
+        """The decision as of now: more is known of it once the answer has ended."""
         ...
 
     @property
-    def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncIterator[RoutedEvent]:
         """The answer's events; the last is a Finish."""
         ...
 
@@ -112,15 +114,17 @@ class Answer(Protocol):
 class Router(Protocol):
     """Sends each request to the peer that will answer it soonest."""
 
-    def open_answer(self, ask: Ask) -> AbstractAsyncContextManager[Answer]:
+    def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AbstractAsyncContextManager[Answer]:
         """Entered when the first event is there (or the request has failed everywhere); leaving early cancels remote work.
+
+        A peer that fails in the middle is replaced: Moved, and the rest. Its events raise what nobody could make good.
 
         Raises ModelNotFound, NoProviders, Busy, EngineError...: what the best peer said, when nobody could.
         """
         ...
 
     def routes(self) -> tuple[Route, ...]:
-        """The last 200 decisions, newest first; never a word of the prompt."""
+        """The last 200 requests, newest first, those under way too; never a word of the prompt."""
         ...
 
 

@@ -32,11 +32,12 @@ from meshmax.base.errors import (
 )
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_load_only
-from meshmax.base.route import Attempt, Candidate, Route
+from meshmax.base.route import Attempt, Candidate, Route, Wishes
 from meshmax.base.status import NO_ENGINE, Device, ModelPresence, PeerView
 from meshmax.core.measurements import MIN_LOAD_S, Measurements
 from meshmax.core.routing import Contender, Decision, Outstanding, decide, expected_work, explain, holders, plain_name
 from meshmax.ports import Catalog, Presence, Residency, Swarm
+from meshmax.ports.services import WISHES
 from meshmax.services.infer_client import open_remote_answer
 from meshmax.services.infer_server import Precedence
 from meshmax.telemetry.log import get_logger
@@ -91,7 +92,7 @@ class MeshRouter:
         return tuple(reversed(self._routes))
 
     @asynccontextmanager
-    async def open_answer(self, ask: Ask) -> AsyncIterator[RoutedAnswer]:
+    async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[RoutedAnswer]:
         """See ports.Router."""
         contenders = self._contenders(ask.digest)
         work = expected_work(ask.request, self.measurements.answer_tokens(ask.digest))

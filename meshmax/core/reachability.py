@@ -6,16 +6,16 @@ one alone was asked its word counts and ``why`` says so. Mapping and filtering a
 port each: the same mapping at most observers' addresses is endpoint-independent; where they differ and nobody was asked at
 two ports, the worse is assumed. Reached at an address of an interface of ours we are public, at another one mapped. What was
 reached, as UDP that was open, is given up after LOSSES looks in a row that say so, CONFIRM_S apart; what was not is reached at
-once.
-On another network nothing of
-before counts. Not here: asking (services.reachability), remembering networks (store.networks_file).
+once. On another network nothing of before counts. What happens during a look may have come after its answers, so it brings
+another one. Not here: asking (services.reachability), remembering networks (store.networks_file).
 """
 
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Final, TypeVar
 
 import msgspec
@@ -33,8 +33,8 @@ LOSSES: Final = 2  # looks in a row
 SETTLE_S: Final = 1.0  # from a change (of the network, of mappings) to the look: changes come in groups
 DOUBTS: Final = 2  # neighbours that could not reach us within LOOK_EVERY_S, before we look again
 TOGETHER_S: Final = 15.0  # in which connections are lost that one fault cuts: heartbeats end them after 6 s
-DOUBT_PAUSE_S: Final = 60.0  # between looks for the reason that neighbours did not reach us
-LOST_PAUSE_S: Final = 15.0  # between looks for the reason that they were lost
+DOUBT_PAUSE_S: Final = 60.0  # between the beginnings of looks for the reason that neighbours did not reach us
+LOST_PAUSE_S: Final = 15.0  # likewise, for the reason that they were lost
 MAX_DOUBTERS: Final = 16  # remembered
 
 Address = tuple[str, int]  # (ip, port)
@@ -257,11 +257,24 @@ def _text(at: Address) -> str:
 class Whereabouts:
     """See the module. Times are monotonic seconds."""
 
-    __slots__ = ("_blocked", "_doubts", "_due", "_failed", "_looked", "_losses", "_lost", "_own", "_settled", "view")
+    __slots__ = (
+        "_blocked",
+        "_doubts",
+        "_due",
+        "_failed",
+        "_looked",
+        "_losses",
+        "_lost",
+        "_meanwhile",
+        "_own",
+        "_settled",
+        "view",
+    )
 
     def __init__(self, now: float) -> None:
         self.view: Reachability = UNKNOWN
         self._due = self._looked = now
+        self._meanwhile = math.inf  # when a look is due for what happened since the last one began
         self._failed = self._lost = self._blocked = 0  # looks in a row
         self._own: tuple[str, ...] = ()
         self._doubts: dict[PeerId, float] = {}  # neighbours that could not reach us, and when, oldest first
@@ -272,6 +285,10 @@ class Whereabouts:
         """When the next look is due."""
         return self._due
 
+    def begin(self, now: float) -> None:
+        """A look begins; `on_look` may follow."""
+        self._looked, self._meanwhile = now, math.inf
+
     def on_seen(self, look: Look) -> bool:
         """The first half of a look: from where we come. The rest takes seconds; whether the view is another one now."""
         before, found = self.view, judge(look).external_ips
@@ -281,13 +298,19 @@ class Whereabouts:
 
     def on_look(self, look: Look, now: float) -> bool:
         """What a look brought; whether the view is another one now."""
-        before, found, self._looked = self.view, judge(look), now
-        if not look.answered:
+        before = self.view
+        if look.answered:
+            self._take(look, now)
+        else:
             self._failed += 1
             self._due = now + min(RETRY_S[0] * 2 ** min(self._failed - 1, 10), RETRY_S[1])
             if self._failed >= LOSSES or not self._settled:
-                self.view = found
-            return self.view != before
+                self.view = judge(look)
+        self._due = min(self._due, self._meanwhile)
+        return self.view != before
+
+    def _take(self, look: Look, now: float) -> None:
+        before, found = self.view, judge(look)
         self._failed, self._due, self._doubts = 0, now + LOOK_EVERY_S, {}
         self._own = look.own
         lost = before.state in ("public", "mapped") and found.state in ("private", "unknown")
@@ -302,7 +325,6 @@ class Whereabouts:
         elif self._blocked:
             self._due = now + BLOCKED_EVERY_S
         self.view, self._settled = found, True
-        return self.view != before
 
     def on_network_change(self, own: Sequence[str], now: float) -> bool:
         """We are, or may be, on another network: look again, and take what comes at its word; whether the view changed."""
@@ -318,17 +340,18 @@ class Whereabouts:
         """Ports were mapped, or are no longer: look whether others reach us so."""
         self._due = min(self._due, now + SETTLE_S)
 
-    def on_lost(self, peer_id: PeerId, now: float, *, last: bool = False) -> None:
+    def on_lost(self, peer_id: PeerId, now: float, left: Collection[PeerId]) -> None:
         """The connection to a peer, or a relay, was lost: where several are at once, a router may have another address.
 
-        ``last``: it was the only one.
+        ``left``: whose connections still stand. One loss is enough where there is none but of those that were lost just now.
         """
         self._losses.pop(peer_id, None)
         self._losses[peer_id] = now
         while len(self._losses) > MAX_DOUBTERS:
             del self._losses[next(iter(self._losses))]
-        if last or sum(now - at <= TOGETHER_S for at in self._losses.values()) >= DOUBTS:
-            self._due = min(self._due, max(now + SETTLE_S, self._looked + LOST_PAUSE_S))
+        lately = {each for each, at in self._losses.items() if now - at <= TOGETHER_S}
+        if len(lately) >= DOUBTS or lately.issuperset(left):
+            self._by(max(now + SETTLE_S, self._looked + LOST_PAUSE_S))
 
     def on_unreached(self, peer_id: PeerId, now: float) -> None:
         """A neighbour could not connect to us, where it should have been able to."""
@@ -339,4 +362,8 @@ class Whereabouts:
         if len(self._doubts) > MAX_DOUBTERS:
             del self._doubts[next(iter(self._doubts))]
         if sum(now - at < LOOK_EVERY_S for at in self._doubts.values()) >= DOUBTS:
-            self._due = min(self._due, max(now, self._looked + DOUBT_PAUSE_S))
+            self._by(max(now, self._looked + DOUBT_PAUSE_S))
+
+    def _by(self, at: float) -> None:
+        """A look is due by then, and what one brings that has begun does not change that."""
+        self._due, self._meanwhile = min(self._due, at), min(self._meanwhile, at)

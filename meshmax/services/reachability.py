@@ -23,7 +23,8 @@ from meshmax.base.model import Signed
 from meshmax.base.reachability import PortMapping, Reachability
 from meshmax.core.networks import BlockedNetworks, network_of
 from meshmax.core.reachability import DialledBack, FilterSeen, Look, MappedSeen, SeenFrom, Whereabouts, scope_of
-from meshmax.ports import Probes, Swarm
+from meshmax.net.links import is_worse
+from meshmax.ports import ConnectionView, Probes, Swarm, SwarmEvent
 from meshmax.services.nat_probe import Observer, dial_back, filtering, tcp_mapping, udp_mapping
 from meshmax.services.observe import ask_observer, ip_behind
 from meshmax.telemetry.isolate import isolate
@@ -39,6 +40,7 @@ STALE_S: Final = 2.0  # for an answer over a connection that may be a dead one
 LATE_S: Final = 1.0  # for further visits, once one was answered
 RELAYED_S: Final = 10.0  # after which who came over a relay has a direct path, where there is one
 MAX_SUSPECTS: Final = 16  # at once
+CROSSING_S: Final = 5.0  # in which two peers that dial one another have connected twice
 CHECK_S: Final = 5.0  # between looks for somebody to ask, while there is nobody
 MEASURE_S: Final = 12.0  # for the second half; each question has its own, shorter time
 
@@ -79,6 +81,8 @@ class ReachabilityService:
         self._servers: tuple[tuple[str, int], ...] = ()  # configured ones, resolved
         self._suspects: set[PeerId] = set()  # that came over a relay just now
         self._relays_seen: frozenset[PeerId] = frozenset()
+        self._ended: set[PeerId] = set()  # relays whose silent connections the look that is going on ended
+        self._ways: dict[PeerId, ConnectionView] = {}  # of connected peers, as they were when we last looked
         self._watchers: list[Callable[[], None]] = []
         self._woken = trio.Event()
         self._looking = trio.CancelScope()
@@ -147,12 +151,18 @@ class ReachabilityService:
     def on_relays(self) -> None:
         """Other relays keep a place for us than before. Cheap."""
         before, self._relays_seen = self._relays_seen, frozenset(self._relays())
-        for peer_id in before - self._relays_seen:
+        for peer_id in before - self._relays_seen - self._ended:
             self._on_lost(peer_id)
         self._tell()
 
-    def _on_lost(self, peer_id: PeerId) -> None:
-        self._core.on_lost(peer_id, trio.current_time(), last=not self._swarm.connections())
+    def _on_lost(self, peer_id: PeerId, *, near: bool = False) -> None:
+        """``near``: it was in our own network, whose router says nothing of it."""
+        left = {
+            each
+            for each, view in self._swarm.connections().items()
+            if near or not self._is_near(ip_behind(view.address))
+        }
+        self._core.on_lost(peer_id, trio.current_time(), left | set(self._relays()))
         self._wake()
 
     def on_unreached(self, peer_id: PeerId) -> None:
@@ -179,11 +189,19 @@ class ReachabilityService:
             while True:
                 async with self._swarm.subscribe() as events:
                     async for event in events:
-                        if event.kind == "disconnected":
-                            self._on_lost(event.peer_id)
-                        elif self._is_relayed(event.peer_id) and len(self._suspects) < MAX_SUSPECTS:
+                        self._on_event(event)
+                        if self._is_relayed(event.peer_id) and len(self._suspects) < MAX_SUSPECTS:
                             nursery.start_soon(self._suspect, event.peer_id)
                 await trio.lowlevel.checkpoint()
+
+    def _on_event(self, event: SwarmEvent) -> None:
+        """Who comes back over a relay before we miss it has not gone, but the connection that it had has."""
+        peer_id, view = event.peer_id, self._swarm.connections().get(event.peer_id)
+        before = self._ways.pop(peer_id, None)
+        if view is not None:
+            self._ways[peer_id] = view
+        if event.kind == "disconnected" or (before is not None and view is not None and _is_lost(before, view)):
+            self._on_lost(peer_id, near=before is not None and self._is_near(ip_behind(before.address)))
 
     def _is_relayed(self, peer_id: PeerId) -> bool:
         view = self._swarm.connections().get(peer_id)
@@ -221,10 +239,12 @@ class ReachabilityService:
     async def _look_once(self) -> None:
         whom = self._whom()
         self._asking = frozenset(whom)
+        self._core.begin(trio.current_time())
         try:
             await self._look_at(whom)
         finally:
             self._asking = frozenset()
+            self._ended.clear()
 
     async def _look_at(self, whom: Mapping[PeerId, tuple[str, ...]]) -> None:
         visited = await self._visit_all(whom)
@@ -339,6 +359,7 @@ class ReachabilityService:
             except MeshmaxError as error:
                 _log.debug("an observer did not answer", peer=peer_id, why=error.message)
             if addresses and peer_id not in self._swarm.connections():
+                self._ended.add(peer_id)
                 await self._swarm.disconnect(peer_id)
         return None
 
@@ -365,6 +386,12 @@ class ReachabilityService:
             return verify_voucher(signed, self._unix_now()).peer_id == self._swarm.peer_id
         except ManifestInvalid:
             return False
+
+
+def _is_lost(before: ConnectionView, now: ConnectionView) -> bool:
+    """Whether a peer is connected as one is whose connection ``before`` is dead. Circuits are renewed as they end."""
+    again = now.path == before.path != "relay" and now.opened_at_s - before.opened_at_s > CROSSING_S
+    return again or is_worse(now.path, than=before.path)
 
 
 def _outside(mappings: Sequence[PortMapping]) -> set[tuple[str, int, str, int]]:

@@ -287,10 +287,11 @@ def test_two_neighbours_that_cannot_reach_us_bring_a_look_but_not_ever_again() -
     assert where.deadline() == LOOK_EVERY_S
     where.on_unreached(PeerId("Q"), 102.0)
     assert where.deadline() == 102.0
+    where.begin(102.0)
     where.on_look(UP, 103.0)
     for name in "ABC":
         where.on_unreached(PeerId(name), 104.0)
-    assert where.deadline() == 103.0 + DOUBT_PAUSE_S
+    assert where.deadline() == 102.0 + DOUBT_PAUSE_S
 
 
 def test_who_is_private_is_told_nothing_by_neighbours_that_do_not_reach_it() -> None:
@@ -328,22 +329,57 @@ def test_udp_that_was_open_is_blocked_only_when_it_is_seen_twice_and_then_looked
     assert udp_of(where) == "blocked"
 
 
+OTHERS = (PeerId("T"), PeerId("U"))  # that are connected all the time
+
+
 def test_connections_that_are_lost_together_bring_a_look_but_not_ever_again() -> None:
     where = Whereabouts(0.0)
     where.on_look(DOWN, 0.0)
-    where.on_lost(PeerId("P"), 100.0)
-    where.on_lost(PeerId("P"), 101.0)
-    where.on_lost(PeerId("Q"), 101.0 + TOGETHER_S + 1)
+    where.on_lost(PeerId("P"), 100.0, OTHERS)
+    where.on_lost(PeerId("P"), 101.0, OTHERS)
+    where.on_lost(PeerId("Q"), 101.0 + TOGETHER_S + 1, OTHERS)
     assert where.deadline() == LOOK_EVERY_S
-    where.on_lost(PeerId("R"), 120.0)
+    where.on_lost(PeerId("R"), 120.0, OTHERS)
     assert where.deadline() == 120.0 + SETTLE_S
-    where.on_look(DOWN, 121.0)
+    where.begin(121.0)
+    where.on_look(DOWN, 122.0)
     for number in range(100):
-        where.on_lost(PeerId(f"P{number}"), 122.0)
+        where.on_lost(PeerId(f"P{number}"), 123.0, OTHERS)
     assert where.deadline() == 121.0 + LOST_PAUSE_S
-    where.on_look(DOWN, 136.0)
-    where.on_lost(PeerId("S"), 500.0, last=True)
-    assert where.deadline() == 500.0 + SETTLE_S
+
+
+def test_one_lost_connection_brings_a_look_if_no_other_stands() -> None:
+    for left, due in ((OTHERS, LOOK_EVERY_S), ((), 501.0), ((PeerId("S"),), 501.0)):
+        where = Whereabouts(0.0)
+        where.on_look(DOWN, 0.0)
+        where.on_lost(PeerId("S"), 500.0, left)  # S may be back already, over a relay
+        assert where.deadline() == due, left
+
+
+def test_what_is_lost_during_a_look_brings_another_one() -> None:
+    where = Whereabouts(0.0)
+    where.begin(0.0)
+    for name in "PQ":
+        where.on_lost(PeerId(name), 3.0, OTHERS)
+    where.on_look(DOWN, 5.0)  # by answers of before
+    assert where.deadline() == LOST_PAUSE_S
+    where.begin(15.0)
+    where.on_look(DOWN, 16.0)
+    assert where.deadline() == 16.0 + LOOK_EVERY_S
+    where.begin(616.0)
+    where.on_lost(PeerId("P"), 618.0, ())
+    where.on_look(NOTHING, 619.0)
+    assert where.deadline() == 619.0 + RETRY_S[0]
+
+
+def test_neighbours_that_cannot_reach_us_during_a_look_are_heard_after_it() -> None:
+    where = Whereabouts(0.0)
+    where.on_look(UP, 0.0)
+    where.begin(600.0)
+    for name in "PQ":
+        where.on_unreached(PeerId(name), 601.0)
+    where.on_look(UP, 605.0)
+    assert where.deadline() == 600.0 + DOUBT_PAUSE_S
 
 
 def test_from_where_we_come_is_known_before_the_rest() -> None:
@@ -359,7 +395,7 @@ def test_of_neighbours_without_end_a_few_are_remembered() -> None:
     where.on_look(UP, 0.0)
     for number in range(10 * MAX_DOUBTERS):
         where.on_unreached(PeerId(f"P{number}"), 100.0 + number)
-        where.on_lost(PeerId(f"P{number}"), 100.0 + number)
+        where.on_lost(PeerId(f"P{number}"), 100.0 + number, ())
         where.on_look(UP, 100.5 + number)
     assert len(where._losses) <= MAX_DOUBTERS
     for number in range(10 * MAX_DOUBTERS):

@@ -1,10 +1,10 @@
-"""What we measured of peers ourselves: round trips, speeds per model and device, failures, and how long each model's answers
-usually are, whoever gives them. Feeds core.routing.
+"""What we measured of peers ourselves: round trips, speeds per model and device, and how long each model's answers usually
+are, whoever gives them. Feeds core.routing.
 
 Rules: figures are means over time (core.ewma), kept per (peer, model, device), since a model that moved to another device
-runs at another speed. A failure keeps a peer (or one model on it) out for a time that doubles with each further failure
-and is forgotten by a success. Both tables are bounded; what was not used for longest goes first. Time is passed in. Not
-here: what the figures mean for a choice (core.routing), who takes the measurements (services.router).
+runs at another speed. Failures are the circuit breakers' (core.breaker), which are reached through here. Each table is
+bounded; what was not used for longest goes first. Time is passed in. Not here: what the figures mean for a choice
+(core.routing), who takes the measurements (services.router).
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Final, TypeVar
 import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.inference import Priority
 from meshmax.base.status import Device
+from meshmax.core.backoff import Random
+from meshmax.core.breaker import NO_JITTER, NOT_NOW, Breakers, Standing
 from meshmax.core.ewma import Ewma
 
 MAX_SPEEDS: Final = 4096  # (peer, model, device) entries of about 1 KiB: 256 peers with 16 models in use each
 MAX_PEERS: Final = 1024  # four times the peers a node knows at once by default
-FIRST_BACKOFF_S: Final = 1.0  # one lost stream is often a hiccup: soon again
-MAX_BACKOFF_S: Final = 60.0  # a peer that was repaired is tried within a minute
 MIN_PREFILL_TOKENS: Final = 64  # shorter prompts measure the fixed cost of an answer, not the prefill rate
 MIN_DECODE_TOKENS: Final = 8  # fewer are dominated by how they were batched on the way
 MIN_LOAD_S: Final = 0.05  # a shorter "load" is the bookkeeping of a model that was in memory already
@@ -62,13 +63,14 @@ class _Speed:
 class Measurements:
     """The bounded table of what we measured. Owned by one task; every ``now`` is of one monotonic clock, in seconds."""
 
-    __slots__ = ("_answers", "_rtts", "_setbacks", "_speeds")
+    __slots__ = ("_answers", "_rtts", "_speeds", "breakers")
 
-    def __init__(self) -> None:
+    def __init__(self, random: Random = NO_JITTER) -> None:
+        """``random``: jitter of the breakers' backoff."""
+        self.breakers = Breakers(random)
         self._speeds: OrderedDict[tuple[PeerId, Sha256, Device], _Speed] = OrderedDict()
         self._answers: OrderedDict[Sha256, Ewma] = OrderedDict()
         self._rtts: OrderedDict[PeerId, Ewma] = OrderedDict()
-        self._setbacks: OrderedDict[tuple[PeerId, Sha256 | None], Setback] = OrderedDict()
 
     def on_rtt(self, peer: PeerId, rtt_s: float, now: float) -> None:
         """A round trip to ``peer`` took ``rtt_s``."""
@@ -78,7 +80,7 @@ class Measurements:
         self, peer: PeerId, digest: Sha256, device: Device, *, waited_s: float, prompt_tokens: int, now: float
     ) -> None:
         """The first event came ``waited_s`` after sending, the model being loaded and nobody ahead of us."""
-        self.on_success(peer, digest)
+        self.on_success(peer, digest, now)
         without_rtt_s = max(waited_s - (self.rtt_s(peer) or 0.0), 1e-4)
         speed = self._speed(peer, digest, device)
         if prompt_tokens >= MIN_PREFILL_TOKENS:
@@ -90,7 +92,7 @@ class Measurements:
         self, peer: PeerId, digest: Sha256, device: Device, *, tokens: int, span_s: float, load_s: float, now: float
     ) -> None:
         """``tokens`` came in the ``span_s`` after the first event. ``load_s``: how long the peer loaded the model first."""
-        self.on_success(peer, digest)
+        self.on_success(peer, digest, now)
         speed = self._speed(peer, digest, device)
         if tokens >= MIN_DECODE_TOKENS:
             speed.decode.add(min(tokens / max(span_s, 1e-6), MAX_RATE_PER_S), now)
@@ -106,26 +108,45 @@ class Measurements:
         mean = self._answers.get(digest)
         return mean.value if mean else None
 
-    def on_success(self, peer: PeerId, digest: Sha256) -> None:
-        """The peer answered: earlier failures are forgotten."""
-        self._setbacks.pop((peer, digest), None)
-        self._setbacks.pop((peer, None), None)
+    def on_success(self, peer: PeerId, digest: Sha256, now: float) -> None:
+        """The peer speaks: its circuits close. Call it at the first event, too."""
+        self.breakers.on_success(peer, digest, now)
 
-    def on_failure(self, peer: PeerId, digest: Sha256 | None, code: str, now: float, at_least_s: float = 0.0) -> None:
+    def on_failure(
+        self,
+        peer: PeerId,
+        digest: Sha256 | None,
+        code: str,
+        now: float,
+        at_least_s: float = 0.0,
+        priority: Priority = "interactive",
+    ) -> None:
         """The peer failed: with this model, or (``digest`` None) altogether. ``at_least_s``: it asked to be left alone so long.
 
-        The time out is FIRST_BACKOFF_S, doubled with each further failure, at most MAX_BACKOFF_S.
+        A code of NOT_NOW (busy...) is no failure. ``priority``: of the request that was turned away.
         """
-        previous = self._setbacks.pop((peer, digest), None)
-        failures = min(previous.failures + 1 if previous else 1, 32)
-        pause_s = min(max(FIRST_BACKOFF_S * 2.0 ** (failures - 1), at_least_s), MAX_BACKOFF_S)
-        _touch(self._setbacks, (peer, digest), Setback(now + pause_s, failures, code), MAX_SPEEDS)
+        if code in NOT_NOW:
+            self.breakers.on_busy(peer, digest, at_least_s, now, priority, code)
+        else:
+            self.breakers.on_failure(peer, digest, code, now, at_least_s)
+
+    def standing(self, peer: PeerId, digest: Sha256, now: float, priority: Priority = "interactive") -> Standing:
+        """Whether ``peer`` may be asked for this model: see core.breaker."""
+        return self.breakers.standing(peer, digest, now, priority)
+
+    def on_probe_sent(self, peer: PeerId, digest: Sha256, now: float) -> bool:
+        """An ask goes to ``peer``; call it for each. True: it is a probe, say `on_probe_abandoned` if it tells nothing."""
+        return self.breakers.on_probe_sent(peer, digest, now)
+
+    def on_probe_abandoned(self, peer: PeerId, digest: Sha256) -> None:
+        """A probe was given up before the peer spoke or failed."""
+        self.breakers.on_probe_abandoned(peer, digest)
 
     def setback(self, peer: PeerId, digest: Sha256, now: float) -> Setback | None:
-        """Why the peer is kept out for this model now; None if it is not. The longer one, where two hold."""
-        found = (self._setbacks.get((peer, digest)), self._setbacks.get((peer, None)))
-        current = [setback for setback in found if setback and setback.until_s > now]
-        return max(current, key=lambda setback: setback.until_s, default=None)
+        """`standing` in the words that went before it."""
+        standing = self.standing(peer, digest, now)
+        kept_out = standing.state == "open"
+        return Setback(standing.until_s, standing.failures, standing.code) if kept_out else None
 
     def rtt_s(self, peer: PeerId) -> float | None:
         """The mean round trip, None if never measured."""

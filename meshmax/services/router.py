@@ -316,7 +316,7 @@ class _Trial:
         self._outcome = "ok"
         model, now, measured = self._contender.model, trio.current_time(), self._router.measurements
         if is_load_only(self._ask.request):
-            measured.on_success(self._peer, model.digest)
+            measured.on_success(self._peer, model.digest, now)
             return
         load_s = min(finish.load_s, self.first_event_s)
         if finish.done_reason == "stop" and finish.output_tokens > 0:

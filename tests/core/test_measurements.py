@@ -6,7 +6,7 @@ import pytest
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.core import measurements
-from meshmax.core.measurements import FIRST_BACKOFF_S, MAX_BACKOFF_S, Figures, Measurements
+from meshmax.core.measurements import Figures, Measurements, Setback
 
 A, B = PeerId("a"), PeerId("b")
 MODEL, OTHER = Sha256("ab" * 32), Sha256("cd" * 32)
@@ -56,43 +56,24 @@ def test_an_answer_all_at_once_is_fast_but_finite() -> None:
     assert measured.figures(A, MODEL, "gpu", 1.0).decode_per_s == measurements.MAX_RATE_PER_S
 
 
-def test_a_failure_keeps_a_peer_out_for_a_time_that_grows() -> None:
+def test_failures_are_the_breakers() -> None:
     measured = Measurements()
-    now, pauses = 0.0, []
-    for _ in range(10):
-        measured.on_failure(A, MODEL, "engine_crashed", now)
-        setback = measured.setback(A, MODEL, now)
-        assert setback is not None
-        pauses.append(setback.until_s - now)
-        now = setback.until_s
-        assert measured.setback(A, MODEL, now) is None
-    assert pauses[:4] == [FIRST_BACKOFF_S, 2 * FIRST_BACKOFF_S, 4 * FIRST_BACKOFF_S, 8 * FIRST_BACKOFF_S]
-    assert pauses[-1] == MAX_BACKOFF_S
-
-
-def test_an_engine_that_failed_is_of_one_model_a_peer_that_is_gone_of_all() -> None:
-    measured = Measurements()
-    measured.on_failure(A, MODEL, "engine_crashed", 0.0)
-    assert measured.setback(A, OTHER, 0.5) is None
-    measured.on_failure(A, None, "peer_gone", 0.0, at_least_s=5.0)
-    setback = measured.setback(A, MODEL, 0.5)
-    assert setback is not None
-    assert (setback.code, setback.until_s) == ("peer_gone", 5.0)
-    assert measured.setback(A, OTHER, 0.5) == setback
-    assert measured.setback(B, MODEL, 0.5) is None
-
-
-def test_a_success_forgives() -> None:
-    measured = Measurements()
-    for _ in range(5):
-        measured.on_failure(A, MODEL, "engine_crashed", 0.0)
     measured.on_failure(A, None, "peer_gone", 0.0)
-    measured.on_success(A, MODEL)
-    assert measured.setback(A, MODEL, 0.0) is None
-    measured.on_failure(A, MODEL, "engine_crashed", 0.0)
-    setback = measured.setback(A, MODEL, 0.0)
-    assert setback is not None
-    assert setback.failures == 1
+    assert measured.standing(A, MODEL, 0.5).state == "open"
+    assert measured.setback(A, MODEL, 0.5) == Setback(1.0, 1, "peer_gone")
+    assert measured.setback(A, MODEL, 1.0) is None
+    assert measured.on_probe_sent(A, MODEL, 1.0)
+    measured.on_probe_abandoned(A, MODEL)
+    assert measured.standing(A, MODEL, 1.0).state == "half-open"
+    measured.on_finish(A, MODEL, "gpu", tokens=1, span_s=1.0, load_s=0.0, now=2.0)
+    assert measured.standing(A, MODEL, 2.0).state == "closed"
+
+
+def test_a_batch_request_that_was_turned_away_keeps_no_interactive_one_out() -> None:
+    measured = Measurements()
+    measured.on_failure(A, MODEL, "busy", 0.0, at_least_s=5.0, priority="batch")
+    assert measured.standing(A, MODEL, 1.0).state == "closed"
+    assert measured.standing(A, MODEL, 1.0, "batch").code == "busy"
 
 
 def test_the_tables_are_bounded_and_forget_what_was_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,13 +85,10 @@ def test_the_tables_are_bounded_and_forget_what_was_not_used(monkeypatch: pytest
         for one in (A, peer):
             measured.on_rtt(one, 0.1, 0.0)
             measured.on_finish(one, MODEL, "gpu", tokens=10, span_s=1.0, load_s=0.0, now=0.0)
-            measured.on_failure(one, OTHER, "busy", 0.0)
     assert measured.rtt_s(A) == pytest.approx(0.1)
     assert measured.rtt_s(PeerId("p0")) is None
     assert measured.figures(A, MODEL, "gpu", 0.0).decode_per_s == pytest.approx(10)
     assert measured.figures(PeerId("p0"), MODEL, "gpu", 0.0) == Figures()
-    assert measured.setback(PeerId("p0"), OTHER, 0.0) is None
-    assert measured.setback(A, OTHER, 0.0) is not None
 
 
 def test_how_long_answers_are_is_learned_for_each_model() -> None:

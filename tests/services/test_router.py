@@ -164,7 +164,7 @@ async def test_after_the_first_token_a_failure_is_the_callers(autojump_clock: Cl
             with pytest.raises(EngineCrashed, match="peer1: "):
                 await text_of(answer.events)
         assert site[2].engine.models == []
-        assert await answered_by(site) == "peer2"
+        assert await answered_by(site) == "peer1"  # one crash may be the prompt's fault
 
 
 async def test_a_peer_that_dies_in_the_middle_is_named(autojump_clock: Clock) -> None:

@@ -1,0 +1,226 @@
+"""Circuit breakers: what opens them, the one probe, what closes them, and that busy is no failure."""
+
+import random
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.inference import Priority
+from meshmax.core import breaker
+from meshmax.core.breaker import (
+    CLOSED,
+    ENGINE_FAILURES,
+    FIRST_BACKOFF_S,
+    MAX_BACKOFF_S,
+    MAX_BUSY_S,
+    PROBE_S,
+    WINDOW_S,
+    Breakers,
+    Standing,
+)
+
+A, B = PeerId("a"), PeerId("b")
+MODEL, OTHER = Sha256("ab" * 32), Sha256("cd" * 32)
+PRIORITIES: tuple[Priority, ...] = ("interactive", "batch")
+
+
+def test_a_peer_of_which_nothing_is_known_may_be_asked() -> None:
+    assert Breakers().standing(A, MODEL, 0.0) == CLOSED
+
+
+def test_a_lost_connection_opens_at_once_for_every_model_of_that_peer() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, None, "peer_gone", 10.0)
+    assert breakers.standing(A, MODEL, 10.5) == Standing("open", 11.0, "peer_gone", 1)
+    assert breakers.standing(A, OTHER, 10.5).state == "open"
+    assert breakers.standing(B, MODEL, 10.5) == CLOSED
+
+
+def test_an_engine_that_cannot_load_the_model_opens_at_once_for_that_model_only() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
+    assert breakers.standing(A, MODEL, 0.5).state == "open"
+    assert breakers.standing(A, OTHER, 0.5) == CLOSED
+
+
+def test_failures_in_the_middle_of_answers_open_by_their_number_in_a_window() -> None:
+    breakers = Breakers()
+    for at in range(ENGINE_FAILURES - 1):
+        breakers.on_failure(A, MODEL, "engine_crashed", float(at))
+        assert breakers.standing(A, MODEL, float(at)) == CLOSED
+    breakers.on_failure(A, MODEL, "engine_crashed", WINDOW_S + 0.5)  # the first is forgotten by now
+    assert breakers.standing(A, MODEL, WINDOW_S + 0.5) == CLOSED
+    breakers.on_failure(A, MODEL, "engine", WINDOW_S + 0.6)
+    assert breakers.standing(A, MODEL, WINDOW_S + 0.6).failures == 1
+
+
+def test_a_success_takes_one_counted_failure_back() -> None:
+    breakers = Breakers()
+    for _ in range(10):
+        breakers.on_failure(A, MODEL, "engine", 0.0)
+        breakers.on_failure(A, MODEL, "engine", 0.0)
+        breakers.on_success(A, MODEL, 0.0)
+        breakers.on_success(A, MODEL, 0.0)
+    assert breakers.standing(A, MODEL, 0.0) == CLOSED
+    for _ in range(ENGINE_FAILURES):
+        breakers.on_failure(A, MODEL, "engine", 0.0)
+    assert breakers.standing(A, MODEL, 0.0).state == "open"
+
+
+def test_streams_that_break_together_are_one_failure() -> None:
+    breakers = Breakers()
+    for _ in range(50):
+        breakers.on_failure(A, None, "peer_gone", 0.0)
+    assert breakers.standing(A, MODEL, 0.0) == Standing("open", FIRST_BACKOFF_S, "peer_gone", 1)
+
+
+def test_the_time_out_doubles_with_each_failed_probe_up_to_a_minute() -> None:
+    breakers = Breakers()
+    now, pauses = 0.0, []
+    for _ in range(10):
+        breakers.on_failure(A, None, "connect", now)
+        standing = breakers.standing(A, MODEL, now)
+        pauses.append(standing.until_s - now)
+        now = standing.until_s
+        assert breakers.standing(A, MODEL, now).state == "half-open"
+        assert breakers.on_probe_sent(A, MODEL, now)
+    assert pauses == [min(FIRST_BACKOFF_S * 2**n, MAX_BACKOFF_S) for n in range(10)]
+
+
+def test_the_time_out_has_jitter_of_up_to_a_half() -> None:
+    pauses = set()
+    for seed in range(50):
+        breakers = Breakers(random.Random(seed))
+        breakers.on_failure(A, None, "connect", 0.0)
+        pauses.add(breakers.standing(A, MODEL, 0.0).until_s)
+    assert len(pauses) == 50
+    assert FIRST_BACKOFF_S / 2 <= min(pauses) < max(pauses) <= FIRST_BACKOFF_S
+
+
+def test_half_open_exactly_one_probe_may_go() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, None, "connect", 0.0)
+    assert breakers.on_probe_sent(A, MODEL, 1.0)
+    assert not breakers.on_probe_sent(A, OTHER, 1.0)
+    assert breakers.standing(A, MODEL, 1.0) == Standing("open", 1.0 + PROBE_S, "connect", 1, probing=True)
+    breakers.on_success(A, MODEL, 1.5)
+    assert breakers.standing(A, MODEL, 1.5) == CLOSED
+    assert not breakers.on_probe_sent(A, MODEL, 1.5)
+
+
+def test_a_probe_that_was_given_up_frees_its_place_and_one_that_tells_nothing_does_so_by_itself() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
+    assert breakers.on_probe_sent(A, MODEL, 1.0)
+    breakers.on_probe_abandoned(A, MODEL)
+    assert breakers.standing(A, MODEL, 1.0) == Standing("half-open", 1.0, "engine_unavailable", 1)
+    assert breakers.on_probe_sent(A, MODEL, 1.0)
+    assert not breakers.on_probe_sent(A, MODEL, 1.0 + PROBE_S - 0.1)
+    assert breakers.on_probe_sent(A, MODEL, 1.0 + PROBE_S)
+
+
+def test_a_busy_peer_is_left_alone_for_as_long_as_it_asks_and_has_not_failed() -> None:
+    breakers = Breakers()
+    breakers.on_busy(A, MODEL, 5.0, 0.0)
+    assert breakers.standing(A, MODEL, 4.9) == Standing("open", 5.0, "busy", 0)
+    assert breakers.standing(A, OTHER, 4.9) == CLOSED
+    assert breakers.standing(A, MODEL, 5.0) == CLOSED
+    breakers.on_busy(A, MODEL, 1e9, 10.0)
+    assert breakers.standing(A, MODEL, 10.0).until_s == 10.0 + MAX_BUSY_S
+    breakers.on_success(A, MODEL, 11.0)  # an answer that was under way: it is busy all the same
+    assert breakers.standing(A, MODEL, 11.0).code == "busy"
+
+
+def test_a_batch_request_that_is_turned_away_keeps_no_interactive_one_out() -> None:
+    breakers = Breakers()
+    breakers.on_busy(A, MODEL, 5.0, 0.0, "batch")
+    assert breakers.standing(A, MODEL, 1.0, "interactive") == CLOSED
+    assert breakers.standing(A, MODEL, 1.0, "batch").state == "open"
+    breakers.on_busy(A, MODEL, 5.0, 1.0, "interactive", "draining")
+    assert breakers.standing(A, MODEL, 1.0, "batch") == Standing("open", 6.0, "draining", 0)
+
+
+def test_a_probe_that_meets_a_busy_peer_shows_that_it_can_be_reached() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, None, "connect", 0.0)
+    assert breakers.on_probe_sent(A, MODEL, 1.0)
+    breakers.on_busy(A, MODEL, 3.0, 1.0)
+    assert breakers.standing(A, OTHER, 1.0) == CLOSED
+    assert breakers.standing(A, MODEL, 1.0).code == "busy"
+    assert breakers.standing(A, MODEL, 4.0) == CLOSED
+
+
+def test_the_table_is_bounded_and_keeps_nothing_of_who_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "MAX_CIRCUITS", 3)
+    breakers = Breakers()
+    for number in range(10):
+        breakers.on_failure(PeerId(f"p{number}"), None, "connect", 0.0)
+    assert breakers.standing(PeerId("p6"), MODEL, 0.0) == CLOSED
+    assert breakers.standing(PeerId("p7"), MODEL, 0.0).state == "open"
+    for number in range(10):
+        breakers.on_success(PeerId(f"p{number}"), MODEL, 0.0)
+    assert len(breakers) == 0
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """One peer and one model, any order of events: never two probes at once, never out for longer than the cap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.breakers = Breakers(random.Random(0))
+        self.now = 0.0
+        self.probe_s: float | None = None
+
+    @rule(seconds=st.floats(0.0, 70.0))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(code=st.sampled_from(["connect", "engine", "engine_crashed", "engine_unavailable"]), whole=st.booleans())
+    def fail(self, code: str, whole: bool) -> None:
+        self.breakers.on_failure(A, None if whole else MODEL, code, self.now)
+        self.probe_s = None
+
+    @rule()
+    def succeed(self) -> None:
+        self.breakers.on_success(A, MODEL, self.now)
+        self.probe_s = None
+        assert self.breakers.standing(A, MODEL, self.now).failures == 0
+
+    @rule(retry_after_s=st.floats(0.0, 100.0), priority=st.sampled_from(["interactive", "batch"]))
+    def busy(self, retry_after_s: float, priority: Priority) -> None:
+        self.breakers.on_busy(A, MODEL, retry_after_s, self.now, priority)
+        self.probe_s = None
+
+    @rule()
+    def ask(self) -> None:
+        state = self.breakers.standing(A, MODEL, self.now).state
+        if state == "open":
+            return
+        probe = self.breakers.on_probe_sent(A, MODEL, self.now)
+        assert probe == (state == "half-open")
+        if probe:
+            assert self.probe_s is None or self.now >= self.probe_s + PROBE_S
+            self.probe_s = self.now
+
+    @precondition(lambda self: self.probe_s is not None)
+    @rule()
+    def abandon(self) -> None:
+        self.breakers.on_probe_abandoned(A, MODEL)
+        self.probe_s = None
+        assert self.breakers.standing(A, MODEL, self.now).probing is False
+
+    @invariant()
+    def nobody_is_out_for_ever(self) -> None:
+        for priority in PRIORITIES:
+            standing = self.breakers.standing(A, MODEL, self.now, priority)
+            assert (standing.state == "open") == (standing.until_s > self.now)
+            assert standing.until_s <= self.now + max(MAX_BACKOFF_S, MAX_BUSY_S)
+
+    @invariant()
+    def the_table_is_small(self) -> None:
+        assert len(self.breakers) <= 2
+
+
+TestBreakerMachine = BreakerMachine.TestCase

@@ -28,6 +28,7 @@ from meshmax.base.status import Load, Speed
 from meshmax.core.residency import Action, Fail, ResidencyCore, Start, Unload, speed_after_answer, speed_after_load
 from meshmax.core.residency import Load as LoadModel
 from meshmax.ports import Engine, LoadedModel
+from meshmax.services.drain import Drain
 from meshmax.telemetry.log import get_logger
 
 MAX_MEASURED: Final = 256  # models whose rates are remembered; the one measured longest ago is forgotten first
@@ -65,8 +66,10 @@ class ModelResidency:
         on_change: Callable[[], None],
         wall: Callable[[], float],
         on_use: Callable[[Sha256], None] = lambda digest: None,
+        drain: Drain | None = None,
     ) -> None:
         self._engine = engine
+        self._drain = drain or Drain()
         self._model_file = model_file
         self._config = config
         self._nursery = nursery
@@ -85,10 +88,21 @@ class ModelResidency:
     async def open_answer(self, ask: Ask) -> AsyncIterator[AsyncIterator[Event]]:
         """Load if needed, wait for a slot, answer. A load-only request yields one Finish ("load" or "unload").
 
-        Raises ModelNotFound, Busy, EngineError.
+        Raises ModelNotFound, Busy, EngineError; Draining while this node is taken out of service.
         """
         if self._closed:
             raise EngineUnavailable("this peer is shutting down")
+        if is_load_only(ask.request) and ask.keep_alive_s == 0:  # unloading is no work, and welcome at any time
+            async with self._open_answer(ask) as events:
+                yield events
+            return
+        with self._drain.admit() as has_begun:
+            async with self._open_answer(ask) as events:
+                has_begun()
+                yield events
+
+    @asynccontextmanager
+    async def _open_answer(self, ask: Ask) -> AsyncIterator[AsyncIterator[Event]]:
         begun = trio.current_time()
         keep_alive_s = self._config.keep_alive_s if ask.keep_alive_s is None else ask.keep_alive_s
         load_only = is_load_only(ask.request)
@@ -288,14 +302,16 @@ async def open_residency(
     *,
     on_change: Callable[[], None] = lambda: None,
     on_use: Callable[[Sha256], None] = lambda digest: None,
+    drain: Drain | None = None,
 ) -> AsyncIterator[ModelResidency]:
     """The residency of one node; leaving unloads everything.
 
     ``model_file`` finds a model on disk (raises ModelNotFound, StoreError). ``on_change`` is called, often, when models or
     load changed; it must be cheap; so must ``on_use``, called when a model begins to answer. ``wall`` tells Unix time.
+    ``drain``: whether asks are taken; None: always.
     """
     async with trio.open_nursery() as nursery:
-        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall, on_use)
+        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall, on_use, drain)
         nursery.start_soon(residency.run_expiry)
         try:
             yield residency

@@ -1,0 +1,110 @@
+"""Decides what a peer that is taken out of service does with its answers. Sans-IO.
+
+Rules. A node runs until it is drained by command or by its own ending. From then on no ask is taken, and those that have
+not begun (waiting for a slot or a load) are sent away at once: another peer begins them sooner than we. Answers that have
+begun go on until the deadline, which then ends them with Draining, so that whoever passes them on to a client carries on
+elsewhere. When none is left the node is drained. A second command changes the deadline alone, the last word counts;
+undraining takes asks again, at any time, and brings nothing back that was ended. Nothing is kept: a node that starts, runs.
+Time is seconds of any monotonic clock. Not here: ending an answer (services.drain), telling the mesh (node.draining).
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from meshmax.base.drain import DrainState, DrainView
+from meshmax.base.errors import Draining
+
+
+class End(msgspec.Struct, frozen=True):
+    """End this answer with Draining; `on_end` follows when it has gone."""
+
+    answer: int
+
+
+class Told(msgspec.Struct, frozen=True):
+    """The state is another one: tell those who wait, and the mesh."""
+
+    state: DrainState
+
+
+Action = End | Told
+
+
+class DrainCore:
+    """The decisions of one node. Every event returns what is to be done now; call `tick` at `deadline`."""
+
+    __slots__ = ("_answers", "_count", "_ended", "_ends_at", "_state")
+
+    def __init__(self) -> None:
+        self._state: DrainState = "running"
+        self._answers: dict[int, bool] = {}  # by number: whether it has begun
+        self._count = self._ended = 0
+        self._ends_at = math.inf
+
+    def on_ask(self) -> int:
+        """An ask came; the number of its answer. Raises Draining."""
+        if self._state != "running":
+            raise Draining
+        self._count += 1
+        self._answers[self._count] = False
+        return self._count
+
+    def on_begun(self, answer: int) -> None:
+        """The answer has begun: it is worth waiting for."""
+        if answer in self._answers:
+            self._answers[answer] = True
+
+    def on_end(self, answer: int) -> list[Action]:
+        """The answer has ended, however. Idempotent."""
+        self._answers.pop(answer, None)
+        return self._settle()
+
+    def on_drain(self, deadline_s: float, now: float) -> list[Action]:
+        """Take no ask any more; what runs may go on for ``deadline_s``."""
+        actions: list[Action] = []
+        if self._state == "running":
+            self._state, self._ended = "draining", 0
+            actions = [Told("draining"), *(End(answer) for answer, begun in self._answers.items() if not begun)]
+        self._ends_at = now + deadline_s if self._state == "draining" else math.inf
+        return [*actions, *self.tick(now)]
+
+    def on_undrain(self) -> list[Action]:
+        """Take asks again."""
+        if self._state == "running":
+            return []
+        self._state, self._ends_at = "running", math.inf
+        return [Told("running")]
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed."""
+        if self._state != "draining" or now < self._ends_at:
+            return self._settle()
+        self._ends_at = math.inf
+        ends = [End(answer) for answer, begun in self._answers.items() if begun]
+        self._ended += len(ends)
+        return [*ends, *self._settle()]
+
+    def deadline(self) -> float:
+        """When `tick` is due; inf if nothing ends by itself."""
+        return self._ends_at
+
+    def snapshot(self, now: float) -> DrainView:
+        """How we stand."""
+        left_s = None
+        if self._state == "draining":
+            left_s = 0.0 if self._ends_at == math.inf else max(0.0, self._ends_at - now)
+        return DrainView(self._state, len(self._answers), left_s, self._ended)
+
+    @property
+    def state(self) -> DrainState:
+        """Whether asks are taken (running), answers still run (draining), or none does (drained)."""
+        return self._state
+
+    def _settle(self) -> list[Action]:
+        if self._state != "draining" or self._answers:
+            return []
+        self._state, self._ends_at = "drained", math.inf
+        return [Told("drained")]

@@ -98,7 +98,7 @@ class MeshRouter:
         work = expected_work(ask.request, self.measurements.answer_tokens(ask.digest))
         decision = decide(contenders.values(), work, self._previous.get(ask.digest))
         record = _Record(ask, decision, work.output_tokens)
-        if not decision.order:
+        if not (decision.order or decision.resting):
             raise self._nobody(ask, decision)
         errors: list[MeshmaxError] = []
         for peer in self._order(ask, decision):
@@ -173,7 +173,7 @@ class MeshRouter:
         )
 
     def _order(self, ask: Ask, decision: Decision) -> list[PeerId]:
-        order = list(decision.order)
+        order = [*decision.order, *decision.resting]
         if is_load_only(ask.request) and ask.keep_alive_s == 0 and self._peer_id in order:
             # To unload means here, where we can: others' memory is theirs.
             order.remove(self._peer_id)

@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, InferRequest, Message, Options
 from meshmax.base.status import NO_ENGINE, Load, ModelPresence, PeerStatus, PeerView
+from meshmax.core.estimate import IMAGE_TOKENS, OUTPUT_TOKENS, estimate, total_s
 from meshmax.core.measurements import Figures, Setback
 from meshmax.core.routing import (
-    IMAGE_TOKENS,
-    OUTPUT_TOKENS,
     Contender,
     Decision,
     Outstanding,
     Work,
     decide,
-    estimate,
     expected_work,
     explain,
     holders,
@@ -56,6 +54,10 @@ def peer(name: str, **how: Any) -> Contender:
     )
     load = Load(how.get("running", 0), how.get("queued", 0), how.get("capacity", 4))
     return Contender(view, model, load, figures, how.get("rtt_s", 0.001), how.get("setback"))
+
+
+def seconds(contender: Contender, work: Work) -> float:
+    return total_s(estimate(contender, work, contender.model.device))
 
 
 GPU: dict[str, Any] = {"device": "gpu", "state": "loaded", "decode": 60.0, "prefill": 2000.0}
@@ -186,9 +188,9 @@ CASES: list[tuple[str, list[Contender], list[str], PeerId | None]] = [
 )
 def test_who_is_asked(contenders: list[Contender], order: list[str], previous: PeerId | None) -> None:
     decision = decide(contenders, CHAT, previous)
-    assert list(decision.order) == order
+    assert [*decision.order, *decision.resting] == order
     chosen = [c.peer_id for c in decision.candidates if c.verdict == "chosen"]
-    assert chosen == order[:1]
+    assert chosen == list(decision.order[:1])
     assert {c.peer_id for c in decision.candidates} == {c.view.peer_id for c in contenders}
 
 
@@ -210,9 +212,9 @@ def test_two_like_peers_do_not_take_turns() -> None:
 
 def test_estimates_add_up() -> None:
     contender = peer("a", decode=10.0, prefill=100.0, load_s=3.0, rtt_s=0.5)
-    assert estimate(contender, Work(200, 50)) == pytest.approx(0.5 + 3 + 2 + 5)
+    assert seconds(contender, Work(200, 50)) == pytest.approx(0.5 + 3 + 2 + 5)
     waiting = peer("a", state="loaded", decode=10.0, prefill=100.0, rtt_s=0.5, running=1, queued=1, capacity=1)
-    assert estimate(waiting, Work(200, 50)) == pytest.approx(0.5 + 2 * 7 + 7)
+    assert seconds(waiting, Work(200, 50)) == pytest.approx(0.5 + 2 * 7 + 7)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +368,7 @@ def test_the_order_of_the_candidates_does_not_matter(
 def test_nobody_is_asked_who_cannot_answer(contenders: list[Contender], work: Work, previous: str | None) -> None:
     decision = decided(contenders, work, previous)
     able = {c.view.peer_id for c in contenders if c.model.state != "partial" and c.view.state in ("online", "self")}
-    assert set(decision.order) == able
+    assert {*decision.order, *decision.resting} == able
     assert all(math.isfinite(c.estimate_s) and c.estimate_s >= 0 for c in decision.candidates)
     for candidate in decision.candidates:
         line = explain(decision.candidates, candidate.peer_id)
@@ -388,7 +390,7 @@ def test_a_peer_never_gains_by_being_farther_or_busier(
     after = decide([*contenders[:index], worse, *contenders[index + 1 :]], work).order
     if peer_id in before:
         assert after.index(peer_id) >= before.index(peer_id)
-        assert estimate(worse, work) >= estimate(victim, work)
+        assert seconds(worse, work) >= seconds(victim, work)
 
 
 # --- what is under way -------------------------------------------------------------------------------------------------

@@ -1,0 +1,42 @@
+"""A peer that has a model, and all that is needed to judge it for one prompt: what core.estimate, core.eligibility and
+core.policies look at.
+
+Pure words. Not here: where they come from (services.router), the judging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from meshmax.base.ids import Sha256
+from meshmax.base.status import NO_ENGINE, Load, ModelPresence, PeerView
+from meshmax.core.measurements import Figures, Setback
+
+
+class Contender(msgspec.Struct, frozen=True):
+    """A peer and its copy of the model. ``load`` is as of now: `core.outstanding`. ``prefix_tokens``: how many tokens of this
+    prompt it holds from before, as we believe: `core.prefixes`."""
+
+    view: PeerView
+    model: ModelPresence
+    load: Load
+    figures: Figures = Figures()
+    rtt_s: float | None = None
+    setback: Setback | None = None
+    prefix_tokens: int = 0
+
+
+def holders(views: Iterable[PeerView], digest: Sha256) -> list[tuple[PeerView, ModelPresence]]:
+    """Who says it has something of the model, and an engine to run it: each peer with its own word about it."""
+    found = []
+    for view in views:
+        status = view.status
+        if status is None or status.engine == NO_ENGINE:
+            continue
+        for model in status.models:
+            if model.digest == digest:
+                found.append((view, model))
+                break
+    return found

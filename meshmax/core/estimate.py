@@ -1,0 +1,128 @@
+"""How long a peer would take for a prompt: round trip + queue + load + reading the prompt + writing the answer, in seconds.
+
+Rules: our own measurements decide; what a peer says of itself counts until we have measured it, and within bounds; a
+default stands in where nobody knows. Tokens of the prompt that the peer holds from before need not be read again. What an
+answer costs beside others grows with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements),
+what follows from the estimate (core.policies).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import msgspec
+
+from meshmax.base.inference import ChatRequest, EmbedRequest, InferRequest
+from meshmax.base.route import Figures as Estimate
+from meshmax.base.status import Device, Load
+from meshmax.core.contender import Contender
+
+DEFAULT_RTT_S: Final = 0.05  # never measured: as a peer in another town, so that a measured neighbour goes first
+OUTPUT_TOKENS: Final = (
+    256  # of a usual chat answer, until answers of the model were seen; at most what the request allows
+)
+BYTES_PER_TOKEN: Final = 4  # of English text, in the usual vocabularies
+IMAGE_TOKENS: Final = 600  # of one picture in the usual vision models
+ADVERTISED_AGAINST: Final = 4.0  # a peer's claims about itself may beat our defaults by this factor, until measured
+
+# Where nobody knows: decoding reads every weight once a token, so it goes at the memory's rate. Loading reads the file once.
+MEMORY_BYTES_PER_S: Final[dict[Device, float]] = {"gpu": 300e9, "cpu": 20e9}  # a mid-range card; two channels of DDR4
+PREFILL_PER_DECODE: Final[dict[Device, float]] = {
+    "gpu": 20.0,
+    "cpu": 4.0,
+}  # a batch of tokens per reading of the weights
+LOAD_BYTES_PER_S: Final = 500e6  # a SATA SSD
+START_S: Final[dict[Device, float]] = {"gpu": 2.0, "cpu": 1.0}  # the engine's process, before it reads the file
+MIN_RATE_PER_S: Final = 0.01  # tokens; slower is as bad, and estimates stay finite whatever a peer says
+MAX_LOAD_S: Final = 3600.0  # the same
+MAX_AHEAD: Final = 100_000  # requests; the same
+MAX_DECODE_PER_S: Final = 500.0  # small models are bound by other things than memory
+MIN_MODEL_BYTES: Final = 10_000_000  # smaller sizes are test files or lies; keeps the rates finite
+SHARE: Final[dict[Device, float]] = {
+    "gpu": 0.1,
+    "cpu": 0.5,
+}  # how much each answer beside ours slows it: GPUs batch well
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What is asked: tokens of the prompt and of the answer, both expected."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+def expected_work(request: InferRequest, usual_tokens: float | None = None) -> Work:
+    """How much work ``request`` is, by its size, the limit it sets, and how long the model's answers usually are."""
+    if isinstance(request, EmbedRequest):
+        return Work(sum(map(len, request.inputs)) // BYTES_PER_TOKEN, 0)
+    if isinstance(request, ChatRequest):
+        size = sum(len(message.content) + len(message.thinking) for message in request.messages)
+        images = sum(len(message.images) for message in request.messages)
+        empty = not request.messages
+    else:
+        size = len(request.prompt) + len(request.suffix) + len(request.system or "")
+        size += BYTES_PER_TOKEN * len(request.context)
+        images = len(request.images)
+        empty = not (request.prompt or request.suffix or request.images)
+    limit = request.options.num_predict
+    usual = OUTPUT_TOKENS if usual_tokens is None else max(1, math.ceil(usual_tokens))
+    output = 0 if empty else usual if limit is None or limit < 0 else min(limit, usual)
+    return Work(0 if empty else size // BYTES_PER_TOKEN + IMAGE_TOKENS * images, output)
+
+
+def estimate(contender: Contender, work: Work, device: Device) -> Estimate:
+    """Seconds until the whole answer is there, by their parts. ``device``: where it would run (core.memory_fit)."""
+    model, figures, load = contender.model, contender.figures, contender.load
+    size = max(model.size, MIN_MODEL_BYTES)
+    usual = min(MEMORY_BYTES_PER_S[device] / size, MAX_DECODE_PER_S)
+    decode = _rate(figures.decode_per_s, model.decode_per_s, usual)
+    prefill = _rate(figures.prefill_per_s, model.prefill_per_s, usual * PREFILL_PER_DECODE[device])
+    unread = work.prompt_tokens
+    if contender.prefix_tokens and model.state == "loaded":
+        unread = max(0, unread - contender.prefix_tokens)
+    prompt_s = max(unread / prefill, figures.first_token_s or 0.0)
+    ahead, capacity = ahead_of(load), max(load.capacity, 1)
+    output_s = work.output_tokens / decode * (1 + SHARE[device] * min(ahead, capacity - 1))
+    return Estimate(
+        rtt_s=rtt_of(contender),
+        queue_s=max(0, ahead - capacity + 1) * (prompt_s + output_s) / capacity,  # if all take as long as ours
+        load_s=0.0 if model.state == "loaded" else _load_s(contender, size, device),
+        prompt_s=prompt_s,
+        output_s=output_s,
+    )
+
+
+def total_s(figures: Estimate) -> float:
+    """What the parts add up to."""
+    return figures.rtt_s + figures.queue_s + figures.load_s + figures.prompt_s + figures.output_s
+
+
+def ahead_of(load: Load) -> int:
+    """Requests that run or wait, within bounds, whatever a peer says."""
+    return min(max(load.running, 0) + max(load.queued, 0), MAX_AHEAD)
+
+
+def rtt_of(contender: Contender) -> float:
+    """The round trip in seconds; to ourselves none."""
+    if contender.view.state == "self":
+        return 0.0
+    return DEFAULT_RTT_S if contender.rtt_s is None else contender.rtt_s
+
+
+def _rate(measured: float | None, advertised: float, usual: float) -> float:
+    if measured:
+        return max(measured, MIN_RATE_PER_S)
+    if advertised > 0 and math.isfinite(advertised):
+        return max(min(advertised, usual * ADVERTISED_AGAINST), MIN_RATE_PER_S)
+    return usual
+
+
+def _load_s(contender: Contender, size: int, device: Device) -> float:
+    model = contender.model
+    if contender.figures.load_s is not None:
+        return min(contender.figures.load_s, MAX_LOAD_S)
+    usual_s = START_S[device] + size / LOAD_BYTES_PER_S
+    if model.load_s > 0 and math.isfinite(model.load_s):
+        return max(min(model.load_s, MAX_LOAD_S), usual_s / ADVERTISED_AGAINST)
+    return usual_s

@@ -18,6 +18,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
 
     ``holders`` are peers (ourselves too) that have it whole; ``partial_holders`` have some of it: sources for a pull, and
     never for a prompt. Two digests under one name make two entries. ``pinned``: a name here is tied to this digest.
+    ``servers``: peers (ourselves too) whose engine brings the model along: they answer prompts, and cannot give it away.
     """
 
     name: str  # shortest form
@@ -30,6 +31,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     fraction: float = 0.0
     partial_holders: tuple[PeerId, ...] = ()
     pinned: bool = False
+    servers: tuple[PeerId, ...] = ()
 
 
 class FirstOffer(msgspec.Struct, frozen=True):
@@ -102,6 +104,32 @@ class LoadedView(msgspec.Struct, frozen=True):
     prefill_per_s: float = 0.0  # tokens a second, EWMA; 0 before the first answer
     decode_per_s: float = 0.0
     load_s: float = 0.0
+
+
+class InMemory(msgspec.Struct, frozen=True):
+    """How an engine that brings its models along has one in memory. Sizes in bytes; ``expires_at_s`` as in LoadedView."""
+
+    size: int = 0
+    size_vram: int = 0
+    context_length: int = 0
+    expires_at_s: float | None = None
+
+
+class OfferedModel(msgspec.Struct, frozen=True):
+    """A model that an engine brings along: it runs there, and no file of it is ours.
+
+    ``name`` in its shortest form; ``origin`` says in words whose it is ("the Ollama at http://127.0.0.1:11434").
+    ``loaded`` None: not in memory now.
+    """
+
+    name: str
+    digest: Sha256
+    engine: str
+    origin: str
+    size: int = 0
+    details: ModelDetails = ModelDetails()
+    modified_at_s: float = 0.0
+    loaded: InMemory | None = None
 
 
 class Listed(msgspec.Struct, frozen=True):

@@ -24,16 +24,37 @@ DEFAULT_OBSERVER_PORT: Final = 11437
 PORT_TRIES: Final = 64  # "the next free one if taken" looks this far
 
 _HOST_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):(\d{1,5})")
+_SERVER_URL: Final = re.compile(
+    r"(?i:(https?))://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]{1,253})(?::(\d{1,5}))?((?:/[A-Za-z0-9._~%+-]+)*/?)"
+)
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]  # 0: any free one
 Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
+class OpenAiServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A server that speaks OpenAI's interface. ``url``: http(s)://HOST[:PORT][/v1]. ``key``, or ``key_file`` that holds it.
+
+    ``models``: patterns like llama* of the ids that are taken, all where it is empty. ``parallel``: answers at once.
+    """
+
+    url: str
+    key: str = ""
+    key_file: str = ""
+    models: tuple[str, ...] = ()
+    parallel: Count = 16
+
+    def __repr__(self) -> str:
+        return f"OpenAiServer({self.url!r})"  # never the key
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How models run. ``threads`` 0: the physical cores but one. ``parallel``: answers at once a model.
 
     ``context_tokens`` 0: auto. ``gpu_layers`` -1: all that fit. ``load_timeout_s``: a model not loaded by then is given up.
+    ``ollama``: URL of an Ollama whose models become this peer's, "auto": the one of this machine if it runs, "": none.
+    ``openai``: servers whose models do likewise; ``openai_key``: of the only one of them, where it names none.
     """
 
     kind: Literal["llamacpp", "echo", "none"] = "llamacpp"
@@ -45,6 +66,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_timeout_s: Positive = 300.0
     max_queue: Count = 512
     echo_tokens_per_s: Positive = 1000.0
+    ollama: str = "auto"
+    openai: tuple[OpenAiServer, ...] = ()
+    openai_key: str = ""
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -183,3 +207,30 @@ def parse_host_port(text: str) -> tuple[str, int]:
     if not match or int(match[2]) > 65535:
         raise ConfigError(f"'{text[:100]}' is not an address: write HOST:PORT, like 127.0.0.1:11434 or [::1]:11434")
     return match[1].strip("[]"), int(match[2])
+
+
+def check_backends(config: EngineConfig) -> None:
+    """Raises ConfigError, which says what is accepted and never quotes a key, where a server cannot be meant."""
+    if config.ollama not in ("", "auto"):
+        parse_server_url(config.ollama, "engine.ollama")
+    urls = [parse_server_url(server.url, "engine.openai") for server in config.openai]
+    if len(set(urls)) != len(urls):
+        raise ConfigError("engine.openai: each server stands there once")
+    for server in config.openai:
+        if server.key and server.key_file:
+            raise ConfigError(f"engine.openai: give either key or key_file for {server.url}")
+        if any(not letter.isascii() or not letter.isprintable() or letter == " " for letter in server.key):
+            raise ConfigError(f"engine.openai: the key for {server.url} has a character that no key has")
+    if config.openai_key and (len(config.openai) != 1 or config.openai[0].key or config.openai[0].key_file):
+        raise ConfigError("engine.openai_key is for one server in engine.openai that has no key of its own")
+
+
+def parse_server_url(url: str, where: str) -> tuple[str, str, int, str]:
+    """A server's (scheme, host, port, path without a / at its end). ``where``: the key, for the error. Raises ConfigError."""
+    match = _SERVER_URL.fullmatch(url)
+    if match is None or not 0 < int(match[3] or 1) < 65536:
+        shown = url.rpartition("@")[2][:100]  # what is before it may be a password
+        raise ConfigError(f"{where}: '{shown}' is no URL of a server: write http://HOST:PORT, or https://HOST/v1")
+    scheme = match[1].lower()
+    port = int(match[3]) if match[3] else 443 if scheme == "https" else 80
+    return scheme, match[2].strip("[]"), port, (match[4] or "").rstrip("/")

@@ -41,6 +41,8 @@ class ModelPresence(msgspec.Struct, frozen=True):
 
     ``capabilities`` and ``details`` are what a neighbour needs to list and show the model without asking.
     ``prefill_per_s`` and ``decode_per_s`` are tokens a second, ``load_s`` seconds: measured by that peer, 0 if never.
+    ``engine``: what runs it there, '' for the peer's own engine. ``served``: that engine brings the model along, so it runs
+    there and cannot be fetched from there (`is_copy`).
     """
 
     digest: Sha256
@@ -58,6 +60,13 @@ class ModelPresence(msgspec.Struct, frozen=True):
     prefill_per_s: float = 0.0
     decode_per_s: float = 0.0
     load_s: float = 0.0
+    engine: str = ""
+    served: bool = False
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the peer holds the whole model and can give it: what pulls, leases, replicas and sweeps count."""
+        return self.state != "partial" and not self.served
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -129,7 +138,16 @@ class Vitals(msgspec.Struct, frozen=True):
 def lasting(status: PeerStatus) -> tuple[object, ...]:
     """The facts of a status that are worth its being signed and spread anew; speeds count by powers of two."""
     models = tuple(
-        (model.digest, model.names, model.state, model.device, _power(model.decode_per_s), _power(model.prefill_per_s))
+        (
+            model.digest,
+            model.names,
+            model.state,
+            model.device,
+            _power(model.decode_per_s),
+            _power(model.prefill_per_s),
+            model.engine,
+            model.served,
+        )
         for model in status.models
     )
     gpus = tuple((gpu.name, gpu.memory_total_bytes) for gpu in status.gpus)

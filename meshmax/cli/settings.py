@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, 
 
 import msgspec
 
-from meshmax.base.config import Config, parse_host_port
+from meshmax.base.config import Config, OpenAiServer, check_backends, parse_host_port
 from meshmax.base.errors import ConfigError
 from meshmax.base.status import MAX_PEER_NAME
 from meshmax.base.traversal import TurnServer, parse_turn_url
@@ -29,6 +29,7 @@ FILE_NAME: Final = "meshmax.yaml"
 MAX_FILE_BYTES: Final = 1 << 20  # a person's file; anything larger is not a configuration
 
 _SHOWN_CHARACTERS: Final = 80  # of a wrong value in an error
+_WITH_SECRETS: Final = (tuple[TurnServer, ...], tuple[OpenAiServer, ...])  # no passwords or keys in an error
 
 
 def load_config(
@@ -150,12 +151,14 @@ def _checked_struct(
 def _checked_value(value: Any, kind: Any, shown: str, lax: bool) -> Any:
     if lax and get_origin(kind) is tuple:
         value = [part.strip() for part in str(value).split(",") if part.strip()]
+        if get_args(kind)[0] is OpenAiServer:
+            value = [{"url": url} for url in value]
     if lax and get_origin(kind) is dict:
         value = dict(part.strip().partition("=")[::2] for part in str(value).split(",") if part.strip())
     try:
         return msgspec.convert(value, kind, strict=not lax)
     except msgspec.ValidationError:
-        told = "not right" if kind == tuple[TurnServer, ...] else repr(str(value)[:_SHOWN_CHARACTERS])  # no passwords
+        told = "not right" if kind in _WITH_SECRETS else repr(str(value)[:_SHOWN_CHARACTERS])
         raise ConfigError(f"{shown} is {told}: it takes {accepted(kind)}") from None
 
 
@@ -205,6 +208,7 @@ def _check_meaning(config: Config) -> None:
     for server in config.turn:
         parse_turn_url(server.url)
     parse_upstreams(config.upstreams)
+    check_backends(config.engine)
     for text in config.join:
         if not text.startswith("/"):
             raise ConfigError(

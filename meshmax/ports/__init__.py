@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from meshmax.ports.common import Progress, RunSync, Signer, Throttle
 from meshmax.ports.dht import Dht
-from meshmax.ports.engine import Engine, LoadedFacts, LoadedModel
+from meshmax.ports.engine import Backend, Engine, LoadedFacts, LoadedModel
 from meshmax.ports.lanes import (
     ExpectedLane,
     FetchLane,
@@ -51,6 +51,7 @@ __all__ = [
     "Admission",
     "Answer",
     "Arrival",
+    "Backend",
     "BlobStore",
     "ByteStream",
     "Catalog",

@@ -8,7 +8,8 @@ from typing import Protocol
 
 import msgspec
 
-from meshmax.base.catalog import ModelFile
+from meshmax.base.catalog import ModelDescription, ModelFile, OfferedModel
+from meshmax.base.ids import Sha256
 from meshmax.base.inference import Event, InferRequest
 from meshmax.base.status import Device, Gpu
 
@@ -61,4 +62,23 @@ class Engine(Protocol):
 
     def open_model(self, model: ModelFile) -> AbstractAsyncContextManager[LoadedModel]:
         """Load a model; leaving the block unloads it and ends every process it had. Raises EngineUnavailable, EngineCrashed."""
+        ...
+
+
+class Backend(Engine, Protocol):
+    """An engine that brings its own models along: a server that is already there. Its memory is its own to fill."""
+
+    async def look(self) -> tuple[OfferedModel, ...]:
+        """What it offers now. Raises EngineUnavailable: there is nothing, or nothing that may be used; the message says why."""
+        ...
+
+    async def describe(self, digest: Sha256) -> ModelDescription:
+        """What it says of one of its models. Raises ModelNotFound, EngineError."""
+        ...
+
+    async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
+        """Load one of its models and keep it so long (None: its own default, negative: for ever, 0: unload), if it can.
+
+        Raises ModelNotFound, EngineError.
+        """
         ...

@@ -182,6 +182,7 @@ def _fitted_model(model: ModelPresence, names: tuple[str, ...]) -> ModelPresence
         prefill_per_s=_rate(model.prefill_per_s),
         decode_per_s=_rate(model.decode_per_s),
         load_s=_rate(model.load_s),
+        engine=_text(model.engine),
     )
 
 
@@ -222,7 +223,7 @@ def _within_bounds(status: PeerStatus) -> bool:
     for gpu in status.gpus:
         numbers += [gpu.memory_bytes, gpu.memory_total_bytes]
     for model in status.models:
-        texts += [model.family, model.parameter_size, model.quantization_level, *model.capabilities]
+        texts += [model.family, model.parameter_size, model.quantization_level, model.engine, *model.capabilities]
         numbers += [model.size, model.context_length, model.embedding_length, model.modified_at_s]
         if (
             not HEX64.fullmatch(model.digest)

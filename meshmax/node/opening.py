@@ -44,6 +44,7 @@ from meshmax.services.bundle_source import LocalSources
 from meshmax.services.bundles import make_bundles
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
+from meshmax.services.drain import open_drain
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage, Kept
 from meshmax.services.guards import MODEL_GUARDS
@@ -130,6 +131,7 @@ class _Opening:
 
     async def _open_models(self) -> None:
         node, world, store = self.node, self.world, self.store
+        drain = node.draining.here = await self.enter(open_drain(node.draining.changed))
         node.residency = await self.enter(
             open_residency(
                 node.engine,
@@ -138,6 +140,7 @@ class _Opening:
                 world.unix_now,
                 on_change=node.changed,
                 on_use=self.kept.used,
+                drain=drain,
             )
         )
         node.catalog = CatalogService(
@@ -177,7 +180,9 @@ class _Opening:
             lambda peer, request: node.membership.require(peer, *MODEL_GUARDS[type(request)]),
         ).register(node.swarm)
         BlobServer(store.blobs, outflow=self.outflow, offers=self.offers, throttle=self.throttle).register(node.swarm)
-        InferServer(node.residency, self.throttle.precedence).register(node.swarm)
+        infer_server = InferServer(node.residency, self.throttle.precedence)
+        infer_server.register(node.swarm)
+        node.draining.serve(infer_server)
         await self.enter(open_node_serving(node))
         await self.enter(open_discovery(node))
         await self.enter(open_traversal(node))

@@ -13,7 +13,7 @@ import trio
 from meshmax import __version__
 from meshmax.base.catalog import ModelFile
 from meshmax.base.config import Config
-from meshmax.base.errors import Busy, EngineUnavailable
+from meshmax.base.errors import Busy, Draining, EngineUnavailable
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Options
 from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE, Manifest, StoredModel
@@ -21,6 +21,7 @@ from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
 from meshmax.base.traversal import PathStory
 from meshmax.node.dht import NodeDht
+from meshmax.node.draining import NodeDrain
 from meshmax.node.mapping import mapped_addresses
 from meshmax.node.serving import Serving
 from meshmax.node.traversing import Traversal
@@ -74,6 +75,7 @@ class Node:
         self.datagrams: Datagrams | None = None  # the UDP port
         self.dht = NodeDht(self)
         self.traversal = Traversal(self)
+        self.draining = NodeDrain(self)
         self.serving = Serving()
         self.store: Store
         self.engine: Engine
@@ -141,8 +143,13 @@ class Node:
         }
 
     async def accept(self, peer: PeerId, name: str, digest: Sha256) -> str:
-        """A peer asks us to pull a model: see services.pull. Raises OutOfScope, NotAMember; Busy until we are running."""
+        """A peer asks us to pull a model: see services.pull.
+
+        Raises OutOfScope, NotAMember, Draining; Busy until we are running.
+        """
         self.membership.require(peer, "admin")
+        if self.state == "draining":
+            raise Draining
         return await self.accept_pull(peer, name, digest)
 
     # --- what we say of ourselves ------------------------------------------------------------------------------------

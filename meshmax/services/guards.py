@@ -12,7 +12,7 @@ from typing import Final
 from meshmax.base.errors import OutOfScope
 from meshmax.base.membership import SCOPES, Scope
 from meshmax.wire import model
-from meshmax.wire.protocols import BLOB, INFER, LANE, MODEL
+from meshmax.wire.protocols import BLOB, DRAIN, INFER, LANE, MODEL
 
 Scopes = tuple[Scope, ...]
 
@@ -21,6 +21,7 @@ GUARDS: Final[dict[str, Scopes]] = {
     MODEL: ("infer", "pull", "admin"),  # each of its requests is guarded, too
     BLOB: ("pull",),
     LANE: ("pull",),
+    DRAIN: ("admin",),
 }
 MODEL_GUARDS: Final[dict[type[model.FromAsker], Scopes]] = {
     model.Describe: ("infer", "pull", "admin"),

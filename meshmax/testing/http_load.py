@@ -1,0 +1,223 @@
+"""Many HTTP requests at once from one thread, cheap enough not to be what is measured: who got which bytes, and when.
+
+HTTP/1.1 over loopback, connections kept alive, replies by length or in chunks. Nothing of a body is decoded while the load
+runs; `Reply.events` and `Reply.object` do it afterwards. Synchronous, since it watches from outside. Not here: what is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+_READ_BYTES: Final = 1 << 18
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_END: Final = b"\r\n0\r\n\r\n"
+
+
+class Reply:
+    """What came of one request; times are those of time.perf_counter. ``failed``: '' where it is whole."""
+
+    def __init__(self, asked_s: float) -> None:
+        self.asked_s = asked_s
+        self.reads: list[tuple[float, bytes]] = []  # as they came, the head's too
+        self.failed = ""
+
+    @property
+    def took_s(self) -> float:
+        """From the asking to the last byte."""
+        return self.reads[-1][0] - self.asked_s
+
+    @property
+    def status(self) -> int:
+        """0 where there was no reply."""
+        head = self.head.split(b" ", 2)
+        return int(head[1]) if len(head) > 1 and head[1].isdigit() else 0
+
+    @property
+    def head(self) -> bytes:
+        """Status line and headers."""
+        return b"".join(data for _, data in self.reads).partition(b"\r\n\r\n")[0]
+
+    def header(self, name: str) -> str:
+        """Of the reply; '' where it is not there."""
+        found = re.search(rb"\r\n%s: *([^\r]*)" % name.encode(), self.head, re.IGNORECASE)
+        return found[1].decode("latin-1") if found else ""
+
+    def first_s(self, sign: re.Pattern[bytes]) -> float | None:
+        """How long until ``sign`` stood in what had come; None: never."""
+        seen = b""
+        for at, data in self.reads:
+            seen = seen[-256:] + data
+            if sign.search(seen):
+                return at - self.asked_s
+        return None
+
+    def body(self) -> bytes:
+        """The whole body."""
+        return b"".join(data for _, data in self._body_reads())
+
+    def object(self) -> Any:
+        """The body as JSON. Raises json.JSONDecodeError."""
+        return json.loads(self.body())
+
+    def events(self) -> Iterator[tuple[float, Any]]:
+        """When each line of a stream was whole, and its JSON; of server-sent events what stands behind `data:`."""
+        rest = b""
+        for at, data in self._body_reads():
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                text = line.removeprefix(b"data:").strip()
+                if text and text != b"[DONE]" and not text.startswith(b":"):
+                    yield at, json.loads(text)
+
+    def _body_reads(self) -> Iterator[tuple[float, bytes]]:
+        """What each read brought of the body, without the chunks' sizes."""
+        raw, begun, chunked, left = b"", False, False, 0
+        for at, data in self.reads:
+            raw += data
+            if not begun:
+                head, found, rest = raw.partition(b"\r\n\r\n")
+                if not found:
+                    continue
+                begun, chunked, raw = True, not _LENGTH.search(head), rest
+            if not chunked:
+                yield at, raw
+                raw = b""
+                continue
+            plain = b""
+            while raw:
+                if left:
+                    piece, raw = raw[:left], raw[left:]
+                    plain, left = plain + piece, left - len(piece)
+                    continue
+                size, found, rest = raw.removeprefix(b"\r\n").partition(b"\r\n")
+                if not found or size == b"0":
+                    break
+                left, raw = int(size, 16), rest
+            if plain:
+                yield at, plain
+
+
+Take = Callable[[], bytes | None]  # the next request, whole with its head; None: there is no more
+
+
+def post(host: str, path: str, body: Any) -> bytes:
+    """A request as it goes over the wire."""
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer sk-none\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+class _Line:
+    """One connection, with at most one request under way."""
+
+    def __init__(self, address: tuple[str, int], take: Take, replies: list[Reply]) -> None:
+        self._address = address
+        self._take = take
+        self._replies = replies
+        self.sock: socket.socket | None = None
+        self._reply: Reply | None = None
+
+    def ask(self) -> bool:
+        """Send the next request; False: there is none."""
+        request = self._take()
+        if request is None:
+            return False
+        if self.sock is None:
+            self.sock = socket.create_connection(self._address, timeout=30)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._reply = Reply(time.perf_counter())
+        self._replies.append(self._reply)
+        self._tail, self._length, self._seen = b"", -1, 0
+        self.sock.sendall(request)
+        return True
+
+    def read(self) -> bool:
+        """What has come; True: the reply is at its end."""
+        assert self._reply is not None and self.sock is not None
+        try:
+            data = self.sock.recv(_READ_BYTES)
+        except OSError as error:
+            return self._fail(str(error))
+        if not data:
+            return self._fail("the connection ended in the middle of a reply")
+        self._reply.reads.append((time.perf_counter(), data))
+        self._seen += len(data)
+        if self._length < 0:
+            head, found, _ = self._reply.head, b"\r\n\r\n" in self._reply.reads[0][1], None
+            length = _LENGTH.search(head) if found else None
+            self._length = len(head) + 4 + int(length[1]) if length else 0
+        if self._length:
+            return self._seen >= self._length
+        self._tail = (self._tail + data)[-len(_END) :]
+        return self._tail == _END
+
+    def fail(self, why: str) -> None:
+        """The reply is not whole, and never will be."""
+        if self._reply is not None:
+            self._fail(why)
+
+    def _fail(self, why: str) -> bool:
+        assert self._reply is not None and self.sock is not None
+        self._reply.failed = why
+        self.sock.close()
+        self.sock = None
+        return True
+
+
+def run_load(
+    api: str,
+    take: Take,
+    connections: int,
+    deadline_s: float,
+    meanwhile: Callable[[float], None] = lambda now_s: None,
+    every_s: float = 0.5,
+) -> list[Reply]:
+    """Every reply to what ``take`` gives, ``connections`` at once; those not whole after ``deadline_s`` have failed.
+
+    ``meanwhile`` is called at least each ``every_s`` with the seconds since the start.
+    """
+    host, _, port = api.removeprefix("http://").rpartition(":")
+    replies: list[Reply] = []
+    began_s = time.perf_counter()
+    with selectors.DefaultSelector() as selector:
+        lines = [_Line((host, int(port)), take, replies) for _ in range(connections)]
+        busy = {line for line in lines if _go_on(selector, line)}
+        while busy:
+            for key, _ in selector.select(every_s):
+                line = key.data
+                sock = line.sock
+                if not line.read():
+                    continue
+                if line.sock is None:
+                    selector.unregister(sock)
+                if not _go_on(selector, line):
+                    busy.discard(line)
+            now_s = time.perf_counter() - began_s
+            meanwhile(now_s)
+            if now_s > deadline_s:
+                for line in busy:
+                    line.fail(f"not whole after {deadline_s:g} s")
+                break
+        for line in lines:
+            if line.sock is not None:
+                line.sock.close()
+    return replies
+
+
+def _go_on(selector: selectors.BaseSelector, line: _Line) -> bool:
+    fresh = line.sock is None
+    if not line.ask():
+        return False
+    if fresh:
+        assert line.sock is not None
+        selector.register(line.sock, selectors.EVENT_READ, line)
+    return True

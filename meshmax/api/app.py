@@ -18,6 +18,7 @@ from meshmax.api.access import Policy
 from meshmax.api.adopt_routes import AdoptFace
 from meshmax.api.bundle_routes import BundleFace
 from meshmax.api.doctor_routes import DoctorFace
+from meshmax.api.drain_routes import DrainFace
 from meshmax.api.fsck_routes import FsckFace
 from meshmax.api.guard import Guard
 from meshmax.api.limit_routes import LimitFace
@@ -52,8 +53,6 @@ CLOSED: Final = (
     ("/api/v1/openapi.json", _GET, "The OpenAPI document"),
     ("/api/v1/ws", _GET, "The stream of events"),
     ("/api/v1/metrics", _GET, "This summary (GET /metrics has the figures)"),
-    ("/api/v1/nodes/{id}/drain", _POST, "Draining a node"),
-    ("/api/v1/nodes/{id}/undrain", _POST, "Draining a node"),
     ("/api/v1/cluster/{rest:path}", ANY_VERB, "Managing the cluster"),
     ("/api/v1/config", ANY_VERB, "Changing the configuration"),
     ("/api/v1/auth/{rest:path}", ANY_VERB, "Managing access"),
@@ -70,6 +69,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *OpenAiFace(prompts).routes(),
         *mesh.routes(),
         *MembershipFace(node, mesh.find_id).routes(),
+        *DrainFace(node, mesh.find_id).routes(),
         *LimitFace(node).routes(),
         *UploadFace(node).routes(),
         *RegistryFace(node, prompts.open_answers).routes(),

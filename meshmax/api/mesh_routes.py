@@ -88,7 +88,7 @@ class MeshFace:
             "store": "healthy",
             "engine": "healthy" if node.config.engine.kind != "none" else "degraded",
         }
-        status = "unhealthy" if node.state == "draining" else "healthy"
+        status = "unhealthy" if node.draining.ending else "healthy"
         if status == "healthy" and (node.state != "running" or not reachable):
             status = "degraded"
         body = {

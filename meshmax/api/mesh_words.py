@@ -25,6 +25,7 @@ def node_json(view: PeerView, story: PathStory | None = None) -> dict[str, Any]:
         "id": view.peer_id,
         "name": status.name if status else "",
         "status": view.state,
+        "draining": bool(status and status.draining),
         "addresses": list(status.addresses) if status else [],
         "address": view.address,
         "path": view.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
+from meshmax.api.drain_routes import HasDraining
 from meshmax.api.membership_routes import HasMembership
 from meshmax.api.registry_routes import HasRepositories
 from meshmax.api.registry_uploads import HasUploads
@@ -131,7 +132,7 @@ class _Facts(Protocol):
         ...
 
 
-class ApiNode(_Services, _RegistryParts, HasMembership, _Facts, Protocol):
+class ApiNode(_Services, _RegistryParts, HasMembership, HasDraining, _Facts, Protocol):
     """A running node. ``token`` '' where there is none; ``started_at_s`` Unix time."""
 
     @property

@@ -154,7 +154,7 @@ class Prompts:
         ignored: list[str] | None = None,
     ) -> PromptReply:
         """The reply to ``request``. Raises ShuttingDown, CapabilityMissing."""
-        if self.node.state == "draining":
+        if self.node.draining.ending:
             raise ShuttingDown
         if ignored:
             _log.info("options without effect here were ignored", options=ignored[:20])

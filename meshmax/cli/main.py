@@ -43,6 +43,8 @@ _COMMANDS: Final = (
     ("join", "meshmax.cli.ticket:join", "Join the mesh that a ticket invites to."),
     ("peers", "meshmax.cli.mesh:peers", "List the peers of the mesh."),
     ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
+    ("drain", "meshmax.cli.drain:drain", "Take a peer out of service: its prompts end or go on elsewhere."),
+    ("undrain", "meshmax.cli.drain:undrain", "Let a drained peer take prompts again."),
     ("doctor", "meshmax.cli.doctor:doctor", "Find out why peers do not find each other, and what to do."),
     ("fsck", "meshmax.cli.fsck:fsck", "Check every chunk of every model here, and repair what is damaged."),
     ("pin", "meshmax.cli.sweep:pin", "Keep a model: no sweep takes it, and its name goes on meaning it."),

@@ -90,7 +90,7 @@ def _load(node: dict[str, Any], now_s: float) -> str:
     load = node.get("load") or {}
     busy = [f"{load[key]} {key}" for key in ("running", "queued") if load.get(key)]
     text = ", ".join(busy) or "idle"
-    return f"{text}, draining" if node["status"] == "draining" else text
+    return f"{text}, draining" if node["status"] == "draining" or node.get("draining") else text
 
 
 _REACH_WORDS: Final = {

@@ -16,6 +16,7 @@ from meshmax.base.catalog import CatalogEntry, ModelDescription, ModelFile, Reso
 from meshmax.base.config import Config, EngineConfig
 from meshmax.base.discovery import RungReport
 from meshmax.base.doctor import Diagnosis, Facts, MachineFacts, PeerFacts
+from meshmax.base.drain import DrainView
 from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders, NotAMember, NotFound
 from meshmax.base.events import BlobProgress, Transfer
 from meshmax.base.ids import PeerId, Sha256, peer_id_of
@@ -360,6 +361,34 @@ class FakeMembership:
         self.now = MeshView(OPEN_MESH, "", False, SCOPES)
 
 
+class FakeDraining:
+    """Every node stands alike. ``refuse``: the answer of other nodes than ours."""
+
+    def __init__(self) -> None:
+        self.ending = False
+        self.stand = DrainView()
+        self.refuse: MeshmaxError | None = None
+        self.said: list[tuple[str, PeerId, float]] = []
+
+    async def drain(self, peer: PeerId, deadline_s: float) -> DrainView:
+        self.stand = DrainView("draining", 2, deadline_s)
+        return await self._answer("drain", peer, deadline_s)
+
+    async def undrain(self, peer: PeerId) -> DrainView:
+        self.stand = DrainView()
+        return await self._answer("undrain", peer)
+
+    async def view(self, peer: PeerId) -> DrainView:
+        return await self._answer("view", peer)
+
+    async def _answer(self, what: str, peer: PeerId, deadline_s: float = 0.0) -> DrainView:
+        await trio.lowlevel.checkpoint()
+        self.said.append((what, peer, deadline_s))
+        if self.refuse and peer != OURS:
+            raise self.refuse
+        return self.stand
+
+
 class FakeNode:
     """An ApiNode. Its attributes may be changed by a test."""
 
@@ -377,6 +406,7 @@ class FakeNode:
         self.ladder = FakeLadder()
         self.reachability = SimpleNamespace(view=Reachability(), udp_blocked=False)
         self.doctor = FakeDoctor()
+        self.draining = FakeDraining()
         self.router = FakeRouter(residency)
         self.residency = residency
         self.presence = FakePresence()

@@ -14,14 +14,17 @@ from meshmax.base.reachability import NatBehaviour, PortMapping, Reachability
 from tests.api.fake_node import DIGEST, NOW_S, OURS, THEIRS, entry
 
 
-async def test_health_tells_the_state_and_draining_is_unhealthy(client: httpx.AsyncClient, node: Any) -> None:
+async def test_health_tells_the_state_and_a_node_that_ends_is_unhealthy(client: httpx.AsyncClient, node: Any) -> None:
     reply = await client.get("/health")
     assert reply.status_code == 200
     assert reply.json()["status"] == "healthy"
     assert set(reply.json()["services"]) == {"api", "p2p", "store", "engine"}
     node.swarm.addresses = ()
     assert (await client.get("/health")).json()["status"] == "degraded"
-    node.state = "draining"
+    node.state = "draining"  # by command: it is well, others are to be asked
+    assert (await client.get("/health")).json()["status"] == "degraded"
+    assert (await client.get("/ready")).json()["reason"] == "the node is draining"
+    node.draining.ending = True
     assert (await client.get("/health")).status_code == 503
 
 

@@ -339,8 +339,8 @@ async def test_a_programming_error_is_told_as_one_and_the_node_lives_on(client: 
     assert (await client.get("/")).status_code == 200
 
 
-async def test_a_draining_node_takes_no_prompts(client: httpx.AsyncClient, node: Any) -> None:
-    node.state = "draining"
+async def test_a_node_that_ends_takes_no_prompts(client: httpx.AsyncClient, node: Any) -> None:
+    node.draining.ending = True
     reply = await client.post("/api/generate", json={"model": "echo", "prompt": "x"})
     assert (reply.status_code, reply.json()["error"]) == (503, "This node is shutting down.")
     assert reply.headers["retry-after"] == "1"

@@ -1,0 +1,106 @@
+"""`meshmax drain` and `meshmax undrain`: take a peer out of service, and back into it.
+
+The command waits until the peer is drained and says meanwhile how many answers still run; ending it with Ctrl-C leaves the
+draining going on. Not here: what draining is (`meshmax docs drain`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
+
+from meshmax.base.drain import DEADLINE_S, MAX_DEADLINE_S
+from meshmax.base.errors import InvalidRequest
+from meshmax.base.units import parse_duration_s
+from meshmax.cli.client import PeerClient, Target, open_client
+from meshmax.cli.models import HERE, AsJson
+from meshmax.cli.output import emit, emit_json, printable
+
+ASK_INTERVAL_S: Final = 0.25
+_NEW_LINE: Final = "\r\x1b[K"  # back to the beginning of the line, which is erased
+
+Peer = Annotated[str | None, Parameter(help="Name or PeerId; else the peer that runs here.")]
+Deadline = Annotated[
+    str,
+    Parameter(help=f"How long answers that run may go on before other peers carry them on; default {DEADLINE_S:.0f}s."),
+]
+
+
+def drain(
+    peer: Peer = None, /, *, deadline: Deadline = f"{DEADLINE_S:.0f}s", as_json: AsJson = False, target: Target = HERE
+) -> None:
+    """Take a peer out of service: it takes no prompts any more, and those that it answers end or go on elsewhere.
+
+    It stays in the mesh, still gives its models to others, and prompts that come to its own API are answered by other peers.
+    A restart ends the draining. Another peer is drained with the scope admin, in a private mesh.
+    """
+    deadline_s = parse_duration_s(deadline)
+    if not 0 <= deadline_s <= MAX_DEADLINE_S:
+        raise InvalidRequest(f"the deadline must be between 0s and {MAX_DEADLINE_S / 3600:.0f}h")
+    with open_client(target) as client:
+        path, name = _node(client, peer)
+        stand = client.call("POST", f"{path}/drain", {"deadline_s": deadline_s})
+        stand = _wait(client, path, name, stand, quiet=as_json)
+    if as_json:
+        emit_json(stand)
+    elif stand["status"] == "drained":
+        moved = stand["handed_over"]
+        emit(
+            f"{name} is drained: it takes no prompts"
+            + (f", and {_count(moved)} went on elsewhere" if moved else "")
+            + f" (`meshmax undrain{f' {name}' if peer else ''}` takes it back)"
+        )
+    else:
+        emit(f"{name} was undrained meanwhile: it takes prompts again")
+
+
+def undrain(peer: Peer = None, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
+    """Let a drained peer take prompts again."""
+    with open_client(target) as client:
+        path, name = _node(client, peer)
+        stand = client.call("POST", f"{path}/undrain", {})
+    if as_json:
+        emit_json(stand)
+    else:
+        emit(f"{name} takes prompts again")
+
+
+def _node(client: PeerClient, peer: str | None) -> tuple[str, str]:
+    """(path of the node's resource, its name)."""
+    from urllib.parse import quote
+
+    if peer is None:
+        state = client.get("/api/v1/status")
+        return f"/api/v1/nodes/{state['node_id']}", printable(state.get("name") or state["node_id"])
+    node = client.get(f"/api/v1/nodes/{quote(peer, safe='')}")
+    return f"/api/v1/nodes/{node['id']}", printable(node.get("name") or node["id"])
+
+
+def _wait(client: PeerClient, path: str, name: str, stand: dict[str, Any], quiet: bool) -> dict[str, Any]:
+    """How the node stands once it is no longer draining; what is left is shown meanwhile."""
+    shown, terminal = "", sys.stdout.isatty()
+    try:
+        while stand["status"] == "draining":
+            text = f"{name} takes no prompts; {_count(stand['running'])} still running"
+            if terminal and not quiet:
+                sys.stdout.write(f"{_NEW_LINE}{text}, ended in {stand['left_s'] or 0:.0f} s at the latest")
+                sys.stdout.flush()
+            elif text != shown and not quiet:
+                emit(text)
+                sys.stdout.flush()
+            shown = text
+            time.sleep(ASK_INTERVAL_S)
+            stand = client.get(f"{path}/drain")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nthe draining of {name} goes on\n")
+        raise
+    if shown and terminal and not quiet:
+        sys.stdout.write(_NEW_LINE)
+    return stand
+
+
+def _count(answers: int) -> str:
+    return f"{answers} answer{'' if answers == 1 else 's'}"

@@ -12,19 +12,21 @@ import msgspec
 
 from meshmax.base.ids import Sha256
 from meshmax.base.status import NO_ENGINE, Load, ModelPresence, PeerView
-from meshmax.core.measurements import Figures, Setback
+from meshmax.core.breaker import CLOSED, Standing
+from meshmax.core.measurements import Figures
 
 
 class Contender(msgspec.Struct, frozen=True):
-    """A peer and its copy of the model. ``load`` is as of now: `core.outstanding`. ``prefix_tokens``: how many tokens of this
-    prompt it holds from before, as we believe: `core.prefixes`."""
+    """A peer and its copy of the model. ``load`` is as of now: `core.outstanding`. ``standing``: of its circuit
+    breakers, for this model. ``prefix_tokens``: how many tokens of this prompt it holds from before, as we believe:
+    `core.prefixes`."""
 
     view: PeerView
     model: ModelPresence
     load: Load
     figures: Figures = Figures()
     rtt_s: float | None = None
-    setback: Setback | None = None
+    standing: Standing = CLOSED
     prefix_tokens: int = 0
 
 

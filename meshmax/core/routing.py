@@ -42,7 +42,7 @@ CANDIDATES_TOLD: Final = 32  # of one decision, the first ones: more than anybod
 
 class Decision(msgspec.Struct, frozen=True, dict=True):
     """``order``: whom to ask, one after the other; empty if nobody can answer now. ``resting``: those who may be asked again
-    when their time is up, the first of them first; ``rested_s`` is when that is (by the clock of the setbacks)."""
+    when their time is up, the first of them first; ``rested_s`` is when that is (by the clock of core.breaker)."""
 
     order: tuple[PeerId, ...]
     resting: tuple[PeerId, ...] = ()
@@ -79,7 +79,7 @@ def decide(
     usable: list[Judged] = []
     out: list[tuple[Judged, Verdict, str]] = []
     for contender in contenders:
-        device = device_of(contender.model, contender.view.status)
+        device = device_of(contender.model, contender.view.status, contender.load)
         figures = estimate(contender, work, device)
         judged = Judged(contender, device, figures, total_s(figures))
         kept = kept_out(contender)
@@ -107,5 +107,4 @@ def _refused(policy: Policy, judged: Judged, choice: Choice) -> bool:
 
 
 def _until_s(judged: Judged) -> float:
-    setback = judged.contender.setback
-    return setback.until_s if setback else 0.0
+    return judged.contender.standing.until_s

@@ -169,7 +169,7 @@ class MeshRouter:
             load=load,
             figures=self.measurements.figures(peer, model.digest, model.device, now),
             rtt_s=self.measurements.rtt_s(peer),
-            setback=self.measurements.setback(peer, model.digest, now),
+            standing=self.measurements.standing(peer, model.digest, now),
         )
 
     def _order(self, ask: Ask, decision: Decision) -> list[PeerId]:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, InferRequest, Message, Options
 from meshmax.base.status import NO_ENGINE, Load, ModelPresence, PeerStatus, PeerView
+from meshmax.core.breaker import CLOSED, Standing
 from meshmax.core.estimate import IMAGE_TOKENS, OUTPUT_TOKENS, estimate, total_s
-from meshmax.core.measurements import Figures, Setback
+from meshmax.core.measurements import Figures
 from meshmax.core.routing import (
     Contender,
     Decision,
@@ -53,7 +54,7 @@ def peer(name: str, **how: Any) -> Contender:
         load_s=how.get("load_s"),
     )
     load = Load(how.get("running", 0), how.get("queued", 0), how.get("capacity", 4))
-    return Contender(view, model, load, figures, how.get("rtt_s", 0.001), how.get("setback"))
+    return Contender(view, model, load, figures, how.get("rtt_s", 0.001), how.get("standing", CLOSED))
 
 
 def seconds(contender: Contender, work: Work) -> float:
@@ -65,8 +66,9 @@ GPU_DISK: dict[str, Any] = {**GPU, "state": "disk", "load_s": 2.0}
 CPU: dict[str, Any] = {"device": "cpu", "state": "loaded", "decode": 10.0, "prefill": 80.0}
 FAST: dict[str, Any] = {**CPU, "decode": 200.0, "prefill": 2000.0}
 OURS: dict[str, Any] = {"peer_state": "self", "rtt_s": None}
-FAILED = Setback(10.0, 1, "engine_crashed")
-BUSY = Setback(5.0, 1, "busy")
+FAILED = Standing("open", 10.0, "engine_crashed", 1)
+BUSY = Standing("open", 5.0, "busy")
+HALF_OPEN = Standing("half-open", 10.0, "engine_crashed", 1)
 
 CASES: list[tuple[str, list[Contender], list[str], PeerId | None]] = [
     ("nobody has it: nobody is asked", [], [], None),
@@ -131,14 +133,14 @@ CASES: list[tuple[str, list[Contender], list[str], PeerId | None]] = [
     ("an offline peer is never asked", [peer("a", **GPU, peer_state="offline")], [], None),
     ("a peer without a status is never asked", [peer("a", **GPU, silent=True)], [], None),
     ("a peer with a part of the model is never asked", [peer("a", **{**GPU, "state": "partial"})], [], None),
-    ("a peer that failed lately is asked last", [peer("a", **GPU, setback=FAILED), peer("b", **CPU)], ["b", "a"], None),
+    ("a peer that failed lately is asked last", [peer("a", **GPU, standing=FAILED), peer("b", **CPU)], ["b", "a"], None),
     (
         "of those that failed the one whose time is up first goes first",
-        [peer("a", **GPU, setback=FAILED), peer("b", **CPU, setback=BUSY)],
+        [peer("a", **GPU, standing=FAILED), peer("b", **CPU, standing=BUSY)],
         ["b", "a"],
         None,
     ),
-    ("a draining peer that failed is never asked", [peer("a", setback=FAILED, draining=True)], [], None),
+    ("a draining peer that failed is never asked", [peer("a", standing=FAILED, draining=True)], [], None),
     (
         "what a peer says of itself seeds the estimate",
         [peer("a", state="loaded", says_decode=2.0, says_prefill=10.0), peer("b", state="loaded", says_decode=9.0)],
@@ -343,7 +345,7 @@ one = st.builds(
             "running": st.integers(0, 10),
             "queued": st.integers(0, 100),
             "capacity": st.integers(0, 16),
-            "setback": st.sampled_from([None, None, None, FAILED, BUSY]),
+            "standing": st.sampled_from([CLOSED, CLOSED, HALF_OPEN, FAILED, BUSY]),
         }
     ),
 )

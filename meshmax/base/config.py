@@ -52,7 +52,9 @@ class OpenAiServer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How models run. ``threads`` 0: the physical cores but one. ``parallel``: answers at once a model.
 
-    ``context_tokens`` 0: auto. ``gpu_layers`` -1: all that fit. ``load_timeout_s``: a model not loaded by then is given up.
+    ``max_queue``: requests that wait, in all and of one other peer. ``max_wait_s``: an interactive one is not kept waiting
+    for longer, it is refused at once. ``context_tokens`` 0: auto. ``gpu_layers`` -1: all that fit. ``load_timeout_s``: a
+    model not loaded by then is given up.
     ``ollama``: URL of an Ollama whose models become this peer's, "auto": the one of this machine if it runs, "": none.
     ``openai``: servers whose models do likewise; ``openai_key``: of the only one of them, where it names none.
     """
@@ -65,6 +67,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_alive_s: float = 300.0
     load_timeout_s: Positive = 300.0
     max_queue: Count = 512
+    max_queue_per_member: Count = 64
+    max_wait_s: Positive = 600.0
     echo_tokens_per_s: Positive = 1000.0
     ollama: str = "auto"
     openai: tuple[OpenAiServer, ...] = ()

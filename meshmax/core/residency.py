@@ -1,11 +1,11 @@
-"""Decides which models are in memory and who may use them now: queue, slots, keep-alive, eviction. Sans-IO.
+"""Decides which models are in memory and who may use them now: slots, keep-alive, eviction. Sans-IO.
 
-Rules. An ask names a model; it starts when the model is loaded and has a free slot, first come first served per model. A
-load is asked for once, however many wait for it. At most ``max_queue`` asks wait; one more is Busy. A model that nobody
-uses goes when its keep-alive (that of its latest ask; negative is for ever) is over. At most ``max_loaded`` models are in
-memory: for one more, the idle one used longest ago goes; if none is idle, the one used longest ago takes no new ask
-(they wait for its next turn), so nobody waits for ever. A crash ends a model's asks that run; those that wait load it anew.
-Time is seconds of any monotonic clock. Not here: processes, events, who sees the errors (services.residency).
+Rules. An ask names a model; it starts when the model is loaded, has a free slot, and it is next (core.fair_queue, which also
+bounds how many wait). A load is asked for once, however many wait for it. A model that nobody uses goes when its keep-alive
+(that of its latest ask; negative is for ever) is over. At most ``max_loaded`` models are in memory: for one more, the idle one
+used longest ago goes; if none is idle, the one used longest ago takes no new ask (they wait for its next turn), so nobody
+waits for ever. A crash ends a model's asks that run; those that wait load it anew. Time is seconds of any monotonic clock.
+Not here: who is next (core.fair_queue), processes, events, who sees the errors (services.residency).
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from typing import Final
 
 import msgspec
 
-from meshmax.base.errors import Busy
 from meshmax.base.ids import Sha256
-from meshmax.base.inference import Finish
+from meshmax.base.inference import Finish, Priority
 from meshmax.base.status import Speed
+from meshmax.core.fair_queue import Ask, FairQueue, Requester
 
 MAX_LOADED: Final = 3  # models in memory at once, as Ollama's default for one device
 RATE_WEIGHT: Final = 0.3  # of the newest measurement in an EWMA: a few answers make the figure, one outlier does not
 MIN_RATE_TOKENS: Final = 8  # fewer tokens measure overhead, not rate
-QUEUE_FULL: Final = "server busy, please try again.  maximum pending requests exceeded"  # Ollama's words, two blanks
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -62,13 +61,6 @@ class Phase(enum.Enum):
     UNLOADING = "unloading"
 
 
-class _Ask(msgspec.Struct):
-    id: int
-    digest: Sha256
-    keep_alive_s: float
-    slots: int
-
-
 class _Resident(msgspec.Struct):
     digest: Sha256
     phase: Phase
@@ -76,7 +68,11 @@ class _Resident(msgspec.Struct):
     keep_alive_s: float
     parallel: int = 1
     doomed: bool = False  # goes when its running asks have ended, and starts no other
-    running: dict[int, _Ask] = {}
+    running: dict[int, Ask] = {}
+
+    @property
+    def is_usable(self) -> bool:
+        return self.phase is Phase.LOADED and not self.doomed
 
     @property
     def free_slots(self) -> int:
@@ -99,25 +95,33 @@ class ResidentView(msgspec.Struct, frozen=True):
 class ResidencyCore:
     """The decisions of one node. Every event returns what is to be done now; call `tick` at `deadline`."""
 
-    def __init__(self, max_queue: int, max_loaded: int = MAX_LOADED) -> None:
-        self._max_queue = max_queue
+    def __init__(self, queue: FairQueue, max_loaded: int = MAX_LOADED) -> None:
+        self._queue = queue
         self._max_loaded = max_loaded
-        self._waiting: dict[int, _Ask] = {}
         self._residents: dict[Sha256, _Resident] = {}
         self._bereft: set[int] = set()  # asks that ran on a model which crashed and has left, and have not ended yet
 
     def on_ask(
-        self, ask: int, digest: Sha256, keep_alive_s: float, now: float, *, takes_slot: bool = True
+        self,
+        ask: int,
+        digest: Sha256,
+        keep_alive_s: float,
+        now: float,
+        *,
+        takes_slot: bool = True,
+        requester: Requester = None,
+        priority: Priority = "interactive",
     ) -> list[Action]:
         """A request came; ``ask`` is its number, never used before. Raises Busy. Without a slot it waits for the load only."""
-        if len(self._waiting) >= self._max_queue:
-            raise Busy(QUEUE_FULL)
-        self._waiting[ask] = _Ask(ask, digest, keep_alive_s, int(takes_slot))
+        asked = Ask(ask, digest, keep_alive_s, requester, priority, int(takes_slot))
+        resident = self._residents.get(digest)
+        free = resident is not None and resident.is_usable and resident.free_slots >= asked.slots
+        self._queue.join(asked, now, at_once=free and not self._queue.waiting(digest))
         return self._advance(now)
 
     def on_end(self, ask: int, now: float) -> list[Action]:
         """A request has ended, or whoever asked went away while it waited. Idempotent."""
-        self._waiting.pop(ask, None)
+        self._queue.leave(ask, now)
         self._bereft.discard(ask)
         for resident in self._residents.values():
             if resident.running.pop(ask, None):
@@ -129,14 +133,13 @@ class ResidencyCore:
         resident = self._residents[digest]
         if resident.phase is Phase.LOADING:
             resident.phase, resident.parallel, resident.used_at = Phase.LOADED, parallel, now
+            self._queue.on_loaded(digest, parallel)
         return self._advance(now)
 
     def on_load_failed(self, digest: Sha256, now: float) -> list[Action]:
         """The model could not be loaded: those who wait for it hear so."""
         self._residents.pop(digest, None)
-        failed = [ask.id for ask in self._waiting.values() if ask.digest == digest]
-        for ask in failed:
-            del self._waiting[ask]
+        failed = self._queue.drop(digest)
         return [*map(Fail, failed), *self._advance(now)]
 
     def on_crashed(self, digest: Sha256, now: float) -> list[Action]:
@@ -177,7 +180,7 @@ class ResidencyCore:
     def snapshot(self) -> tuple[ResidentView, ...]:
         """The loaded models, longest remaining first."""
         views = [
-            ResidentView(r.digest, r.expires_at, len(r.running), self._queued(r.digest))
+            ResidentView(r.digest, r.expires_at, len(r.running), self._queue.waiting(r.digest))
             for r in self._residents.values()
             if r.phase is Phase.LOADED
         ]
@@ -191,21 +194,15 @@ class ResidencyCore:
     @property
     def queued(self) -> int:
         """Asks that wait."""
-        return len(self._waiting)
-
-    def _queued(self, digest: Sha256) -> int:
-        return sum(ask.digest == digest for ask in self._waiting.values())
+        return len(self._queue)
 
     def _advance(self, now: float) -> list[Action]:
         return [*self._start(now), *self._expire(now), *self._load(now), *self._evict()]
 
     def _start(self, now: float) -> list[Action]:
         started: list[Action] = []
-        for ask in tuple(self._waiting.values()):
-            resident = self._residents.get(ask.digest)
-            usable = resident is not None and resident.phase is Phase.LOADED and not resident.doomed
-            if resident is not None and usable and resident.free_slots >= ask.slots:
-                del self._waiting[ask.id]
+        for resident in self._residents.values():
+            while resident.is_usable and (ask := self._queue.start_next(resident.digest, resident.free_slots, now)):
                 resident.running[ask.id] = ask
                 resident.used_at, resident.keep_alive_s = now, ask.keep_alive_s
                 started.append(Start(ask.id))
@@ -222,14 +219,14 @@ class ResidencyCore:
 
     def _load(self, now: float) -> list[Action]:
         loads: list[Action] = []
-        for ask in self._waiting.values():
-            if ask.digest not in self._residents and len(self._residents) < self._max_loaded:
-                self._residents[ask.digest] = _Resident(ask.digest, Phase.LOADING, now, ask.keep_alive_s)
-                loads.append(Load(ask.digest))
+        for digest, keep_alive_s in self._queue.wanted():
+            if digest not in self._residents and len(self._residents) < self._max_loaded:
+                self._residents[digest] = _Resident(digest, Phase.LOADING, now, keep_alive_s)
+                loads.append(Load(digest))
         return loads
 
     def _evict(self) -> list[Action]:
-        missing = {ask.digest for ask in self._waiting.values()} - self._residents.keys()
+        missing = {digest for digest, _ in self._queue.wanted()} - self._residents.keys()
         leaving = sum(r.phase is Phase.UNLOADING or r.doomed for r in self._residents.values())
         staying = sorted(
             (r for r in self._residents.values() if r.phase is Phase.LOADED and not r.doomed),

@@ -131,9 +131,12 @@ class Router(Protocol):
 class Residency(Protocol):
     """Models in this node's memory, and who may use them."""
 
-    def open_answer(self, ask: Ask) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    def open_answer(
+        self, ask: Ask, requester: PeerId | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """Load if needed, wait for a slot, answer. A load-only request yields one Finish ("load" or "unload").
 
+        ``requester``: the member that asks; None: ourselves.
         Raises ModelNotFound, Busy, EngineError.
         """
         ...

@@ -2,8 +2,9 @@
 
 A request lives as long as its stream: the moment the requester closes or resets it, says another word, or is lost, the
 work is cancelled and the engine stops. Three tasks a request, in one nursery: one makes events, one sends them
-(those that are ready together in one frame, a KeepAlive when there are none), one watches the requester. Requests at
-once and bytes held for them are bounded, in all and per peer; beyond that the answer is Busy.
+(those that are ready together in one frame, a KeepAlive when there are none), one watches the requester. While a request
+comes in, it is bounded here: how many of them, and the bytes that requests hold, in all and per peer. Once it is whole, the
+Residency alone says whether it may wait; in both cases the answer is Busy if not.
 
 How a model is loaded here (num_ctx, num_gpu, num_thread) is for this node's own requests, its configuration and the model
 to say: a peer's words on it are passed over, and its request is answered with what there is. Neither prompts nor answers
@@ -25,6 +26,7 @@ from meshmax.base.errors import Busy, LocalProtocolError, MeshmaxError, PeerGone
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Event
 from meshmax.base.units import MIB
+from meshmax.core.pace import keep_alive_s
 from meshmax.ports import Residency, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.telemetry.log import get_logger
@@ -32,11 +34,11 @@ from meshmax.wire.failure import Failure, failure_of
 from meshmax.wire.infer import ASK_PART, MAX_EVENTS, REPLY, Accepted, AskAssembly, KeepAlive, events_frames
 from meshmax.wire.protocols import INFER
 
-MAX_REQUESTS: Final = 512  # at once, waiting ones too; as the default queue of one model
-MAX_REQUESTS_PER_PEER: Final = 64  # a quarter of the streams a connection has
+MAX_INCOMING: Final = 512  # requests that are not whole yet; they hold a task each, and nobody's turn
+MAX_INCOMING_PER_PEER: Final = 64  # a third of the streams that a peer may have open
 MAX_HELD_BYTES: Final = 256 * MIB  # of requests in all: 15 of the largest, or thousands of usual ones
+MAX_HELD_SHARE: Final = 2  # one peer's requests hold at most half of that, so that others' come through
 PART_DEADLINE_S: Final = 15.0  # for each piece of a request: 35 kB/s at least
-KEEP_ALIVE_S: Final = 2.0  # silence after which the requester is told that we are still at it
 SEND_DEADLINE_S: Final = 30.0  # a requester that takes nothing for so long holds a slot that others wait for
 
 Precedence = Callable[[], AbstractContextManager[None]]
@@ -45,14 +47,22 @@ _log = get_logger("infer_server")
 
 
 class InferServer:
-    """Answers peers' requests. ``active`` counts requests under way per peer, ``held_bytes`` what they hold."""
+    """Answers peers' requests. Per peer: ``active`` counts those under way, ``incoming`` those of them that are not whole
+    yet, ``held`` the bytes of all.
+    """
 
     def __init__(self, residency: Residency, precedence: Precedence = nullcontext) -> None:
         """``precedence``: entered for as long as a request waits for its first event."""
         self._residency = residency
         self._precedence = precedence
-        self.held_bytes = 0
+        self.held: Counter[PeerId] = Counter()
         self.active: Counter[PeerId] = Counter()
+        self.incoming: Counter[PeerId] = Counter()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that requests hold, of all peers."""
+        return self.held.total()
 
     def register(self, swarm: Swarm) -> None:
         """Serve the protocol on ``swarm`` from now on."""
@@ -62,53 +72,64 @@ class InferServer:
         """Serve one request. Raises RemoteProtocolError and PeerGone; what else goes wrong is told to the requester."""
         frames = FrameStream(stream)
         try:
-            with self._place(stream.peer):
+            with _counted(self.active, stream.peer):
                 await self._serve(frames)
         except Busy as error:
             await _send(frames, REPLY.encode(failure_of(error)))
             await _drain(frames)
 
-    @contextmanager
-    def _place(self, peer: PeerId) -> Iterator[None]:
-        if self.active[peer] >= MAX_REQUESTS_PER_PEER:
-            raise Busy(f"this peer answers at most {MAX_REQUESTS_PER_PEER} requests of one peer at once")
-        if self.active.total() >= MAX_REQUESTS:
-            raise Busy(f"this peer answers at most {MAX_REQUESTS} requests of its neighbours at once")
-        self.active[peer] += 1
-        try:
-            yield
-        finally:
-            self.active[peer] -= 1
-            if not self.active[peer]:
-                del self.active[peer]
-
     async def _serve(self, frames: FrameStream) -> None:
         assembly = AskAssembly()
         try:
-            ask = _without_load_options(await self._receive_ask(frames, assembly))
+            with self._place(frames.peer):
+                ask = _without_load_options(await self._receive_ask(frames, assembly))
             with structlog.contextvars.bound_contextvars(request_id=ask.request_id, peer=frames.peer):
                 _log.debug("request taken", digest=ask.digest)
                 await _send(frames, REPLY.encode(Accepted()))
                 await _Exchange(self._residency, frames, ask, self._precedence).run()
         finally:
-            self.held_bytes -= assembly.held_bytes
+            _add(self.held, frames.peer, -assembly.held_bytes)
+
+    @contextmanager
+    def _place(self, peer: PeerId) -> Iterator[None]:
+        if self.incoming[peer] >= MAX_INCOMING_PER_PEER or self.incoming.total() >= MAX_INCOMING:
+            raise Busy("this peer takes in as many requests as it can at the moment")
+        with _counted(self.incoming, peer):
+            yield
 
     async def _receive_ask(self, frames: FrameStream, assembly: AskAssembly) -> Ask:
+        peer = frames.peer
         while True:
             part = None
             with trio.move_on_after(PART_DEADLINE_S):
                 part = await frames.receive(ASK_PART)
             if part is None:
                 raise RemoteProtocolError(f"the peer did not send its request within {PART_DEADLINE_S:g} s")
-            if self.held_bytes + len(part.data) > MAX_HELD_BYTES:
+            more = len(part.data)
+            if self.held_bytes + more > MAX_HELD_BYTES or self.held[peer] + more > MAX_HELD_BYTES // MAX_HELD_SHARE:
                 raise Busy("this peer holds as many large requests as it has room for")
             before = assembly.held_bytes
             try:
                 ask = assembly.on_part(part)
             finally:
-                self.held_bytes += assembly.held_bytes - before
+                _add(self.held, peer, assembly.held_bytes - before)
             if ask is not None:
                 return ask
+
+
+@contextmanager
+def _counted(counts: Counter[PeerId], peer: PeerId) -> Iterator[None]:
+    _add(counts, peer, 1)
+    try:
+        yield
+    finally:
+        _add(counts, peer, -1)
+
+
+def _add(counts: Counter[PeerId], peer: PeerId, more: int) -> None:
+    counts[peer] += more
+    if not counts[peer]:
+        del counts[peer]
 
 
 def _without_load_options(ask: Ask) -> Ask:
@@ -152,7 +173,7 @@ class _Exchange:
             try:
                 with ExitStack() as waiting:
                     waiting.enter_context(self._precedence())
-                    async with self._residency.open_answer(self._ask) as events:
+                    async with self._residency.open_answer(self._ask, self._frames.peer) as events:
                         async for event in events:
                             waiting.close()
                             await made.send(event)
@@ -168,7 +189,10 @@ class _Exchange:
         scope.cancel()  # the answer is out: nothing that the watcher could see matters any more
 
     async def _send_all(self, ready: trio.MemoryReceiveChannel[Event | Failure]) -> None:
-        while (batch := await _next_batch(ready)) is not None:
+        told_s = trio.current_time()  # the last word that was no KeepAlive
+        while (batch := await _next_batch(ready, keep_alive_s(trio.current_time() - told_s))) is not None:
+            if batch:
+                told_s = trio.current_time()
             try:
                 sendable = _encode(batch)
             except LocalProtocolError as error:  # an event that no frame can carry
@@ -178,11 +202,13 @@ class _Exchange:
                 await _send(self._frames, frame)
 
 
-async def _next_batch(ready: trio.MemoryReceiveChannel[Event | Failure]) -> list[Event | Failure] | None:
-    """What is ready, [] if nothing was for KEEP_ALIVE_S, None at the end."""
+async def _next_batch(
+    ready: trio.MemoryReceiveChannel[Event | Failure], patience_s: float
+) -> list[Event | Failure] | None:
+    """What is ready, [] if nothing was for ``patience_s``, None at the end."""
     batch: list[Event | Failure] = []
     try:
-        with trio.move_on_after(KEEP_ALIVE_S):
+        with trio.move_on_after(patience_s):
             batch.append(await ready.receive())
         while batch and len(batch) < MAX_EVENTS:
             batch.append(ready.receive_nowait())

@@ -22,9 +22,10 @@ import trio
 from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
 from meshmax.base.errors import EngineCrashed, EngineUnavailable, MeshmaxError
-from meshmax.base.ids import Sha256
+from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Event, Finish, InferRequest, Options, is_load_only, merge_options
 from meshmax.base.status import Load, Speed
+from meshmax.core.fair_queue import FairQueue
 from meshmax.core.residency import Action, Fail, ResidencyCore, Start, Unload, speed_after_answer, speed_after_load
 from meshmax.core.residency import Load as LoadModel
 from meshmax.ports import Engine, LoadedModel
@@ -76,7 +77,8 @@ class ModelResidency:
         self._on_change = on_change
         self._on_use = on_use
         self._wall = wall
-        self._core = ResidencyCore(config.max_queue)
+        queue = FairQueue(config.max_queue, config.max_queue_per_member, config.max_wait_s)
+        self._core = ResidencyCore(queue)
         self._waiters: dict[int, _Waiter] = {}
         self._held: dict[Sha256, _Held] = {}
         self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
@@ -85,24 +87,25 @@ class ModelResidency:
         self._changed = trio.Event()
 
     @asynccontextmanager
-    async def open_answer(self, ask: Ask) -> AsyncIterator[AsyncIterator[Event]]:
+    async def open_answer(self, ask: Ask, requester: PeerId | None = None) -> AsyncIterator[AsyncIterator[Event]]:
         """Load if needed, wait for a slot, answer. A load-only request yields one Finish ("load" or "unload").
 
+        ``requester``: the member that asks, None for ourselves: whose turn it is, and how many wait, is counted for each.
         Raises ModelNotFound, Busy, EngineError; Draining while this node is taken out of service.
         """
         if self._closed:
             raise EngineUnavailable("this peer is shutting down")
         if is_load_only(ask.request) and ask.keep_alive_s == 0:  # unloading is no work, and welcome at any time
-            async with self._open_answer(ask) as events:
+            async with self._open_answer(ask, requester) as events:
                 yield events
             return
         with self._drain.admit() as has_begun:
-            async with self._open_answer(ask) as events:
+            async with self._open_answer(ask, requester) as events:
                 has_begun()
                 yield events
 
     @asynccontextmanager
-    async def _open_answer(self, ask: Ask) -> AsyncIterator[AsyncIterator[Event]]:
+    async def _open_answer(self, ask: Ask, requester: PeerId | None) -> AsyncIterator[AsyncIterator[Event]]:
         begun = trio.current_time()
         keep_alive_s = self._config.keep_alive_s if ask.keep_alive_s is None else ask.keep_alive_s
         load_only = is_load_only(ask.request)
@@ -112,7 +115,7 @@ class ModelResidency:
                 yield events
             return
         self._notice_crash(ask.digest)
-        async with self._turn(ask, keep_alive_s, takes_slot=not load_only) as (model, waited_for_load):
+        async with self._turn(ask, requester, keep_alive_s) as (model, waited_for_load):
             load_s = trio.current_time() - begun if waited_for_load else 0.0
             self._on_use(ask.digest)
             if load_only:
@@ -124,7 +127,9 @@ class ModelResidency:
                     yield events
 
     @asynccontextmanager
-    async def _turn(self, ask: Ask, keep_alive_s: float, takes_slot: bool) -> AsyncIterator[tuple[LoadedModel, bool]]:
+    async def _turn(
+        self, ask: Ask, requester: PeerId | None, keep_alive_s: float
+    ) -> AsyncIterator[tuple[LoadedModel, bool]]:
         """A slot of the ask's model, and whether we waited for its load. Leaving gives it back, and notices a crash."""
         self._asks += 1
         number = self._asks
@@ -132,7 +137,7 @@ class ModelResidency:
         held = self._held.get(ask.digest)
         ready = held is not None and held.model is not None and not held.leave.is_set()
         try:
-            self._do(self._core.on_ask(number, ask.digest, keep_alive_s, trio.current_time(), takes_slot=takes_slot))
+            self._do(self._ask(number, ask, requester, keep_alive_s))
             await waiter.settled.wait()
             if waiter.error:
                 raise waiter.error
@@ -143,6 +148,17 @@ class ModelResidency:
             del self._waiters[number]
             self._notice_crash(ask.digest)
             self._do(self._core.on_end(number, trio.current_time()))
+
+    def _ask(self, number: int, ask: Ask, requester: PeerId | None, keep_alive_s: float) -> list[Action]:
+        return self._core.on_ask(
+            number,
+            ask.digest,
+            keep_alive_s,
+            trio.current_time(),
+            takes_slot=not is_load_only(ask.request),
+            requester=requester,
+            priority=ask.priority,
+        )
 
     def close(self) -> None:
         """Take no ask any more: peers' streams outlive the nursery that models run in by a moment."""

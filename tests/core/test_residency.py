@@ -11,6 +11,7 @@ from meshmax.base.errors import Busy
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Finish
 from meshmax.base.status import Speed
+from meshmax.core.fair_queue import FairQueue
 from meshmax.core.residency import (
     Action,
     Fail,
@@ -25,20 +26,24 @@ from meshmax.core.residency import (
 A, B, C = (Sha256(letter * 64) for letter in "abc")
 
 
+def core_of(max_queue: int, max_loaded: int = 3) -> ResidencyCore:
+    return ResidencyCore(FairQueue(max_queue, max_per_member=64, max_wait_s=600.0), max_loaded)
+
+
 def loaded(core: ResidencyCore, digest: Sha256, ask: int, now: float = 0.0, parallel: int = 1) -> None:
     assert core.on_ask(ask, digest, 10.0, now) == [Load(digest)]
     assert core.on_loaded(digest, parallel, now) == [Start(ask)]
 
 
 def test_a_load_is_asked_for_once_however_many_wait() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     assert core.on_ask(1, A, 10, 0.0) == [Load(A)]
     assert core.on_ask(2, A, 10, 0.0) == []
     assert core.on_loaded(A, 2, 1.0) == [Start(1), Start(2)]
 
 
 def test_asks_beyond_the_slots_wait_in_order() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     loaded(core, A, 1)
     assert core.on_ask(2, A, 10, 0.0) == []
     assert core.on_ask(3, A, 10, 0.0) == []
@@ -48,7 +53,7 @@ def test_asks_beyond_the_slots_wait_in_order() -> None:
 
 
 def test_one_more_than_the_queue_holds_is_busy_with_ollamas_words() -> None:
-    core = ResidencyCore(1)
+    core = core_of(1)
     loaded(core, A, 1)
     core.on_ask(2, A, 10, 0.0)
     with pytest.raises(Busy, match="server busy, please try again\\.  maximum pending requests exceeded"):
@@ -58,7 +63,7 @@ def test_one_more_than_the_queue_holds_is_busy_with_ollamas_words() -> None:
 
 
 def test_who_goes_away_while_waiting_is_not_started() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     loaded(core, A, 1)
     core.on_ask(2, A, 10, 0.0)
     core.on_ask(3, A, 10, 0.0)
@@ -68,7 +73,7 @@ def test_who_goes_away_while_waiting_is_not_started() -> None:
 
 
 def test_an_idle_model_goes_when_its_latest_keep_alive_is_over() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     loaded(core, A, 1)
     assert core.deadline() == math.inf
     core.on_end(1, 5.0)
@@ -79,7 +84,7 @@ def test_an_idle_model_goes_when_its_latest_keep_alive_is_over() -> None:
 
 
 def test_a_negative_keep_alive_is_for_ever_and_zero_is_at_once() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     loaded(core, A, 1)
     core.on_ask(2, A, -1, 0.0)
     core.on_end(1, 1.0)
@@ -90,7 +95,7 @@ def test_a_negative_keep_alive_is_for_ever_and_zero_is_at_once() -> None:
 
 
 def test_the_idle_model_used_longest_ago_makes_room() -> None:
-    core = ResidencyCore(10, max_loaded=2)
+    core = core_of(10, max_loaded=2)
     loaded(core, A, 1)
     loaded(core, B, 2)
     core.on_end(2, 1.0)
@@ -100,7 +105,7 @@ def test_the_idle_model_used_longest_ago_makes_room() -> None:
 
 
 def test_a_busy_model_makes_room_when_its_answers_have_ended_and_takes_no_new_ones_before() -> None:
-    core = ResidencyCore(10, max_loaded=1)
+    core = core_of(10, max_loaded=1)
     loaded(core, A, 1, parallel=4)
     assert core.on_ask(2, B, 10, 1.0) == []
     assert core.on_ask(3, A, 10, 1.0) == []
@@ -112,7 +117,7 @@ def test_a_busy_model_makes_room_when_its_answers_have_ended_and_takes_no_new_on
 
 
 def test_a_load_that_failed_fails_those_who_wait_for_it_and_nobody_else() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     core.on_ask(1, A, 10, 0.0)
     core.on_ask(2, B, 10, 0.0)
     core.on_ask(3, A, 10, 0.0)
@@ -122,7 +127,7 @@ def test_a_load_that_failed_fails_those_who_wait_for_it_and_nobody_else() -> Non
 
 
 def test_after_a_crash_those_who_wait_load_it_anew() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     loaded(core, A, 1)
     core.on_ask(2, A, 10, 0.0)
     assert core.on_crashed(A, 1.0) == [Unload(A)]
@@ -132,7 +137,7 @@ def test_after_a_crash_those_who_wait_load_it_anew() -> None:
 
 
 def test_unloading_waits_for_running_answers_and_gives_a_load_up_at_once() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     loaded(core, A, 1)
     assert core.on_unload(A, 1.0) == []
     assert core.on_end(1, 2.0) == [Unload(A)]
@@ -144,7 +149,7 @@ def test_unloading_waits_for_running_answers_and_gives_a_load_up_at_once() -> No
 
 
 def test_a_load_only_ask_needs_no_slot() -> None:
-    core = ResidencyCore(10)
+    core = core_of(10)
     loaded(core, A, 1)
     assert core.on_ask(2, A, 10, 0.0, takes_slot=False) == [Start(2)]
 
@@ -153,7 +158,7 @@ class World:
     """Does what the core asks for, and checks that it asks for nothing impossible."""
 
     def __init__(self) -> None:
-        self.core = ResidencyCore(4, max_loaded=2)
+        self.core = core_of(4, max_loaded=2)
         self.waiting: set[int] = set()
         self.running: set[int] = set()
         self.asked: dict[int, Sha256] = {}

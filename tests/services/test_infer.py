@@ -15,7 +15,7 @@ from meshmax.ports import Stream
 from meshmax.services import infer_server
 from meshmax.services.frames import FrameStream
 from meshmax.services.infer_client import SILENCE_S, open_remote_answer
-from meshmax.services.infer_server import MAX_REQUESTS_PER_PEER, PART_DEADLINE_S
+from meshmax.services.infer_server import MAX_INCOMING_PER_PEER, PART_DEADLINE_S
 from meshmax.wire.failure import Failure
 from meshmax.wire.infer import ASK_PART, PART_BYTES, REPLY, Accepted, AskPart, Events, KeepAlive, Reply, ask_parts
 from meshmax.wire.protocols import INFER
@@ -146,27 +146,59 @@ async def test_a_model_that_is_not_there_is_said_so(autojump_clock: Clock) -> No
 
 
 async def test_a_peer_that_asks_too_much_at_once_is_told_busy(autojump_clock: Clock) -> None:
-    async with open_site(2, echo_tokens_per_s=1) as site:
+    async with open_site(3, echo_tokens_per_s=1, parallel=1, max_queue_per_member=2) as site:
+        await remote(site, GenerateRequest("word", raw=True))
         async with trio.open_nursery() as nursery:
-            for _ in range(MAX_REQUESTS_PER_PEER):
+            for _ in range(3):
                 nursery.start_soon(remote, site)
             await trio.sleep(2)
             with pytest.raises(Busy):
                 await remote(site)
+            async with open_remote_answer(site[2].swarm, site[1].peer_id, ask("one")):
+                await trio.sleep(2)
+                assert site[1].residency.load().queued == 3
             nursery.cancel_scope.cancel()
         assert await produced_stays(site)
+        assert isinstance((await remote(site))[-1], Finish)
+
+
+async def test_a_busy_peer_says_when_to_come_again(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=10, parallel=1, max_queue=4) as site:
+        await remote(site)  # 10 s
+        assert site[1].residency.load().running == 0
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(remote, site)
+            await trio.sleep(1)
+            with pytest.raises(Busy) as refused:
+                await remote(site)
+            nursery.cancel_scope.cancel()
+        assert refused.value.retry_after_s == pytest.approx(25, rel=0.1)  # half of five answers
+
+
+async def test_requests_that_do_not_end_leave_room_for_those_of_others(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=1e9) as site:
+        open_streams = [await raw(site) for _ in range(MAX_INCOMING_PER_PEER)]
+        await trio.sleep(0.1)
+        with pytest.raises(Busy):
+            await remote(site)
+        async with open_remote_answer(site[2].swarm, site[1].peer_id, ask("one")) as events:
+            assert await text_of(events) == "one"
+        for frames in open_streams:
+            await frames.stream.reset()
+        await trio.sleep(0.1)
         assert isinstance((await remote(site))[-1], Finish)
 
 
 async def test_requests_that_need_too_much_room_are_told_busy(
     autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(infer_server, "MAX_HELD_BYTES", 3 * PART_BYTES)
+    monkeypatch.setattr(infer_server, "MAX_HELD_BYTES", 6 * PART_BYTES)
     async with open_site(2, echo_tokens_per_s=1e9) as site:
         with pytest.raises(Busy):
             await remote(site, GenerateRequest("x" * (4 * PART_BYTES), raw=True))
         assert isinstance((await remote(site))[-1], Finish)
-        assert site[1].server.held_bytes == 0
+        assert not site[1].server.held
 
 
 # --- what strangers send -----------------------------------------------------------------------------------------------
@@ -188,7 +220,7 @@ async def refused(site: Site, frames: FrameStream) -> None:
             pass
         raise PeerGone("ended")
     assert not site[1].server.active
-    assert site[1].server.held_bytes == 0
+    assert not site[1].server.held
     assert isinstance((await remote(site))[-1], Finish)
 
 

@@ -45,7 +45,7 @@ from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
 from meshmax.base.units import format_bytes
 from meshmax.core.catalog import last_holder
-from meshmax.core.residency import QUEUE_FULL
+from meshmax.core.fair_queue import QUEUE_FULL
 from meshmax.ports import Answer
 from meshmax.telemetry.log import get_logger
 

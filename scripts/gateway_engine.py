@@ -1,6 +1,6 @@
 """The engine of scripts/bench_gateway: it speaks as much of OpenAI's interface as gateways ask, and costs next to nothing.
 
-It computes nothing: the answer is `max_tokens` times the same word, so what is measured beside it is the gateway. The model's
+It computes nothing: the answer is `max_tokens` words, ten in turn, so what is measured beside it is the gateway. The model's
 name chooses the rate: `burst` answers at once, all of it in one write; `paced` says its first token after FIRST_S and one more
 each TOKEN_S, each in a write of its own, as engines do.
 
@@ -18,7 +18,7 @@ import time
 MODELS = ("burst", "paced")
 FIRST_S = 0.020
 TOKEN_S = 0.020
-WORD = "word "
+WORDS = ("zero ", "one ", "two ", "three ", "four ", "five ", "six ", "seven ", "eight ", "nine ")
 DEFAULT_TOKENS = 16
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -47,12 +47,17 @@ def event(model, delta, reason=None, usage=None):
     return chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
 
 
+def text_of(tokens):
+    """What the engine says, and what a client asks that it wants said."""
+    return "".join(WORDS[number % 10] for number in range(tokens))
+
+
 def usage(tokens):
     return {"prompt_tokens": 8, "completion_tokens": tokens, "total_tokens": 8 + tokens}
 
 
 def whole(model, tokens):
-    message = {"role": "assistant", "content": WORD * tokens}
+    message = {"role": "assistant", "content": text_of(tokens)}
     value = {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -103,7 +108,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(whole(model, tokens))
             return
         first = event(model, {"role": "assistant", "content": ""})
-        word = event(model, {"content": WORD})
+        words = [event(model, {"content": word}) for word in WORDS]
         last = event(model, {}, "stop")
         if (asked.get("stream_options") or {}).get("include_usage"):
             last += event(model, {}, usage=usage(tokens))
@@ -111,15 +116,18 @@ class Connection(asyncio.Protocol):
         if model == "paced":
             self.transport.write(STREAM_HEAD + first)
             now = asyncio.get_running_loop().time()
-            self.timer = asyncio.get_running_loop().call_at(now + FIRST_S, self.next, word, last, tokens, now + FIRST_S)
+            self.timer = asyncio.get_running_loop().call_at(
+                now + FIRST_S, self.next, words, last, tokens, now + FIRST_S
+            )
         else:
-            self.transport.write(STREAM_HEAD + first + word * tokens + last)
+            self.transport.write(STREAM_HEAD + first + b"".join(words[number % 10] for number in range(tokens)) + last)
 
-    def next(self, word, last, left, due):
+    def next(self, words, last, left, due):
+        word, *others = words
         self.transport.write(word if left > 1 else word + last)
         if left > 1:
             due += TOKEN_S
-            self.timer = asyncio.get_running_loop().call_at(due, self.next, word, last, left - 1, due)
+            self.timer = asyncio.get_running_loop().call_at(due, self.next, [*others, word], last, left - 1, due)
 
 
 async def serve(port):

@@ -1,14 +1,15 @@
 """Whether a peer may be asked: a circuit breaker per peer, and per peer and model. Sans-IO.
 
 A circuit is *closed* until failures open it: one of the connection, of the protocol or of a load at once, since the next ask
-would meet it too; what an engine does in the middle of an answer only after ENGINE_FAILURES within WINDOW_S, a success
-taking one of them back. *Open*, the peer is not asked, for a time that doubles with each further failure, with jitter. After
-that it is *half-open*: exactly one ask goes there as a probe; its success closes the circuit, its failure opens it for
-longer, and an ask that is given up before it told anything leaves it as it was. Failures of asks that were under way when
-the circuit opened do not count again: fifty streams that break together are one failure.
+would meet it too; what an engine does in the middle of an answer only after ENGINE_FAILURES within WINDOW_S, a whole answer
+making one of them good. *Open*, the peer is not asked, for a time that doubles with each further failure, with jitter. After
+that it is *half-open*: exactly one ask goes there as a probe; its first event closes the circuit, its failure opens it for
+longer, and a probe that is given up before it told anything leaves it as it was. Until an answer came whole, one failure of
+any kind opens it again, for longer. Failures of asks that were under way when the circuit opened do not count again: fifty
+streams that break together are one failure.
 
-Busy is no failure: the peer answered. It is left alone for as long as it asked, at most MAX_BUSY_S, and then asked like any
-other; batch requests that are turned away keep no interactive one from it. (M. Nygard, "Release It!", "Circuit Breaker".)
+Busy is no failure: the peer answered. It is left alone for as long as it asked, at most MAX_BUSY_S and with jitter, so that
+those who were turned away together do not come back together, and then asked like any other; batch requests that are turned away keep no interactive one from it. (M. Nygard, "Release It!", "Circuit Breaker".)
 Not here: which peer is asked (core.routing), who asks (services.router).
 """
 
@@ -27,9 +28,11 @@ from meshmax.core.backoff import Random, backoff_s
 FIRST_BACKOFF_S: Final = 1.0  # one lost stream is often a hiccup: soon again
 MAX_BACKOFF_S: Final = 60.0  # a peer that was repaired is tried within a minute
 ENGINE_FAILURES: Final = 3  # one crash may be the prompt's fault, three are the engine's
+ON_TRIAL_S: Final = 120.0  # after it closed without a whole answer (clients leave, too): forgiven then
 WINDOW_S: Final = 60.0  # an engine that fails less often than that is better than none
 PROBE_S: Final = 30.0  # a probe that told nothing for so long: another one may go
 MAX_BUSY_S: Final = 60.0  # a peer that asks for more is asked again all the same, it may have been restarted
+BUSY_SPREAD: Final = 0.25  # of that time, on top of it
 MAX_CIRCUITS: Final = 4096  # of about 300 bytes; only those that are not closed and quiet are kept
 
 # Codes of errors (base.errors) that are counted, and of those that say "not now". All others open at once.
@@ -66,12 +69,13 @@ NO_JITTER: Final = _NoJitter()  # for tests, and where one node alone asks
 
 
 class _Circuit:
-    __slots__ = ("busy", "busy_code", "code", "counted", "probe_s", "trips", "until_s")
+    __slots__ = ("busy", "busy_code", "code", "counted", "is_open", "probe_s", "trips", "until_s")
 
     def __init__(self) -> None:
         self.counted: list[float] = []  # when failures came that did not open it yet; at most ENGINE_FAILURES
-        self.trips = 0  # openings in a row; 0: closed
-        self.until_s = -math.inf  # not half-open before
+        self.is_open = False  # or half-open
+        self.trips = 0  # openings since the last whole answer
+        self.until_s = -math.inf  # when it opened last: not half-open before
         self.code = ""
         self.probe_s: float | None = None  # when the probe was sent that is under way
         self.busy: dict[Priority, float] = {}  # until when each kind of request is turned away
@@ -81,15 +85,18 @@ class _Circuit:
         return self.probe_s is not None and now < self.probe_s + PROBE_S
 
     def standing(self, now: float, priority: Priority) -> Standing:
-        if self.trips and now < self.until_s:
+        if self.is_open and now < self.until_s:
             return Standing("open", self.until_s, self.code, self.trips)
         if (busy_s := self.busy.get(priority, -math.inf)) > now:
             return Standing("open", busy_s, self.busy_code)
-        if not self.trips:
+        if not self.is_open:
             return CLOSED
         if self.probe_s is not None and self.probing(now):
             return Standing("open", self.probe_s + PROBE_S, self.code, self.trips, probing=True)
         return Standing("half-open", self.until_s, self.code, self.trips)
+
+    def close(self) -> None:
+        self.is_open, self.probe_s = False, None
 
     def is_quiet(self, now: float) -> bool:
         return not self.trips and not self.counted and all(until <= now for until in self.busy.values())
@@ -116,12 +123,15 @@ class Breakers:
     def on_failure(self, peer: PeerId, digest: Sha256 | None, code: str, now: float, at_least_s: float = 0.0) -> None:
         """The peer failed: with this model, or (``digest`` None) altogether. ``at_least_s``: keep out for so long at least."""
         circuit = self._circuit(peer, digest)
-        if circuit.trips and now < circuit.until_s:
+        if circuit.is_open and now < circuit.until_s:
             return  # it was sent before the circuit opened
+        if not circuit.is_open and now - circuit.until_s > ON_TRIAL_S:
+            circuit.trips = 0
         if not circuit.trips and code in COUNTED:
             circuit.counted = [at for at in circuit.counted if now - at < WINDOW_S] + [now]
             if len(circuit.counted) < ENGINE_FAILURES:
                 return
+        circuit.is_open = True
         circuit.trips += 1
         pause_s = backoff_s(circuit.trips, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
         circuit.until_s = now + min(max(pause_s, at_least_s), MAX_BACKOFF_S)
@@ -138,28 +148,34 @@ class Breakers:
     ) -> None:
         """The peer takes nothing of ``priority`` now; where that is interactive, nothing of batch either."""
         if digest is not None and (whole := self._circuits.get((peer, None))):
-            whole.trips, whole.probe_s = 0, None  # it answered, so it can be reached
+            whole.close()  # it answered, so it can be reached
+            whole.trips = 0
             self._drop_quiet(peer, None, now)
         circuit = self._circuit(peer, digest)
         circuit.probe_s = None
         circuit.busy_code = code
-        until_s = now + min(max(retry_after_s, 0.0), MAX_BUSY_S)
+        spread = 1.0 + BUSY_SPREAD * (1.0 - self._random.random())
+        until_s = now + min(max(retry_after_s, 0.0), MAX_BUSY_S) * spread
         for kind in ("interactive", "batch") if priority == "interactive" else ("batch",):
             circuit.busy[kind] = until_s
         self._drop_quiet(peer, digest, now)
 
-    def on_success(self, peer: PeerId, digest: Sha256, now: float) -> None:
-        """The peer speaks: what opened its circuits is over. What it asked for as busy still holds."""
+    def on_success(self, peer: PeerId, digest: Sha256) -> None:
+        """The peer speaks, its answer begins: its circuits close. What it asked for as busy still holds."""
+        for circuit in self._of(peer, digest):
+            circuit.close()
+
+    def on_answered(self, peer: PeerId, digest: Sha256, now: float) -> None:
+        """An answer came whole: what opened the circuits is over, and one failure that was counted is made good."""
         for model in (digest, None):
             if circuit := self._circuits.get((peer, model)):
-                if not circuit.trips:
-                    circuit.counted = circuit.counted[1:]
-                circuit.trips, circuit.probe_s = 0, None
+                circuit.close()
+                circuit.trips, circuit.counted = 0, circuit.counted[1:]
                 self._drop_quiet(peer, model, now)
 
     def on_probe_sent(self, peer: PeerId, digest: Sha256, now: float) -> bool:
         """An ask goes to ``peer``; call it for each. True: it is the probe of a half-open circuit, no other may go."""
-        half_open = [c for c in self._of(peer, digest) if c.trips and now >= c.until_s and not c.probing(now)]
+        half_open = [c for c in self._of(peer, digest) if c.is_open and now >= c.until_s and not c.probing(now)]
         for circuit in half_open:
             circuit.probe_s = now
         return bool(half_open)

@@ -80,7 +80,6 @@ class Measurements:
         self, peer: PeerId, digest: Sha256, device: Device, *, waited_s: float, prompt_tokens: int, now: float
     ) -> None:
         """The first event came ``waited_s`` after sending, the model being loaded and nobody ahead of us."""
-        self.on_success(peer, digest, now)
         without_rtt_s = max(waited_s - (self.rtt_s(peer) or 0.0), 1e-4)
         speed = self._speed(peer, digest, device)
         if prompt_tokens >= MIN_PREFILL_TOKENS:
@@ -91,8 +90,10 @@ class Measurements:
     def on_finish(
         self, peer: PeerId, digest: Sha256, device: Device, *, tokens: int, span_s: float, load_s: float, now: float
     ) -> None:
-        """``tokens`` came in the ``span_s`` after the first event. ``load_s``: how long the peer loaded the model first."""
-        self.on_success(peer, digest, now)
+        """The answer is whole: ``tokens`` came in the ``span_s`` after the first event. ``load_s``: how long the peer loaded
+        the model first.
+        """
+        self.breakers.on_answered(peer, digest, now)
         speed = self._speed(peer, digest, device)
         if tokens >= MIN_DECODE_TOKENS:
             speed.decode.add(min(tokens / max(span_s, 1e-6), MAX_RATE_PER_S), now)
@@ -108,9 +109,9 @@ class Measurements:
         mean = self._answers.get(digest)
         return mean.value if mean else None
 
-    def on_success(self, peer: PeerId, digest: Sha256, now: float) -> None:
-        """The peer speaks: its circuits close. Call it at the first event, too."""
-        self.breakers.on_success(peer, digest, now)
+    def on_success(self, peer: PeerId, digest: Sha256, _now: float = 0.0) -> None:
+        """The peer speaks, its answer begins: its circuits close."""
+        self.breakers.on_success(peer, digest)
 
     def on_failure(
         self,

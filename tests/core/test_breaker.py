@@ -10,11 +10,13 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Priority
 from meshmax.core import breaker
 from meshmax.core.breaker import (
+    BUSY_SPREAD,
     CLOSED,
     ENGINE_FAILURES,
     FIRST_BACKOFF_S,
     MAX_BACKOFF_S,
     MAX_BUSY_S,
+    ON_TRIAL_S,
     PROBE_S,
     WINDOW_S,
     Breakers,
@@ -56,17 +58,36 @@ def test_failures_in_the_middle_of_answers_open_by_their_number_in_a_window() ->
     assert breakers.standing(A, MODEL, WINDOW_S + 0.6).failures == 1
 
 
-def test_a_success_takes_one_counted_failure_back() -> None:
+def test_a_whole_answer_makes_one_counted_failure_good_and_its_beginning_none() -> None:
     breakers = Breakers()
     for _ in range(10):
-        breakers.on_failure(A, MODEL, "engine", 0.0)
-        breakers.on_failure(A, MODEL, "engine", 0.0)
-        breakers.on_success(A, MODEL, 0.0)
-        breakers.on_success(A, MODEL, 0.0)
+        for _ in range(2):
+            breakers.on_failure(A, MODEL, "engine", 0.0)
+            breakers.on_answered(A, MODEL, 0.0)
     assert breakers.standing(A, MODEL, 0.0) == CLOSED
     for _ in range(ENGINE_FAILURES):
+        breakers.on_success(A, MODEL)
         breakers.on_failure(A, MODEL, "engine", 0.0)
     assert breakers.standing(A, MODEL, 0.0).state == "open"
+
+
+def test_an_engine_that_breaks_every_answer_is_left_alone_for_longer_each_time() -> None:
+    breakers = Breakers()
+    for _ in range(ENGINE_FAILURES):
+        breakers.on_failure(A, MODEL, "engine_crashed", 0.0)
+    assert breakers.on_probe_sent(A, MODEL, 1.0)
+    breakers.on_success(A, MODEL)
+    assert breakers.standing(A, MODEL, 1.0) == CLOSED
+    breakers.on_failure(A, MODEL, "engine_crashed", 2.0)
+    assert breakers.standing(A, MODEL, 2.0) == Standing("open", 4.0, "engine_crashed", 2)
+
+
+def test_who_was_not_proven_by_a_whole_answer_is_forgiven_after_a_while() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
+    breakers.on_success(A, MODEL)
+    breakers.on_failure(A, MODEL, "engine", 1.0 + ON_TRIAL_S + 0.1)
+    assert breakers.standing(A, MODEL, 1.0 + ON_TRIAL_S + 0.1) == CLOSED
 
 
 def test_streams_that_break_together_are_one_failure() -> None:
@@ -105,7 +126,7 @@ def test_half_open_exactly_one_probe_may_go() -> None:
     assert breakers.on_probe_sent(A, MODEL, 1.0)
     assert not breakers.on_probe_sent(A, OTHER, 1.0)
     assert breakers.standing(A, MODEL, 1.0) == Standing("open", 1.0 + PROBE_S, "connect", 1, probing=True)
-    breakers.on_success(A, MODEL, 1.5)
+    breakers.on_success(A, MODEL)
     assert breakers.standing(A, MODEL, 1.5) == CLOSED
     assert not breakers.on_probe_sent(A, MODEL, 1.5)
 
@@ -129,7 +150,7 @@ def test_a_busy_peer_is_left_alone_for_as_long_as_it_asks_and_has_not_failed() -
     assert breakers.standing(A, MODEL, 5.0) == CLOSED
     breakers.on_busy(A, MODEL, 1e9, 10.0)
     assert breakers.standing(A, MODEL, 10.0).until_s == 10.0 + MAX_BUSY_S
-    breakers.on_success(A, MODEL, 11.0)  # an answer that was under way: it is busy all the same
+    breakers.on_answered(A, MODEL, 11.0)  # an answer that was under way: it is busy all the same
     assert breakers.standing(A, MODEL, 11.0).code == "busy"
 
 
@@ -160,7 +181,7 @@ def test_the_table_is_bounded_and_keeps_nothing_of_who_is_well(monkeypatch: pyte
     assert breakers.standing(PeerId("p6"), MODEL, 0.0) == CLOSED
     assert breakers.standing(PeerId("p7"), MODEL, 0.0).state == "open"
     for number in range(10):
-        breakers.on_success(PeerId(f"p{number}"), MODEL, 0.0)
+        breakers.on_answered(PeerId(f"p{number}"), MODEL, 0.0)
     assert len(breakers) == 0
 
 
@@ -182,9 +203,12 @@ class BreakerMachine(RuleBasedStateMachine):
         self.breakers.on_failure(A, None if whole else MODEL, code, self.now)
         self.probe_s = None
 
-    @rule()
-    def succeed(self) -> None:
-        self.breakers.on_success(A, MODEL, self.now)
+    @rule(whole=st.booleans())
+    def succeed(self, whole: bool) -> None:
+        if whole:
+            self.breakers.on_answered(A, MODEL, self.now)
+        else:
+            self.breakers.on_success(A, MODEL)
         self.probe_s = None
         assert self.breakers.standing(A, MODEL, self.now).failures == 0
 
@@ -216,7 +240,7 @@ class BreakerMachine(RuleBasedStateMachine):
         for priority in PRIORITIES:
             standing = self.breakers.standing(A, MODEL, self.now, priority)
             assert (standing.state == "open") == (standing.until_s > self.now)
-            assert standing.until_s <= self.now + max(MAX_BACKOFF_S, MAX_BUSY_S)
+            assert standing.until_s <= self.now + max(MAX_BACKOFF_S, MAX_BUSY_S * (1 + BUSY_SPREAD))
 
     @invariant()
     def the_table_is_small(self) -> None:

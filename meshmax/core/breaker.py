@@ -9,7 +9,8 @@ any kind opens it again, for longer. Failures of asks that were under way when t
 streams that break together are one failure.
 
 Busy is no failure: the peer answered. It is left alone for as long as it asked, at most MAX_BUSY_S and with jitter, so that
-those who were turned away together do not come back together, and then asked like any other; batch requests that are turned away keep no interactive one from it. (M. Nygard, "Release It!", "Circuit Breaker".)
+those who were turned away together do not come back together, and then asked like any other; batch requests that are turned
+away keep no interactive one from it. (M. Nygard, "Release It!", "Circuit Breaker".)
 Not here: which peer is asked (core.routing), who asks (services.router).
 """
 

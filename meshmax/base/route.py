@@ -12,7 +12,7 @@ from meshmax.base.status import Device
 Policy = Literal["latency", "least-loaded", "round-robin", "weighted", "affinity", "local-only"]
 POLICIES: Final[tuple[Policy, ...]] = ("latency", "least-loaded", "round-robin", "weighted", "affinity", "local-only")
 Verdict = Literal["chosen", "slower", "busy", "failed", "draining", "broken", "full", "excluded"]
-AttemptKind = Literal["first", "retry", "hedge", "continuation"]
+AttemptKind = Literal["first", "retry", "hedge", "continuation", "fetch"]
 RequestState = Literal["running", "done", "failed", "cancelled"]
 
 
@@ -54,6 +54,7 @@ class Candidate(msgspec.Struct, frozen=True):
 class Attempt(msgspec.Struct, frozen=True):
     """One try of a request at a peer. ``error``: code of what ended it, '' where it answered or still does.
 
+    ``kind`` "fetch": the peer pulled the model first.
     ``at_s``: when it was sent, after the request came; ``first_token_s`` and ``ended_s`` after that, None if it did not.
     ``tokens``: how many of the client's tokens came from it. ``message``: the error's sentence, without the prompt.
     """

@@ -17,13 +17,11 @@ from cyclopts import Parameter
 from meshmax import __version__
 from meshmax.base.config import Config
 from meshmax.cli.output import emit
-from meshmax.cli.peer import run_until_signal, start
+from meshmax.cli.peer import Cancellable, run_until_signal, start
 from meshmax.cli.settings import load_config
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import trio
 
     from meshmax.node.bootstrap import BootstrapNode
 
@@ -72,7 +70,7 @@ def _allow_files(most: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def _run(config: Config, stage: list[trio.CancelScope]) -> None:
+async def _run(config: Config, stage: list[Cancellable]) -> None:
     import trio
 
     from meshmax.api.plain_server import serve_pages

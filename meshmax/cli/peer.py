@@ -1,8 +1,8 @@
 """`meshmax peer`: run a node and its API until a signal, and say where it is.
 
-Starting and ending in order: node, then API, then the banner; a signal (INT, TERM, HUP) ends the API first, then the node,
-both within END_TIMEOUT_S; a second signal ends the process at once. Not here: the node itself (node), its settings
-(settings).
+Starting and ending in order: node, then API, then the banner. A signal (INT, TERM, HUP) drains the node first: it takes no
+prompts, and those under way have DRAIN_S to end; what it answers other peers after that they carry on elsewhere. Then the API
+ends, then the node. A second signal ends the process at once. Not here: the node itself (node), its settings (settings).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, Protocol
 
 from cyclopts import Parameter
 
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
     import trio
 
+    from meshmax.node.draining import NodeDrain
+
 PROBE_TIMEOUT_S: Final = 0.5  # a daemon on this machine answers in milliseconds
+DRAIN_S: Final = 5.0  # for answers under way; who stops a service waits ten seconds (containers) or more, then kills it
 EXIT_IMPATIENT: Final = 130  # a second signal: ended without cleaning up
 ENDINGS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -103,7 +106,7 @@ async def run_peer(config: Config) -> None:
     await run_until_signal(partial(_run, config))
 
 
-async def _run(config: Config, stage: list[trio.CancelScope]) -> None:
+async def _run(config: Config, stage: list[Cancellable]) -> None:
     import trio
 
     from meshmax.api.server import serve_api
@@ -111,26 +114,73 @@ async def _run(config: Config, stage: list[trio.CancelScope]) -> None:
 
     async with open_node(config) as node, trio.open_nursery() as nursery:
         url = await nursery.start(partial(serve_api, node))
-        stage.append(nursery.cancel_scope)
+        ending = _Ending(node.draining, nursery.cancel_scope)
+        nursery.start_soon(ending.run)
+        stage.append(ending)
         node.home.write_run(str(url), node.peer_id, node.started_at_s)
         emit(banner(node_facts(node), str(url), await who_holds_default_port(config, str(url))))
         sys.stdout.flush()
 
 
-async def run_until_signal(run: Callable[[list[trio.CancelScope]], Awaitable[None]]) -> None:
-    """Run ``run(stage)`` until a signal cancels the last scope of ``stage``, which it extends as it gets on."""
+class Cancellable(Protocol):
+    """What a signal ends, such as a trio.CancelScope."""
+
+    @property
+    def cancel_called(self) -> bool:
+        """Whether it is ending."""
+        ...
+
+    def cancel(self) -> None:
+        """End it."""
+        ...
+
+
+class _Ending:
+    """Ends a peer that serves: its prompts first, then its API. A Cancellable."""
+
+    def __init__(self, draining: NodeDrain, api: trio.CancelScope) -> None:
+        import trio
+
+        self._draining, self._api = draining, api
+        self._told = trio.Event()
+
+    @property
+    def cancel_called(self) -> bool:
+        return self._told.is_set()
+
+    def cancel(self) -> None:
+        self._told.set()
+
+    async def run(self) -> None:
+        """Wait to be told to end, for what is under way, then end the API."""
+        await self._told.wait()
+        self._draining.begin_end(DRAIN_S)
+        await self._draining.wait_end(_say_what_is_left)
+        self._api.cancel()
+
+
+def _say_what_is_left(own: int, peers: int) -> None:
+    """``own``: prompts of this peer's API, ``peers``: others whose prompts it answers."""
+    whose = [f"{own} of clients here"] * bool(own) + [f"those of {peers} other peer{'s' * (peers > 1)}"] * bool(peers)
+    emit(f"ending: waits for answers, {' and '.join(whose)}, {DRAIN_S:.0f} s at most; a second signal ends it at once")
+    sys.stdout.flush()
+
+
+async def run_until_signal(run: Callable[[list[Cancellable]], Awaitable[None]]) -> None:
+    """Run ``run(stage)`` until a signal cancels the last one of ``stage``, which it extends as it gets on."""
     import trio
 
-    stage = [trio.CancelScope()]  # what the next signal ends: the API once it is up, before that everything
+    whole = trio.CancelScope()
+    stage: list[Cancellable] = [whole]  # what the next signal ends: the API once it is up, before that everything
     with trio.open_signal_receiver(*ENDINGS) as signals:
         async with trio.open_nursery() as watch:
             watch.start_soon(_end_on_signal, signals, stage)
-            with stage[0]:
+            with whole:
                 await run(stage)
             watch.cancel_scope.cancel()
 
 
-async def _end_on_signal(signals: AsyncIterator[int], stage: list[trio.CancelScope]) -> None:
+async def _end_on_signal(signals: AsyncIterator[int], stage: list[Cancellable]) -> None:
     async for _ in signals:
         if stage[-1].cancel_called:
             os._exit(EXIT_IMPATIENT)

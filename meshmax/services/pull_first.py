@@ -1,0 +1,319 @@
+"""Where nobody who could answer a prompt has its model, a peer fetches it first. Satisfies ports.Router, around another Router.
+
+A request goes to the router as it is; only where that finds nobody is it looked who could fetch the model (core.pull_first): the
+best peer that takes it pulls it. Ourselves do so as a watched pull, which ends with the last request that waits for it; another
+peer is asked by ``ask_pull``, and goes on in any case. The answer is handed out as soon as the pull has begun, so that the client
+is told what goes on (`Route.line`); its events come once the model is there and the router has been asked again. One task for
+each such request, owned by its block; none for others. Not here: moving models (services.pull), choosing (services.router).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Final
+
+import msgspec
+import trio
+
+from meshmax.base.config import RoutingConfig
+from meshmax.base.errors import Busy, DeadlineExceeded, MeshmaxError, ModelNotFound, NoProviders, PeerGone
+from meshmax.base.events import Transfer
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import Ask, RoutedEvent, is_load_only
+from meshmax.base.names import parse_name, split_digest
+from meshmax.base.route import Attempt, Route, Wishes
+from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, plan_pull, who_could
+from meshmax.ports import Answer, Catalog, Distribution, Presence, Pulls, Router
+from meshmax.ports.services import WISHES
+from meshmax.telemetry.log import get_logger
+
+FETCHES_KEPT: Final = 200  # requests whose fetch is remembered, as many as a router remembers routes
+LOOK_S: Final = 0.25  # between looks at whether another peer has the model; its status comes when that changes
+ASK_AGAIN_S: Final = 15.0  # after which a peer that fetches is asked whether it still does
+WAIT_S: Final = 60.0  # without a source a pull goes on waiting for one; a request does not
+EVENTS_AHEAD: Final = 64  # of an answer, before the client has read them
+
+Wait = Callable[[], Awaitable[None]]  # until the model is there; raises why it will not be
+AskPull = Callable[
+    [PeerId, str], Awaitable[None]
+]  # have another peer pull NAME@DIGEST; raises Refused, Busy, PeerGone ...
+
+_log = get_logger("pull_first")
+
+
+class _Fetch:
+    """One model on its way to one peer, for one request."""
+
+    def __init__(self, ask: Ask, taker: Taker, model: str, at_s: float, began_s: float) -> None:
+        self.ask, self.taker, self.model = ask, taker, model
+        self.at_s, self.began_s = at_s, began_s  # Unix time, monotonic
+        self.took_s: float | None = None
+        self.error: MeshmaxError | None = None
+
+    @property
+    def words(self) -> str:
+        where = "this peer" if self.taker.ours else _ascii(self.taker.name)
+        if self.took_s is None:
+            return f"fetching {_ascii(self.model)} to {where} first"
+        if self.error is not None:
+            return f"{_ascii(self.model)} could not be fetched to {where} ({self.error.code})"
+        return f"fetched {_ascii(self.model)} to {where} first, {self.took_s:.1f} s"
+
+    def alone(self) -> Route:
+        """The route while nobody answers yet."""
+        state = "running" if self.error is None else "failed"
+        return Route(
+            self.ask.request_id,
+            self.ask.digest,
+            self.taker.peer_id,
+            self.words,
+            attempts=(self.attempt(),),
+            model=self.ask.name,
+            state=state,  # type: ignore[arg-type]
+            started_at_s=self.at_s,
+            total_s=self.took_s if self.error else None,
+        )
+
+    def attempt(self) -> Attempt:
+        """The fetch as `meshmax why` tells it."""
+        error = self.error
+        return Attempt(
+            self.taker.peer_id,
+            error.code if error else "",
+            kind="fetch",
+            ended_s=self.took_s,
+            message=error.message if error else "",
+        )
+
+    def onto(self, route: Route) -> Route:
+        """``route``, which began when the fetch had ended, as the client saw it."""
+        took_s = self.took_s or 0.0
+        later = tuple(_later(attempt, took_s) for attempt in route.attempts)
+        return msgspec.structs.replace(
+            route,
+            line=f"{self.words}; {route.line}",
+            attempts=(self.attempt(), *later),
+            started_at_s=self.at_s,
+            first_token_s=None if route.first_token_s is None else route.first_token_s + took_s,
+            total_s=None if route.total_s is None else route.total_s + took_s,
+        )
+
+
+def _later(attempt: Attempt, by_s: float) -> Attempt:
+    ended_s = None if attempt.ended_s is None else attempt.ended_s + by_s
+    return msgspec.structs.replace(attempt, at_s=attempt.at_s + by_s, ended_s=ended_s)
+
+
+class _FetchedAnswer:
+    """An answer whose model is on its way; satisfies ports.Answer."""
+
+    def __init__(self, fetch: _Fetch, ready: trio.MemoryReceiveChannel[RoutedEvent]) -> None:
+        self._fetch, self._ready = fetch, ready
+        self.inner: Answer | None = None
+        self.error: MeshmaxError | None = None
+
+    @property
+    def route(self) -> Route:
+        return self._fetch.alone() if self.inner is None else self._fetch.onto(self.inner.route)
+
+    @property
+    def events(self) -> AsyncIterator[RoutedEvent]:
+        return self
+
+    def __aiter__(self) -> _FetchedAnswer:
+        return self
+
+    async def __anext__(self) -> RoutedEvent:
+        try:
+            return await self._ready.receive()
+        except trio.EndOfChannel:
+            if self.error is not None:
+                raise self.error from None
+            raise StopAsyncIteration from None
+
+
+class PullFirst:
+    """See the module. ``under_way``: requests that have not ended."""
+
+    def __init__(
+        self,
+        router: Router,
+        catalog: Catalog,
+        presence: Presence,
+        pulls: Pulls,
+        ask_pull: AskPull,
+        config: RoutingConfig,
+        unix_now: Callable[[], float],
+    ) -> None:
+        self._router, self._catalog, self._presence, self._pulls = router, catalog, presence, pulls
+        self._ask_pull, self._config, self._unix_now = ask_pull, config, unix_now
+        self._fetches: OrderedDict[str, _Fetch] = OrderedDict()
+        self.under_way = 0
+
+    def routes(self) -> tuple[Route, ...]:
+        """See ports.Router; those that wait for a fetch first."""
+        if not self._fetches:
+            return self._router.routes()
+        told: dict[str, Route] = {}
+        for fetch in reversed(self._fetches.values()):
+            if fetch.took_s is None or fetch.error is not None:
+                told[fetch.ask.request_id] = fetch.alone()
+        shown = list(told.values())
+        for route in self._router.routes():
+            fetched = self._fetches.get(route.request_id)
+            if fetched is None:
+                shown.append(route)
+            elif route.request_id not in told:  # the newest: before the fetch the router had found nobody
+                told[route.request_id] = fetched.onto(route)
+                shown.append(told[route.request_id])
+        return tuple(shown)
+
+    @asynccontextmanager
+    async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[Answer]:
+        """See ports.Router. Where a model is fetched first it is entered when that has begun."""
+        self.under_way += 1
+        try:
+            async with AsyncExitStack() as stack:
+                try:
+                    answer = await stack.enter_async_context(self._router.open_answer(ask, wishes))
+                except (NoProviders, ModelNotFound, Busy) as error:
+                    answer = await self._fetched(ask, wishes, stack, error)
+                yield answer
+        finally:
+            self.under_way -= 1
+
+    async def _fetched(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
+        """An answer that a fetch begins. Raises ``error`` where none may or can be begun."""
+        entry = next((entry for entry in self._catalog.entries() if entry.digest == ask.digest), None)
+        if entry is None or is_load_only(ask.request):
+            raise error
+        plan = plan_pull(self._presence.peers(), ask.digest, entry.size)
+        if plan.able or not plan.holders:
+            raise error
+        policy = wishes.policy or self._config.policy
+        takers = tuple(taker for taker in plan.takers if taker.ours or policy != "local-only")
+        allowed = self._config.pull if wishes.pull is None else wishes.pull
+        if not (allowed and takers):
+            raise _nobody(ask, plan, entry.size, allowed) from None
+        named = f"{parse_name(split_digest(entry.name)[0]).full}@{ask.digest}"
+        why: list[str] = []
+        for taker in takers[:MAX_TRIES]:
+            fetch = _Fetch(ask, taker, entry.name, self._unix_now(), trio.current_time())
+            try:
+                if taker.ours:
+                    progress = await stack.enter_async_context(self._pulls.open_pull(named))
+                    wait = partial(_watch, progress)
+                else:
+                    await self._ask_pull(taker.peer_id, named)
+                    wait = partial(self._wait_for, taker, named, ask)
+            except MeshmaxError as refusal:
+                why.append(f"{taker.name}: {refusal.message}")
+                continue
+            return await self._begin(fetch, wait, wishes, stack)
+        raise NoProviders(f"no peer could fetch model '{ask.name[:200]}' ({'; '.join(why)})")
+
+    async def _begin(self, fetch: _Fetch, wait: Wait, wishes: Wishes, stack: AsyncExitStack) -> Answer:
+        _log.info("fetching first", model=fetch.model, peer=fetch.taker.peer_id, request_id=fetch.ask.request_id)
+        self._fetches[fetch.ask.request_id] = fetch
+        if len(self._fetches) > FETCHES_KEPT:
+            self._fetches.popitem(last=False)
+        made, ready = trio.open_memory_channel[RoutedEvent](EVENTS_AHEAD)
+        answer = _FetchedAnswer(fetch, ready)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        stack.callback(nursery.cancel_scope.cancel)
+        nursery.start_soon(self._run, fetch, wait, wishes, answer, made)
+        return answer
+
+    async def _run(
+        self,
+        fetch: _Fetch,
+        wait: Wait,
+        wishes: Wishes,
+        answer: _FetchedAnswer,
+        made: trio.MemorySendChannel[RoutedEvent],
+    ) -> None:
+        async with made:
+            try:
+                await self._until_fetched(fetch, wait)
+                async with self._router.open_answer(fetch.ask, wishes) as inner:
+                    answer.inner = inner
+                    async for event in inner.events:
+                        await made.send(event)
+            except MeshmaxError as error:
+                answer.error = error
+
+    async def _until_fetched(self, fetch: _Fetch, wait: Wait) -> None:
+        try:
+            with trio.move_on_after(self._config.deadline_s) as scope:
+                await wait()
+            if scope.cancelled_caught:
+                raise DeadlineExceeded(
+                    f"model '{fetch.model}' could not be fetched within {self._config.deadline_s:g} s; what came of it is kept"
+                )
+        except MeshmaxError as error:
+            fetch.error = error
+            raise
+        finally:
+            fetch.took_s = trio.current_time() - fetch.began_s
+            _log.info(
+                "fetched first", model=fetch.model, seconds=round(fetch.took_s, 3), failed=fetch.error is not None
+            )
+
+    async def _wait_for(self, taker: Taker, named: str, ask: Ask) -> None:
+        """Until another peer says that it has the model. Raises PeerGone, and what it says when it has given up."""
+        asked_s = trio.current_time()
+        while True:
+            view = self._presence.view(taker.peer_id)
+            if view is None or view.status is None or view.state == "offline":
+                raise PeerGone(f"{taker.name} went away while it was fetching model '{ask.name[:200]}'")
+            if any(model.digest == ask.digest and model.state != "partial" for model in view.status.models):
+                return
+            if trio.current_time() - asked_s >= ASK_AGAIN_S:
+                asked_s = trio.current_time()
+                await self._ask_pull(taker.peer_id, named)
+            await trio.sleep(LOOK_S)
+
+
+async def _watch(progress: AsyncIterator[Transfer]) -> None:
+    """Until the pull is done. Raises NoProviders with the reason where it failed, or waits for longer than WAIT_S."""
+    reason = "it ended"
+    waits = trio.CancelScope()
+    with waits:
+        async for transfer in progress:
+            if transfer.state == "done":
+                return
+            if transfer.state in ("failed", "cancelled"):
+                raise NoProviders(f"model '{transfer.model}' could not be fetched: {transfer.reason or transfer.state}")
+            idle = transfer.state in ("waiting", "paused")
+            reason = transfer.reason or reason
+            if not idle:
+                waits.deadline = float("inf")
+            elif waits.deadline == float("inf"):
+                waits.deadline = trio.current_time() + WAIT_S
+    raise NoProviders(f"the model could not be fetched: {reason}")
+
+
+def ask_pull_of(distribution: Distribution) -> AskPull:
+    """Another peer is asked as `meshmax distribute` asks it."""
+
+    async def ask(peer: PeerId, named: str) -> None:
+        answer = (await distribution.distribute(named, [peer]))[peer]
+        if isinstance(answer, MeshmaxError):
+            raise answer
+
+    return ask
+
+
+def _nobody(ask: Ask, plan: PullPlan, size: int, allowed: bool) -> NoProviders:
+    off = "" if allowed else " (fetching it first is switched off: routing.pull)"
+    return NoProviders(
+        f"no peer that could answer has model '{ask.name[:200]}'{who_could(plan, ask.name[:200], size)}{off}"
+    )
+
+
+def _ascii(text: str) -> str:
+    """A name as a header can carry it."""
+    return "".join(c if c.isascii() and c.isprintable() and c not in ",;" else "?" for c in text[:200])

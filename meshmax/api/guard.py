@@ -20,7 +20,9 @@ from meshmax.api.access import Call, Policy, Verdict, judge
 from meshmax.api.bodies import HOLD_BODY
 from meshmax.api.prompts import REQUEST_ID
 from meshmax.api.replies import Forbidden, InternalError, dialect_of, error_reply
+from meshmax.api.wishes import HEADERS
 from meshmax.base.errors import Busy, MeshmaxError, Unauthorized
+from meshmax.base.loop_guard import FROM_MESHMAX, LOOP
 from meshmax.base.units import MIB
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.metrics import HTTP_REQUESTS
@@ -44,11 +46,19 @@ ALLOWED_HEADERS: Final = ",".join(
         "X-Requested-With",
         "X-Request-ID",
         "OpenAI-Beta",
+        *HEADERS,
         *(f"x-stainless-{name}" for name in _STAINLESS.split()),
     ]
 )
 ALLOWED_METHODS: Final = "GET,POST,PUT,PATCH,DELETE,HEAD,OPTIONS"
-EXPOSED_HEADERS: Final = "X-Request-ID,X-Meshmax-Peer,X-Meshmax-Route"
+EXPOSED_HEADERS: Final = "X-Request-ID,X-Meshmax-Peer,X-Meshmax-Route,Retry-After"
+
+
+class Looped(MeshmaxError):
+    """This is a meshmax peer, and no engine for another one: join its mesh instead (--join)."""
+
+    code = "loop"
+    http_status = LOOP
 
 
 class Guard:
@@ -76,6 +86,8 @@ class Guard:
         exchange = _Exchange(receive, send, {"x-request-id": request_id, **cors}, self._room)
         scope[HOLD_BODY] = exchange.hold
         app = _refusal(verdict, scope["method"], path) or self._app
+        if FROM_MESHMAX in headers:
+            app = error_reply(Looped(), dialect_of(path))
         try:
             with structlog.contextvars.bound_contextvars(request_id=request_id):
                 ended_well = await isolate(

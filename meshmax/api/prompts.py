@@ -19,6 +19,7 @@ from meshmax.api.exchange import Form, OpenAnswers, PromptReply
 from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_words import Remote
 from meshmax.api.replies import Dialect, ShuttingDown, model_not_found
+from meshmax.api.wishes import asked_priority, asked_wishes
 from meshmax.base.catalog import Resolved
 from meshmax.base.errors import (
     Busy,
@@ -42,9 +43,10 @@ from meshmax.base.inference import (
     is_load_only,
 )
 from meshmax.base.names import parse_name, split_digest
-from meshmax.base.route import Route
+from meshmax.base.route import Route, Wishes
 from meshmax.base.units import format_bytes
 from meshmax.core.catalog import last_holder
+from meshmax.core.entry import Entry
 from meshmax.core.fair_queue import QUEUE_FULL
 from meshmax.ports import Answer
 from meshmax.telemetry.log import get_logger
@@ -73,6 +75,7 @@ class Prompts:
     def __init__(self, node: ApiNode) -> None:
         self.node = node
         self.open_answers = OpenAnswers()
+        self.entry = Entry()
 
     def resolve(self, name: str) -> Resolved:
         """What ``name`` means. Raises NotFound with Ollama's sentence, and who had the model a moment ago."""
@@ -127,7 +130,9 @@ class Prompts:
             return ""
         except ModelNotFound:
             return self.who_had(name)
-        return "" if entry.local or not entry.holders else f" on this peer; {self.peer_name(entry.holders[0])} has it"
+        return (
+            "" if entry.is_here or not entry.anywhere else f" on this peer; {self.peer_name(entry.anywhere[0])} has it"
+        )
 
     def peer_name(self, peer_id: PeerId) -> str:
         """A peer's name, or its id where it has told none."""
@@ -136,7 +141,7 @@ class Prompts:
 
     def remote(self, resolved: Resolved, route: Route) -> Remote | None:
         """Where the model answers, if it is not here."""
-        if resolved.stored is not None or resolved.entry.local:
+        if resolved.stored is not None or resolved.entry.is_here:
             return None
         return Remote(self.peer_name(route.peer_id), resolved.entry.name)
 
@@ -153,24 +158,38 @@ class Prompts:
         keep_alive_s: float | None = None,
         ignored: list[str] | None = None,
     ) -> PromptReply:
-        """The reply to ``request``. Raises ShuttingDown, CapabilityMissing."""
+        """The reply to ``request``. Raises ShuttingDown, CapabilityMissing, InvalidRequest (of a header)."""
         if self.node.draining.ending:
             raise ShuttingDown
         if ignored:
             _log.info("options without effect here were ignored", options=ignored[:20])
         request = with_capabilities(request, resolved, typed)
-        ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s)
+        priority, wishes = asked_priority(http.headers), asked_wishes(http.headers)
+        ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s, priority)
         if dialect == "ollama":  # answers a request that only loads with one object, whatever was asked
             stream = stream and not is_load_only(request)
         reword = partial(_ollamas_words, embeds=isinstance(request, EmbedRequest))
-        return PromptReply(lambda: self._open(ask, resolved), form_for, stream, dialect, self.open_answers, reword)
+        return PromptReply(
+            lambda: self._open_bounded(ask, resolved, wishes), form_for, stream, dialect, self.open_answers, reword
+        )
 
-    def _open(self, ask: Ask, resolved: Resolved) -> AbstractAsyncContextManager[Answer]:
+    @asynccontextmanager
+    async def _open_bounded(self, ask: Ask, resolved: Resolved, wishes: Wishes) -> AsyncIterator[Answer]:
+        """The answer, as one of the prompts that this node has room for. Raises Busy."""
+        self.entry.join(ask.priority)
+        begun_s = trio.current_time()
+        try:
+            async with self._open(ask, resolved, wishes) as answer:
+                yield answer
+        finally:
+            self.entry.leave(begun_s, trio.current_time())
+
+    def _open(self, ask: Ask, resolved: Resolved, wishes: Wishes) -> AbstractAsyncContextManager[Answer]:
         if not is_load_only(ask.request):
-            return self.node.router.open_answer(ask)
-        if resolved.stored is not None or resolved.entry.local:
+            return self.node.router.open_answer(ask, wishes)
+        if resolved.stored is not None or resolved.entry.is_here:
             return self._open_here(ask)
-        return self._nothing_to_unload(ask) if ask.keep_alive_s == 0 else self.node.router.open_answer(ask)
+        return self._nothing_to_unload(ask) if ask.keep_alive_s == 0 else self.node.router.open_answer(ask, wishes)
 
     @asynccontextmanager
     async def _open_here(self, ask: Ask) -> AsyncIterator[Answer]:

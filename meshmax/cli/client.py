@@ -102,6 +102,10 @@ class PeerClient:
         """Close the connection; no error if there is none."""
         self._http.close()
 
+    def send_always(self, headers: Mapping[str, str]) -> None:
+        """Send ``headers`` with each request from now on."""
+        self._http.headers.update(headers)
+
     def probe(self) -> None:
         """See that somebody answers at all, whatever. Raises NoPeerRunning, PeerSilent."""
         import httpx

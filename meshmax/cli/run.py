@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NotFound
 from meshmax.base.inference import MAX_PROMPT_BYTES
+from meshmax.base.route import Policy
 from meshmax.base.units import parse_duration_s
 from meshmax.cli.answer import AnswerWriter, timings, write_out
 from meshmax.cli.client import PeerClient, Target, open_client
@@ -36,6 +37,10 @@ def run(
     nowordwrap: Annotated[bool, Parameter(help="Do not wrap lines at words.")] = False,
     truncate: Annotated[bool | None, Parameter(help="Embedding models: cut text that is too long.")] = None,
     dimensions: Annotated[int | None, Parameter(help="Embedding models: cut vectors to this length.")] = None,
+    batch: Annotated[
+        bool, Parameter(negative="", help="Not urgent: prompts that somebody waits for go first.")
+    ] = False,
+    policy: Annotated[Policy | None, Parameter(help="How the peer that answers is chosen, this time.")] = None,
     insecure: Annotated[bool, Parameter(show=False)] = False,
     as_json: AsJson = False,
     target: Target = HERE,
@@ -47,6 +52,8 @@ def run(
     settings = {key: value for key, value in settings.items() if value is not None}
     text = _question(prompt)
     with open_client(target) as client:
+        client.send_always({"x-meshmax-priority": "batch"} if batch else {})
+        client.send_always({"x-meshmax-policy": policy} if policy else {})
         if pull:
             pull_model(client, model, as_json, insecure)
         capabilities = _capabilities(client, model)

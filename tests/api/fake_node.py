@@ -25,13 +25,14 @@ from meshmax.base.membership import OPEN_MESH, SCOPES, MemberView, MeshId, MeshV
 from meshmax.base.model import Haves, Layer, Manifest, ModelDetails, StoredModel
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.reachability import Reachability
-from meshmax.base.route import Route
+from meshmax.base.route import Route, Wishes
 from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
 from meshmax.base.traversal import PathStory
 from meshmax.core.doctor import diagnose
 from meshmax.core.limits import Override, Plan
 from meshmax.engine.echo import EchoEngine
 from meshmax.ports import Answer, ConnectionView, Progress
+from meshmax.ports.services import WISHES
 from meshmax.services.leftovers import Leftover
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.throttle import Limits, RateThrottle
@@ -213,11 +214,13 @@ class FakeRouter:
         self.refuse: MeshmaxError | None = None
         self.break_after: tuple[int, MeshmaxError] | None = None
         self.asks: list[Ask] = []
+        self.wishes: list[Wishes] = []
         self.open = 0
 
     @asynccontextmanager
-    async def open_answer(self, ask: Ask) -> AsyncIterator[Answer]:
+    async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[Answer]:
         self.asks.append(ask)
+        self.wishes.append(wishes)
         if self.refuse:
             await trio.lowlevel.checkpoint()
             raise self.refuse

@@ -19,6 +19,7 @@ class FakePeer:
         self.answers: dict[tuple[str, str], tuple[int, Any]] = {}
         self.asked: list[tuple[str, str, Any]] = []
         self.headers: dict[str, str] = {}
+        self.sent: list[dict[str, str]] = []  # headers of what was asked, their names in small letters
 
     def on(self, method: str, path: str, body: Any = None, status: int = 200) -> None:
         self.answers[method, path] = (status, body)
@@ -52,6 +53,7 @@ def _handler(peer: FakePeer) -> type[BaseHTTPRequestHandler]:
                 self.end_headers()
                 return
             peer.asked.append((self.command, self.path, asked))
+            peer.sent.append({name.lower(): value for name, value in self.headers.items()})
             status, body = peer.answers.get((self.command, self.path), (404, {"error": "no such route"}))
             if isinstance(body, Lines) and (asked or {}).get("stream") is False:
                 body = body[-1]

@@ -37,6 +37,13 @@ def test_a_prompt_is_answered_once(peer: FakePeer, capsys: pytest.CaptureFixture
     assert peer.bodies("/api/generate") == [{"model": "m", "prompt": "capital of France?"}]
 
 
+def test_a_prompt_that_is_not_urgent_says_so_and_one_may_name_a_policy(peer: FakePeer) -> None:
+    assert main(["run", "m", "--batch", "--policy", "least-loaded", "hello"]) == 0
+    assert (peer.sent[-1]["x-meshmax-priority"], peer.sent[-1]["x-meshmax-policy"]) == ("batch", "least-loaded")
+    assert main(["run", "m", "hello"]) == 0
+    assert not any(name.startswith("x-meshmax") for name in peer.sent[-1])
+
+
 def test_piped_text_stands_before_the_prompt(
     peer: FakePeer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -120,6 +120,15 @@ class ConnectError(MeshmaxError):
         super().__init__(text)
 
 
+class DeadlineExceeded(MeshmaxError):
+    """The answer was not whole in the time that a request may take."""
+
+    code = "deadline_exceeded"
+    retry = Retry.LATER
+    http_status = 504
+    exit_code = 4
+
+
 class PeerGone(MeshmaxError):
     """The peer went away."""
 

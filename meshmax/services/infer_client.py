@@ -1,15 +1,16 @@
 """Asks one peer for an answer over /meshmax/infer/1.0.0. No tasks: frames are read as the caller asks for events.
 
-A peer that says nothing, not even KeepAlive, for SILENCE_S is gone. What the peer sends is checked against what was
-asked. Leaving the block resets the stream, which stops the work there. Not here: whom to ask (services.router).
+A peer that says nothing, not even KeepAlive, for SILENCE_S is gone; long before that it is suspected (core.pace). What the
+peer sends is checked against what was asked. Leaving the block resets the stream, which stops the work there. Not here: whom
+to ask (services.router), what a suspicion leads to (core.delivery).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, Literal
 
 import trio
 
@@ -23,12 +24,23 @@ from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, Reply, ask_par
 from meshmax.wire.protocols import INFER
 
 OPEN_DEADLINE_S: Final = 5.0  # a round trip or two on a connection that is there
-SILENCE_S: Final = 7.0  # three keep-alives missed, and a second; within the 10 s in which a frozen peer must be noticed
+SILENCE_S: Final = 7.0  # three of the rare keep-alives missed, and a second
+
+Step = Literal["sending", "heard", "accepted"]
+
+
+def _ignore(step: Step) -> None:
+    pass
 
 
 @asynccontextmanager
-async def open_remote_answer(swarm: Swarm, peer: PeerId, ask: Ask) -> AsyncIterator[AsyncIterator[Event]]:
+async def open_remote_answer(
+    swarm: Swarm, peer: PeerId, ask: Ask, on_step: Callable[[Step], None] = _ignore
+) -> AsyncIterator[RemoteEvents]:
     """The events of ``peer``'s answer, a Finish at the end. Entered once the request is sent; leaving resets the stream.
+
+    ``on_step`` is told that a piece of a request goes out that fills more than one, that the peer was heard of, and that it
+    has accepted.
 
     Raises, on entering or at any event: PeerGone, VersionMismatch, RemoteProtocolError, Busy, EngineError... as the peer
     says; InvalidRequest for a request that is too large.
@@ -36,13 +48,17 @@ async def open_remote_answer(swarm: Swarm, peer: PeerId, ask: Ask) -> AsyncItera
     parts = ask_parts(ask)
     stream = await _open(swarm, peer)
     try:
+        on_step("heard")
         frames = FrameStream(stream)
         for part in parts:
+            if not part.last:
+                on_step("sending")
             with trio.move_on_after(SILENCE_S) as scope:
                 await frames.send(ASK_PART, part)
             if scope.cancelled_caught:
                 raise PeerGone(f"the peer took nothing of the request for {SILENCE_S:g} s")
-        yield RemoteEvents(frames, ask)
+            on_step("heard")
+        yield RemoteEvents(frames, ask, on_step)
     finally:
         with trio.CancelScope(shield=True):  # reset does not block; without it the peer would work on
             await stream.reset()
@@ -60,8 +76,9 @@ async def _open(swarm: Swarm, peer: PeerId) -> Stream:
 class RemoteEvents:
     """The events of one answer as they come."""
 
-    def __init__(self, frames: FrameStream, ask: Ask) -> None:
+    def __init__(self, frames: FrameStream, ask: Ask, on_step: Callable[[Step], None] = _ignore) -> None:
         self._frames = frames
+        self._on_step = on_step
         self._inputs = len(ask.request.inputs) if isinstance(ask.request, EmbedRequest) else None
         self._seen: set[int] = set()
         self._ready: deque[Event] = deque()
@@ -72,11 +89,20 @@ class RemoteEvents:
 
     async def __anext__(self) -> Event:
         """The next event. Raises PeerGone, RemoteProtocolError, and what the peer says that went wrong."""
-        if self._finished and not self._ready:
-            raise StopAsyncIteration
         while not self._ready:
-            self._on_reply(await self._receive())
+            batch = await self.try_next()
+            if batch is None:
+                raise StopAsyncIteration
+            self._ready.extend(batch)
         return self._ready.popleft()
+
+    async def try_next(self) -> tuple[Event, ...] | None:
+        """The events that come next, together; None at the end. Raises as `__anext__`; do not use both."""
+        while not self._finished:
+            events = self._on_reply(await self._receive())
+            if events:
+                return events
+        return None
 
     async def _receive(self) -> Reply:
         reply = None
@@ -88,17 +114,19 @@ class RemoteEvents:
             raise PeerGone("the peer ended the stream before its answer was whole")
         return reply
 
-    def _on_reply(self, reply: Reply) -> None:
+    def _on_reply(self, reply: Reply) -> tuple[Event, ...]:
         if isinstance(reply, Failure):
             raise error_of(reply)
         if isinstance(reply, Accepted) == self._accepted:
             raise RemoteProtocolError("the peer did not accept the request once, before everything else")
-        self._accepted = True
+        if not isinstance(reply, Events):
+            self._on_step("heard" if self._accepted else "accepted")
+            self._accepted = True
+            return ()
         check_reply(reply)
-        if isinstance(reply, Events):
-            for event in reply.events:
-                self._check(event)
-            self._ready.extend(reply.events)
+        for event in reply.events:
+            self._check(event)
+        return reply.events
 
     def _check(self, event: Event) -> None:
         """Whether the event answers what was asked: vectors or text, each vector once, all of them before the end."""

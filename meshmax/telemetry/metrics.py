@@ -37,3 +37,18 @@ REQUESTS: Final = Counter(
 FIRST_TOKEN: Final = Histogram(
     "meshmax_first_token_seconds", "Time to the first event of an answer", ["where"], registry=REGISTRY
 )
+ATTEMPTS: Final = Counter(
+    "meshmax_attempts_total",
+    "Peers asked for a prompt: first, retry, hedge or continuation",
+    ["kind"],
+    registry=REGISTRY,
+)
+HEDGES: Final = Counter(
+    "meshmax_hedges_total", "Second peers asked since the first was late, by outcome", ["outcome"], registry=REGISTRY
+)
+SUSPECTED: Final = Counter(
+    "meshmax_suspected_total",
+    "Peers that fell silent in an answer, by sign: frozen or hanging",
+    ["sign"],
+    registry=REGISTRY,
+)

@@ -1,5 +1,6 @@
 """A few peers with echo engines on a network in memory, for tests of asking and routing."""
 
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -133,7 +134,9 @@ async def open_site(count: int, **engine: Any) -> AsyncIterator[Site]:
             node.residency = await stack.enter_async_context(open_residency(node.engine, node.model_file, config))
             node.server = InferServer(node.residency)
             node.server.register(swarm)
-            node.router = await stack.enter_async_context(open_router(swarm, node.residency, node, node, node.peer_id))
+            node.router = await stack.enter_async_context(
+                open_router(swarm, node.residency, node, node, node.peer_id, jitter=random.Random(number))
+            )
             await node.connect(*site.nodes)
             site.nodes.append(node)
         yield site

@@ -1,0 +1,524 @@
+"""Keeps one answer coming: which peer is asked when, who of them speaks to the client, and when it is over. Sans-IO.
+
+Rules. The first to give the client something new leads; the others are cancelled. Before the first token a failure sends the
+request to the next best peer at once, and a peer that is late (`Choice.late_s`) gets a second one beside it, if the budget
+allows. After it another peer is asked for what is missing (core.continuation, core.missing_vectors), and Moved marks where it
+begins to speak. A peer that is silent for too long (core.pace) is suspected: another one is asked beside it while the first
+may still speak; a false alarm makes us more patient with it. At most MAX_OPEN are asked at once, MAX_ATTEMPTS before something
+new was given. A peer that failed is asked again only when nobody else is left, after a pause. One deadline holds for all.
+
+When our own process was held up, deadlines wait GRACE_S longer, for what came in meanwhile to be read. Time and randomness
+are passed in. Not here: who is the best (core.routing), what an error means (core.retrying), asking (services.delivery).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+from meshmax.base.errors import (
+    Busy,
+    CapabilityMissing,
+    DeadlineExceeded,
+    EngineCrashed,
+    EngineError,
+    FirstTokenTimeout,
+    MeshmaxError,
+    PeerGone,
+)
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Moved, RoutedEvent
+from meshmax.base.route import Attempt, AttemptKind
+from meshmax.core.backoff import Random, backoff_s
+from meshmax.core.continuation import Joint, SoFar, plan
+from meshmax.core.delivery_words import Action, Cancel, Choice, Chooser, Done, Fail, Give, Start, Suspect
+from meshmax.core.missing_vectors import VectorJoint, VectorsSoFar
+from meshmax.core.pace import FRAME_SILENCE_S, frame_silence_s
+from meshmax.core.retrying import is_final, most_telling, passes
+
+MAX_OPEN: Final = 3  # asked at once: one that is suspected, one beside it, and another if that is silent, too
+MAX_ATTEMPTS: Final = 8  # without anything new for the client; what eight peers fail would fail everywhere
+MAX_IN_ALL: Final = 64  # of one request; an answer that breaks so often will not end
+MAX_ASKS_OF_ONE: Final = 3  # of one peer, without anything new
+MAX_CRASHES: Final = 3  # engines that a request may bring down before it is taken for the cause
+FIRST_PAUSE_S: Final = 0.1  # before a peer that failed is asked again; an engine starts in about that
+MOST_PAUSE_S: Final = 2.0
+PATIENCE_S: Final = 3.0  # for all pauses before the first token; then the client is told to come again
+STUCK_S: Final = 15.0  # without anybody to go on, in the middle of an answer: a peer restarts or is found again in that
+LOOK_AGAIN_S: Final = 1.0  # for somebody to ask beside a suspected peer, where there was nobody
+FIRST_EVENT_DEADLINE_S: Final = 600.0  # keep-alives and no event: as long as the longest load and a full queue may take
+HANG_S: Final = 120.0  # keep-alives and no token, in the middle of an answer: no engine stops for that long
+LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
+GRACE_S: Final = 0.3  # to read what came in while it was
+MAX_PATIENCE: Final = 8.0  # times the learnt deadline, after false alarms
+
+
+class _Attempt:
+    """One request at one peer."""
+
+    __slots__ = (
+        "choice",
+        "ended_s",
+        "error",
+        "exact",
+        "first_s",
+        "frozen",
+        "heard_s",
+        "held",
+        "joint",
+        "kind",
+        "late_at",
+        "look_at",
+        "mode",
+        "number",
+        "patience",
+        "sending",
+        "sent_s",
+        "spoke_s",
+        "suspected",
+        "tokens",
+        "told_s",
+    )
+
+    def __init__(self, number: int, choice: Choice, kind: AttemptKind, now: float) -> None:
+        self.number, self.choice, self.kind = number, choice, kind
+        self.joint: Joint | VectorJoint | None = None
+        self.mode = ""
+        self.exact = True
+        self.sent_s = self.heard_s = self.told_s = now  # told: something else than that it is still at it
+        self.spoke_s: float | None = None  # its last word, or when it could speak on
+        self.late_at = now + choice.late_s
+        self.look_at = math.inf
+        self.patience = 1.0
+        self.held = self.sending = self.suspected = self.frozen = False
+        self.first_s: float | None = None
+        self.ended_s: float | None = None
+        self.error: MeshmaxError | None = None
+        self.tokens = 0
+
+    def quiet_at(self) -> float:
+        """When it is suspected if it says nothing until then."""
+        if self.held or self.suspected:
+            return math.inf
+        due = math.inf
+        if not (self.choice.ours or self.sending):
+            due = self.heard_s + frame_silence_s(self.heard_s - self.told_s) + 2 * self.choice.rtt_s
+        if self.spoke_s is not None:
+            due = min(due, self.spoke_s + self.choice.gaps.deadline_s() * self.patience)
+        return due
+
+    def gone_at(self) -> float:
+        """When it is given up if it says nothing until then."""
+        if self.held:
+            return math.inf
+        return self.sent_s + FIRST_EVENT_DEADLINE_S if self.spoke_s is None else self.spoke_s + HANG_S
+
+    def due_at(self) -> float:
+        late_at = self.late_at if self.spoke_s is None else math.inf
+        return min(self.quiet_at(), self.gone_at(), late_at, self.look_at)
+
+
+class Delivery:
+    """The state of one request. Every ``now`` is of one monotonic clock, in seconds; give actions their effect at once."""
+
+    def __init__(
+        self,
+        request: InferRequest,
+        chooser: Chooser,
+        random: Random,
+        now: float,
+        *,
+        deadline_s: float = math.inf,
+        hedge: bool = True,
+    ) -> None:
+        """``deadline_s``: for the whole of it. ``hedge``: a second peer may be asked where the first is late."""
+        self._request, self._chooser, self._random = request, chooser, random
+        self._began_s, self._deadline_s, self._hedge = now, deadline_s, hedge
+        self._so_far = VectorsSoFar(request) if isinstance(request, EmbedRequest) else SoFar()
+        self._attempts: list[_Attempt] = []
+        self._open: dict[int, _Attempt] = {}
+        self._leader: _Attempt | None = None
+        self._first_s: float | None = None  # when the client got the first event
+        self._first_speaker: PeerId | None = None
+        self._last: Finish | None = None
+        self.error: MeshmaxError | None = None  # that nobody could make good
+        self._over = False
+        self._wake_s = math.inf
+        self._grace_s = -math.inf
+        self._troubled = False  # something failed since the client got something new
+        self._errors: list[MeshmaxError] = []  # since then, at most MAX_IN_ALL
+        self._asks: Counter[PeerId] = Counter()
+        self._refused: set[PeerId] = set()
+        self._cannot_go_on: set[PeerId] = set()  # their engines only answer from the beginning
+        self._stuck_s: float | None = None  # since when nobody is left
+        self._pauses = 0
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    def begin(self, now: float) -> list[Action]:
+        """The request came."""
+        return self._next(now)
+
+    def on_heard(self, number: int, now: float) -> list[Action]:
+        """The peer lives: it took a part of the request or is still at it."""
+        if attempt := self._open.get(number):
+            attempt.heard_s = now
+            attempt.sending = False
+            if attempt.suspected and attempt.spoke_s is None:
+                attempt.suspected = False  # only its silence spoke against it
+                attempt.look_at = math.inf
+        return []
+
+    def on_sending(self, number: int) -> None:
+        """A large request is on its way to the peer, which has nothing to say meanwhile."""
+        if attempt := self._open.get(number):
+            attempt.sending = True
+
+    def on_accepted(self, number: int, now: float) -> list[Action]:
+        """The peer has taken the request."""
+        if attempt := self._open.get(number):
+            attempt.told_s = now
+        return self.on_heard(number, now)
+
+    def on_events(self, number: int, events: Sequence[Event], now: float) -> list[Action]:
+        """The peer speaks."""
+        attempt = self._open.get(number)
+        if attempt is None:
+            return []  # cancelled, and it did not know yet
+        if attempt.spoke_s is not None:
+            attempt.choice.gaps.add(now - attempt.spoke_s, now)
+        elif attempt.first_s is None:
+            attempt.first_s = now
+        attempt.heard_s = attempt.told_s = attempt.spoke_s = now
+        out: Sequence[RoutedEvent] = events
+        if attempt.joint is not None:
+            try:
+                out = [given for event in events for given in attempt.joint.on_event(event)]
+            except EngineError as error:
+                return [Cancel(number, error), *self.on_failed(number, error, now)]
+        if attempt.suspected:
+            self._on_false_alarm(attempt)
+        return self._give(attempt, out, now) if out else []
+
+    def on_failed(self, number: int, error: MeshmaxError, now: float) -> list[Action]:
+        """The attempt has ended without a whole answer."""
+        attempt = self._open.pop(number, None)
+        if attempt is None:
+            return []
+        self._end(attempt, error, now)
+        self._troubled = True
+        self._errors.append(error)
+        peer = attempt.choice.peer
+        if isinstance(error, CapabilityMissing) and attempt.mode == "prefix":
+            self._cannot_go_on.add(peer)  # asked from the beginning it may do
+            self._asks[peer] = 0
+        elif not passes(error):
+            self._refused.add(peer)
+        if any(not other.suspected for other in self._open.values()):
+            return []
+        speaks_of_request = self._first_s is None or attempt is self._leader
+        if not self._open and speaks_of_request and is_final(error, attempt.choice.ours):
+            return self._fail(error, now)
+        return self._next(now)
+
+    def on_held(self, number: int) -> None:
+        """The client takes no more for now, so that the peer has to wait."""
+        if attempt := self._open.get(number):
+            attempt.held = True
+
+    def on_resumed(self, number: int, now: float) -> None:
+        """The client takes more again."""
+        if attempt := self._open.get(number):
+            attempt.held = False
+            attempt.heard_s = attempt.told_s = now
+            if attempt.spoke_s is not None:
+                attempt.spoke_s = now
+
+    def tick(self, now: float) -> list[Action]:
+        """What time has brought."""
+        if self._over:
+            return []
+        if now >= self._began_s + self._deadline_s:
+            return self._fail(self._out_of_time(), now)
+        if now - self.deadline() > LATE_S and now - self._grace_s > 2 * GRACE_S:
+            self._grace_s = now + GRACE_S
+            return []
+        actions: list[Action] = []
+        if now >= self._wake_s:
+            self._wake_s = math.inf
+            actions += self._next(now, again=True)
+        if now < self._grace_s:
+            return actions
+        for attempt in list(self._open.values()):
+            if now >= attempt.due_at() and attempt.number in self._open:
+                actions += self._on_due(attempt, now)
+        return actions
+
+    def deadline(self) -> float:
+        """When to call `tick`; infinite when it is over."""
+        if self._over:
+            return math.inf
+        due = min((attempt.due_at() for attempt in self._open.values()), default=math.inf)
+        return min(max(due, self._grace_s), self._wake_s, self._began_s + self._deadline_s)
+
+    # --- what is known -----------------------------------------------------------------------------------------------
+
+    @property
+    def over(self) -> bool:
+        """Whether the answer is whole or has failed."""
+        return self._over
+
+    @property
+    def first_speaker(self) -> PeerId | None:
+        """Who began the answer."""
+        return self._first_speaker
+
+    @property
+    def finish(self) -> Finish | None:
+        """The end that the client got."""
+        return self._last
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When the client got the first event, after the request came."""
+        return None if self._first_s is None else self._first_s - self._began_s
+
+    def attempts(self) -> tuple[Attempt, ...]:
+        """Every attempt so far, in the order in which they were sent."""
+        return tuple(self._told(attempt) for attempt in self._attempts)
+
+    # --- who speaks --------------------------------------------------------------------------------------------------
+
+    def _give(self, attempt: _Attempt, out: Sequence[RoutedEvent], now: float) -> list[Action]:
+        actions: list[Action] = []
+        if attempt is not self._leader:
+            if self._first_s is None:
+                self._first_s = now
+                self._first_speaker = attempt.choice.peer
+            elif attempt.joint is not None:
+                out = [Moved(attempt.choice.peer, attempt.exact), *out]
+            self._leader = attempt
+        if len(self._open) > 1:
+            actions += self._cancel_others(attempt, now)
+        if self._troubled:
+            self._on_progress()
+        for event in out:
+            if not isinstance(event, Moved):
+                self._so_far.on_event(event)
+            if isinstance(event, Delta):
+                attempt.tokens += event.tokens
+        actions.append(Give(out))
+        if isinstance(last := out[-1], Finish):
+            self._last = last
+            self._open.pop(attempt.number)
+            self._end(attempt, None, now)
+            self._over = True
+            actions.append(Done())
+        return actions
+
+    def _cancel_others(self, winner: _Attempt, now: float) -> list[Action]:
+        losers = [attempt for attempt in self._open.values() if attempt is not winner]
+        for loser in losers:
+            del self._open[loser.number]
+            self._end(loser, self._silence(loser, now) if loser.suspected else None, now)
+        return [Cancel(loser.number, loser.error) for loser in losers]
+
+    def _on_false_alarm(self, attempt: _Attempt) -> None:
+        attempt.suspected = False
+        attempt.look_at = math.inf
+        attempt.patience = min(attempt.patience * 2, MAX_PATIENCE)
+
+    def _on_progress(self) -> None:
+        self._troubled = False
+        self._errors.clear()
+        self._asks.clear()
+        self._refused.clear()
+        self._stuck_s, self._pauses, self._wake_s = None, 0, math.inf
+
+    # --- who is asked ------------------------------------------------------------------------------------------------
+
+    def _next(self, now: float, *, again: bool = False) -> list[Action]:
+        """Ask somebody for what is missing; if nobody can be asked, wait or give up. ``again``: a pause is over."""
+        crashes = sum(isinstance(error, EngineCrashed) for error in self._errors)
+        if crashes >= MAX_CRASHES or self._asks.total() >= MAX_ATTEMPTS or len(self._attempts) >= MAX_IN_ALL:
+            return [] if self._open else self._give_up(now)
+        choices = self._others()
+        fresh = self._fresh(choices, now)
+        if again and not (fresh or self._open):
+            free = (choice for choice in choices if choice.from_s <= now)
+            fresh = sorted(free, key=lambda choice: self._asks[choice.peer])
+        kind: AttemptKind = "first" if not self._attempts else "retry" if self._first_s is None else "continuation"
+        for choice in fresh:
+            if (actions := self._ask(choice, kind, now)) is not None:
+                return actions
+        if self._open:
+            return []
+        return self._give_up(now) if fresh else self._pause(choices, now)
+
+    def _others(self) -> list[Choice]:
+        asked = {attempt.choice.peer for attempt in self._open.values()}
+        choices = (c for c in self._chooser.choices() if c.peer not in asked and c.peer not in self._refused)
+        return [choice for choice in choices if self._asks[choice.peer] < MAX_ASKS_OF_ONE]
+
+    def _fresh(self, choices: list[Choice], now: float) -> list[Choice]:
+        return [choice for choice in choices if choice.from_s <= now and not self._asks[choice.peer]]
+
+    def _ask(self, choice: Choice, kind: AttemptKind, now: float) -> list[Action] | None:
+        """Ask that peer; None where the answer cannot be carried on there."""
+        attempt = _Attempt(len(self._attempts), choice, kind, now)
+        request = self._request
+        if self._first_s is not None:
+            rest = self._rest(attempt, now)
+            if rest is None:
+                return None
+            request = rest
+            if attempt.mode == "finish":
+                return self._finish(attempt, now)
+        self._asks[choice.peer] += 1
+        self._troubled = self._troubled or kind != "first"
+        self._attempts.append(attempt)
+        self._open[attempt.number] = attempt
+        return [Start(attempt.number, choice, kind, request)]
+
+    def _rest(self, attempt: _Attempt, now: float) -> InferRequest | None:
+        """What to ask for in the middle of an answer."""
+        spent_s = now - (self._first_s or now)
+        if isinstance(self._so_far, VectorsSoFar):
+            attempt.joint = VectorJoint(self._so_far, spent_s)
+            attempt.mode = "prefix" if self._so_far.missing() else "finish"
+            return self._so_far.rest()
+        can_go_on = attempt.choice.peer not in self._cannot_go_on
+        how = plan(self._request, self._so_far, deterministic=attempt.choice.deterministic, can_go_on=can_go_on)
+        if how is None:
+            return None
+        attempt.mode, attempt.exact, attempt.joint = how.mode, how.exact, Joint(how, self._so_far, spent_s)
+        return how.request
+
+    def _finish(self, attempt: _Attempt, now: float) -> list[Action]:
+        """Nothing but the end is missing."""
+        end = attempt.joint.end() if isinstance(attempt.joint, Joint) else Finish()
+        self._over, self._last = True, end
+        return [*self._cancel_others(attempt, now), Give((end,)), Done()]
+
+    def _pause(self, choices: list[Choice], now: float) -> list[Action]:
+        """Nobody is left who was not asked: look again after a while, if the client may wait for that."""
+        middle = self._first_s is not None
+        if not (choices or middle):
+            return self._give_up(now)
+        if self._stuck_s is None:
+            self._stuck_s = now
+        self._pauses += 1
+        busy_s = 0.0
+        pause_s = backoff_s(self._pauses, FIRST_PAUSE_S, MOST_PAUSE_S, self._random)
+        if choices and (busy_s := min(choice.from_s for choice in choices) - now) > 0:
+            pause_s = max(pause_s, busy_s * (1 + self._random.random() / 10))
+        if now + pause_s > self._stuck_s + (STUCK_S if middle else PATIENCE_S):
+            if not self._errors and choices:
+                self._errors.append(Busy("every peer that has the model is busy", max(busy_s, 1.0)))
+            return self._give_up(now)
+        self._wake_s = now + pause_s
+        return []
+
+    # --- what time brings --------------------------------------------------------------------------------------------
+
+    def _on_due(self, attempt: _Attempt, now: float) -> list[Action]:
+        if now >= attempt.gone_at():
+            error = self._no_word(attempt)
+            return [Cancel(attempt.number, error), *self.on_failed(attempt.number, error, now)]
+        if now >= attempt.quiet_at():
+            attempt.suspected = True
+            attempt.frozen = not attempt.choice.ours and now - attempt.heard_s >= FRAME_SILENCE_S
+            attempt.late_at = math.inf
+            return [Suspect(attempt.number, attempt.frozen), *self._beside(attempt, now)]
+        if now >= attempt.look_at:
+            return self._beside(attempt, now)
+        return self._on_late(attempt, now)
+
+    def _beside(self, attempt: _Attempt, now: float) -> list[Action]:
+        """Ask another peer beside a suspected one."""
+        attempt.look_at = math.inf
+        if any(not other.suspected for other in self._open.values()):
+            return []
+        actions: list[Action] = []
+        if len(self._open) >= MAX_OPEN:
+            oldest = next(iter(self._open.values()))
+            error = self._no_word(oldest)
+            self._open.pop(oldest.number)
+            self._end(oldest, error, now)
+            self._errors.append(error)
+            actions.append(Cancel(oldest.number, error))
+        asked = self._next(now)
+        if not asked:
+            attempt.look_at = now + LOOK_AGAIN_S
+        return actions + asked
+
+    def _on_late(self, attempt: _Attempt, now: float) -> list[Action]:
+        """No first event though it is due: ask another one beside, that can be expected to speak by now."""
+        attempt.late_at = math.inf
+        middle = self._first_s is not None
+        if len(self._open) >= MAX_OPEN or not (middle or (self._hedge and len(self._open) == 1)):
+            return []
+        waited_s = now - attempt.sent_s
+        fresh = self._fresh(self._others(), now)
+        if not fresh:
+            return []
+        soon = next((choice for choice in fresh if choice.first_s <= waited_s), None)
+        if soon is None:
+            attempt.late_at = attempt.sent_s + min(choice.first_s for choice in fresh)
+            return []
+        if not (middle or self._chooser.may_hedge()):
+            return []
+        return self._ask(soon, "continuation" if middle else "hedge", now) or []
+
+    # --- ends --------------------------------------------------------------------------------------------------------
+
+    def _give_up(self, now: float) -> list[Action]:
+        return self._fail(most_telling(self._errors, middle=self._first_s is not None), now)
+
+    def _fail(self, error: MeshmaxError, now: float) -> list[Action]:
+        self._over, self.error = True, error
+        actions: list[Action] = []
+        for attempt in self._open.values():
+            self._end(attempt, error, now)
+            actions.append(Cancel(attempt.number))
+        self._open.clear()
+        return [*actions, Fail(error)]
+
+    def _end(self, attempt: _Attempt, error: MeshmaxError | None, now: float) -> None:
+        attempt.ended_s, attempt.error = now, error
+
+    def _no_word(self, attempt: _Attempt) -> MeshmaxError:
+        if attempt.spoke_s is None:
+            return FirstTokenTimeout(f"the answer did not begin within {FIRST_EVENT_DEADLINE_S:g} s")
+        return EngineError(f"the engine said nothing for {HANG_S:g} s in the middle of its answer")
+
+    def _silence(self, attempt: _Attempt, now: float) -> MeshmaxError:
+        if attempt.frozen:
+            return PeerGone(f"the peer was silent for {now - attempt.heard_s:.1f} s")
+        return EngineError(f"the engine said nothing for {now - (attempt.spoke_s or attempt.sent_s):.1f} s")
+
+    def _out_of_time(self) -> MeshmaxError:
+        if self._errors:
+            return most_telling(self._errors, middle=self._first_s is not None)
+        return DeadlineExceeded(f"the answer was not whole within {self._deadline_s:g} s (routing.deadline_s)")
+
+    def _told(self, attempt: _Attempt) -> Attempt:
+        def since(at_s: float | None) -> float | None:
+            return None if at_s is None else at_s - attempt.sent_s
+
+        error = attempt.error
+        return Attempt(
+            peer_id=attempt.choice.peer,
+            error=error.code if error else "cancelled" if self._was_slower(attempt) else "",
+            first_token_s=since(attempt.first_s),
+            kind=attempt.kind,
+            at_s=attempt.sent_s - self._began_s,
+            ended_s=since(attempt.ended_s),
+            tokens=attempt.tokens,
+            message=error.message if error else "",
+        )
+
+    def _was_slower(self, attempt: _Attempt) -> bool:
+        return attempt.ended_s is not None and attempt.error is None and attempt is not self._leader

@@ -1,0 +1,50 @@
+"""What an error of one peer means for the request: ask another, ask the same one again, or give up.
+
+Rules: what an error's class says of itself (base.errors.Retry) holds, but for a disk's failure and a word that we do not
+know, which are that one peer's; an answer has no side effect, so asking again is safe. The same peer is asked again only for
+what passes: it went away, its engine crashed (and is started anew), it was full. Pure. Not here: when (core.delivery).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from meshmax.base.errors import (
+    Busy,
+    ConnectError,
+    Draining,
+    EngineCrashed,
+    MeshmaxError,
+    PeerGone,
+    Retry,
+    StoreError,
+)
+
+_PASSING = (PeerGone, ConnectError, EngineCrashed, Busy)
+
+
+def is_final(error: MeshmaxError, ours: bool) -> bool:
+    """Whether asking another peer cannot help. ``ours``: we said it ourselves."""
+    if error.retry is not Retry.NEVER or isinstance(error, StoreError):
+        return False
+    return ours or type(error) is not MeshmaxError
+
+
+def passes(error: MeshmaxError) -> bool:
+    """Whether the same peer may answer a moment later."""
+    return isinstance(error, _PASSING) and not isinstance(error, Draining)
+
+
+def most_telling(errors: Sequence[MeshmaxError], *, middle: bool = False) -> MeshmaxError:
+    """What to tell of ``errors``, in their order: the last that is no Busy, else the Busy with the shortest wait.
+
+    ``middle``: of an answer; then what broke it off counts more than who could not be reached afterwards.
+    """
+    if not errors:
+        return PeerGone()
+    if middle:
+        return next((e for e in reversed(errors) if not isinstance(e, _PASSING)), errors[0])
+    others = [error for error in errors if not isinstance(error, Busy)]
+    if others:
+        return others[-1]
+    return min((e for e in errors if isinstance(e, Busy)), key=lambda e: e.retry_after_s)

@@ -1,0 +1,218 @@
+"""One request at one peer, ourselves too: asks, passes on what comes, measures, and tells what it came to.
+
+Rules: the time in which the client took nothing is not the peer's. What was cancelled because another peer was faster says
+nothing of the peer but that it was slower than that. An answer of our own does not touch the wire. Not here: which peer, and
+what a failure leads to (core.delivery).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final, Protocol
+
+import trio
+
+from meshmax.base.errors import (
+    Busy,
+    EngineCrashed,
+    EngineError,
+    EngineUnavailable,
+    MeshmaxError,
+    PeerGone,
+    Retry,
+    StoreError,
+)
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_load_only
+from meshmax.core.contender import Contender
+from meshmax.core.hedging import FirstTokens
+from meshmax.core.measurements import MIN_LOAD_S, Measurements
+from meshmax.core.outstanding import Outstanding
+from meshmax.ports import Presence, Residency, Swarm
+from meshmax.services.infer_client import Step, open_remote_answer
+from meshmax.telemetry.metrics import FIRST_TOKEN, REQUESTS
+
+CONTENDED: Final = 0.2  # share of time spent in the caller above which a decode rate says nothing about the peer
+
+_OF_ONE_PEER: Final = (PeerGone, EngineError, EngineUnavailable, EngineCrashed)  # another one might do better
+_OF_THE_WHOLE_PEER: Final = ("peer_gone", "connect", "version_mismatch", "remote_protocol")  # not of one model on it
+
+
+class Feed(Protocol):
+    """Takes what comes."""
+
+    def on_step(self, step: Step) -> None:
+        """The peer lives."""
+        ...
+
+    async def send(self, events: Sequence[Event]) -> float:
+        """The peer spoke. Waits while the client takes nothing; how long that was, in seconds."""
+        ...
+
+
+class Bench:
+    """What trials of one node share."""
+
+    def __init__(
+        self, swarm: Swarm, residency: Residency, presence: Presence, peer_id: PeerId, measurements: Measurements
+    ) -> None:
+        self.measurements = measurements
+        self.outstanding = Outstanding()
+        self.first_tokens = FirstTokens()
+        self.peer_id = peer_id
+        self._swarm, self._residency, self._presence = swarm, residency, presence
+
+    def sequence(self, peer: PeerId) -> int:
+        """Of the newest status of ``peer``; 0 if there is none."""
+        view = self._presence.view(peer)
+        return view.status.sequence if view and view.status else 0
+
+    @asynccontextmanager
+    async def open_at(self, peer: PeerId, ask: Ask, feed: Feed) -> AsyncIterator[_Source]:
+        """The answer of one peer."""
+        if peer == self.peer_id:
+            async with self._residency.open_answer(ask) as events:
+                yield _Own(events)
+        else:
+            async with open_remote_answer(self._swarm, peer, ask, feed.on_step) as remote:
+                yield remote
+
+
+class _Source(Protocol):
+    async def try_next(self) -> Sequence[Event] | None: ...
+
+
+class _Own:
+    """Our own answer, event by event."""
+
+    def __init__(self, events: AsyncIterator[Event]) -> None:
+        self._events = events
+
+    async def try_next(self) -> Sequence[Event] | None:
+        event = await anext(self._events, None)
+        return None if event is None else (event,)
+
+
+class Trial:
+    """One request at one peer; `run` once. ``name``: what people call the peer, '' for ourselves.
+
+    ``blame``: set it before cancelling, where the peer is the reason.
+    """
+
+    def __init__(self, bench: Bench, ask: Ask, contender: Contender, name: str, expected_s: float) -> None:
+        """``expected_s``: until the first event."""
+        self._bench, self._ask, self._contender, self._name = bench, ask, contender, name
+        self._peer = contender.view.peer_id
+        self._expected_s = expected_s
+        self._where = "remote" if name else "local"
+        self._sent_s = trio.current_time()
+        self._first_event_s = 0.0  # 0 until it is there
+        self._held_s = 0.0
+        self._tokens = 0  # after the first event
+        self._told = False  # how it went was said
+        self._outcome = "cancelled"
+        self.blame: MeshmaxError | None = None
+
+    async def run(self, feed: Feed) -> None:
+        """Returns when the whole answer was passed on. Raises what the peer or the engine says."""
+        bench, digest = self._bench, self._ask.digest
+        sequence = bench.sequence(self._peer)
+        bench.outstanding.on_sent(self._peer, sequence)
+        probe = bench.measurements.on_probe_sent(self._peer, digest, self._sent_s)
+        try:
+            async with bench.open_at(self._peer, self._ask, feed) as source:
+                await self._pass_on(source, feed)
+        except MeshmaxError as error:
+            self._on_error(error)
+            raise self._named(error) from None
+        finally:
+            bench.outstanding.on_ended(self._peer, sequence, bench.sequence(self._peer))
+            self._on_cancelled(probe)
+            REQUESTS.labels(where=self._where, outcome=self._outcome).inc()
+
+    async def _pass_on(self, source: _Source, feed: Feed) -> None:
+        while (events := await source.try_next()) is not None:
+            now = trio.current_time()
+            if not self._first_event_s:
+                self._on_first(now)
+            else:
+                self._tokens += sum(event.tokens for event in events if isinstance(event, Delta))
+            if isinstance(last := events[-1], Finish):
+                self._on_finish(last, now)
+            self._held_s += await feed.send(events)
+        if self._outcome != "ok":
+            raise PeerGone("the answer ended before it was whole")
+
+    def _on_first(self, now: float) -> None:
+        self._first_event_s = max(now - self._sent_s, 1e-9)
+        self._told = True
+        FIRST_TOKEN.labels(where=self._where).observe(self._first_event_s)
+        self._bench.measurements.on_success(self._peer, self._ask.digest, now)
+        if not is_load_only(self._ask.request):
+            self._bench.first_tokens.add(self._peer, self._expected_s, self._first_event_s)
+
+    def _on_finish(self, finish: Finish, now: float) -> None:
+        self._outcome = "ok"
+        model, measured = self._contender.model, self._bench.measurements
+        if is_load_only(self._ask.request):
+            return
+        span_s = now - self._sent_s - self._first_event_s
+        fair = self._held_s <= CONTENDED * span_s
+        load_s = min(finish.load_s, self._first_event_s)
+        if finish.done_reason == "stop" and finish.output_tokens > 0:
+            measured.on_answer(model.digest, finish.output_tokens, now)
+        # Vectors come as each text is read, so the prompt is read when the last one is there.
+        embeds = isinstance(self._ask.request, EmbedRequest)
+        if model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds):
+            measured.on_first_token(
+                self._peer,
+                model.digest,
+                model.device,
+                waited_s=self._first_event_s + (span_s if embeds else 0.0),
+                prompt_tokens=finish.prompt_tokens - finish.cached_tokens,
+                now=now,
+            )
+        measured.on_finish(
+            self._peer,
+            model.digest,
+            model.device,
+            tokens=self._tokens if fair else 0,
+            span_s=span_s,
+            load_s=load_s,
+            now=now,
+        )
+
+    @property
+    def _free(self) -> bool:
+        load = self._contender.load
+        return load.running + load.queued < load.capacity
+
+    def _on_error(self, error: MeshmaxError) -> None:
+        self._outcome = "failed"
+        if error.retry is Retry.NEVER and not isinstance(error, StoreError):
+            return  # it speaks of the request, not of the peer
+        self._told = True
+        digest = None if error.code in _OF_THE_WHOLE_PEER else self._ask.digest
+        pause_s = error.retry_after_s if isinstance(error, Busy) else 0.0
+        now, priority = trio.current_time(), self._ask.priority
+        self._bench.measurements.on_failure(self._peer, digest, error.code, now, pause_s, priority)
+
+    def _on_cancelled(self, probe: bool) -> None:
+        if self._outcome == "cancelled" and self.blame is not None:
+            self._on_error(self.blame)
+        elif self._outcome == "cancelled" and not self._first_event_s and not is_load_only(self._ask.request):
+            # It would have taken longer than that; without these only the quick ones would count.
+            waited_s = trio.current_time() - self._sent_s
+            if waited_s > self._expected_s:
+                self._bench.first_tokens.add(self._peer, self._expected_s, waited_s)
+        if probe and not self._told:
+            self._bench.measurements.on_probe_abandoned(self._peer, self._ask.digest)
+
+    def _named(self, error: MeshmaxError) -> MeshmaxError:
+        """``error`` with the peer's name where it speaks of that peer's connection or engine."""
+        if not self._name or type(error) not in _OF_ONE_PEER:
+            return error
+        if isinstance(error, PeerGone) and self._first_event_s:
+            return PeerGone(f"{self._name} went away in the middle of its answer: ask again")
+        return type(error)(f"{self._name}: {error.message}")

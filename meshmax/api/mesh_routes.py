@@ -114,7 +114,9 @@ class MeshFace:
         if not entries:
             return "no model is here or in the mesh yet: meshmax add NAME FILE.gguf brings one in"
         own = node.signer.peer_id
-        if node.config.engine.kind == "none" and not any(set(entry.holders) - {own} for entry in entries):
+        if node.config.engine.kind == "none" and not any(
+            entry.served or set(entry.anywhere) - {own} for entry in entries
+        ):
             return "this node has no engine, and no other peer holds a model"
         return ""
 

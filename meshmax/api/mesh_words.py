@@ -78,6 +78,7 @@ def model_json(name: str, entry: CatalogEntry) -> dict[str, Any]:
         "fraction": 1.0 if entry.local else entry.fraction,
         "pinned": entry.pinned,
         "holders": list(entry.holders),
+        "servers": list(entry.servers),
     }
 
 

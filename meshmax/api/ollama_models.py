@@ -65,7 +65,7 @@ def tags_json(entries: Sequence[CatalogEntry], peer_name: PeerName) -> dict[str,
 
 def _tag(name: str, entry: CatalogEntry, peer_name: PeerName) -> dict[str, Any]:
     shown: dict[str, Any] = {"name": name, "model": name}
-    if not entry.local:
+    if not entry.is_here:
         shown |= remote_fields(entry, peer_name)
     shown |= {
         "modified_at": rfc3339(entry.modified_at_s),
@@ -82,7 +82,7 @@ def _tag(name: str, entry: CatalogEntry, peer_name: PeerName) -> dict[str, Any]:
 
 def remote_fields(entry: CatalogEntry, peer_name: PeerName) -> dict[str, str]:
     """``remote_model`` and ``remote_host`` of a model that is not here."""
-    host = peer_name(entry.holders[0]) if entry.holders else "mesh"
+    host = peer_name(entry.anywhere[0]) if entry.anywhere else "mesh"
     return {"remote_model": entry.name, "remote_host": host}
 
 

@@ -208,7 +208,7 @@ class OllamaFace:
             described, system=body.system or described.system, template=body.template or described.template
         )
         entry = resolved.entry
-        remote = {} if entry.local else ollama_models.remote_fields(entry, self._prompts.peer_name)
+        remote = {} if entry.is_here else ollama_models.remote_fields(entry, self._prompts.peer_name)
         return json_reply(ollama_models.show_json(resolved.name, described, remote, bool(body.verbose)))
 
     async def generate(self, request: Request) -> PromptReply:

@@ -118,7 +118,7 @@ class OpenAiFace:
             "created": int(entry.modified_at_s),
             "owned_by": _namespace(entry.name),
         }
-        return shown if entry.local else shown | ollama_models.remote_fields(entry, self._prompts.peer_name)
+        return shown if entry.is_here else shown | ollama_models.remote_fields(entry, self._prompts.peer_name)
 
     async def chat(self, request: Request) -> PromptReply:
         """POST /v1/chat/completions."""

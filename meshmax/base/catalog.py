@@ -19,6 +19,7 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     ``holders`` are peers (ourselves too) that have it whole; ``partial_holders`` have some of it: sources for a pull, and
     never for a prompt. Two digests under one name make two entries. ``pinned``: a name here is tied to this digest.
     ``servers``: peers (ourselves too) whose engine brings the model along: they answer prompts, and cannot give it away.
+    ``served``: we are one of them.
     """
 
     name: str  # shortest form
@@ -32,6 +33,17 @@ class CatalogEntry(msgspec.Struct, frozen=True):
     partial_holders: tuple[PeerId, ...] = ()
     pinned: bool = False
     servers: tuple[PeerId, ...] = ()
+    served: bool = False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is on this machine for a person: in our store, or brought along by an engine here."""
+        return self.local or self.served
+
+    @property
+    def anywhere(self) -> tuple[PeerId, ...]:
+        """Peers that can show it and, with an engine, run it: who has it whole first."""
+        return (*self.holders, *(peer for peer in self.servers if peer not in self.holders))
 
 
 class FirstOffer(msgspec.Struct, frozen=True):

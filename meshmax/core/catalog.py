@@ -1,10 +1,10 @@
 """What names mean: our own models and those that peers say they have, merged.
 
-Rules (a name means, in this order): what it is pinned to; what is present here; then, of the digests that online peers
+Rules (a name means, in this order): what it is pinned to; what is in our store; what an engine here brings along; then, of the digests that online peers
 offer under that name, the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a
 name over, nor push names of others out by offering many). Two digests under one name are two entries and are never mixed;
 ``NAME@DIGEST`` chooses. Partial copies make nobody a holder: they are listed apart, and a model that is nowhere whole is
-an entry only for who wants to pull it.
+an entry only for who wants to pull it. Who runs a model that its engine brings along is a server of it and no holder.
 Not here: fetching, files, who answers a prompt.
 """
 
@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from meshmax.base.catalog import CatalogEntry, FirstOffer, Resolved
+from meshmax.base.catalog import CatalogEntry, FirstOffer, OfferedModel, Resolved
 from meshmax.base.errors import InvalidName, ModelNotFound
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ModelDetails, StoredModel
@@ -85,10 +85,11 @@ def merge(
     fractions: Mapping[Sha256, float],
     *,
     parts: bool = False,
+    offered: Iterable[OfferedModel] = (),
 ) -> tuple[CatalogEntry, ...]:
     """Every (name, digest) that can be used, newest first. ``fractions``: share of each digest's bytes here, 0 to 1.
 
-    ``parts``: also those of which online peers have parts only.
+    ``parts``: also those of which online peers have parts only. ``offered``: what engines of this node bring along.
     """
     entries: dict[tuple[str, Sha256], CatalogEntry] = {}
     for stored in local:
@@ -96,13 +97,27 @@ def merge(
         entries[parse_name(stored.name).key, digest] = CatalogEntry(
             stored.name, digest, stored.manifest.size, stored.modified_at_s, stored.details, True, (own,), 1.0
         )
+    for offer in offered:
+        _merge_offered(entries, own, offer)
     for view in views:
         if view.status is None or view.state not in ("online", "draining"):
             continue
         for model in view.status.models:
             _merge_remote(entries, view.peer_id, model, fractions)
-    listed = (entry for entry in entries.values() if parts or entry.holders)
+    listed = (entry for entry in entries.values() if parts or entry.holders or entry.servers)
     return tuple(sorted(listed, key=lambda entry: (-entry.modified_at_s, entry.name, entry.digest)))
+
+
+def _merge_offered(entries: dict[tuple[str, Sha256], CatalogEntry], own: PeerId, offer: OfferedModel) -> None:
+    try:
+        name = parse_name(offer.name)
+    except InvalidName:
+        return
+    entry = entries.get((name.key, offer.digest))
+    if entry is None:
+        at_s = offer.modified_at_s
+        entry = CatalogEntry(str(name), offer.digest, offer.size, at_s, offer.details, False)
+    entries[name.key, offer.digest] = msgspec.structs.replace(entry, servers=(own,), served=True)
 
 
 def _merge_remote(
@@ -117,8 +132,8 @@ def _merge_remote(
         except InvalidName:
             continue  # a peer's mistake; its other names may be good
         entry = entries.get((name.key, model.digest))
-        whole = model.state != "partial"
-        if entry is None or (whole and not entry.holders):
+        whole, first = model.is_copy, entry is None or not (entry.holders or entry.servers)
+        if entry is None or (first and model.state != "partial"):
             parted = entry.partial_holders if entry else ()
             entry = CatalogEntry(
                 str(name),
@@ -133,7 +148,9 @@ def _merge_remote(
         # Once, however often it says so: whoever asks the holders one by one would ask it again and again.
         if whole and peer not in entry.holders:
             entry = msgspec.structs.replace(entry, holders=(*entry.holders, peer))
-        elif not whole and peer not in entry.partial_holders:
+        elif model.served and peer not in entry.servers:
+            entry = msgspec.structs.replace(entry, servers=(*entry.servers, peer))
+        elif model.state == "partial" and peer not in entry.partial_holders:
             entry = msgspec.structs.replace(entry, partial_holders=(*entry.partial_holders, peer))
         entries[name.key, model.digest] = entry
 
@@ -154,7 +171,7 @@ def details_of(model: ModelPresence) -> ModelDetails:
 def held_elsewhere(digest: Sha256, views: Iterable[PeerView]) -> bool:
     """Whether one of ``views`` is online and says that it has the whole model ``digest``."""
     return any(
-        model.digest == digest and model.state != "partial"
+        model.digest == digest and model.is_copy
         for view in views
         if view.status and view.state in ("online", "draining")
         for model in view.status.models
@@ -210,7 +227,7 @@ def resolve(
                 f"model '{text}' not found: it is pinned to {pinned[:12]}, which nobody who is online has;"
                 f" `meshmax unpin {name}` lets it mean another one"
             )
-    elif not any(entry.local for entry in named):
+    elif not any(entry.is_here for entry in named):
         seen = first_seen.get(name.key)
         others = [entry.digest for entry in named]
         named = [entry for entry in named if seen in (None, entry.digest)]
@@ -221,6 +238,6 @@ def resolve(
             )
     if not named:
         raise ModelNotFound(f"model '{text}' not found")
-    entry = next((entry for entry in named if entry.local), named[0])
+    entry = min(named, key=lambda entry: (not entry.local, not entry.served))
     stored = next((s for s in local if s.manifest.digest == entry.digest and parse_name(s.name).key == name.key), None)
     return Resolved(entry.name, entry.digest, entry, stored)

@@ -35,10 +35,11 @@ def holders(views: Iterable[PeerView], digest: Sha256) -> list[tuple[PeerView, M
     found = []
     for view in views:
         status = view.status
-        if status is None or status.engine == NO_ENGINE:
+        if status is None:
             continue
         for model in status.models:
             if model.digest == digest:
-                found.append((view, model))
+                if (model.engine or status.engine) != NO_ENGINE:
+                    found.append((view, model))
                 break
     return found

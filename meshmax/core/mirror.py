@@ -78,7 +78,7 @@ class MirrorPlan:
 def _offered(view: PeerView, rule: _Rule, number: int) -> Iterable[tuple[str, Wanted]]:
     """What a peer has whole that the rule matches, with the key of its name."""
     for model in view.status.models if view.status else ():
-        for text in model.names if model.state != "partial" else ():
+        for text in model.names if model.is_copy else ():
             try:
                 name = parse_name(text)
             except InvalidName:

@@ -80,7 +80,7 @@ def _use(entry: PeerEntry, common: Counter[Sha256], own: int, now: float) -> tup
     """Used lately; models that nobody else among the neighbours has; a GPU. ``own``: whether it is counted in ``common``."""
     if entry.status is None:
         return _used(entry, now), 0, False
-    rare = sum(model.state != "partial" and common[model.digest] <= own for model in entry.status.models)
+    rare = sum(model.is_copy and common[model.digest] <= own for model in entry.status.models)
     return _used(entry, now), min(rare, MAX_RARE), bool(entry.status.gpus)
 
 
@@ -90,7 +90,7 @@ def _used(entry: PeerEntry, now: float) -> bool:
 
 def _holders(connected: Iterable[PeerEntry]) -> Counter[Sha256]:
     models = (model for entry in connected if entry.status for model in entry.status.models)
-    return Counter(model.digest for model in models if model.state != "partial")
+    return Counter(model.digest for model in models if model.is_copy)
 
 
 def _distance(entry: PeerEntry) -> tuple[bool, float, float]:

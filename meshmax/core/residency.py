@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -68,6 +69,7 @@ class _Resident(msgspec.Struct):
     keep_alive_s: float
     parallel: int = 1
     doomed: bool = False  # goes when its running asks have ended, and starts no other
+    foreign: bool = False  # in the memory of an engine that brings it along, so nothing of ours gives way to it
     running: dict[int, Ask] = {}
 
     @property
@@ -95,7 +97,14 @@ class ResidentView(msgspec.Struct, frozen=True):
 class ResidencyCore:
     """The decisions of one node. Every event returns what is to be done now; call `tick` at `deadline`."""
 
-    def __init__(self, queue: FairQueue, max_loaded: int = MAX_LOADED) -> None:
+    def __init__(
+        self,
+        queue: FairQueue,
+        max_loaded: int = MAX_LOADED,
+        foreign: Callable[[Sha256], bool] = lambda digest: False,
+    ) -> None:
+        """``foreign``: whether an engine that brings its models along runs this one, in memory that is not ours to fill."""
+        self._foreign = foreign
         self._queue = queue
         self._max_loaded = max_loaded
         self._residents: dict[Sha256, _Resident] = {}
@@ -220,16 +229,20 @@ class ResidencyCore:
     def _load(self, now: float) -> list[Action]:
         loads: list[Action] = []
         for digest, keep_alive_s in self._queue.wanted():
-            if digest not in self._residents and len(self._residents) < self._max_loaded:
-                self._residents[digest] = _Resident(digest, Phase.LOADING, now, keep_alive_s)
+            if digest in self._residents:
+                continue
+            foreign = self._foreign(digest)
+            if foreign or sum(not r.foreign for r in self._residents.values()) < self._max_loaded:
+                self._residents[digest] = _Resident(digest, Phase.LOADING, now, keep_alive_s, foreign=foreign)
                 loads.append(Load(digest))
         return loads
 
     def _evict(self) -> list[Action]:
         missing = {digest for digest, _ in self._queue.wanted()} - self._residents.keys()
-        leaving = sum(r.phase is Phase.UNLOADING or r.doomed for r in self._residents.values())
+        ours = [resident for resident in self._residents.values() if not resident.foreign]
+        leaving = sum(r.phase is Phase.UNLOADING or r.doomed for r in ours)
         staying = sorted(
-            (r for r in self._residents.values() if r.phase is Phase.LOADED and not r.doomed),
+            (r for r in ours if r.phase is Phase.LOADED and not r.doomed),
             key=lambda r: (bool(r.running), r.used_at),
         )
         actions: list[Action] = []

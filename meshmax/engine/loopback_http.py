@@ -33,6 +33,7 @@ class Response:
         self._stream = stream
         self._connection = connection
         self.status = 0
+        self.headers: dict[str, str] = {}  # names in lower case; of several with one name the last
 
     async def receive(self) -> bytes | None:
         """More of the body; None at its end. Raises EngineCrashed when it breaks off."""
@@ -70,6 +71,7 @@ class Response:
         if not isinstance(event, h11.Response):
             raise EngineCrashed("the engine broke off before its answer")
         self.status = event.status_code
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
 
     async def _next(self) -> Any:
         try:

@@ -36,9 +36,10 @@ from meshmax.node.running import Node
 from meshmax.node.serving import open_node_serving
 from meshmax.node.traversing import open_traversal
 from meshmax.node.visiting import make_doctor
-from meshmax.node.world import World, real_world
+from meshmax.node.world import World, real_world, several_engines
 from meshmax.ports import Lanes
 from meshmax.services.adopt import Adoption, run_watch
+from meshmax.services.backends import Backends, open_backends
 from meshmax.services.blob_server import BlobServer
 from meshmax.services.bundle_source import LocalSources
 from meshmax.services.bundles import make_bundles
@@ -60,6 +61,7 @@ from meshmax.services.offers import Offers
 from meshmax.services.outflow import Outflow
 from meshmax.services.presence import open_presence
 from meshmax.services.pull import open_pulls
+from meshmax.services.pull_first import PullFirst, ask_pull_of
 from meshmax.services.registries import open_served, open_upstream
 from meshmax.services.residency import open_residency
 from meshmax.services.router import open_router
@@ -96,6 +98,7 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
         node.swarm = await enter(world.open_swarm(config, identity.private_bytes, node.membership))
         await enter(open_membership(node.membership, node.swarm))
         node.engine = world.engine(config, home.path / "logs")
+        node.backends = Backends(world.backends(config), node.changed, node.runs_itself)
 
         async def save_limits(override: Override) -> None:
             await world.run_sync(partial(save_override, home.path, override))
@@ -134,12 +137,13 @@ class _Opening:
         drain = node.draining.here = await self.enter(open_drain(node.draining.changed))
         node.residency = await self.enter(
             open_residency(
-                node.engine,
+                several_engines(node.engine, node.backends.owners),
                 node.model_file,
                 self.config.engine,
                 world.unix_now,
                 on_change=node.changed,
                 on_use=self.kept.used,
+                brought=node.backends,
                 drain=drain,
             )
         )
@@ -154,6 +158,7 @@ class _Opening:
             self.first_seen,
             node.changed,
             self.kept.pins,
+            node.backends,
         )
         await self.enter(open_catalog(node.catalog))
         node.fsck = Fsck(store.models.listing, store.blobs, node.catalog.refresh, lambda: node.pulls)
@@ -178,6 +183,7 @@ class _Opening:
             lambda digest: node.pulling(digest),  # noqa: PLW0108
             node.accept,
             lambda peer, request: node.membership.require(peer, *MODEL_GUARDS[type(request)]),
+            node.backends.describe,
         ).register(node.swarm)
         BlobServer(store.blobs, outflow=self.outflow, offers=self.offers, throttle=self.throttle).register(node.swarm)
         infer_server = InferServer(node.residency, self.throttle.precedence)
@@ -255,9 +261,22 @@ class _Opening:
     async def _open_prompts(self) -> None:
         node = self.node
         precedence = self.throttle.precedence
-        node.router = await self.enter(
-            open_router(node.swarm, node.residency, node.catalog, node.presence, node.peer_id, precedence)
+        router = await self.enter(
+            open_router(
+                node.swarm,
+                node.residency,
+                node.catalog,
+                node.presence,
+                node.peer_id,
+                precedence,
+                node.config.routing,
+                jitter=self.world.random,
+                unix_now=self.world.unix_now,
+            )
         )
+        ask_pull, config, unix_now = ask_pull_of(node.distribution), self.config.routing, self.world.unix_now
+        node.prompts = PullFirst(router, node.catalog, node.presence, node.pulls, ask_pull, config, unix_now)
+        node.router = node.prompts
 
     async def _stored(self, model: StoredModel) -> None:
         await self.node.catalog.refresh()
@@ -314,7 +333,7 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
             await isolate("names", partial(node.world.run_sync, save))
 
     node.presence.watch(on_news)
-    async with trio.open_nursery() as nursery:
+    async with open_backends(node.backends), trio.open_nursery() as nursery:
         nursery.start_soon(_watch_gpus, node)
         nursery.start_soon(keep_names)
         if node.config.mirror:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,7 +18,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Options
 from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE, Manifest, StoredModel
 from meshmax.base.names import parse_name
-from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, Gpu, ModelPresence, PeerStatus
+from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, NO_ENGINE, Gpu, ModelPresence, PeerStatus
 from meshmax.base.traversal import PathStory
 from meshmax.node.dht import NodeDht
 from meshmax.node.draining import NodeDrain
@@ -28,6 +28,7 @@ from meshmax.node.traversing import Traversal
 from meshmax.node.world import World
 from meshmax.ports import Datagrams, Engine, Pulls, Router, Signer, Swarm
 from meshmax.services.adopt import Adoption
+from meshmax.services.backends import Backends, served_presence
 from meshmax.services.bundles import Bundles
 from meshmax.services.catalog import CatalogService
 from meshmax.services.distribute import Distribution
@@ -41,6 +42,7 @@ from meshmax.services.model_exchange import FetchedModel
 from meshmax.services.network_watch import NetworkWatch
 from meshmax.services.presence import PresenceService
 from meshmax.services.pull import PartialModel
+from meshmax.services.pull_first import PullFirst
 from meshmax.services.pull_world import Seek, seek_nowhere
 from meshmax.services.reachability import ReachabilityService
 from meshmax.services.rendezvous import Rendezvous
@@ -78,7 +80,8 @@ class Node:
         self.draining = NodeDrain(self)
         self.serving = Serving()
         self.store: Store
-        self.engine: Engine
+        self.engine: Engine  # our own; those of others are backends
+        self.backends = Backends()
         self.catalog: CatalogService
         self.presence: PresenceService
         self.network: NetworkWatch
@@ -96,6 +99,7 @@ class Node:
         self.leftovers: Leftovers
         self.pulls: Pulls
         self.distribution: Distribution
+        self.prompts: PullFirst  # the router below, which counts what is under way
         self.router: Router
         self.repositories: Repositories
         self.uploads: Uploads
@@ -188,12 +192,30 @@ class Node:
         for stored in self.catalog.local():
             by_digest.setdefault(stored.manifest.digest, []).append(stored)
         whole = [self._presence(models) for models in by_digest.values()]
+        served = self._served(by_digest)
+        known = {*by_digest, *(model.digest for model in served)}
         partial = [
             ModelPresence(part.digest, part.names, "partial", part.size)
             for part in self.partials()
-            if part.digest not in by_digest
+            if part.digest not in known
         ]
-        return tuple((whole + partial)[:MAX_MODELS])
+        return tuple((whole + served + partial)[:MAX_MODELS])
+
+    def _served(self, stored: Collection[Sha256]) -> list[ModelPresence]:
+        """The models that engines of others bring along and that are not in our store."""
+        names: dict[Sha256, list[str]] = {}
+        for offer in self.backends.offered():
+            if offer.digest not in stored:
+                names.setdefault(offer.digest, []).append(parse_name(offer.name).full)
+        offers = [(self.backends.by_digest(digest), given) for digest, given in names.items()]
+        return [
+            served_presence(offer, given[:64], self.residency.speed(offer.digest)) for offer, given in offers if offer
+        ]
+
+    def runs_itself(self, digest: Sha256) -> bool:
+        """Whether our own engine runs a model: one of our store."""
+        own = self.engine.name != NO_ENGINE
+        return own and any(stored.manifest.digest == digest for stored in self.catalog.local())
 
     def _presence(self, models: list[StoredModel]) -> ModelPresence:
         stored = models[0]
@@ -216,10 +238,18 @@ class Node:
             prefill_per_s=speed.prefill_per_s,
             decode_per_s=speed.decode_per_s,
             load_s=speed.load_s,
+            engine=self._engine_of(stored.manifest.digest),
         )
 
+    def _engine_of(self, digest: Sha256) -> str:
+        """What runs a model of our store, if it is not our own engine."""
+        offer = self.backends.by_digest(digest) if self.engine.name == NO_ENGINE else None
+        return offer.engine if offer else ""
+
     async def model_file(self, digest: Sha256) -> ModelFile:
-        """What the engine needs to load a model of ours. Raises ModelNotFound, BlobNotFound, StoreCorrupt."""
+        """What the engine needs to load a model that is here. Raises ModelNotFound, BlobNotFound, StoreCorrupt."""
+        if self.backends.brings(digest):
+            return self.backends.model_file(digest)
         stored = self.catalog.by_digest(digest)
         layer = stored.manifest.layer(MODEL_MEDIA_TYPE)
         if layer is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,15 @@ from typing import Final, TypeVar
 import trio
 
 from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
-from meshmax.base.ids import PeerId
+from meshmax.base.ids import PeerId, Sha256
 from meshmax.core.backoff import Random
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
+from meshmax.engine.ollama import DEFAULT_URL, OllamaEngine
+from meshmax.engine.openai_compat import OpenAiEngine, api_url, key_of
+from meshmax.engine.server_http import ServerHttp
+from meshmax.engine.several import SeveralEngines
 from meshmax.net.addresses import allow_any, is_lan_address, running_addresses
 from meshmax.net.datagrams import open_datagrams
 from meshmax.net.ice import open_channels
@@ -38,7 +42,19 @@ from meshmax.net.static import Static
 from meshmax.net.swarm import open_swarm
 from meshmax.net.upnp import Upnp
 from meshmax.node.serving import Answer, Bound, OpenObserver
-from meshmax.ports import Channels, Datagrams, Discovery, Engine, Lanes, PortMapper, Probes, Puncher, RunSync, Swarm
+from meshmax.ports import (
+    Backend,
+    Channels,
+    Datagrams,
+    Discovery,
+    Engine,
+    Lanes,
+    PortMapper,
+    Probes,
+    Puncher,
+    RunSync,
+    Swarm,
+)
 from meshmax.services.look_back import Knock, knock_nowhere
 from meshmax.services.membership import MembershipService
 from meshmax.services.registries import OpenRegistry
@@ -75,6 +91,7 @@ class World:
     puncher: Puncher | None = None  # None: no simultaneous open
     open_channels: Callable[[], AbstractAsyncContextManager[Channels]] | None = None  # None: no ICE
     port_mappers: Callable[[], Sequence[PortMapper]] = tuple  # ways to have a router forward ports, the best first
+    backends: Callable[[Config], Sequence[Backend]] = lambda config: ()  # engines that bring their own models along
 
 
 def real_world() -> World:
@@ -98,6 +115,7 @@ def real_world() -> World:
         puncher=TcpPuncher(),
         open_channels=partial(open_channels, running_addresses),
         port_mappers=lambda: (NatPmp(), Upnp()),
+        backends=_backends,
     )
 
 
@@ -152,6 +170,21 @@ def _engine(config: Config, logs: Path) -> Engine:
             return NoEngine()
         case _:
             return LlamaCppEngine(config.engine, logs)
+
+
+def _backends(config: Config) -> tuple[Backend, ...]:
+    """The engines of others, in order of preference. Raises ConfigError."""
+    found: list[Backend] = []
+    if config.engine.ollama:
+        found.append(OllamaEngine(ServerHttp(DEFAULT_URL if config.engine.ollama == "auto" else config.engine.ollama)))
+    for server in config.engine.openai:
+        found.append(OpenAiEngine(server, ServerHttp(api_url(server.url), key_of(server, config.engine))))
+    return tuple(found)
+
+
+def several_engines(own: Engine, owners: Callable[[], Mapping[Sha256, Backend]]) -> Engine:
+    """A node's own engine and its backends as one."""
+    return SeveralEngines(own, owners)
 
 
 def _disk_threads() -> RunSync:

@@ -13,13 +13,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, Protocol
 
 import msgspec
 import trio
 
-from meshmax.base.catalog import CatalogEntry, ModelDescription, Resolved
-from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders, OutOfScope
+from meshmax.base.catalog import CatalogEntry, ModelDescription, OfferedModel, Resolved
+from meshmax.base.errors import (
+    BlobNotFound,
+    InvalidRequest,
+    MeshmaxError,
+    ModelNotFound,
+    NoProviders,
+    OutOfScope,
+)
 from meshmax.base.ids import MapAddress, PeerId, Sha256
 from meshmax.base.model import Manifest, ModelRecord, Signed, StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
@@ -37,6 +44,24 @@ HOLDER_DEADLINE_S: Final = 5.0  # to describe a model; one that lives answers in
 DESCRIBE_DEADLINE_S: Final = 15.0  # for all holders: a person waits for it
 
 _log = get_logger("catalog")
+
+
+class Brought(Protocol):
+    """The models that engines bring along (services.backends)."""
+
+    def offered(self) -> tuple[OfferedModel, ...]:
+        """All of them."""
+        ...
+
+    def by_digest(self, digest: Sha256) -> OfferedModel | None:
+        """One of them, or None."""
+        ...
+
+    async def describe(self, digest: Sha256) -> ModelDescription:
+        """What its engine says of it. Raises ModelNotFound, EngineError."""
+        ...
+
+
 AskPeer = Callable[[PeerId, Sha256], Awaitable[ModelDescription]]
 
 
@@ -55,7 +80,9 @@ class CatalogService:
         first_seen: FirstSeen,
         on_change: Callable[[], None],
         pins: Pins | None = None,
+        brought: Brought | None = None,
     ) -> None:
+        """``brought``: what engines of this node bring along; None: nothing."""
         self._models = models
         self._blobs = blobs
         self._signer = signer
@@ -66,6 +93,7 @@ class CatalogService:
         self._first_seen = first_seen
         self._on_change = on_change
         self._pins = pins or Pins()
+        self._brought = brought
         self._local: tuple[StoredModel, ...] = ()
 
     # --- ports.Catalog -----------------------------------------------------------------------------------------------
@@ -85,13 +113,19 @@ class CatalogService:
         return resolve(name, self._merged(parts=True), self._local, self._first_seen, pinned)
 
     async def describe(self, name: str, verbose: bool = False) -> ModelDescription:
-        """From our store, or of a holder, then never verbose. Raises InvalidName, ModelNotFound, NoProviders, OutOfScope."""
+        """From our store, else of who has it, then never verbose.
+
+        Raises InvalidName, ModelNotFound, NoProviders, OutOfScope, EngineError.
+        """
         resolved = self.resolve(name)
         if resolved.stored:
             return await self._models.describe(resolved.digest, verbose)
+        if self._brought is not None and self._brought.by_digest(resolved.digest):
+            with trio.move_on_after(DESCRIBE_DEADLINE_S):
+                return await self._brought.describe(resolved.digest)
         refused: OutOfScope | None = None
         with trio.move_on_after(DESCRIBE_DEADLINE_S):
-            for holder in resolved.entry.holders:
+            for holder in resolved.entry.anywhere:
                 try:
                     with trio.move_on_after(HOLDER_DEADLINE_S):
                         return await self._ask_peer(holder, resolved.digest)
@@ -212,7 +246,7 @@ class CatalogService:
             entry
             for entry in self.entries()
             # Of several that have it the nearest is taken for the one that offered it.
-            if self._first_seen.note(parse_name(entry.name).key, entry.digest, "" if entry.local else entry.holders[0])
+            if self._first_seen.note(parse_name(entry.name).key, entry.digest, self._origin(entry))
         ]
         return bool(new)
 
@@ -225,19 +259,36 @@ class CatalogService:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _merged(self, *, parts: bool) -> tuple[CatalogEntry, ...]:
-        merged = merge(self._signer.peer_id, self._local, self._peers()[1:], self._fractions(), parts=parts)
+        offered = self._brought.offered() if self._brought is not None else ()
+        views = self._peers()[1:]
+        merged = merge(self._signer.peer_id, self._local, views, self._fractions(), parts=parts, offered=offered)
         if not self._pins.items():
             return merged
         return tuple(
             msgspec.structs.replace(entry, pinned=True) if self._pins.keeps(entry.digest) else entry for entry in merged
         )
 
+    def _origin(self, entry: CatalogEntry) -> PeerId | Literal[""]:
+        return "" if entry.is_here else entry.anywhere[0]
+
     def _stored(self, name: str) -> StoredModel:
         text, digest = split_digest(name)
         stored = self._named(parse_name(text).key)
         if stored is None or not stored.manifest.digest.startswith(digest or ""):
-            raise ModelNotFound(f"model '{name}' not found")
+            raise self._not_stored(name)
         return stored
+
+    def _not_stored(self, name: str) -> MeshmaxError:
+        """Why a verb that is about files has nothing to work on: an engine here may run the model all the same."""
+        missing = ModelNotFound(f"model '{name}' not found")
+        try:
+            digest = self.resolve(name).digest
+        except MeshmaxError:
+            return missing
+        offer = self._brought.by_digest(digest) if self._brought is not None else None
+        if offer is None:
+            return missing
+        return InvalidRequest(f"'{name[:200]}' is no file of this peer: {offer.origin} brings it along, and keeps it")
 
     def _named(self, key: str) -> StoredModel | None:
         return next((stored for stored in self._local if parse_name(stored.name).key == key), None)

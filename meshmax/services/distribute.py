@@ -62,7 +62,7 @@ class Distribution:
         others: list[PeerId] = []
         for view in self._presence.peers():
             models = view.status.models if view.status else ()
-            if any(model.digest == digest and model.state != "partial" for model in models):
+            if any(model.digest == digest and model.is_copy for model in models):
                 if view.state != "offline":
                     holders.add(view.peer_id)
             elif view.state in ("self", "online"):

@@ -124,7 +124,7 @@ class Garbage:
             view.peer_id: view.status.addresses
             for view in views
             if view.status and view.state in ("online", "draining")
-            if any(model.digest == digest and model.state != "partial" for model in view.status.models)
+            if any(model.digest == digest and model.is_copy for model in view.status.models)
         }
 
     def _in_use(self) -> Mapping[Sha256, str]:

@@ -48,6 +48,7 @@ REPLY_TIMEOUT_S: Final = 10.0  # for one message, either way; a map's parts are 
 
 R = TypeVar("R", wire.RecordReply, wire.ManifestReply, wire.MapPart, wire.DescribeReply, wire.DownloadReply)
 Guard = Callable[[PeerId, wire.FromAsker], None]  # raises OutOfScope, NotAMember
+Describe = Callable[[Sha256], Awaitable[ModelDescription]]  # raises ModelNotFound, EngineError
 Accept = Callable[[PeerId, str, Sha256], Awaitable[str]]  # who asks us to pull what, by which name: the transfer's id
 
 
@@ -63,7 +64,8 @@ class ModelServer:
     """Answers from ``models`` and ``blobs``; ``pulling`` knows the models of which we have only some yet.
 
     ``accept`` decides whether we pull what a peer asks us to; it raises Refused or Busy, or gives the transfer's id.
-    ``guard`` decides who may ask for what (services.guards).
+    ``guard`` decides who may ask for what (services.guards). ``describe``: asked of models that are not in the store; it
+    raises ModelNotFound.
     """
 
     def __init__(
@@ -73,8 +75,9 @@ class ModelServer:
         pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None,
         accept: Accept | None = None,
         guard: Guard = lambda peer, request: None,
+        describe: Describe | None = None,
     ) -> None:
-        self._accept, self._guard = accept, guard
+        self._accept, self._guard, self._describe = accept, guard, describe
         self._models = models
         self._blobs = blobs
         self._pulling = pulling
@@ -122,7 +125,17 @@ class ModelServer:
                     raise NotOffered("this peer pulls nothing for others")
                 await _send(frames, wire.DownloadReply(await self._accept(frames.stream.peer, name, Sha256(digest))))
             case wire.Describe(digest=digest):
-                await _send(frames, wire.describe_reply(await self._models.describe(Sha256(digest))))
+                await _send(frames, wire.describe_reply(await self._description(Sha256(digest))))
+
+    async def _description(self, digest: Sha256) -> ModelDescription:
+        try:
+            return await self._models.describe(digest)
+        except ModelNotFound:
+            if self._describe is None:
+                raise
+        with trio.move_on_after(REPLY_TIMEOUT_S / 2):
+            return await self._describe(digest)
+        raise Busy("the engine that brings this model along does not answer")
 
     async def _map_of(self, digest: Sha256) -> bytes | None:
         """The map of a blob that is whole, whose sha256 was computed: of one in the making we would pass on a lie."""

@@ -114,5 +114,5 @@ class ProviderSearch:
 
 def _has(status: PeerStatus, word: Word) -> bool:
     """Whether the peer says that it has the whole model."""
-    models = (model for model in status.models if model.state != "partial")
+    models = (model for model in status.models if model.is_copy)
     return any(word.text == model.digest or (word.kind == "name" and word.text in model.names) for model in models)

@@ -250,7 +250,7 @@ class PullService:
         if resolved.stored:
             return resolved.stored
         if self._under_way(resolved.digest) is None and not self._world.sources(resolved.digest):
-            raise _nobody_has(name)
+            raise _only_runs(name, resolved.server) if resolved.server else _nobody_has(name)
         return self._join(resolved.digest, parsed, detached, asked_by)
 
     async def _find_anywhere(self, name: str, *, detached: bool = False) -> Job | StoredModel:
@@ -313,7 +313,8 @@ class PullService:
                 if key in job.names and job.digest.startswith(digest or ""):
                     return _Meaning(job.digest, None)
             return None
-        return _Meaning(resolved.digest, resolved.stored)
+        server = next((self._world.peer_name(peer) for peer in resolved.entry.servers), "")
+        return _Meaning(resolved.digest, resolved.stored, server)
 
     async def _in_background(self, found: Job | StoredModel) -> Transfer:
         if isinstance(found, StoredModel):
@@ -361,10 +362,11 @@ class PullService:
 
 
 class _Meaning(msgspec.Struct, frozen=True):
-    """What a name means: a digest, and our own copy if there is one."""
+    """What a name means: a digest, and our own copy if there is one. ``server``: whose engine brings it along, by name."""
 
     digest: Sha256
     stored: StoredModel | None
+    server: str = ""
 
 
 async def _forget(_downloads: tuple[Download, ...]) -> None:
@@ -443,6 +445,13 @@ def _remembered(download: Download) -> FetchedModel | None:
 def _nobody_has(name: str) -> NoProviders:
     # Ollama's words first, since programs look for them.
     return NoProviders(f"pull model manifest: file does not exist: no peer that can be reached has '{name[:200]}'")
+
+
+def _only_runs(name: str, server: str) -> NoProviders:
+    return NoProviders(
+        f"pull model manifest: file does not exist: '{name[:200]}' runs at {server}, whose engine brings it along and gives"
+        " no files: use it from there, or have that peer take the files in (`meshmax add --from-ollama` there)"
+    )
 
 
 def _already_here(stored: StoredModel) -> Transfer:

@@ -101,7 +101,7 @@ class World(msgspec.Struct, frozen=True):
         for view in self.presence.peers():
             if view.status is None or view.state in ("self", "offline"):
                 continue
-            states = {model.state for model in view.status.models if model.digest in models}
+            states = {model.state for model in view.status.models if model.digest in models and not model.served}
             if states:
                 (whole if states - {"partial"} else some)[view.peer_id] = view.status.addresses
         return whole | some

@@ -82,7 +82,7 @@ async def open_served(
         return {
             view.peer_id: view.status.addresses
             for view in online
-            if view.status and any(model.digest == digest for model in view.status.models)
+            if view.status and any(model.digest == digest and not model.served for model in view.status.models)
         }
 
     remove: Callable[[Sha256], Awaitable[None]] = store.blobs.remove

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import trio
@@ -26,7 +26,16 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Event, Finish, InferRequest, Options, is_load_only, merge_options
 from meshmax.base.status import Load, Speed
 from meshmax.core.fair_queue import FairQueue
-from meshmax.core.residency import Action, Fail, ResidencyCore, Start, Unload, speed_after_answer, speed_after_load
+from meshmax.core.residency import (
+    Action,
+    Fail,
+    ResidencyCore,
+    ResidentView,
+    Start,
+    Unload,
+    speed_after_answer,
+    speed_after_load,
+)
 from meshmax.core.residency import Load as LoadModel
 from meshmax.ports import Engine, LoadedModel
 from meshmax.services.drain import Drain
@@ -55,6 +64,38 @@ class _Held:
         self.model: LoadedModel | None = None
 
 
+class Brought(Protocol):
+    """The models that engines bring along (services.backends)."""
+
+    def brings(self, digest: Sha256) -> bool:
+        """Whether such an engine runs this model here."""
+        ...
+
+    def loaded(self) -> tuple[LoadedView, ...]:
+        """What they have in memory."""
+        ...
+
+    async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
+        """Load and keep one so long, or unload it (0). Raises ModelNotFound, EngineError."""
+        ...
+
+
+class NothingBrought:
+    """There are no such engines."""
+
+    def brings(self, digest: Sha256) -> bool:
+        """No."""
+        return False
+
+    def loaded(self) -> tuple[LoadedView, ...]:
+        """Nothing."""
+        return ()
+
+    async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
+        """Nothing to do."""
+        await trio.lowlevel.checkpoint()
+
+
 class ModelResidency:
     """A Residency; made by `open_residency`."""
 
@@ -68,8 +109,10 @@ class ModelResidency:
         wall: Callable[[], float],
         on_use: Callable[[Sha256], None] = lambda digest: None,
         drain: Drain | None = None,
+        brought: Brought | None = None,
     ) -> None:
         self._engine = engine
+        self._brought = brought or NothingBrought()
         self._drain = drain or Drain()
         self._model_file = model_file
         self._config = config
@@ -78,7 +121,7 @@ class ModelResidency:
         self._on_use = on_use
         self._wall = wall
         queue = FairQueue(config.max_queue, config.max_queue_per_member, config.max_wait_s)
-        self._core = ResidencyCore(queue)
+        self._core = ResidencyCore(queue, foreign=self._brought.brings)
         self._waiters: dict[int, _Waiter] = {}
         self._held: dict[Sha256, _Held] = {}
         self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
@@ -111,6 +154,7 @@ class ModelResidency:
         load_only = is_load_only(ask.request)
         if load_only and keep_alive_s == 0:
             await self.unload(ask.digest)
+            await self._brought.keep(ask.digest, 0)
             async with aclosing(_one(Finish("unload"))) as events:
                 yield events
             return
@@ -118,6 +162,9 @@ class ModelResidency:
         async with self._turn(ask, requester, keep_alive_s) as (model, waited_for_load):
             load_s = trio.current_time() - begun if waited_for_load else 0.0
             self._on_use(ask.digest)
+            if self._brought.brings(ask.digest) and (load_only or ask.keep_alive_s):
+                await self._brought.keep(ask.digest, ask.keep_alive_s)
+                load_s = trio.current_time() - begun
             if load_only:
                 async with aclosing(_one(Finish("load", total_s=load_s, load_s=load_s))) as events:
                     yield events
@@ -125,6 +172,8 @@ class ModelResidency:
             async with model.answer(ask.request) as answer:
                 async with aclosing(self._measured(ask.digest, answer, begun, load_s)) as events:
                     yield events
+            if self._brought.brings(ask.digest) and ask.keep_alive_s == 0:
+                await self._brought.keep(ask.digest, 0)
 
     @asynccontextmanager
     async def _turn(
@@ -167,10 +216,14 @@ class ModelResidency:
     def loaded(self) -> tuple[LoadedView, ...]:
         """Models in memory, longest remaining first."""
         offset_s = self._wall() - trio.current_time()
-        views = []
+        views: list[LoadedView] = []
+        asks: dict[Sha256, ResidentView] = {}
         for resident in self._core.snapshot():
             held = self._held.get(resident.digest)
             if held is None or held.file is None or held.model is None or not held.model.alive:
+                continue
+            if self._brought.brings(resident.digest):
+                asks[resident.digest] = resident
                 continue
             facts, speed = held.model.facts, self.speed(resident.digest)
             views.append(
@@ -190,7 +243,19 @@ class ModelResidency:
                     load_s=speed.load_s,
                 )
             )
-        return tuple(views)
+        return (*views, *(self._asked(view, asks.get(view.digest)) for view in self._brought.loaded()))
+
+    def _asked(self, view: LoadedView, asks: ResidentView | None) -> LoadedView:
+        """What an engine of another's has in memory, with the asks that it has from here."""
+        speed = self.speed(view.digest)
+        return msgspec.structs.replace(
+            view,
+            running=asks.running if asks else 0,
+            queued=asks.queued if asks else 0,
+            prefill_per_s=speed.prefill_per_s,
+            decode_per_s=speed.decode_per_s,
+            load_s=speed.load_s,
+        )
 
     def held(self) -> frozenset[Sha256]:
         """The models that are in memory, on their way there, or leaving it."""
@@ -288,6 +353,8 @@ class ModelResidency:
         async for event in answer:
             if isinstance(event, Finish):
                 self._remember(digest, speed_after_answer(self.speed(digest), event))
+                # An engine that brings its models along loads them by itself, and tells how long that took.
+                load_s += event.load_s
                 event = msgspec.structs.replace(event, load_s=load_s, total_s=trio.current_time() - begun)
             yield event
 
@@ -319,15 +386,16 @@ async def open_residency(
     on_change: Callable[[], None] = lambda: None,
     on_use: Callable[[Sha256], None] = lambda digest: None,
     drain: Drain | None = None,
+    brought: Brought | None = None,
 ) -> AsyncIterator[ModelResidency]:
     """The residency of one node; leaving unloads everything.
 
     ``model_file`` finds a model on disk (raises ModelNotFound, StoreError). ``on_change`` is called, often, when models or
     load changed; it must be cheap; so must ``on_use``, called when a model begins to answer. ``wall`` tells Unix time.
-    ``drain``: whether asks are taken; None: always.
+    ``drain``: whether asks are taken; None: always. ``brought``: models that engines bring along; None: none.
     """
     async with trio.open_nursery() as nursery:
-        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall, on_use, drain)
+        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall, on_use, drain, brought)
         nursery.start_soon(residency.run_expiry)
         try:
             yield residency

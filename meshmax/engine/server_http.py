@@ -1,0 +1,173 @@
+"""A small HTTP/1.1 client for servers that run models and are not our own children: plain or TLS, one connection a request.
+
+Rules: leaving a response closes its connection at once, so that the server sees that nobody listens and stops its work.
+TLS trusts the system's certificates. Redirects are not followed: the key goes to the host that was configured and to no
+other. Every request says that a meshmax peer makes it (FROM_MESHMAX), so that a peer, were one the server, can refuse it
+and no prompt goes in circles. A server that takes no connection, answers no headers or falls silent in an answer is given up
+after the times below. The key stands in one header; errors never quote it, whatever the server says. Not here: words.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import h11
+import msgspec
+import trio
+
+from meshmax import __version__
+from meshmax.base.config import parse_server_url
+from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable
+from meshmax.base.loop_guard import FROM_MESHMAX
+from meshmax.engine.loopback_http import Response
+
+CONNECT_S: Final = 5.0  # TCP and TLS; a server that lives takes a fraction of a second
+CALL_S: Final = 10.0  # for the whole of a call that computes nothing
+SILENCE_S: Final = 600.0  # in an answer: as long as the longest load, or the longest prompt on a slow machine, may take
+MAX_CALL_BYTES: Final = 8 << 20  # of an answer to a call: lists of thousands of models, vectors of sixteen texts
+
+_BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """A whole answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class ServerHttp:
+    """Requests to one server. ``url`` as in the configuration; ``connect`` makes the TCP connection."""
+
+    def __init__(self, url: str, key: str = "", connect: Connect | None = None) -> None:
+        scheme, self._host, self._port, self._path = parse_server_url(url, "url")
+        self._tls = scheme == "https"
+        self._context: ssl.SSLContext | None = None
+        self._key = key
+        self._connect_tcp = connect or _connect
+        bare = self._port == (443 if self._tls else 80)
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        self.url = f"{scheme}://{host}{'' if bare else f':{self._port}'}{self._path}"  # never holds a password
+        self._headers = [
+            ("Host", host if bare else f"{host}:{self._port}"),
+            ("User-Agent", f"meshmax/{__version__}"),
+            ("Accept", "application/json, text/event-stream"),
+            ("Content-Type", "application/json"),
+            ("Connection", "close"),
+            (FROM_MESHMAX, "1"),
+        ]
+        if key:
+            self._headers.append(("Authorization", f"Bearer {key}"))
+
+    @property
+    def host(self) -> str:
+        """The server's host, as it stands in the URL."""
+        return self._host
+
+    def hidden(self, text: str) -> str:
+        """``text`` of the server's, printable, without the key."""
+        text = text.replace(self._key, "...") if self._key else text
+        return "".join(letter if letter.isprintable() else " " for letter in text)
+
+    async def call(self, method: str, path: str, body: object = None) -> Reply:
+        """A request that computes nothing, and its whole answer. Raises EngineUnavailable; Busy after CALL_S."""
+        with trio.move_on_after(CALL_S):
+            try:
+                async with self.open_response(method, path, body) as response:
+                    return Reply(response.status, response.headers, await _whole(response))
+            except EngineCrashed as error:
+                raise EngineUnavailable(f"{self.url}: {error.message}") from None
+        raise Busy(f"{self.url} did not answer within {CALL_S:g} s")
+
+    @asynccontextmanager
+    async def open_response(self, method: str, path: str, body: object = None) -> AsyncIterator[PatientResponse]:
+        """Send a request (``body`` as JSON) and wait for the status; leaving closes the connection.
+
+        ``path`` follows the URL's own. Raises EngineUnavailable where there is no connection, EngineCrashed afterwards.
+        """
+        content = b"" if body is None else msgspec.json.encode(body)
+        connection = h11.Connection(h11.CLIENT)
+        target = self._path + path
+        head = h11.Request(
+            method=method, target=target, headers=[*self._headers, ("Content-Length", str(len(content)))]
+        )
+        data = b"".join(filter(None, map(connection.send, (head, h11.Data(data=content), h11.EndOfMessage()))))
+        tcp = await self._open()
+        try:
+            stream = await self._secured(tcp)
+            response = PatientResponse(stream, connection)
+            await response.send(data)
+            await response.start()
+            yield response
+        finally:
+            _drop(tcp)
+
+    async def _open(self) -> trio.abc.Stream:
+        with trio.move_on_after(CONNECT_S):
+            try:
+                return await self._connect_tcp(self._host, self._port)
+            except (OSError, trio.BrokenResourceError) as error:
+                raise EngineUnavailable(f"{self.url} cannot be reached: {error}") from None
+        raise EngineUnavailable(f"{self.url} took no connection within {CONNECT_S:g} s")
+
+    async def _secured(self, tcp: trio.abc.Stream) -> trio.abc.Stream:
+        if not self._tls:
+            return tcp
+        if self._context is None:
+            self._context = ssl.create_default_context()
+        stream = trio.SSLStream(tcp, self._context, server_hostname=self._host, https_compatible=True)
+        with trio.move_on_after(CONNECT_S):
+            try:
+                await stream.do_handshake()
+            except (*_BROKEN, ssl.SSLError) as error:
+                cause = error.__cause__ or error
+                raise EngineUnavailable(f"{self.url}: no TLS connection: {cause}") from None
+            return stream
+        raise EngineUnavailable(f"{self.url} made no TLS connection within {CONNECT_S:g} s")
+
+
+class PatientResponse(Response):
+    """A response that gives a server up which falls silent."""
+
+    async def send(self, data: bytes) -> None:
+        """Send the request. Raises EngineCrashed."""
+        with trio.move_on_after(SILENCE_S) as waiting:
+            try:
+                await self._stream.send_all(data)
+            except _BROKEN as error:
+                raise EngineCrashed(f"the server broke off: {error or type(error).__name__}") from None
+        if waiting.cancelled_caught:
+            raise EngineCrashed(f"the server read nothing for {SILENCE_S:g} s")
+
+    async def _next(self) -> Any:
+        with trio.move_on_after(SILENCE_S):
+            return await super()._next()
+        raise EngineCrashed(f"the server said nothing for {SILENCE_S:g} s")
+
+
+async def _whole(response: PatientResponse) -> bytes:
+    body = bytearray()
+    while (data := await response.receive()) is not None:
+        body += data
+        if len(body) > MAX_CALL_BYTES:
+            raise EngineCrashed(f"its answer is longer than {MAX_CALL_BYTES >> 20} MiB")
+    return bytes(body)
+
+
+async def _connect(host: str, port: int) -> trio.abc.Stream:
+    return await trio.open_tcp_stream(host, port)
+
+
+def _drop(stream: trio.abc.Stream) -> None:
+    """Close at once and without a checkpoint."""
+    if isinstance(stream, trio.SocketStream):
+        stream.socket.close()
+        return
+    for end in (getattr(stream, "send_stream", None), getattr(stream, "receive_stream", None)):
+        if end is not None:  # a pair in memory
+            end.close()

@@ -25,6 +25,7 @@ from meshmax.api.ollama_words import Name
 from meshmax.api.prompts import Prompts
 from meshmax.api.reach_words import reachability_json
 from meshmax.api.replies import json_reply
+from meshmax.api.request_words import request_json
 from meshmax.api.stamps import nanoseconds, rfc3339
 from meshmax.api.table import route
 from meshmax.base.errors import InvalidRequest, NotFound
@@ -217,14 +218,14 @@ class MeshFace:
 
     async def requests(self, _request: Request) -> Response:
         """GET /api/v1/requests: where prompts went and why, never their text."""
-        return json_reply({"requests": [mesh_words.request_json(taken) for taken in self._node.router.routes()]})
+        return json_reply({"requests": [request_json(taken) for taken in self._node.router.routes()]})
 
     async def request(self, request: Request) -> Response:
         """GET /api/v1/requests/{id}."""
         wanted = request.path_params["id"]
         for taken in self._node.router.routes():
             if taken.request_id == wanted:
-                return json_reply(mesh_words.request_json(taken))
+                return json_reply(request_json(taken))
         raise NotFound(f"no request '{wanted[:100]}' is remembered here: the last 200 are")
 
     async def add(self, request: Request) -> WorkReply:

@@ -1,4 +1,4 @@
-"""The mesh's own JSON (mesh-api): nodes, models, transfers, requests. Pure translation of views into reply objects."""
+"""The mesh's own JSON (mesh-api): nodes, models, transfers. Pure translation of views into reply objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from meshmax.base.catalog import CatalogEntry
 from meshmax.base.errors import InvalidName
 from meshmax.base.events import Transfer
 from meshmax.base.names import parse_name
-from meshmax.base.route import Route
 from meshmax.base.status import Gpu, ModelPresence, PeerStatus, PeerView
 from meshmax.base.traversal import PathStory
 
@@ -86,9 +85,3 @@ def transfer_json(transfer: Transfer) -> dict[str, Any]:
     """One transfer; ``phase`` and ``blobs`` are more than mesh-api promises."""
     shown: dict[str, Any] = msgspec.to_builtins(transfer)
     return shown
-
-
-def request_json(route: Route) -> dict[str, Any]:
-    """One prompt's route."""
-    shown: dict[str, Any] = msgspec.to_builtins(route)
-    return {"id": route.request_id, **shown}

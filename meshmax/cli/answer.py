@@ -98,7 +98,7 @@ def write_out(text: str) -> None:
 
 
 def timings(final: Mapping[str, Any], headers: Mapping[str, str]) -> str:
-    """The lines of ``--verbose``: Ollama's figures, then who answered and why."""
+    """The lines of ``--verbose``: Ollama's figures, then who answered, why, and by which id `meshmax why` knows it."""
     lines = []
     for name, key in (("total duration", "total_duration"), ("load duration", "load_duration")):
         if ns := final.get(key):
@@ -111,7 +111,7 @@ def timings(final: Mapping[str, Any], headers: Mapping[str, str]) -> str:
         if ns:
             lines.append((f"{name} duration", go_duration(ns)))
             lines.append((f"{name} rate", f"{(count or 0) * NS_PER_S / ns:.2f} tokens/s"))
-    for name, header in (("answered by", "x-meshmax-peer"), ("route", "x-meshmax-route")):
+    for name, header in (("answered by", "x-meshmax-peer"), ("route", "x-meshmax-route"), ("request", "x-request-id")):
         if text := headers.get(header):
             lines.append((name, printable(text)))
     return "\n".join(f"{name + ':':<21} {text}" for name, text in lines)

@@ -43,6 +43,7 @@ _COMMANDS: Final = (
     ("join", "meshmax.cli.ticket:join", "Join the mesh that a ticket invites to."),
     ("peers", "meshmax.cli.mesh:peers", "List the peers of the mesh."),
     ("status", "meshmax.cli.mesh:status", "Show how this peer is."),
+    ("why", "meshmax.cli.why:why", "Show where a prompt went, and why there."),
     ("drain", "meshmax.cli.drain:drain", "Take a peer out of service: its prompts end or go on elsewhere."),
     ("undrain", "meshmax.cli.drain:undrain", "Let a drained peer take prompts again."),
     ("doctor", "meshmax.cli.doctor:doctor", "Find out why peers do not find each other, and what to do."),

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.route import Candidate, Verdict
 from meshmax.base.status import NO_ENGINE, ModelPresence, PeerStatus, PeerView
 from meshmax.base.units import format_bytes
 
@@ -23,57 +24,82 @@ NAMED: Final = 4  # peers named in one sentence
 
 # From the best to the worst place.
 _GPU_FITS, _GPU, _CPU = 0, 1, 2
+_TIER_WORDS: Final = ("on its GPU", "beside its GPU, which it does not fit", "in its memory")
+_Key = tuple[int, bool, bool, int, float, PeerId]
 
 
 class Taker(msgspec.Struct, frozen=True):
-    """A peer that can hold the model."""
+    """A peer that can hold the model. ``told``: as `meshmax why` shows it."""
 
     peer_id: PeerId
     name: str
     ours: bool
+    told: Candidate
 
 
 class PullPlan(msgspec.Struct, frozen=True):
-    """``takers``: whom to ask, best first. ``holders``: names of who has files of it. ``why``: what keeps each from answering."""
+    """``takers``: whom to ask, best first. ``holders``: who has it and does not answer. ``given``: one of them has files of it.
+
+    ``able``: somebody could answer as it is.
+    """
 
     takers: tuple[Taker, ...] = ()
-    holders: tuple[str, ...] = ()
-    why: tuple[str, ...] = ()
-    able: bool = False  # somebody could answer as it is
+    holders: tuple[Candidate, ...] = ()
+    given: bool = False
+    able: bool = False
+
+    @property
+    def drained(self) -> bool:
+        """Whether the model is there, but for peers that are being drained."""
+        return any(holder.verdict == "draining" for holder in self.holders)
 
 
 def plan_pull(views: Iterable[PeerView], digest: Sha256, size: int) -> PullPlan:
     """Who could fetch the model ``digest`` of ``size`` bytes; ``views``: ourselves and everybody we know."""
-    takers: list[tuple[tuple[object, ...], Taker]] = []
-    holders: list[str] = []
-    why: list[str] = []
-    able = False
+    takers: list[tuple[_Key, Taker]] = []
+    holders: list[Candidate] = []
+    able = given = False
     for view in views:
         status = view.status
         if status is None or view.state == "offline":
             continue
-        name = name_of(view)
         model = next((model for model in status.models if model.digest == digest), None)
         if model is not None:
-            if not model.served:  # what an engine brings along has no files that could be fetched
-                holders.append(name)
-            reason = _kept_from(view, status, model)
-            able = able or not reason
-            why.append(f"{name} {reason}")
-        if not _kept_from(view, status, None) and (model is None or model.state == "partial"):
+            verdict, why = _kept_from(view, status, model)
+            able = able or not why
+            given = given or not model.served  # what an engine brings along has no files that could be fetched
+            holders.append(_told(view, status, verdict, why, model))
+        if (model is None or model.state == "partial") and not _kept_from(view, status, None)[1]:
             tier = _tier(status, size)
             if tier is not None:
-                key = (
-                    tier,
-                    view.state != "self",
-                    model is None,
-                    status.load.running + status.load.queued,
-                    view.rtt_s or 0.0,
-                )
-                takers.append(((*key, view.peer_id), Taker(view.peer_id, name, view.state == "self")))
+                takers.append((_key(tier, view, status, model), _taker(view, status, tier, model)))
     takers.sort(key=lambda each: each[0])
-    order = tuple(taker for _, taker in takers)
-    return PullPlan(order, tuple(holders[:NAMED]), tuple(why[:NAMED]), able)
+    return PullPlan(tuple(taker for _, taker in takers), tuple(holders), given, able)
+
+
+def _key(tier: int, view: PeerView, status: PeerStatus, model: ModelPresence | None) -> _Key:
+    """By which takers are put in order, the best first."""
+    ahead = status.load.running + status.load.queued
+    return tier, view.state != "self", model is None, ahead, view.rtt_s or 0.0, view.peer_id
+
+
+def _taker(view: PeerView, status: PeerStatus, tier: int, model: ModelPresence | None) -> Taker:
+    why = f"can hold it {_TIER_WORDS[tier]}" + (", has some of it already" if model else "")
+    return Taker(view.peer_id, name_of(view), view.state == "self", _told(view, status, "slower", why, model))
+
+
+def _told(view: PeerView, status: PeerStatus, verdict: Verdict, why: str, model: ModelPresence | None) -> Candidate:
+    return Candidate(
+        peer_id=view.peer_id,
+        name=status.name,
+        device="gpu" if status.gpus else "cpu",
+        loaded=model is not None and model.state == "loaded",
+        rtt_s=view.rtt_s or 0.0,
+        queue=status.load.running + status.load.queued,
+        estimate_s=0.0,
+        verdict=verdict,
+        why=why,
+    )
 
 
 def name_of(view: PeerView) -> str:
@@ -81,15 +107,15 @@ def name_of(view: PeerView) -> str:
     return view.status.name if view.status and view.status.name else view.peer_id
 
 
-def _kept_from(view: PeerView, status: PeerStatus, model: ModelPresence | None) -> str:
+def _kept_from(view: PeerView, status: PeerStatus, model: ModelPresence | None) -> tuple[Verdict, str]:
     """Why a peer would not answer a prompt with its copy; '' where it would."""
     if status.engine in ("", NO_ENGINE):
-        return "only stores models (it has no engine)"
+        return "excluded", "only stores models (it has no engine)"
     if view.state == "draining" or status.draining:
-        return "is being drained"
+        return "draining", "is being drained"
     if model is not None and model.state == "partial":
-        return "has only a part of it"
-    return ""
+        return "excluded", "has only a part of it"
+    return "slower", ""
 
 
 def _tier(status: PeerStatus, size: int) -> int | None:
@@ -107,7 +133,8 @@ def _tier(status: PeerStatus, size: int) -> int | None:
 
 def who_could(plan: PullPlan, name: str, size: int) -> str:
     """The end of a sentence that says no peer answers with the model: why, who could hold it, and what to type."""
-    why = f" ({'; '.join(plan.why)})" if plan.why else ""
+    told = [f"{holder.name or holder.peer_id} {holder.why}" for holder in plan.holders[:NAMED] if holder.why]
+    why = f" ({'; '.join(told)})" if told else ""
     if not plan.takers:
         return f"{why}, and no peer with an engine has room in memory for its {format_bytes(size)}"
     names = [taker.name for taker in plan.takers[:NAMED]]

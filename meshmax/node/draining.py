@@ -89,9 +89,8 @@ class NodeDrain:
         self.here.drain(deadline_s)
 
     def waiting_for(self) -> tuple[int, int]:
-        """(prompts that came to our own API, prompts that came from other peers) whose answers are not whole."""
-        own = sum(route.state == "running" for route in self._node.router.routes())
-        return own, self._infer_server.active.total()
+        """(prompts of our own API whose answers are not whole, other peers that we still owe an answer or a word)."""
+        return self._node.prompts.under_way, len(self._infer_server.held)
 
     async def wait_end(self, told: Callable[[int, int], None]) -> None:
         """After `begin_end`: until nothing is left or its deadline is over; ``told`` hears when the counts change."""

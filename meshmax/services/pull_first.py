@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from meshmax.base.config import RoutingConfig
-from meshmax.base.errors import Busy, DeadlineExceeded, MeshmaxError, ModelNotFound, NoProviders, PeerGone
+from meshmax.base.errors import Busy, DeadlineExceeded, Draining, MeshmaxError, ModelNotFound, NoProviders, PeerGone
 from meshmax.base.events import Transfer
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
@@ -31,6 +31,7 @@ from meshmax.ports.services import WISHES
 from meshmax.telemetry.log import get_logger
 
 FETCHES_KEPT: Final = 200  # requests whose fetch is remembered, as many as a router remembers routes
+CANDIDATES_KEPT: Final = 32  # of one request
 LOOK_S: Final = 0.25  # between looks at whether another peer has the model; its status comes when that changes
 ASK_AGAIN_S: Final = 15.0  # after which a peer that fetches is asked whether it still does
 WAIT_S: Final = 60.0  # without a source a pull goes on waiting for one; a request does not
@@ -47,8 +48,13 @@ _log = get_logger("pull_first")
 class _Fetch:
     """One model on its way to one peer, for one request."""
 
-    def __init__(self, ask: Ask, taker: Taker, model: str, at_s: float, began_s: float) -> None:
+    def __init__(self, ask: Ask, taker: Taker, plan: PullPlan, model: str, at_s: float, began_s: float) -> None:
         self.ask, self.taker, self.model = ask, taker, model
+        others = [other.told for other in plan.takers if other is not taker]
+        chosen = msgspec.structs.replace(taker.told, verdict="chosen")
+        known = {each.peer_id: each for each in (*plan.holders, *others, chosen)}  # who has a part may take it, too
+        del known[chosen.peer_id]
+        self.candidates = (chosen, *known.values())[:CANDIDATES_KEPT]
         self.at_s, self.began_s = at_s, began_s  # Unix time, monotonic
         self.took_s: float | None = None
         self.error: MeshmaxError | None = None
@@ -70,7 +76,8 @@ class _Fetch:
             self.ask.digest,
             self.taker.peer_id,
             self.words,
-            attempts=(self.attempt(),),
+            self.candidates,
+            (self.attempt(),),
             model=self.ask.name,
             state=state,  # type: ignore[arg-type]
             started_at_s=self.at_s,
@@ -103,8 +110,7 @@ class _Fetch:
 
 
 def _later(attempt: Attempt, by_s: float) -> Attempt:
-    ended_s = None if attempt.ended_s is None else attempt.ended_s + by_s
-    return msgspec.structs.replace(attempt, at_s=attempt.at_s + by_s, ended_s=ended_s)
+    return msgspec.structs.replace(attempt, at_s=attempt.at_s + by_s)
 
 
 class _FetchedAnswer:
@@ -193,6 +199,8 @@ class PullFirst:
         plan = plan_pull(self._presence.peers(), ask.digest, entry.size)
         if plan.able or not plan.holders:
             raise error
+        if not plan.given:
+            raise _nobody(ask, plan, entry.size, True) from None
         policy = wishes.policy or self._config.policy
         takers = tuple(taker for taker in plan.takers if taker.ours or policy != "local-only")
         allowed = self._config.pull if wishes.pull is None else wishes.pull
@@ -201,7 +209,7 @@ class PullFirst:
         named = f"{parse_name(split_digest(entry.name)[0]).full}@{ask.digest}"
         why: list[str] = []
         for taker in takers[:MAX_TRIES]:
-            fetch = _Fetch(ask, taker, entry.name, self._unix_now(), trio.current_time())
+            fetch = _Fetch(ask, taker, plan, entry.name, self._unix_now(), trio.current_time())
             try:
                 if taker.ours:
                     progress = await stack.enter_async_context(self._pulls.open_pull(named))
@@ -307,7 +315,10 @@ def ask_pull_of(distribution: Distribution) -> AskPull:
     return ask
 
 
-def _nobody(ask: Ask, plan: PullPlan, size: int, allowed: bool) -> NoProviders:
+def _nobody(ask: Ask, plan: PullPlan, size: int, allowed: bool) -> MeshmaxError:
+    if plan.drained:
+        names = ", ".join(each.name or each.peer_id for each in plan.holders if each.verdict == "draining")
+        return Draining(f"every peer that could answer with model '{ask.name[:200]}' is being drained: {names[:200]}")
     off = "" if allowed else " (fetching it first is switched off: routing.pull)"
     return NoProviders(
         f"no peer that could answer has model '{ask.name[:200]}'{who_could(plan, ask.name[:200], size)}{off}"

@@ -1,0 +1,71 @@
+"""`meshmax why`: where a prompt went, and why there: whom it could go to with figures, what was tried, how it ended."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, Final
+
+from cyclopts import Parameter
+
+from meshmax.base.errors import NotFound
+from meshmax.cli.client import Target, open_client
+from meshmax.cli.models import HERE, AsJson
+from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable, table
+from meshmax.core.why import VERDICT_WORDS, seconds
+
+_HEADER: Final = ("PEER", "VERDICT", "EXPECTED", "WAY", "QUEUE", "LOADING", "PROMPT", "ANSWER", "WHY")
+_PARTS: Final = ("rtt_ms", "queue_ms", "load_ms", "prompt_ms", "output_ms")
+
+
+def why(
+    request: Annotated[
+        str | None, Parameter(help="Its id, as in X-Request-ID and `meshmax run --verbose`; else the last one.")
+    ] = None,
+    /,
+    *,
+    as_json: AsJson = False,
+    target: Target = HERE,
+) -> None:
+    """Show where a prompt of this peer went and why, while it is under way as well. The prompt itself is not kept."""
+    from urllib.parse import quote
+
+    with open_client(target) as client:
+        if request is None:
+            known = client.get("/api/v1/requests")["requests"]
+            if not known:
+                raise NotFound("no prompt has come to this peer yet")
+            route = known[0]
+        else:
+            route = client.get(f"/api/v1/requests/{quote(request, safe='')}")
+    if as_json:
+        emit_json(route)
+    else:
+        emit(describe(route, time.time()))
+
+
+def describe(route: dict[str, Any], now_s: float) -> str:
+    """What a person reads of one request."""
+    asked = human_time(parse_time_s(route.get("started_at") or ""), now_s, "at an unknown time")
+    lines = [f"request {printable(route['id'])}, {asked.lower()}", ""]
+    lines += [printable(line) for line in route.get("story") or ()]
+    if candidates := route.get("candidates"):
+        lines += ["", table(_HEADER, [_row(candidate) for candidate in candidates])]
+    return "\n".join(lines)
+
+
+def _row(candidate: dict[str, Any]) -> tuple[str, ...]:
+    figures = candidate.get("figures") or {}
+    verdict = candidate.get("verdict", "")
+    parts = [_time(figures.get(key)) for key in _PARTS]
+    name = candidate.get("name") or candidate["peer_id"][-8:]
+    return (
+        name,
+        VERDICT_WORDS.get(verdict, verdict),
+        _time(candidate.get("estimate_ms")),
+        *parts,
+        candidate.get("why", ""),
+    )
+
+
+def _time(ms: float | None) -> str:
+    return seconds(ms / 1000) if ms else "-"

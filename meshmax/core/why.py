@@ -1,0 +1,162 @@
+"""A request's route in sentences that a person understands: what was asked for, whom it could go to, what came of each try.
+
+Times count from when the request came. Names of peers are as they call themselves, or the end of the PeerId where a candidate's
+name is not kept; who shows the text takes control characters out. Pure. Not here: the one line of the header (core.explain).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from meshmax.base.ids import PeerId
+from meshmax.base.route import Attempt, AttemptKind, Candidate, Policy, Route, Verdict
+
+POLICY_WORDS: Final[Mapping[Policy, str]] = {
+    "latency": "whoever is expected to have the whole answer soonest",
+    "least-loaded": "whoever has the least to do",
+    "round-robin": "one peer after the other",
+    "weighted": "by the shares that are configured",
+    "affinity": "always the same peer for the same conversation",
+    "local-only": "this peer alone",
+}
+VERDICT_WORDS: Final[Mapping[Verdict, str]] = {
+    "chosen": "chosen",
+    "slower": "could have answered",
+    "busy": "busy",
+    "failed": "asked, and failed",
+    "draining": "is being drained",
+    "broken": "kept out after failures",
+    "full": "has no room",
+    "excluded": "could not answer",
+}
+_KIND_WORDS: Final[Mapping[AttemptKind, str]] = {
+    "first": "asked",
+    "retry": "asked next",
+    "hedge": "asked as well, since no answer had begun when one usually does",
+    "continuation": "asked to carry on from there",
+    "fetch": "fetched the model first",
+}
+_ERROR_WORDS: Final[Mapping[str, str]] = {
+    "draining": "it is being drained",
+    "busy": "it was busy",
+    "peer_gone": "it went away",
+    "connect": "it could not be reached",
+    "cancelled": "another peer was faster",
+    "first_token_timeout": "it did not begin in time",
+    "engine_crashed": "its engine crashed",
+    "model_not_found": "it does not have the model any more",
+}
+
+
+def story(route: Route) -> tuple[str, ...]:
+    """The sentences, one line each: what was asked for, the outcome, the choice, each try in its order."""
+    names = {candidate.peer_id: candidate.name for candidate in route.candidates if candidate.name}
+    lines = [
+        f"'{route.model or route.digest[:12]}' was asked for; it goes to {POLICY_WORDS[route.policy]} ({route.policy})."
+    ]
+    lines.append(_outcome(route))
+    lines += _choice(route)
+    lines += [_tried(route, number, names) for number in range(len(route.attempts))]
+    return tuple(lines)
+
+
+def name_of(peer_id: PeerId, names: Mapping[PeerId, str]) -> str:
+    """What to call a peer."""
+    return names.get(peer_id) or (f"...{peer_id[-8:]}" if peer_id else "nobody")
+
+
+def _outcome(route: Route) -> str:
+    tokens = _tokens(route.output_tokens)
+    first = f", the first after {seconds(route.first_token_s)}" if route.first_token_s is not None else ""
+    if route.state == "running":
+        waits = "nothing has been said yet" if route.first_token_s is None else f"{tokens} so far{first}"
+        return f"It is under way: {waits}."
+    after = f" after {seconds(route.total_s)}" if route.total_s is not None else ""
+    if route.state == "done":
+        return f"The answer was whole{after}: {tokens}{first}."
+    if route.state == "cancelled":
+        return f"The client went away{after}, {tokens} had been said."
+    said = f" in the middle of the answer, {tokens} had been said" if route.first_token_s is not None else ""
+    return f"It failed{after}{said}."
+
+
+def _choice(route: Route) -> list[str]:
+    best = next((c for c in route.candidates if c.verdict == "chosen"), None)
+    if not route.candidates:
+        return [f"{route.line[:1].upper()}{route.line[1:]}."] if route.line else []
+    if best is None:
+        return ["None of the peers that have the model could answer."]
+    others = [c for c in route.candidates if c is not best and c.verdict == "slower"]
+    words = f"{best.name or best.peer_id} was best: {best.why}; {_estimate(best)}."
+    if not best.estimate_s:  # it fetches the model first
+        return [f"Of those that could hold it {best.name or best.peer_id} was best: {best.why}."]
+    if not others:
+        return [words, "Nobody else could have answered."]
+    next_best = min(others, key=lambda c: (c.estimate_s, c.peer_id))
+    count = "One other could" if len(others) == 1 else f"{len(others)} others could"
+    return [words, f"{count} have answered; {next_best.name or next_best.peer_id}: {_estimate(next_best)}."]
+
+
+def _estimate(candidate: Candidate) -> str:
+    """An estimate with its parts, the small ones left out."""
+    parts = candidate.figures
+    named = (
+        ("the way", parts.rtt_s), ("the queue", parts.queue_s), ("loading", parts.load_s), ("the prompt", parts.prompt_s),
+        ("the answer", parts.output_s),
+    )  # fmt: skip
+    told = [f"{name} {seconds(value)}" for name, value in named if value >= max(0.001, candidate.estimate_s / 100)]
+    total = f"{seconds(candidate.estimate_s)} expected"
+    return f"{total} ({', '.join(told)})" if told else total
+
+
+def _tried(route: Route, number: int, names: Mapping[PeerId, str]) -> str:
+    attempt = route.attempts[number]
+    who = name_of(attempt.peer_id, names)
+    at = seconds(attempt.at_s)
+    if attempt.kind == "fetch":
+        return f"At {at} {who} {_fetched(attempt)}."
+    words = [f"At {at} {who} was {_KIND_WORDS[attempt.kind]}"]
+    if attempt.first_token_s is not None:
+        words.append(f"its first word came {seconds(attempt.first_token_s)} later")
+    if attempt.tokens:
+        words.append(f"it gave {_tokens(attempt.tokens)}")
+    if attempt.error:
+        ended = f" after {seconds(attempt.ended_s)}" if attempt.ended_s is not None else ""
+        words.append(f"it was given up{ended}: {reason(attempt)}")
+    elif attempt.ended_s is not None:
+        words.append(f"it ended after {seconds(attempt.ended_s)}")
+    elif route.state == "running":
+        words.append("it is under way")
+    return "; ".join(words) + "."
+
+
+def _fetched(attempt: Attempt) -> str:
+    if attempt.error:
+        return f"was to fetch the model first, and failed: {reason(attempt)}"
+    if attempt.ended_s is None:
+        return "began to fetch the model, which nobody who could answer has, and is still at it"
+    return f"fetched the model first, which nobody who could answer had: {seconds(attempt.ended_s)}"
+
+
+def reason(attempt: Attempt) -> str:
+    """Why an attempt ended, in words, with what was said."""
+    words = _ERROR_WORDS.get(attempt.error, attempt.error.replace("_", " "))
+    message = attempt.message.rstrip(".")
+    return f"{words} ({message})" if message and message.lower() != words else words
+
+
+def seconds(value: float | None) -> str:
+    """A time as people read it: ``0.85 s``, ``12 ms``, ``2 min 5 s``."""
+    if value is None:
+        return "-"
+    if value < 0.0995:
+        return f"{max(value, 0.0) * 1000:.3g} ms"
+    if value < 99.5:
+        return f"{value:.2f} s" if value < 9.995 else f"{value:.1f} s"
+    whole = round(min(value, 1e6))
+    return f"{whole // 60} min {whole % 60} s"
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"

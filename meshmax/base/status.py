@@ -70,11 +70,12 @@ class ModelPresence(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """Prompts on a peer now; ``capacity`` is how many it answers at once."""
+    """Prompts on a peer now; ``capacity`` is how many it answers at once, ``limit`` how many may wait (0: it does not say)."""
 
     running: int = 0
     queued: int = 0
     capacity: int = 1
+    limit: int = 0
 
 
 class Speed(msgspec.Struct, frozen=True):

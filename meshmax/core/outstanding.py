@@ -54,4 +54,4 @@ class Outstanding:
             return stated
         total = max(0, stated.running + stated.queued - gone) + unseen
         running = min(total, max(stated.capacity, 1))
-        return Load(running, total - running, stated.capacity)
+        return Load(running, total - running, stated.capacity, stated.limit)

@@ -263,7 +263,7 @@ class ModelResidency:
 
     def load(self) -> Load:
         """Prompts running and queued now; the capacity of one model, loaded or not."""
-        return Load(self._core.running, self._core.queued, self._config.parallel)
+        return Load(self._core.running, self._core.queued, self._config.parallel, self._config.max_queue)
 
     def speed(self, digest: Sha256) -> Speed:
         """What was measured of a model since this node started, loaded now or not."""

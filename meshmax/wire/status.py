@@ -218,6 +218,7 @@ def _within_bounds(status: PeerStatus) -> bool:
         status.memory_total_bytes,
         status.load.running,
         status.load.queued,
+        status.load.limit,
         status.issued_at_s,
     ]
     for gpu in status.gpus:

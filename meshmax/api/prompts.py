@@ -50,6 +50,7 @@ from meshmax.core.entry import Entry
 from meshmax.core.fair_queue import QUEUE_FULL
 from meshmax.ports import Answer
 from meshmax.telemetry.log import get_logger
+from meshmax.telemetry.metrics import SHED
 
 REQUEST_ID: Final = "meshmax.request_id"  # key in an ASGI scope
 
@@ -176,7 +177,11 @@ class Prompts:
     @asynccontextmanager
     async def _open_bounded(self, ask: Ask, resolved: Resolved, wishes: Wishes) -> AsyncIterator[Answer]:
         """The answer, as one of the prompts that this node has room for. Raises Busy."""
-        self.entry.join(ask.priority)
+        try:
+            self.entry.join(ask.priority)
+        except Busy:
+            SHED.labels(where="entry", priority=ask.priority).inc()
+            raise
         begun_s = trio.current_time()
         try:
             async with self._open(ask, resolved, wishes) as answer:

@@ -206,6 +206,7 @@ class FairQueue:
         self._waiting: dict[int, Ask] = {}
         self._running: dict[int, Ask] = {}
         self._held: dict[tuple[Requester, Priority], int] = {}  # places
+        self._of: dict[Priority, int] = {"interactive": 0, "batch": 0}
 
     def __len__(self) -> int:
         """Asks that wait."""
@@ -218,7 +219,7 @@ class FairQueue:
 
     def waiting_of(self, priority: Priority) -> int:
         """Asks of this priority that wait."""
-        return sum(count for (_, kind), count in self._held.items() if kind == priority)
+        return self._of[priority]
 
     def wanted(self) -> Iterator[tuple[Sha256, float]]:
         """The models that somebody waits for, longest first, with the keep-alive of one of those."""
@@ -241,6 +242,7 @@ class FairQueue:
         self._waiting[ask.id] = ask
         key = ask.requester, ask.priority
         self._held[key] = self._held.get(key, 0) + 1
+        self._of[ask.priority] += 1
         self._wanted.setdefault(ask.digest)
 
     def leave(self, ask_id: int, now: float) -> None:
@@ -325,6 +327,7 @@ class FairQueue:
         del self._waiting[ask.id]
         key = ask.requester, ask.priority
         self._held[key] -= 1
+        self._of[ask.priority] -= 1
         if not self._held[key]:
             del self._held[key]
         if not len(self._lines[ask.digest]):

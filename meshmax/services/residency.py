@@ -21,9 +21,9 @@ import trio
 
 from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
-from meshmax.base.errors import EngineCrashed, EngineUnavailable, MeshmaxError
+from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, MeshmaxError
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.inference import Ask, Event, Finish, InferRequest, Options, is_load_only, merge_options
+from meshmax.base.inference import Ask, Event, Finish, InferRequest, Options, Priority, is_load_only, merge_options
 from meshmax.base.status import Load, Speed
 from meshmax.core.fair_queue import FairQueue
 from meshmax.core.residency import (
@@ -40,6 +40,7 @@ from meshmax.core.residency import Load as LoadModel
 from meshmax.ports import Engine, LoadedModel
 from meshmax.services.drain import Drain
 from meshmax.telemetry.log import get_logger
+from meshmax.telemetry.metrics import QUEUE_WAIT, QUEUED, SHED
 
 MAX_MEASURED: Final = 256  # models whose rates are remembered; the one measured longest ago is forgotten first
 
@@ -120,8 +121,8 @@ class ModelResidency:
         self._on_change = on_change
         self._on_use = on_use
         self._wall = wall
-        queue = FairQueue(config.max_queue, config.max_queue_per_member, config.max_wait_s)
-        self._core = ResidencyCore(queue, foreign=self._brought.brings)
+        self._queue = FairQueue(config.max_queue, config.max_queue_per_member, config.max_wait_s)
+        self._core = ResidencyCore(self._queue, foreign=self._brought.brings)
         self._waiters: dict[int, _Waiter] = {}
         self._held: dict[Sha256, _Held] = {}
         self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
@@ -185,9 +186,12 @@ class ModelResidency:
         waiter = self._waiters[number] = _Waiter(ask)
         held = self._held.get(ask.digest)
         ready = held is not None and held.model is not None and not held.leave.is_set()
+        begun = trio.current_time()
         try:
             self._do(self._ask(number, ask, requester, keep_alive_s))
             await waiter.settled.wait()
+            QUEUE_WAIT.labels(priority=ask.priority).observe(trio.current_time() - begun)
+            self._count(ask.priority)
             if waiter.error:
                 raise waiter.error
             if waiter.model is None:
@@ -197,17 +201,27 @@ class ModelResidency:
             del self._waiters[number]
             self._notice_crash(ask.digest)
             self._do(self._core.on_end(number, trio.current_time()))
+            self._count(ask.priority)
 
     def _ask(self, number: int, ask: Ask, requester: PeerId | None, keep_alive_s: float) -> list[Action]:
-        return self._core.on_ask(
-            number,
-            ask.digest,
-            keep_alive_s,
-            trio.current_time(),
-            takes_slot=not is_load_only(ask.request),
-            requester=requester,
-            priority=ask.priority,
-        )
+        try:
+            return self._core.on_ask(
+                number,
+                ask.digest,
+                keep_alive_s,
+                trio.current_time(),
+                takes_slot=not is_load_only(ask.request),
+                requester=requester,
+                priority=ask.priority,
+            )
+        except Busy:
+            SHED.labels(where="queue", priority=ask.priority).inc()
+            raise
+        finally:
+            self._count(ask.priority)
+
+    def _count(self, priority: Priority) -> None:
+        QUEUED.labels(priority=priority).set(self._queue.waiting_of(priority))
 
     def close(self) -> None:
         """Take no ask any more: peers' streams outlive the nursery that models run in by a moment."""

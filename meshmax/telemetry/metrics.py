@@ -52,3 +52,17 @@ SUSPECTED: Final = Counter(
     ["sign"],
     registry=REGISTRY,
 )
+QUEUED: Final = Gauge("meshmax_queue_length", "Prompts that wait for a model here", ["priority"], registry=REGISTRY)
+QUEUE_WAIT: Final = Histogram(
+    "meshmax_queue_wait_seconds",
+    "Time from a prompt's coming here to its start, loading included",
+    ["priority"],
+    registry=REGISTRY,
+    buckets=(0.01, 0.05, 0.25, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+)
+SHED: Final = Counter(
+    "meshmax_shed_total",
+    "Prompts that were told to come again, by the model's queue (queue) or at our own API (entry)",
+    ["where", "priority"],
+    registry=REGISTRY,
+)

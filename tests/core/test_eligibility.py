@@ -11,9 +11,9 @@ from meshmax.core.eligibility import is_resting, kept_out
 PEER, MODEL = PeerId("p"), Sha256("ab" * 32)
 
 
-def contender(standing: Standing = CLOSED, load: Load = Load()) -> Contender:
+def contender(standing: Standing = CLOSED, load: Load | None = None) -> Contender:
     view = PeerView(PEER, "online", "direct", PeerStatus(PEER, 1, 1, "desk", "0"))
-    return Contender(view, ModelPresence(MODEL, ("m",), "loaded", 1), load, standing=standing)
+    return Contender(view, ModelPresence(MODEL, ("m",), "loaded", 1), load or Load(), standing=standing)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,10 @@ _log = get_logger("backends")
 
 
 class Backends:
-    """Made by `open_backends`. The methods that ask a backend raise ModelNotFound, EngineError."""
+    """Run by `open_backends`. The methods that ask a backend raise ModelNotFound, EngineError.
+
+    ``problems``: why each backend offers nothing, '' where it does.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class Backends:
         self._runs_itself = runs_itself
         self._on_change = on_change
         self._offers: list[tuple[OfferedModel, ...]] = [() for _ in self._backends]
-        self._problems: list[str] = ["" for _ in self._backends]
+        self.problems: list[str] = ["" for _ in self._backends]
         self._wake = [trio.Event() for _ in self._backends]
         self._owners: dict[Sha256, Backend] = {}
         self._table: dict[Sha256, OfferedModel] = {}
@@ -173,10 +176,10 @@ class Backends:
     def _tell(self, place: int, error: MeshmaxError | None) -> None:
         """One line in the log a change."""
         why = error.message if error else ""
-        if why and why != self._problems[place]:
+        if why and why != self.problems[place]:
             level = _log.warning if self._offers[place] else _log.debug
             level("backend not there", engine=self._backends[place].name, why=why)
-        self._problems[place] = why
+        self.problems[place] = why
 
     def _take(self, place: int, found: tuple[OfferedModel, ...]) -> None:
         if found == self._offers[place]:

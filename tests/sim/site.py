@@ -3,8 +3,9 @@
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -36,9 +37,15 @@ class Site:
         self.nodes: list[Node] = []
         self.ahead_s: dict[str, float] = {}  # by node: how far its clock is set; "": everybody's, as when days go by
 
-    async def node(self, name: str, engine: EngineConfig = EngineConfig(kind="echo")) -> Node:  # noqa: B008  frozen
-        """Start a node called ``name``."""
-        node = await self._stack.enter_async_context(open_node(*self.parts(name, engine)))
+    async def node(
+        self,
+        name: str,
+        engine: EngineConfig = EngineConfig(kind="echo"),  # noqa: B008  frozen
+        **world: Any,
+    ) -> Node:
+        """Start a node called ``name``; ``world``: what of its World is another."""
+        config, usual = self.parts(name, engine)
+        node = await self._stack.enter_async_context(open_node(config, replace(usual, **world)))
         self.nodes.append(node)
         return node
 

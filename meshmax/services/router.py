@@ -182,10 +182,9 @@ class _Request:
             decision = self._decide()
         else:
             decision, self._fresh = self.decision, False
-        now = trio.current_time()
         resting = {judged.peer_id: judged for judged, _, _ in decision.out}
         judged = [*decision.ranked, *(resting[peer] for peer in decision.resting)][:CHOICES]
-        choices = [self._choice(one, now) for one in judged]
+        choices = [self._choice(one) for one in judged]
         if is_load_only(self._ask.request) and self._ask.keep_alive_s == 0:
             choices.sort(key=lambda choice: not choice.ours)  # to unload means here: others' memory is theirs
         return choices
@@ -222,7 +221,7 @@ class _Request:
             key=self._marks[0].hash if self._marks else b"",
         )
 
-    def _choice(self, judged: Judged, now: float) -> Choice:
+    def _choice(self, judged: Judged) -> Choice:
         contender, parts = judged.contender, judged.figures
         peer, standing, status = judged.peer_id, contender.standing, contender.view.status
         first_s = parts.rtt_s + parts.queue_s + parts.load_s + parts.prompt_s
@@ -234,7 +233,7 @@ class _Request:
             late_s=self._shared.bench.first_tokens.late_s(peer, first_s),
             rtt_s=parts.rtt_s,
             ours=peer == self._shared.bench.peer_id,
-            from_s=standing.until_s if busy else now,
+            from_s=standing.until_s if busy else 0.0,
             deterministic=status is not None and status.engine == ECHO,
         )
 

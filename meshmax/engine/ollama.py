@@ -50,8 +50,8 @@ class OllamaEngine:
 
     name = "ollama"
 
-    def __init__(self, http: ServerHttp) -> None:
-        self._http = http
+    def __init__(self, http: ServerHttp, parallel: int = PARALLEL) -> None:
+        self._http, self._parallel = http, parallel
         self._where = f"the Ollama at {http.url}"
         self._names: dict[Sha256, str] = {}  # what the daemon calls its models
         self._details: OrderedDict[Sha256, ModelDetails] = OrderedDict()
@@ -110,7 +110,7 @@ class OllamaEngine:
     async def open_model(self, model: ModelFile) -> AsyncIterator[OllamaModel]:
         """Nothing is loaded: the daemon does that with the first prompt. Raises ModelNotFound."""
         await trio.lowlevel.checkpoint()
-        loaded = OllamaModel(self, self._http, model, self._name(model.digest), self._where)
+        loaded = OllamaModel(self, self._http, model, self._name(model.digest), self._where, self._parallel)
         try:
             yield loaded
         finally:
@@ -143,11 +143,13 @@ class OllamaEngine:
 class OllamaModel:
     """A LoadedModel: one model of the daemon."""
 
-    def __init__(self, engine: OllamaEngine, http: ServerHttp, model: ModelFile, name: str, where: str) -> None:
+    def __init__(
+        self, engine: OllamaEngine, http: ServerHttp, model: ModelFile, name: str, where: str, parallel: int
+    ) -> None:
         self._engine, self._http, self._where = engine, http, where
         self._digest, self._name = model.digest, name
         self.alive = True
-        self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", PARALLEL)
+        self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", parallel)
 
     @asynccontextmanager
     async def answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:

@@ -42,7 +42,7 @@ CUT_OFF: Final = "the server's answer ended before it was finished"
 
 _CONTEXT: Final = re.compile(
     r"context (length|size|window)|maximum context|context_length_exceeded|exceeds? the (available )?context|"
-    r"input (length|is too long)|prompt is too long|too many tokens",
+    r"model's context \d+|input (length|is too long)|prompt is too long|too many tokens",
     re.IGNORECASE,
 )
 _LACKS: Final = re.compile(r"(does not|doesn't|do not|not) support|unsupported|not implemented", re.IGNORECASE)

@@ -1,4 +1,6 @@
-"""What every engine does, over all of them: echo in virtual time, llama.cpp with a real small model on loopback."""
+"""What every engine does, over all of them: echo, llama.cpp with a real small model on loopback, and the engines of others,
+played by a peer of ours, whose interfaces are Ollama's and OpenAI's. (No real Ollama can be installed from a package
+registry; tests/loopback tries the one that runs on this machine, where one does.)"""
 
 import array
 import importlib.util
@@ -11,8 +13,9 @@ import pytest
 import trio
 import trio.testing
 
+from meshmax.api.app import make_app
 from meshmax.base.catalog import ModelFile
-from meshmax.base.config import EngineConfig
+from meshmax.base.config import EngineConfig, OpenAiServer
 from meshmax.base.errors import CapabilityMissing, ContextTooLong, InvalidRequest
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import (
@@ -27,9 +30,16 @@ from meshmax.base.inference import (
     Options,
     Vector,
 )
+from meshmax.base.model import ModelDetails
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
-from meshmax.ports import Engine, LoadedModel
+from meshmax.engine.ollama import OllamaEngine
+from meshmax.engine.openai_compat import OpenAiEngine
+from meshmax.engine.openai_words import digest_of
+from meshmax.engine.server_http import ServerHttp
+from meshmax.ports import Backend, Engine, LoadedModel
+from meshmax.testing.asgi_front import AsgiFront
+from tests.api.fake_node import DIGEST, open_fake_node
 
 CONFIG = EngineConfig(threads=1, parallel=2, context_tokens=512, echo_tokens_per_s=1e9)
 TINY = Options(temperature=0.0, seed=1, num_predict=8)
@@ -43,14 +53,35 @@ def small_model() -> ModelFile:
     return ModelFile(Sha256("a" * 64), "smollm2:135m", str(path), path.stat().st_size)
 
 
-@pytest.fixture(params=["echo", pytest.param("llamacpp", marks=pytest.mark.loopback)])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
-    return EchoEngine(CONFIG) if request.param == "echo" else LlamaCppEngine(CONFIG, tmp_path)
+URL = "http://127.0.0.1:11434"
+
+
+@pytest.fixture(params=["echo", "ollama", "openai", pytest.param("llamacpp", marks=pytest.mark.loopback)])
+async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Engine]:
+    if request.param == "echo":
+        yield EchoEngine(CONFIG)
+        return
+    if request.param == "llamacpp":
+        yield LlamaCppEngine(CONFIG, tmp_path)
+        return
+    fields = {"parallel": 2, "context_tokens": 512, "echo_tokens_per_s": 1e9}
+    async with open_fake_node(engine=fields) as node, trio.open_nursery() as nursery:
+        front = AsgiFront(make_app(node), nursery)
+        backend: Backend = OllamaEngine(ServerHttp(URL, connect=front.connect), parallel=2)
+        if request.param == "openai":
+            http = ServerHttp(f"{URL}/v1", connect=front.connect)
+            backend = OpenAiEngine(OpenAiServer(URL, parallel=2), http)
+        await backend.look()
+        yield backend
+        nursery.cancel_scope.cancel()
 
 
 @pytest.fixture
 def file(engine: Engine) -> ModelFile:
-    return small_model() if engine.name == "llamacpp" else ModelFile(Sha256("a" * 64), "echo", "/nowhere", 1)
+    if engine.name == "llamacpp":
+        return small_model()
+    digest = {"ollama": DIGEST, "openai": digest_of("echo:latest")}.get(engine.name, Sha256("a" * 64))
+    return ModelFile(digest, "echo", "/nowhere", 1, ModelDetails(context_length=512))
 
 
 @pytest.fixture
@@ -135,7 +166,11 @@ async def test_json_was_asked_for_and_json_comes(model: LoadedModel, format_: ob
         assert text.lstrip().startswith("{")
 
 
-async def test_a_prompt_can_be_raw_or_templated_and_only_the_latter_has_a_context(model: LoadedModel) -> None:
+async def test_a_prompt_can_be_raw_or_templated_and_only_the_latter_has_a_context(
+    engine: Engine, model: LoadedModel
+) -> None:
+    if engine.name == "openai":
+        pytest.skip("OpenAI's interface has no context of tokens")
     raw, plain = (
         GenerateRequest("The capital of France is", raw=True, options=TINY),
         GenerateRequest("Hello", options=TINY),
@@ -175,7 +210,9 @@ async def test_no_texts_are_no_vectors(model: LoadedModel) -> None:
     assert isinstance(finish, Finish)
 
 
-async def test_a_text_too_long_to_embed_is_cut_or_refused(model: LoadedModel) -> None:
+async def test_a_text_too_long_to_embed_is_cut_or_refused(engine: Engine, model: LoadedModel) -> None:
+    if engine.name == "openai":
+        pytest.skip("OpenAI's interface leaves it to the server whether a text is cut")
     long = ("word " * 600,)
     events = await answer(model, EmbedRequest(long))
     finish = events[-1]

@@ -177,13 +177,15 @@ async def test_what_an_ollama_has_in_memory_is_shown_and_takes_none_of_ours(
         assert place.server.residency.loaded() == ()
 
 
-async def test_a_client_that_leaves_ends_the_work_of_the_server(tmp_path: Path, autojump_clock: Clock) -> None:
-    for kind in ("ollama", "openai"):
-        async with open_place(tmp_path / kind) as place:
-            beside = await place.node("beside", kind)
-            await until(lambda: entry(beside) is not None)
-            asked = Ask("r", beside.catalog.resolve("tiny").digest, "tiny", GenerateRequest("w " * 3000))
-            async with beside.router.open_answer(asked) as answer:
-                await anext(answer.events)
-                assert place.server.residency.load().running == 1
-            await until(lambda: place.server.residency.load().running == 0 and not place.front.open, 1)
+@pytest.mark.parametrize("kind", ["ollama", "openai"])
+async def test_a_client_that_leaves_ends_the_work_of_the_server(
+    kind: str, tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_place(tmp_path) as place:
+        beside = await place.node("beside", kind)
+        await until(lambda: entry(beside) is not None)
+        asked = Ask("r", beside.catalog.resolve("tiny").digest, "tiny", GenerateRequest("w " * 3000))
+        async with beside.router.open_answer(asked) as answer:
+            await anext(answer.events)
+            assert place.server.residency.load().running == 1
+        await until(lambda: place.server.residency.load().running == 0 and not place.front.open, 1)

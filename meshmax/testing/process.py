@@ -181,6 +181,7 @@ def start_peer(
         "lan_interfaces": "127.0.0.1",
         "engine_kind": "echo",
         "engine_threads": "1",
+        "engine_ollama": "",
         "log_level": "debug",
         "offline": "true",
     }

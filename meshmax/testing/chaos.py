@@ -6,6 +6,7 @@ when comes from a seed. Not here: what is good enough (tests/loopback/test_chaos
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,9 @@ import psutil
 
 from meshmax.testing.gguf import build_gguf
 from meshmax.testing.http_load import Reply, post, run_load
-from meshmax.testing.process import PeerProcess, meet, start_peer, until, wait_for_api
+from meshmax.testing.process import PeerProcess, start_peer, until, wait_for_api
 
-MODEL: Final = "echo"
+MODEL: Final = f"chaos-{os.getpid()}"  # another mesh on this machine may be met, and its names with it
 GENERATE: Final = "/api/generate"
 COMPLETIONS: Final = "/v1/chat/completions"
 _MANY: Final = 64  # answers at once that each peer takes: the last that live carry all
@@ -72,25 +73,25 @@ def strikes(others: Sequence[PeerProcess], seed: int, span_s: float, kill: int, 
 def open_echo_mesh(folder: Path, count: int, tokens_per_s: float) -> Iterator[tuple[PeerProcess, list[PeerProcess]]]:
     """An entry peer without an engine, and ``count`` peers that all have the model in memory and see one another."""
     settings = {"engine_parallel": str(_MANY), "engine_echo_tokens_per_s": str(tokens_per_s), "log_level": "info"}
-    started = [
-        start_peer(
-            folder / "entry", "--name", "entry", wait=False, spawned_by=None, **settings | {"engine_kind": "none"}
-        )
-    ]
+    none = settings | {"engine_kind": "none"}
+    started = [start_peer(folder / "entry", "--name", "entry", spawned_by=None, **none)]
     try:
+        entry, others = started[0], started[1:]
+        join = entry.get("/api/v1/status")["addresses"][0]  # mDNS takes long on a machine that has much to do
         for number in range(count):
-            name = f"p{number}"
-            started.append(start_peer(folder / name, "--name", name, wait=False, spawned_by=None, **settings))
-        for peer in started:
+            flags = ("--name", f"p{number}", "--join", join)
+            others.append(start_peer(folder / flags[1], *flags, wait=False, spawned_by=None, **settings))
+            started.append(others[-1])
+        for peer in others:
             wait_for_api(peer)
-        entry, *others = started
-        meet(*started)
+        everybody = {peer.peer_id for peer in others}
+        until("the entry sees the others", lambda: everybody <= set(entry.neighbours()), 60)
         path = folder / "echo.gguf"
         path.write_bytes(build_gguf(tensor_bytes=1 << 16))
         others[0].run("add", MODEL, str(path))
         with ThreadPoolExecutor(count) as threads:
             list(threads.map(_load, others))
-        until("the entry knows that all have it", lambda: _holders(entry) >= count)
+        until("the entry knows that all have it", lambda: _holders(entry) >= count, 60)
         yield entry, others
     finally:
         for peer in started:
@@ -98,7 +99,7 @@ def open_echo_mesh(folder: Path, count: int, tokens_per_s: float) -> Iterator[tu
 
 
 def _load(peer: PeerProcess) -> None:
-    until(f"{peer.home.name} hears of the model", lambda: _holders(peer) > 0)
+    until(f"{peer.home.name} hears of the model", lambda: _holders(peer) > 0, 60)
     httpx.post(peer.api + "/api/pull", json={"model": MODEL}, timeout=60, trust_env=False).raise_for_status()
     ask = {"model": MODEL, "prompt": ""}  # load only
     httpx.post(peer.api + GENERATE, json=ask, timeout=60, trust_env=False).raise_for_status()

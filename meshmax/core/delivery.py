@@ -35,13 +35,13 @@ from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.continuation import Joint, SoFar, plan
 from meshmax.core.delivery_words import Action, Cancel, Choice, Chooser, Done, Fail, Give, Start, Suspect
 from meshmax.core.missing_vectors import VectorJoint, VectorsSoFar
-from meshmax.core.pace import FRAME_SILENCE_S, frame_silence_s
+from meshmax.core.pace import KEEP_ALIVE_S, frame_silence_s
 from meshmax.core.retrying import is_final, most_telling, passes
 
 MAX_OPEN: Final = 3  # asked at once: one that is suspected, one beside it, and another if that is silent, too
 MAX_ATTEMPTS: Final = 8  # without anything new for the client; what eight peers fail would fail everywhere
 MAX_IN_ALL: Final = 64  # of one request; an answer that breaks so often will not end
-MAX_ASKS_OF_ONE: Final = 3  # of one peer, without anything new
+MAX_ASKS_OF_ONE: Final = 3  # of one peer, before the first token
 MAX_CRASHES: Final = 3  # engines that a request may bring down before it is taken for the cause
 FIRST_PAUSE_S: Final = 0.1  # before a peer that failed is asked again; an engine starts in about that
 MOST_PAUSE_S: Final = 2.0
@@ -52,6 +52,8 @@ FIRST_EVENT_DEADLINE_S: Final = 600.0  # keep-alives and no event: as long as th
 HANG_S: Final = 120.0  # keep-alives and no token, in the middle of an answer: no engine stops for that long
 LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
 GRACE_S: Final = 0.3  # to read what came in while it was
+FROZEN_S: Final = 1.5 * KEEP_ALIVE_S  # without a frame: the peer, not its engine
+TICK_S: Final = 1e-3  # what is due within that is due: sums of times are not exact
 MAX_PATIENCE: Final = 8.0  # times the learnt deadline, after false alarms
 
 
@@ -64,7 +66,6 @@ class _Attempt:
         "error",
         "exact",
         "first_s",
-        "frozen",
         "heard_s",
         "held",
         "joint",
@@ -92,7 +93,7 @@ class _Attempt:
         self.late_at = now + choice.late_s
         self.look_at = math.inf
         self.patience = 1.0
-        self.held = self.sending = self.suspected = self.frozen = False
+        self.held = self.sending = self.suspected = False
         self.first_s: float | None = None
         self.ended_s: float | None = None
         self.error: MeshmaxError | None = None
@@ -108,6 +109,10 @@ class _Attempt:
         if self.spoke_s is not None:
             due = min(due, self.spoke_s + self.choice.gaps.deadline_s() * self.patience)
         return due
+
+    def is_frozen(self, now: float) -> bool:
+        """Whether not even KeepAlives come, where some were due."""
+        return not self.choice.ours and now - self.heard_s >= FROZEN_S
 
     def gone_at(self) -> float:
         """When it is given up if it says nothing until then."""
@@ -360,7 +365,8 @@ class Delivery:
     def _others(self) -> list[Choice]:
         asked = {attempt.choice.peer for attempt in self._open.values()}
         choices = (c for c in self._chooser.choices() if c.peer not in asked and c.peer not in self._refused)
-        return [choice for choice in choices if self._asks[choice.peer] < MAX_ASKS_OF_ONE]
+        most = MAX_ASKS_OF_ONE if self._first_s is None else MAX_ATTEMPTS
+        return [choice for choice in choices if self._asks[choice.peer] < most]
 
     def _fresh(self, choices: list[Choice], now: float) -> list[Choice]:
         return [choice for choice in choices if choice.from_s <= now and not self._asks[choice.peer]]
@@ -410,10 +416,14 @@ class Delivery:
         if self._stuck_s is None:
             self._stuck_s = now
         self._pauses += 1
-        busy_s = 0.0
         pause_s = backoff_s(self._pauses, FIRST_PAUSE_S, MOST_PAUSE_S, self._random)
-        if choices and (busy_s := min(choice.from_s for choice in choices) - now) > 0:
+        busy_s = min((choice.from_s for choice in choices), default=now) - now
+        if busy_s > 0:
             pause_s = max(pause_s, busy_s * (1 + self._random.random() / 10))
+        if not middle and all(isinstance(error, Busy) for error in self._errors) and (self._errors or busy_s > 0):
+            pause_s = (
+                math.inf
+            )  # full queues are where prompts wait, not here: the client hears at once when to come again
         if now + pause_s > self._stuck_s + (STUCK_S if middle else PATIENCE_S):
             if not self._errors and choices:
                 self._errors.append(Busy("every peer that has the model is busy", max(busy_s, 1.0)))
@@ -429,9 +439,8 @@ class Delivery:
             return [Cancel(attempt.number, error), *self.on_failed(attempt.number, error, now)]
         if now >= attempt.quiet_at():
             attempt.suspected = True
-            attempt.frozen = not attempt.choice.ours and now - attempt.heard_s >= FRAME_SILENCE_S
             attempt.late_at = math.inf
-            return [Suspect(attempt.number, attempt.frozen), *self._beside(attempt, now)]
+            return [Suspect(attempt.number, attempt.is_frozen(now)), *self._beside(attempt, now)]
         if now >= attempt.look_at:
             return self._beside(attempt, now)
         return self._on_late(attempt, now)
@@ -460,7 +469,7 @@ class Delivery:
         middle = self._first_s is not None
         if len(self._open) >= MAX_OPEN or not (middle or (self._hedge and len(self._open) == 1)):
             return []
-        waited_s = now - attempt.sent_s
+        waited_s = now - attempt.sent_s + TICK_S
         fresh = self._fresh(self._others(), now)
         if not fresh:
             return []
@@ -495,7 +504,7 @@ class Delivery:
         return EngineError(f"the engine said nothing for {HANG_S:g} s in the middle of its answer")
 
     def _silence(self, attempt: _Attempt, now: float) -> MeshmaxError:
-        if attempt.frozen:
+        if attempt.is_frozen(now):
             return PeerGone(f"the peer was silent for {now - attempt.heard_s:.1f} s")
         return EngineError(f"the engine said nothing for {now - (attempt.spoke_s or attempt.sent_s):.1f} s")
 

@@ -74,7 +74,7 @@ def open_echo_mesh(folder: Path, count: int, tokens_per_s: float) -> Iterator[tu
     """An entry peer without an engine, and ``count`` peers that all have the model in memory and see one another."""
     settings = {"engine_parallel": str(_MANY), "engine_echo_tokens_per_s": str(tokens_per_s), "log_level": "info"}
     none = settings | {"engine_kind": "none"}
-    started = [start_peer(folder / "entry", "--name", "entry", spawned_by=None, **none)]
+    started = [start_peer(folder / "entry", "--name", "entry", wait=True, spawned_by=None, **none)]
     try:
         entry, others = started[0], started[1:]
         join = entry.get("/api/v1/status")["addresses"][0]  # mDNS takes long on a machine that has much to do

@@ -92,8 +92,13 @@ class PromptReply:
         dialect: Dialect,
         open_answers: OpenAnswers,
         reword: Callable[[MeshmaxError], MeshmaxError] = lambda error: error,
+        known_route: Callable[[], Route | None] = lambda: None,
     ) -> None:
-        """``reword`` turns an error into the sentence that clients of the interface know."""
+        """``reword`` turns an error into the sentence that clients of the interface know.
+
+        ``known_route``: what came of the request, where it failed before there was an answer.
+        """
+        self._known_route = known_route
         self._reword = reword
         self._open_answer = open_answer
         self._form_for = form_for
@@ -130,7 +135,8 @@ class PromptReply:
                 _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
             else:
                 reply = error_reply(self._reword(ours), self._dialect)
-                reply.headers.update(route_headers(self._route) if self._route else {})  # who failed, where it is known
+                if route := self._route or self._known_route():
+                    reply.headers.update(route_headers(route))  # who failed, and how
                 await reply(scope, receive, send)
 
     async def _send_stream(self, answer: Answer, form: Form, send: Send) -> None:

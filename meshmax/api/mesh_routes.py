@@ -223,9 +223,8 @@ class MeshFace:
     async def request(self, request: Request) -> Response:
         """GET /api/v1/requests/{id}."""
         wanted = request.path_params["id"]
-        for taken in self._node.router.routes():
-            if taken.request_id == wanted:
-                return json_reply(request_json(taken))
+        if (taken := self._node.router.route(wanted)) is not None:
+            return json_reply(request_json(taken))
         raise NotFound(f"no request '{wanted[:100]}' is remembered here: the last 200 are")
 
     async def add(self, request: Request) -> WorkReply:

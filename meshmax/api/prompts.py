@@ -25,6 +25,7 @@ from meshmax.base.errors import (
     Busy,
     CapabilityMissing,
     ContextTooLong,
+    Draining,
     InvalidName,
     InvalidRequest,
     MeshmaxError,
@@ -142,7 +143,7 @@ class Prompts:
 
     def remote(self, resolved: Resolved, route: Route) -> Remote | None:
         """Where the model answers, if it is not here."""
-        if resolved.stored is not None or resolved.entry.is_here:
+        if resolved.stored is not None or resolved.entry.is_here or route.peer_id == self.node.signer.peer_id:
             return None
         return Remote(self.peer_name(route.peer_id), resolved.entry.name)
 
@@ -171,7 +172,13 @@ class Prompts:
             stream = stream and not is_load_only(request)
         reword = partial(_ollamas_words, embeds=isinstance(request, EmbedRequest))
         return PromptReply(
-            lambda: self._open_bounded(ask, resolved, wishes), form_for, stream, dialect, self.open_answers, reword
+            lambda: self._open_bounded(ask, resolved, wishes),
+            form_for,
+            stream,
+            dialect,
+            self.open_answers,
+            reword,
+            lambda: self.node.router.route(ask.request_id),
         )
 
     @asynccontextmanager
@@ -211,7 +218,7 @@ class Prompts:
 
 def _ollamas_words(error: MeshmaxError, embeds: bool) -> MeshmaxError:
     """``error`` with the sentence that Ollama's clients know, where it has one."""
-    if isinstance(error, Busy) and not isinstance(error, ShuttingDown):
+    if isinstance(error, Busy) and not isinstance(error, ShuttingDown | Draining):
         return Busy(QUEUE_FULL, error.retry_after_s)
     return ContextTooLong(INPUT_TOO_LONG) if embeds and isinstance(error, ContextTooLong) else error
 

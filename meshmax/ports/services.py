@@ -127,6 +127,10 @@ class Router(Protocol):
         """The last 200 requests, newest first, those under way too; never a word of the prompt."""
         ...
 
+    def route(self, request_id: str) -> Route | None:
+        """The newest request with this id, where it is remembered. Cheap."""
+        ...
+
 
 class Residency(Protocol):
     """Models in this node's memory, and who may use them."""

@@ -9,7 +9,7 @@ each such request, owned by its block; none for others. Not here: moving models 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -19,18 +19,20 @@ import msgspec
 import trio
 
 from meshmax.base.config import RoutingConfig
-from meshmax.base.errors import Busy, DeadlineExceeded, Draining, MeshmaxError, ModelNotFound, NoProviders, PeerGone
+from meshmax.base.errors import DeadlineExceeded, Draining, MeshmaxError, ModelNotFound, NoProviders, PeerGone
 from meshmax.base.events import Transfer
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
 from meshmax.base.names import parse_name, split_digest
-from meshmax.base.route import Attempt, Route, Wishes
+from meshmax.base.route import Attempt, RequestState, Route, Wishes
 from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, plan_pull, who_could
 from meshmax.ports import Answer, Catalog, Distribution, Presence, Pulls, Router
 from meshmax.ports.services import WISHES
 from meshmax.telemetry.log import get_logger
 
-FETCHES_KEPT: Final = 200  # requests whose fetch is remembered, as many as a router remembers routes
+ROUTES_KEPT: Final = 200  # requests that are told, as many as a router remembers
+FETCHES_KEPT: Final = 200  # of those, whose model was fetched first
+NOWHERE_KEPT: Final = 50  # of those, that nobody could be asked for
 CANDIDATES_KEPT: Final = 32  # of one request
 LOOK_S: Final = 0.25  # between looks at whether another peer has the model; its status comes when that changes
 ASK_AGAIN_S: Final = 15.0  # after which a peer that fetches is asked whether it still does
@@ -58,9 +60,12 @@ class _Fetch:
         self.at_s, self.began_s = at_s, began_s  # Unix time, monotonic
         self.took_s: float | None = None
         self.error: MeshmaxError | None = None
+        self.answer: Answer | None = None  # while the model is there and the answer is under way
+        self._final: Route | None = None
 
     @property
     def words(self) -> str:
+        """What goes on, for the header."""
         where = "this peer" if self.taker.ours else _ascii(self.taker.name)
         if self.took_s is None:
             return f"fetching {_ascii(self.model)} to {where} first"
@@ -68,23 +73,33 @@ class _Fetch:
             return f"{_ascii(self.model)} could not be fetched to {where} ({self.error.code})"
         return f"fetched {_ascii(self.model)} to {where} first, {self.took_s:.1f} s"
 
-    def alone(self) -> Route:
+    def route(self) -> Route:
+        """As of now."""
+        if self._final is not None:
+            return self._final
+        return self._alone() if self.answer is None else self._onto(self.answer.route)
+
+    def close(self, state: RequestState, total_s: float) -> None:
+        """The request is over; what answered it says itself how."""
+        route = self.route()
+        if self.answer is None:
+            route = msgspec.structs.replace(route, state=state, total_s=total_s)
+        self._final, self.answer = route, None  # which holds the prompt
+
+    def _alone(self) -> Route:
         """The route while nobody answers yet."""
-        state = "running" if self.error is None else "failed"
         return Route(
             self.ask.request_id,
             self.ask.digest,
             self.taker.peer_id,
             self.words,
             self.candidates,
-            (self.attempt(),),
+            (self._attempt(),),
             model=self.ask.name,
-            state=state,  # type: ignore[arg-type]
             started_at_s=self.at_s,
-            total_s=self.took_s if self.error else None,
         )
 
-    def attempt(self) -> Attempt:
+    def _attempt(self) -> Attempt:
         """The fetch as `meshmax why` tells it."""
         error = self.error
         return Attempt(
@@ -95,14 +110,13 @@ class _Fetch:
             message=error.message if error else "",
         )
 
-    def onto(self, route: Route) -> Route:
+    def _onto(self, route: Route) -> Route:
         """``route``, which began when the fetch had ended, as the client saw it."""
         took_s = self.took_s or 0.0
-        later = tuple(_later(attempt, took_s) for attempt in route.attempts)
         return msgspec.structs.replace(
             route,
             line=f"{self.words}; {route.line}",
-            attempts=(self.attempt(), *later),
+            attempts=(self._attempt(), *(_later(attempt, took_s) for attempt in route.attempts)),
             started_at_s=self.at_s,
             first_token_s=None if route.first_token_s is None else route.first_token_s + took_s,
             total_s=None if route.total_s is None else route.total_s + took_s,
@@ -118,12 +132,11 @@ class _FetchedAnswer:
 
     def __init__(self, fetch: _Fetch, ready: trio.MemoryReceiveChannel[RoutedEvent]) -> None:
         self._fetch, self._ready = fetch, ready
-        self.inner: Answer | None = None
         self.error: MeshmaxError | None = None
 
     @property
     def route(self) -> Route:
-        return self._fetch.alone() if self.inner is None else self._fetch.onto(self.inner.route)
+        return self._fetch.route()
 
     @property
     def events(self) -> AsyncIterator[RoutedEvent]:
@@ -157,25 +170,23 @@ class PullFirst:
         self._router, self._catalog, self._presence, self._pulls = router, catalog, presence, pulls
         self._ask_pull, self._config, self._unix_now = ask_pull, config, unix_now
         self._fetches: OrderedDict[str, _Fetch] = OrderedDict()
+        self._nowhere: deque[Route] = deque(maxlen=NOWHERE_KEPT)
         self.under_way = 0
 
     def routes(self) -> tuple[Route, ...]:
-        """See ports.Router; those that wait for a fetch first."""
-        if not self._fetches:
+        """See ports.Router."""
+        if not (self._fetches or self._nowhere):
             return self._router.routes()
-        told: dict[str, Route] = {}
-        for fetch in reversed(self._fetches.values()):
-            if fetch.took_s is None or fetch.error is not None:
-                told[fetch.ask.request_id] = fetch.alone()
-        shown = list(told.values())
-        for route in self._router.routes():
-            fetched = self._fetches.get(route.request_id)
-            if fetched is None:
-                shown.append(route)
-            elif route.request_id not in told:  # the newest: before the fetch the router had found nobody
-                told[route.request_id] = fetched.onto(route)
-                shown.append(told[route.request_id])
-        return tuple(shown)
+        told = [route for route in self._router.routes() if route.request_id not in self._fetches]
+        told += [*reversed(self._nowhere), *(fetch.route() for fetch in reversed(self._fetches.values()))]
+        return tuple(sorted(told, key=lambda route: -route.started_at_s)[:ROUTES_KEPT])
+
+    def route(self, request_id: str) -> Route | None:
+        """See ports.Router."""
+        if fetch := self._fetches.get(request_id):
+            return fetch.route()
+        nowhere = next((route for route in reversed(self._nowhere) if route.request_id == request_id), None)
+        return nowhere or self._router.route(request_id)
 
     @asynccontextmanager
     async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[Answer]:
@@ -185,11 +196,23 @@ class PullFirst:
             async with AsyncExitStack() as stack:
                 try:
                     answer = await stack.enter_async_context(self._router.open_answer(ask, wishes))
-                except (NoProviders, ModelNotFound, Busy) as error:
-                    answer = await self._fetched(ask, wishes, stack, error)
+                except (NoProviders, ModelNotFound, Draining) as error:
+                    answer = await self._fetch_or_tell(ask, wishes, stack, error)
                 yield answer
         finally:
             self.under_way -= 1
+
+    async def _fetch_or_tell(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
+        try:
+            return await self._fetched(ask, wishes, stack, error)
+        except MeshmaxError as nobody:
+            if self._router.route(ask.request_id) is None:  # else somebody was asked, and it is told already
+                line, policy = f"nobody was asked: {_ascii(nobody.message)}", wishes.policy or self._config.policy
+                route = Route(
+                    ask.request_id, ask.digest, PeerId(""), line, model=ask.name, policy=policy, state="failed"
+                )
+                self._nowhere.append(msgspec.structs.replace(route, started_at_s=self._unix_now(), total_s=0.0))
+            raise
 
     async def _fetched(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
         """An answer that a fetch begins. Raises ``error`` where none may or can be begun."""
@@ -243,15 +266,18 @@ class PullFirst:
         answer: _FetchedAnswer,
         made: trio.MemorySendChannel[RoutedEvent],
     ) -> None:
+        state: RequestState = "cancelled"
         async with made:
             try:
                 await self._until_fetched(fetch, wait)
                 async with self._router.open_answer(fetch.ask, wishes) as inner:
-                    answer.inner = inner
+                    fetch.answer = inner
                     async for event in inner.events:
                         await made.send(event)
             except MeshmaxError as error:
-                answer.error = error
+                answer.error, state = error, "failed"
+            finally:
+                fetch.close(state, trio.current_time() - fetch.began_s)
 
     async def _until_fetched(self, fetch: _Fetch, wait: Wait) -> None:
         try:

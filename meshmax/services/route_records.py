@@ -27,6 +27,11 @@ class RouteRecord:
         self._started_at_s = started_at_s
         self._final: Route | None = None
 
+    @property
+    def request_id(self) -> str:
+        """Of the request."""
+        return self._ask.request_id
+
     def route(self) -> Route:
         """As of now."""
         if self._final is not None or self._core is None:
@@ -94,6 +99,12 @@ class RouteRecords:
     def add(self, record: RouteRecord) -> None:
         """A request came."""
         self._records.append(record)
+
+    def find(self, request_id: str) -> Route | None:
+        """The newest request with this id, as of now."""
+        found = (record for record in reversed(self._records) if record.request_id == request_id)
+        record = next(found, None)
+        return record.route() if record else None
 
     def routes(self) -> tuple[Route, ...]:
         """As of now, newest first."""

@@ -94,6 +94,10 @@ class MeshRouter:
         """The last requests, newest first, those under way too."""
         return self._records.routes()
 
+    def route(self, request_id: str) -> Route | None:
+        """The newest request with this id, where it is remembered."""
+        return self._records.find(request_id)
+
     @asynccontextmanager
     async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[RoutedAnswer]:
         """See ports.Router."""

@@ -244,6 +244,9 @@ class FakeRouter:
     def routes(self) -> tuple[Route, ...]:
         return (Route("r1", DIGEST, OURS, "only candidate"),)
 
+    def route(self, request_id: str) -> Route | None:
+        return next((route for route in self.routes() if route.request_id == request_id), None)
+
 
 class FakePresence:
     problem = ""

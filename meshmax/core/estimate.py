@@ -1,9 +1,10 @@
 """How long a peer would take for a prompt: round trip + queue + load + reading the prompt + writing the answer, in seconds.
 
 Rules: our own measurements decide; what a peer says of itself counts until we have measured it, and within bounds; a
-default stands in where nobody knows. Tokens of the prompt that the peer holds from before need not be read again. What an
-answer costs beside others grows with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements),
-what follows from the estimate (core.policies).
+default stands in where nobody knows. A figure that was measured long ago fades into what the peer says, its weight halved
+every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as we did there lately. Tokens of
+the prompt that the peer holds from before need not be read again. What an answer costs beside others grows with how many
+those are. Pure: no state, no clock. Not here: measuring (core.measurements), what follows from it (core.policies).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from meshmax.base.inference import ChatRequest, EmbedRequest, InferRequest
 from meshmax.base.route import Figures as Estimate
 from meshmax.base.status import Device, Load
 from meshmax.core.contender import Contender
+from meshmax.core.measurements import SHARE
 
 DEFAULT_RTT_S: Final = 0.05  # never measured: as a peer in another town, so that a measured neighbour goes first
 OUTPUT_TOKENS: Final = (
@@ -39,10 +41,8 @@ MAX_LOAD_S: Final = 3600.0  # the same
 MAX_AHEAD: Final = 100_000  # requests; the same
 MAX_DECODE_PER_S: Final = 500.0  # small models are bound by other things than memory
 MIN_MODEL_BYTES: Final = 10_000_000  # smaller sizes are test files or lies; keeps the rates finite
-SHARE: Final[dict[Device, float]] = {
-    "gpu": 0.1,
-    "cpu": 0.5,
-}  # how much each answer beside ours slows it: GPUs batch well
+FADE_S: Final = 900.0  # seconds; machines get and lose other work within minutes
+LONG_PROMPT: Final = 500  # tokens; those ahead of us are not expected to have longer ones, whatever ours is
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -76,20 +76,24 @@ def estimate(contender: Contender, work: Work, device: Device) -> Estimate:
     model, figures, load = contender.model, contender.figures, contender.load
     size = max(model.size, MIN_MODEL_BYTES)
     usual = min(MEMORY_BYTES_PER_S[device] / size, MAX_DECODE_PER_S)
-    decode = _rate(figures.decode_per_s, model.decode_per_s, usual)
-    prefill = _rate(figures.prefill_per_s, model.prefill_per_s, usual * PREFILL_PER_DECODE[device])
+    trust = 0.5 ** (figures.age_s / FADE_S)
+    decode = _rate(figures.decode_per_s, trust, model.decode_per_s, usual)
+    prefill = _rate(figures.prefill_per_s, trust, model.prefill_per_s, usual * PREFILL_PER_DECODE[device])
     unread = work.prompt_tokens
     if contender.prefix_tokens and model.state == "loaded":
         unread = max(0, unread - contender.prefix_tokens)
-    prompt_s = max(unread / prefill, figures.first_token_s or 0.0)
+    fixed_s = trust * (figures.first_token_s or 0.0)
     ahead, capacity = ahead_of(load), max(load.capacity, 1)
     output_s = work.output_tokens / decode * (1 + SHARE[device] * min(ahead, capacity - 1))
+    places, turn_s = ahead - capacity + 1, figures.turn_s
+    if places > 0 and turn_s is None:
+        turn_s = fixed_s + min(unread, LONG_PROMPT) / prefill + output_s  # if all take as long as ours
     return Estimate(
-        rtt_s=rtt_of(contender),
-        queue_s=max(0, ahead - capacity + 1) * (prompt_s + output_s) / capacity,  # if all take as long as ours
-        load_s=0.0 if model.state == "loaded" else _load_s(contender, size, device),
-        prompt_s=prompt_s,
-        output_s=output_s,
+        rtt_of(contender),
+        places * turn_s / capacity if places > 0 and turn_s is not None else 0.0,
+        0.0 if model.state == "loaded" else _load_s(contender, size, device, trust),
+        fixed_s + unread / prefill,
+        output_s,
     )
 
 
@@ -110,19 +114,18 @@ def rtt_of(contender: Contender) -> float:
     return DEFAULT_RTT_S if contender.rtt_s is None else contender.rtt_s
 
 
-def _rate(measured: float | None, advertised: float, usual: float) -> float:
-    if measured:
-        return max(measured, MIN_RATE_PER_S)
+def _rate(measured: float | None, trust: float, advertised: float, usual: float) -> float:
+    seed = usual
     if advertised > 0 and math.isfinite(advertised):
-        return max(min(advertised, usual * ADVERTISED_AGAINST), MIN_RATE_PER_S)
-    return usual
+        seed = max(min(advertised, usual * ADVERTISED_AGAINST), MIN_RATE_PER_S)
+    if not measured:
+        return seed
+    return 1 / (trust / max(measured, MIN_RATE_PER_S) + (1 - trust) / seed)
 
 
-def _load_s(contender: Contender, size: int, device: Device) -> float:
-    model = contender.model
-    if contender.figures.load_s is not None:
-        return min(contender.figures.load_s, MAX_LOAD_S)
-    usual_s = START_S[device] + size / LOAD_BYTES_PER_S
+def _load_s(contender: Contender, size: int, device: Device, trust: float) -> float:
+    model, measured = contender.model, contender.figures.load_s
+    seed_s = START_S[device] + size / LOAD_BYTES_PER_S
     if model.load_s > 0 and math.isfinite(model.load_s):
-        return max(min(model.load_s, MAX_LOAD_S), usual_s / ADVERTISED_AGAINST)
-    return usual_s
+        seed_s = max(min(model.load_s, MAX_LOAD_S), seed_s / ADVERTISED_AGAINST)
+    return seed_s if measured is None else trust * min(measured, MAX_LOAD_S) + (1 - trust) * seed_s

@@ -2,7 +2,9 @@
 are, whoever gives them. Feeds core.routing.
 
 Rules: figures are means over time (core.ewma), kept per (peer, model, device), since a model that moved to another device
-runs at another speed. Failures are the circuit breakers' (core.breaker), which are reached through here. Each table is
+runs at another speed, and are of the peer without others beside us. How the time until the first
+token divides into waiting for a slot and reading the prompt is the peer's word; their sum is ours, so a lie in one is paid
+in the other. Failures are the circuit breakers' (core.breaker), which are reached through here. Each table is
 bounded; what was not used for longest goes first. Time is passed in. Not here: what the figures mean for a choice
 (core.routing), who takes the measurements (services.router).
 """
@@ -17,7 +19,7 @@ import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Priority
-from meshmax.base.status import Device
+from meshmax.base.status import Device, Load
 from meshmax.core.backoff import Random
 from meshmax.core.breaker import NO_JITTER, NOT_NOW, Breakers, Standing
 from meshmax.core.ewma import Ewma
@@ -29,6 +31,12 @@ MIN_DECODE_TOKENS: Final = 8  # fewer are dominated by how they were batched on 
 MIN_LOAD_S: Final = 0.05  # a shorter "load" is the bookkeeping of a model that was in memory already
 MAX_ANSWER_TOKENS: Final = 4096  # of an answer that counts for how long answers are; one that never ends is no measure
 MAX_MODELS: Final = 1024  # models whose answers' length is remembered
+MAX_TURN_S: Final = 3600.0  # of a slot until it is free; longer is as bad
+TURN_KEPT_S: Final = 900.0  # who else asks a peer for what is another thing after that
+SHARE: Final[dict[Device, float]] = {
+    "gpu": 0.1,
+    "cpu": 0.5,
+}  # how much each answer beside ours slows it: GPUs batch well
 MAX_RATE_PER_S: Final = 1e6  # tokens; no device decodes faster, so a larger figure was not measured well
 
 V = TypeVar("V")
@@ -36,13 +44,18 @@ V = TypeVar("V")
 
 class Figures(msgspec.Struct, frozen=True):
     """Means measured by us of one model on one peer; None where never. ``first_token_s``: of short prompts, less the
-    round trip. ``age_s``: seconds since the last answer, infinite before the first."""
+    round trip and of waiting. ``turn_s``: seconds in which one slot becomes free, whoever has it. ``age_s``: seconds since
+    the last answer, infinite before the first."""
 
     first_token_s: float | None = None
     prefill_per_s: float | None = None
     decode_per_s: float | None = None
     load_s: float | None = None
     age_s: float = math.inf
+    turn_s: float | None = None
+
+
+NOTHING: Final = Figures()
 
 
 class Setback(msgspec.Struct, frozen=True):
@@ -54,16 +67,30 @@ class Setback(msgspec.Struct, frozen=True):
 
 
 class _Speed:
-    __slots__ = ("decode", "first_token", "load", "prefill")
+    __slots__ = ("decode", "first_token", "load", "read_s", "read_tokens")
 
     def __init__(self) -> None:
-        self.first_token, self.prefill, self.decode, self.load = Ewma(), Ewma(), Ewma(), Ewma()
+        self.first_token, self.decode, self.load = Ewma(), Ewma(), Ewma()
+        self.read_tokens, self.read_s = Ewma(), Ewma()  # their ratio: long prompts say more of the rate than short ones
+
+    def on_read(self, tokens: int, took_s: float, now: float) -> None:
+        """``tokens`` of a prompt were read in ``took_s``."""
+        if tokens < MIN_PREFILL_TOKENS:
+            self.first_token.add(took_s, now)
+        else:
+            fixed_s = min(self.first_token.value or 0.0, 0.75 * took_s)
+            self.read_tokens.add(tokens, now)
+            self.read_s.add(max(took_s - fixed_s, tokens / MAX_RATE_PER_S), now)
+
+    def prefill_per_s(self) -> float | None:
+        """Tokens a second."""
+        return self.read_tokens.value / self.read_s.value if self.read_tokens.value and self.read_s.value else None
 
 
 class Measurements:
     """The bounded table of what we measured. Owned by one task; every ``now`` is of one monotonic clock, in seconds."""
 
-    __slots__ = ("_answers", "_rtts", "_speeds", "breakers")
+    __slots__ = ("_answers", "_rtts", "_speeds", "_turns", "breakers")
 
     def __init__(self, random: Random = NO_JITTER) -> None:
         """``random``: jitter of the breakers' backoff."""
@@ -71,32 +98,59 @@ class Measurements:
         self._speeds: OrderedDict[tuple[PeerId, Sha256, Device], _Speed] = OrderedDict()
         self._answers: OrderedDict[Sha256, Ewma] = OrderedDict()
         self._rtts: OrderedDict[PeerId, Ewma] = OrderedDict()
+        self._turns: OrderedDict[PeerId, Ewma] = OrderedDict()
 
     def on_rtt(self, peer: PeerId, rtt_s: float, now: float) -> None:
         """A round trip to ``peer`` took ``rtt_s``."""
         _touch(self._rtts, peer, Ewma(), MAX_PEERS).add(rtt_s, now)
 
     def on_first_token(
-        self, peer: PeerId, digest: Sha256, device: Device, *, waited_s: float, prompt_tokens: int, now: float
+        self,
+        peer: PeerId,
+        digest: Sha256,
+        device: Device,
+        *,
+        waited_s: float,
+        prompt_tokens: int,
+        now: float,
+        prompt_s: float = 0.0,
     ) -> None:
-        """The first event came ``waited_s`` after sending, the model being loaded and nobody ahead of us."""
+        """The first event came ``waited_s`` after sending, of which reading the prompt took ``prompt_s`` by the peer's word.
+
+        Without that word (0) all of it counts as reading: then the model must have been loaded, and nobody ahead of us.
+        """
         without_rtt_s = max(waited_s - (self.rtt_s(peer) or 0.0), 1e-4)
-        speed = self._speed(peer, digest, device)
-        if prompt_tokens >= MIN_PREFILL_TOKENS:
-            speed.prefill.add(min(prompt_tokens / without_rtt_s, MAX_RATE_PER_S), now)
-        else:
-            speed.first_token.add(without_rtt_s, now)
+        read_s = min(prompt_s, without_rtt_s) if prompt_s > 0 else without_rtt_s
+        self._speed(peer, digest, device).on_read(prompt_tokens, read_s, now)
+
+    def on_wait(self, peer: PeerId, waited_s: float, load: Load, now: float) -> None:
+        """We waited so long for a slot at ``peer``, which had ``load`` when we asked. Nothing is learnt where one was free."""
+        capacity = max(load.capacity, 1)
+        places = load.running + load.queued - capacity + 1
+        if places > 0:
+            turn_s = min(max(waited_s, 0.0) * capacity / places, MAX_TURN_S)
+            _touch(self._turns, peer, Ewma(), MAX_PEERS).add(turn_s, now)
 
     def on_finish(
-        self, peer: PeerId, digest: Sha256, device: Device, *, tokens: int, span_s: float, load_s: float, now: float
+        self,
+        peer: PeerId,
+        digest: Sha256,
+        device: Device,
+        *,
+        tokens: int,
+        span_s: float,
+        load_s: float,
+        now: float,
+        beside: int = 0,
     ) -> None:
         """The answer is whole: ``tokens`` came in the ``span_s`` after the first event. ``load_s``: how long the peer loaded
-        the model first.
+        the model first. ``beside``: how many other answers it gave meanwhile, as far as we know.
         """
         self.breakers.on_answered(peer, digest, now)
         speed = self._speed(peer, digest, device)
         if tokens >= MIN_DECODE_TOKENS:
-            speed.decode.add(min(tokens / max(span_s, 1e-6), MAX_RATE_PER_S), now)
+            alone = tokens / max(span_s, 1e-6) * (1 + SHARE[device] * max(beside, 0))
+            speed.decode.add(min(alone, MAX_RATE_PER_S), now)
         if load_s >= MIN_LOAD_S:
             speed.load.add(load_s, now)
 
@@ -157,15 +211,18 @@ class Measurements:
     def figures(self, peer: PeerId, digest: Sha256, device: Device, now: float) -> Figures:
         """What we measured of this model on this peer and device."""
         speed = self._speeds.get((peer, digest, device))
+        turn = self._turns.get(peer)
+        turn_s = turn.value if turn and now - turn.at_s < TURN_KEPT_S else None
         if speed is None:
-            return Figures()
-        means = (speed.first_token, speed.prefill, speed.decode, speed.load)
+            return Figures(turn_s=turn_s) if turn_s is not None else NOTHING
+        at_s = max(speed.first_token.at_s, speed.read_s.at_s, speed.decode.at_s, speed.load.at_s)
         return Figures(
-            first_token_s=speed.first_token.value,
-            prefill_per_s=speed.prefill.value,
-            decode_per_s=speed.decode.value,
-            load_s=speed.load.value,
-            age_s=min(mean.age_s(now) for mean in means),
+            speed.first_token.value,
+            speed.prefill_per_s(),
+            speed.decode.value,
+            speed.load.value,
+            max(0.0, now - at_s),
+            turn_s,
         )
 
     def _speed(self, peer: PeerId, digest: Sha256, device: Device) -> _Speed:

@@ -52,6 +52,8 @@ def peer(name: str, **how: Any) -> Contender:
         prefill_per_s=how.get("prefill"),
         decode_per_s=how.get("decode"),
         load_s=how.get("load_s"),
+        age_s=how.get("age_s", 0.0),
+        turn_s=how.get("turn_s"),
     )
     load = Load(how.get("running", 0), how.get("queued", 0), how.get("capacity", 4))
     return Contender(view, model, load, figures, how.get("rtt_s", 0.001), how.get("standing", CLOSED))

@@ -18,6 +18,7 @@ from meshmax.base.names import ModelName
 from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
 from meshmax.engine.echo import EchoEngine
 from meshmax.ports import Progress
+from meshmax.services.drain import Drain, open_drain
 from meshmax.services.infer_server import InferServer
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.router import MeshRouter, open_router
@@ -50,6 +51,7 @@ class Node:
         self.peer_id = swarm.peer_id
         self.has: set[Sha256] = {MODEL}
         self.change: Callable[[PeerView], PeerView] = lambda view: view
+        self.drain: Drain
         self.residency: ModelResidency
         self.server: InferServer
         self.router: MeshRouter
@@ -83,7 +85,9 @@ class Node:
             ModelPresence(digest, ("x",), "loaded" if digest in loaded else "disk", 1 << 30)
             for digest in sorted(self.has | loaded)
         )
-        status = PeerStatus(self.peer_id, 1, 0, self.name, "0", models=models, load=Load(0, 0, 4))
+        draining = self.drain.view.state != "running"
+        load = Load(0, 0, 4)
+        status = PeerStatus(self.peer_id, 1, 0, self.name, "0", models=models, load=load, draining=draining)
         return self.change(PeerView(self.peer_id, "online", "direct", status, rtt_s=0.002))
 
     # --- ports.Catalog ---
@@ -131,7 +135,10 @@ async def open_site(count: int, **engine: Any) -> AsyncIterator[Site]:
         for number in range(count):
             swarm = await stack.enter_async_context(site.network.open_swarm(SeededSigner(number + 1)))
             node = Node(site, f"peer{number}", swarm, EchoEngine(config, load_s))
-            node.residency = await stack.enter_async_context(open_residency(node.engine, node.model_file, config))
+            node.drain = await stack.enter_async_context(open_drain())
+            node.residency = await stack.enter_async_context(
+                open_residency(node.engine, node.model_file, config, drain=node.drain)
+            )
             node.server = InferServer(node.residency)
             node.server.register(swarm)
             node.router = await stack.enter_async_context(

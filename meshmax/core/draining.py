@@ -11,6 +11,7 @@ Time is seconds of any monotonic clock. Not here: ending an answer (services.dra
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
@@ -31,6 +32,7 @@ class Told(msgspec.Struct, frozen=True):
 
 
 Action = End | Told
+_Phase = Literal["waiting", "begun", "ending"]
 
 
 class DrainCore:
@@ -40,7 +42,7 @@ class DrainCore:
 
     def __init__(self) -> None:
         self._state: DrainState = "running"
-        self._answers: dict[int, bool] = {}  # by number: whether it has begun
+        self._answers: dict[int, _Phase] = {}  # by number
         self._count = self._ended = 0
         self._ends_at = math.inf
 
@@ -49,13 +51,13 @@ class DrainCore:
         if self._state != "running":
             raise Draining
         self._count += 1
-        self._answers[self._count] = False
+        self._answers[self._count] = "waiting"
         return self._count
 
     def on_begun(self, answer: int) -> None:
         """The answer has begun: it is worth waiting for."""
-        if answer in self._answers:
-            self._answers[answer] = True
+        if self._answers.get(answer) == "waiting":
+            self._answers[answer] = "begun"
 
     def on_end(self, answer: int) -> list[Action]:
         """The answer has ended, however. Idempotent."""
@@ -67,7 +69,7 @@ class DrainCore:
         actions: list[Action] = []
         if self._state == "running":
             self._state, self._ended = "draining", 0
-            actions = [Told("draining"), *(End(answer) for answer, begun in self._answers.items() if not begun)]
+            actions = [Told("draining"), *self._end_those("waiting")]
         self._ends_at = now + deadline_s if self._state == "draining" else math.inf
         return [*actions, *self.tick(now)]
 
@@ -83,7 +85,7 @@ class DrainCore:
         if self._state != "draining" or now < self._ends_at:
             return self._settle()
         self._ends_at = math.inf
-        ends = [End(answer) for answer, begun in self._answers.items() if begun]
+        ends = self._end_those("begun")
         self._ended += len(ends)
         return [*ends, *self._settle()]
 
@@ -102,6 +104,14 @@ class DrainCore:
     def state(self) -> DrainState:
         """Whether asks are taken (running), answers still run (draining), or none does (drained)."""
         return self._state
+
+    def _end_those(self, phase: _Phase) -> list[Action]:
+        ends: list[Action] = []
+        for answer, its in self._answers.items():
+            if its == phase:
+                self._answers[answer] = "ending"
+                ends.append(End(answer))
+        return ends
 
     def _settle(self) -> list[Action]:
         if self._state != "draining" or self._answers:

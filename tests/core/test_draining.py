@@ -100,7 +100,6 @@ def test_nobody_is_admitted_while_draining_and_each_ending_is_said_once(events: 
             actions += core.on_drain(data.draw(st.floats(0, 20)), now)
         elif event == "undrain":
             actions += core.on_undrain()
-            ended.clear()
         else:
             actions += core.tick(now)
         for action in actions:

@@ -1,0 +1,106 @@
+"""The sentences about a request: what each tells, and that a person can follow them."""
+
+import pytest
+
+from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.route import Attempt, Candidate, Figures, Route
+from meshmax.core.why import reason, seconds, story
+
+A, B, C = PeerId("12D3KooWaaaaaaaa"), PeerId("12D3KooWbbbbbbbb"), PeerId("12D3KooWcccccccc")
+DESK = Candidate(
+    A, "desk", "gpu", True, 0.001, 0, 2.05, "chosen", "loaded on GPU, 1.0 ms away", Figures(0.001, 0.0, 0.0, 0.05, 2.0)
+)
+ATTIC = Candidate(
+    B, "attic", "cpu", False, 0.002, 3, 9.5, "slower", "on disk beside a CPU", Figures(0.002, 3.0, 1.5, 1.0, 4.0)
+)
+
+
+def route(**fields: object) -> Route:
+    given = {"candidates": (DESK, ATTIC), "model": "m", "state": "done", "total_s": 3.4, "first_token_s": 0.2}
+    return Route("r", Sha256("ab" * 32), A, "desk: fast", **({"output_tokens": 120} | given | fields))  # type: ignore[arg-type]
+
+
+def test_a_plain_answer_is_told_with_its_choice_and_figures() -> None:
+    assert story(route(attempts=(Attempt(A, first_token_s=0.2, ended_s=3.4, tokens=120),))) == (
+        "'m' was asked for; it goes to whoever is expected to have the whole answer soonest (latency).",
+        "The answer was whole after 3.40 s: 120 tokens, the first after 0.20 s.",
+        "desk was best: loaded on GPU, 1.0 ms away; 2.05 s expected (the prompt 50 ms, the answer 2.00 s).",
+        "One other could have answered; attic: 9.50 s expected"
+        " (the queue 3.00 s, loading 1.50 s, the prompt 1.00 s, the answer 4.00 s).",
+        "At 0 ms desk was asked; its first word came 0.20 s later; it gave 120 tokens; it ended after 3.40 s.",
+    )
+
+
+def test_where_an_answer_moved_and_why_is_told() -> None:
+    attempts = (
+        Attempt(A, "draining", 0.2, "first", 0.0, 2.0, 64, "this peer is being drained"),
+        Attempt(B, "", 0.3, "continuation", 2.01, 1.4, 56),
+    )
+    first, then = story(route(attempts=attempts))[-2:]
+    assert first == (
+        "At 0 ms desk was asked; its first word came 0.20 s later; it gave 64 tokens;"
+        " it was given up after 2.00 s: it is being drained (this peer is being drained)."
+    )
+    assert then == (
+        "At 2.01 s attic was asked to carry on from there; its first word came 0.30 s later; it gave 56 tokens;"
+        " it ended after 1.40 s."
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"state": "running", "total_s": None}, "It is under way: 120 tokens so far, the first after 0.20 s."),
+        (
+            {"state": "running", "total_s": None, "first_token_s": None},
+            "It is under way: nothing has been said yet.",
+        ),
+        ({"state": "cancelled"}, "The client went away after 3.40 s, 120 tokens had been said."),
+        ({"state": "failed"}, "It failed after 3.40 s in the middle of the answer, 120 tokens had been said."),
+        ({"state": "failed", "first_token_s": None}, "It failed after 3.40 s."),
+    ],
+)
+def test_each_outcome_has_its_sentence(fields: dict[str, object], words: str) -> None:
+    assert story(route(**fields))[1] == words
+
+
+def test_a_fetch_and_a_hedge_are_told() -> None:
+    fetched = Attempt(A, kind="fetch", ended_s=12.0)
+    slower = Attempt(B, "cancelled", None, "hedge", 12.5, 0.4)
+    lines = story(route(attempts=(fetched, slower), candidates=(DESK,)))
+    assert "Nobody else could have answered." in lines
+    assert lines[-2] == "At 0 ms desk fetched the model first, which nobody who could answer had: 12.0 s."
+    assert lines[-1].startswith("At 12.5 s ...bbbbbbbb was asked as well, since no answer had begun")
+    assert lines[-1].endswith("it was given up after 0.40 s: another peer was faster.")
+
+
+def test_a_fetch_under_way_and_one_that_failed_are_told() -> None:
+    chosen = Candidate(C, "me", "cpu", False, 0.0, 0, 0.0, "chosen", "can hold it in its memory")
+    waiting = route(state="running", first_token_s=None, candidates=(chosen,), attempts=(Attempt(C, kind="fetch"),))
+    assert story(waiting)[2:] == (
+        "Of those that could hold it me was best: can hold it in its memory.",
+        "At 0 ms me began to fetch the model, which nobody who could answer has, and is still at it.",
+    )
+    failed = Attempt(C, "store_full", kind="fetch", ended_s=1.0, message="The disk is full.")
+    assert story(route(attempts=(failed,), candidates=(chosen,)))[-1] == (
+        "At 0 ms me was to fetch the model first, and failed: store full (The disk is full)."
+    )
+
+
+def test_a_request_for_which_nobody_was_asked_is_told() -> None:
+    lines = story(route(candidates=(), state="failed", first_token_s=None, total_s=0.0))
+    assert lines[1:] == ("It failed after 0 ms.", "Desk: fast.")
+    none = story(route(candidates=(ATTIC,), state="failed", first_token_s=None))
+    assert none[2] == "None of the peers that have the model could answer."
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(None, "-"), (0.0, "0 ms"), (0.0123, "12.3 ms"), (0.85, "0.85 s"), (12.34, "12.3 s"), (125.2, "2 min 5 s")],
+)
+def test_times_are_read_as_people_say_them(value: float | None, words: str) -> None:
+    assert seconds(value) == words
+
+
+def test_a_reason_that_says_the_same_twice_is_said_once() -> None:
+    assert reason(Attempt(A, "quota_exceeded", message="quota exceeded.")) == "quota exceeded"

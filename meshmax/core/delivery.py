@@ -71,6 +71,7 @@ class _Attempt:
         "joint",
         "kind",
         "late_at",
+        "lateness",
         "look_at",
         "mode",
         "number",
@@ -92,6 +93,7 @@ class _Attempt:
         self.spoke_s: float | None = None  # its last word, or when it could speak on
         self.late_at = now + choice.late_s
         self.look_at = math.inf
+        self.lateness = 0
         self.patience = 1.0
         self.held = self.sending = self.suspected = False
         self.first_s: float | None = None
@@ -240,6 +242,13 @@ class Delivery:
             attempt.heard_s = attempt.told_s = now
             if attempt.spoke_s is not None:
                 attempt.spoke_s = now
+
+    def close(self, now: float) -> None:
+        """The client is served or gone; attempts under way are ended."""
+        self._over = True
+        for attempt in self._open.values():
+            self._end(attempt, None, now)
+        self._open.clear()
 
     def tick(self, now: float) -> list[Action]:
         """What time has brought."""
@@ -477,7 +486,10 @@ class Delivery:
         if soon is None:
             attempt.late_at = attempt.sent_s + min(choice.first_s for choice in fresh)
             return []
-        if not (middle or self._chooser.may_hedge()):
+        if not (middle or self._chooser.may_hedge(attempt.lateness)):
+            if attempt.lateness < 2:  # then more of the budget may be used
+                attempt.lateness += 1
+                attempt.late_at = attempt.sent_s + attempt.choice.late_s * 2.0**attempt.lateness
             return []
         return self._ask(soon, "continuation" if middle else "hedge", now) or []
 

@@ -38,8 +38,8 @@ class Chooser(Protocol):
         """Who may be asked, best first; those that rest after a failure last."""
         ...
 
-    def may_hedge(self) -> bool:
-        """Whether one more request may be sent twice; if so it counts as sent."""
+    def may_hedge(self, lateness: int) -> bool:
+        """Whether one more request may be sent twice; if so it counts as sent. ``lateness``: see core.hedging.Budget."""
         ...
 
 

@@ -3,7 +3,8 @@
 Rules. What counts is how much longer than expected first tokens take: the ratio of the time until the first event to the
 estimate of it (round trip, queue, load, prompt), whose 95th percentile over the last answers is kept per peer and over all
 (J. Dean and L. Barroso, "The Tail at Scale": hedged requests after the 95th percentile). A load or a queue that was expected
-is thus no reason. At most SHARE of all requests are hedged, by a bucket that each request fills a little. Time is passed in.
+is thus no reason. At most SHARE of all requests are hedged, by a bucket that each request fills a little; the later a first
+token, the more of it may be used, since one request in twenty is a little late in any case. Time is passed in.
 Not here: whom to ask (core.routing), what becomes of the two (core.delivery).
 """
 
@@ -26,6 +27,7 @@ MAX_RATIO: Final = 20.0
 FLOOR_S: Final = 0.1  # a sooner hedge would be asked when the first token is on its way
 MIN_EXPECTED_S: Final = 0.01  # of a ratio; below that it is a matter of the scheduler
 MAX_PEERS: Final = 1024
+LEFT_OVER: Final = (1.0, 0.0, -1.0)  # credit that stays after a hedge of something just late, later, and very late
 
 
 class FirstTokens:
@@ -69,7 +71,7 @@ class FirstTokens:
 
 
 class Budget:
-    """At most SHARE extra requests, over any stretch but for MAX_CREDIT saved up and one that is there at the start."""
+    """At most SHARE extra requests, over any stretch but for MAX_CREDIT saved up and one borrowed."""
 
     __slots__ = ("_credit",)
 
@@ -80,9 +82,12 @@ class Budget:
         """A request came in."""
         self._credit = min(self._credit + SHARE, MAX_CREDIT)
 
-    def try_spend(self) -> bool:
-        """Whether one more may be sent twice; if so it counts as sent."""
-        if self._credit < 1.0 - 1e-9:
+    def try_spend(self, lateness: int) -> bool:
+        """Whether one more may be sent twice; if so it counts as sent. ``lateness``: 0 for just late, 1 twice that, 2 more.
+
+        What is just late is common, so it gets what is left over; what is very late may borrow.
+        """
+        if self._credit - 1.0 < LEFT_OVER[min(lateness, len(LEFT_OVER) - 1)] - 1e-9:
             return False
         self._credit -= 1.0
         return True

@@ -126,6 +126,7 @@ class MeshRouter:
         finally:
             if core.finish is not None:
                 request.on_finished(core)
+            core.close(trio.current_time())
             _count_hedges(core)
             state: RequestState = "done" if core.finish else "failed" if core.error else "cancelled"
             record.close(state, trio.current_time() - began)
@@ -193,9 +194,9 @@ class _Request:
             choices.sort(key=lambda choice: not choice.ours)  # to unload means here: others' memory is theirs
         return choices
 
-    def may_hedge(self) -> bool:
+    def may_hedge(self, lateness: int) -> bool:
         """See Chooser."""
-        return self._shared.budget.try_spend()
+        return self._shared.budget.try_spend(lateness)
 
     def trial_for(self, start: Start) -> Trial:
         """How an attempt is made."""

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -51,7 +51,7 @@ class Peer(msgspec.Struct):
 class Run:
     """One request among ``peers``, best first."""
 
-    def __init__(self, peers: Sequence[Peer], request: InferRequest, *, hedges: int = 100, **limits: float) -> None:
+    def __init__(self, peers: Sequence[Peer], request: InferRequest, *, hedges: int = 100, **limits: Any) -> None:
         self.peers = {PeerId(peer.name): peer for peer in peers}
         self.request = request
         self.now = 0.0
@@ -78,7 +78,7 @@ class Run:
             Choice(PeerId(peer.name), self._gaps[PeerId(peer.name)], peer.first_s, peer.late_s, RTT_S) for peer in there
         ]
 
-    def may_hedge(self) -> bool:
+    def may_hedge(self, lateness: int) -> bool:
         self.hedges -= 1
         return self.hedges >= 0
 

@@ -9,6 +9,7 @@ a mesh knows several under one name. Because every part is checked here, a name 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -19,6 +20,7 @@ DEFAULT_HOST: Final = "registry.ollama.ai"
 DEFAULT_NAMESPACE: Final = "library"
 DEFAULT_TAG: Final = "latest"
 MAX_NAME: Final = 350 + 3 * 80 + 3  # characters of a full name: host, three parts, separators
+NAMES_KEPT: Final = 4096  # read names; each prompt compares the names of everything that the mesh has
 
 _HOST: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}")
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
@@ -58,6 +60,7 @@ class ModelName(msgspec.Struct, frozen=True, order=True):
         return (self.host, self.namespace, self.model, self.tag)
 
 
+@lru_cache(maxsize=NAMES_KEPT)
 def parse_name(text: str) -> ModelName:
     """The name that ``text`` means, defaults filled in. Raises InvalidName, whose message quotes at most 100 characters."""
     rest = text

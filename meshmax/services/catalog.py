@@ -95,12 +95,18 @@ class CatalogService:
         self._pins = pins or Pins()
         self._brought = brought
         self._local: tuple[StoredModel, ...] = ()
+        self._of: tuple[object, ...] = ()  # what the entries below were made of
+        self._entries: tuple[CatalogEntry, ...] = ()
 
     # --- ports.Catalog -----------------------------------------------------------------------------------------------
 
     def entries(self) -> tuple[CatalogEntry, ...]:
-        """Every model, local and remote, newest first."""
-        return self._merged(parts=False)
+        """Every model, local and remote, newest first. Made anew only where something changed, since each prompt asks."""
+        views = tuple((view.peer_id, view.state, view.status) for view in self._peers()[1:])
+        of = (self._local, self._offered(), views, dict(self._fractions()), self._pins.items())
+        if of != self._of:
+            self._of, self._entries = of, self._merged(parts=False)
+        return self._entries
 
     def resolve(self, name: str, *, parts: bool = False) -> Resolved:
         """What ``name`` (or NAME@DIGEST) means here and now; ``parts``: see ports. Raises InvalidName, ModelNotFound."""
@@ -259,14 +265,16 @@ class CatalogService:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _merged(self, *, parts: bool) -> tuple[CatalogEntry, ...]:
-        offered = self._brought.offered() if self._brought is not None else ()
-        views = self._peers()[1:]
-        merged = merge(self._signer.peer_id, self._local, views, self._fractions(), parts=parts, offered=offered)
+        views, own = self._peers()[1:], self._signer.peer_id
+        merged = merge(own, self._local, views, self._fractions(), parts=parts, offered=self._offered())
         if not self._pins.items():
             return merged
         return tuple(
             msgspec.structs.replace(entry, pinned=True) if self._pins.keeps(entry.digest) else entry for entry in merged
         )
+
+    def _offered(self) -> tuple[OfferedModel, ...]:
+        return self._brought.offered() if self._brought is not None else ()
 
     def _origin(self, entry: CatalogEntry) -> PeerId | Literal[""]:
         return "" if entry.is_here else entry.anywhere[0]

@@ -79,7 +79,7 @@ def decide(
     usable: list[Judged] = []
     out: list[tuple[Judged, Verdict, str]] = []
     for contender in contenders:
-        device = device_of(contender.model, contender.view.status, contender.load)
+        device = device_of(contender.model, contender.view.status)
         figures = estimate(contender, work, device)
         judged = Judged(contender, device, figures, total_s(figures))
         kept = kept_out(contender)

@@ -34,6 +34,7 @@ from meshmax.base.inference import (
     GenerateRequest,
     InferRequest,
     Options,
+    Said,
     Vector,
     merge_options,
 )
@@ -126,7 +127,7 @@ class EchoModel:
 
     async def _tokens(self, request: GenerateRequest | ChatRequest) -> AsyncGenerator[Event, None]:
         options = merge_options(request.options, self._model.parameters)
-        words, reason = _cut(_reply(request), options)
+        words, reason = _cut(_reply(request), options, request.said)
         begun = trio.current_time()
         for count, word in enumerate(words, 1):
             await trio.sleep_until(begun + count * self._token_s)
@@ -198,11 +199,17 @@ def _reply(request: GenerateRequest | ChatRequest) -> str:
     return text.removeprefix(said)
 
 
-def _cut(text: str, options: Options) -> tuple[list[str], DoneReason]:
-    """``text`` in words, up to the first stop word (not included) or ``num_predict`` words."""
+def _cut(text: str, options: Options, said: Said | None) -> tuple[list[str], DoneReason]:
+    """``text`` in words, up to the first stop word (not included) or ``num_predict`` words, after what was said."""
     stops = [position for stop in options.stop or () if stop and (position := text.find(stop)) >= 0]
-    words = _words(text[: min(stops)] if stops else text)
+    text = text[: min(stops)] if stops else text
     limit = options.num_predict
+    if said is not None:
+        if said.thinking or not text.startswith(said.text):
+            raise CapabilityMissing("the echo engine cannot go on from what it would not have said")
+        text = text[len(said.text) :]
+        limit = max(0, limit - said.tokens) if limit is not None and limit >= 0 else limit
+    words = _words(text)
     if limit is not None and 0 <= limit < len(words):
         return words[:limit], "length"
     return words, "stop"

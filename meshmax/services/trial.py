@@ -193,6 +193,8 @@ class Trial:
         if error.retry is Retry.NEVER and not isinstance(error, StoreError):
             return  # it speaks of the request, not of the peer
         self._told = True
+        if isinstance(error, Busy) and not self._name:
+            return  # our own queue is asked each time, which costs nothing
         digest = None if error.code in _OF_THE_WHOLE_PEER else self._ask.digest
         pause_s = error.retry_after_s if isinstance(error, Busy) else 0.0
         now, priority = trio.current_time(), self._ask.priority

@@ -52,6 +52,7 @@ from meshmax.base.status import Gpu
 from meshmax.engine import llamacpp_words as words
 from meshmax.engine.gpu import Driver, EngineDevice, usable_gpus
 from meshmax.engine.llamacpp_process import EngineProcess, open_process
+from meshmax.engine.llamacpp_rest import Asking, rest_of, tokens_of
 from meshmax.engine.loopback_http import LoopbackHttp
 from meshmax.ports import LoadedFacts
 from meshmax.telemetry.log import get_logger
@@ -183,13 +184,17 @@ class LlamaCppModel:
             async with aclosing(self._vectors(request)) as events:
                 yield events
             return
-        path, body, reader = await self._route(request)
+        asked = await self._route(request)
+        if asked.over:
+            async with aclosing(self._nothing_more(request, asked)) as events:
+                yield events
+            return
         try:
-            async with self._http.open_response("POST", path, body) as response:
+            async with self._http.open_response("POST", asked.path, asked.body) as response:
                 if response.status != 200:
                     raise words.error_of(response.status, await response.read())
                 async with aclosing(response.lines()) as lines, aclosing(_chunks(lines)) as chunks:
-                    async with aclosing(self._events(request, chunks, reader)) as events:
+                    async with aclosing(self._events(request, chunks, asked)) as events:
                         yield events
         except EngineCrashed as error:
             raise await self._explained(error) from None
@@ -210,34 +215,45 @@ class LlamaCppModel:
         if lacks:
             raise CapabilityMissing(f'"{self._model.name}" does not support {lacks}')
 
-    async def _route(
-        self, request: GenerateRequest | ChatRequest
-    ) -> tuple[str, dict[str, Any], words.ChatReader | words.CompletionReader]:
-        own, top = self._model.parameters, request.top_logprobs
+    async def _route(self, request: GenerateRequest | ChatRequest) -> Asking:
+        own, top, system = self._model.parameters, request.top_logprobs, self._model.system
+        if request.said is not None:
+            on_cpu = self.facts.device == "cpu"
+            return await rest_of(request, request.said, self._call, system, own, on_cpu=on_cpu)
+        reader: words.ChatReader | words.CompletionReader = words.CompletionReader(top)
         if isinstance(request, GenerateRequest) and request.suffix:
-            return "/infill", words.infill_body(request, own), words.CompletionReader(top)
-        if isinstance(request, GenerateRequest) and (request.raw or request.context):
+            path, body = "/infill", words.infill_body(request, own)
+        elif isinstance(request, GenerateRequest) and (request.raw or request.context):
             text = request.prompt if request.raw else await self._templated(request)
             tokens = [*request.context, *await self._tokens(text, first=not request.context)]
-            return "/completion", words.completion_body(request, tokens, own), words.CompletionReader(top)
-        return "/v1/chat/completions", words.chat_body(request, self._model.system, own), words.ChatReader(top)
+            path, body = "/completion", words.completion_body(request, tokens, own)
+        else:
+            path, body, reader = "/v1/chat/completions", words.chat_body(request, system, own), words.ChatReader(top)
+        return Asking(path, body, reader, None, over=False)
 
     async def _events(
-        self,
-        request: GenerateRequest | ChatRequest,
-        chunks: AsyncIterator[dict[str, Any]],
-        reader: words.ChatReader | words.CompletionReader,
+        self, request: GenerateRequest | ChatRequest, chunks: AsyncIterator[dict[str, Any]], asked: Asking
     ) -> AsyncGenerator[Event, None]:
+        reader = asked.reader
         async for chunk in chunks:
             delta = reader.on_chunk(chunk)
             if delta is not None:
                 yield delta
         if calls := reader.tool_calls():
             yield Delta(tool_calls=tuple(msgspec.structs.replace(call, id=new_call_id()) for call in calls))
-        finish = reader.finish()
+        yield await self._finished(request, reader.finish(), asked)
+
+    async def _nothing_more(self, request: GenerateRequest | ChatRequest, asked: Asking) -> AsyncGenerator[Event, None]:
+        """The end of an answer that has as many tokens as it may have."""
+        yield await self._finished(request, Finish("length"), asked)
+
+    async def _finished(self, request: GenerateRequest | ChatRequest, finish: Finish, asked: Asking) -> Finish:
+        if asked.prompt_tokens is not None:
+            cached = min(finish.cached_tokens, asked.prompt_tokens)
+            finish = msgspec.structs.replace(finish, prompt_tokens=asked.prompt_tokens, cached_tokens=cached)
         if isinstance(request, GenerateRequest) and not request.raw and not request.suffix:
-            finish = msgspec.structs.replace(finish, context=await self._try_context(request, reader.text))
-        yield finish
+            finish = msgspec.structs.replace(finish, context=await self._try_context(request, asked.reader.text))
+        return finish
 
     async def _try_context(self, request: GenerateRequest, answer: str) -> tuple[int, ...]:
         """The conversation in tokens, () where it cannot be had in time: the answer is whole without it."""
@@ -254,13 +270,11 @@ class LlamaCppModel:
         return (*request.context, *prompt, *await self._tokens(answer, first=False))
 
     async def _templated(self, request: GenerateRequest) -> str:
-        messages = words.messages_of(request, self._model.system)
-        return str((await self._call("POST", "/apply-template", {"messages": messages}))["prompt"])
+        body = words.template_body(request, self._model.system)
+        return str((await self._call("POST", "/apply-template", body))["prompt"])
 
     async def _tokens(self, text: str, first: bool) -> list[int]:
-        body = {"content": text, "add_special": first, "parse_special": True}
-        tokens: list[int] = (await self._call("POST", "/tokenize", body))["tokens"]
-        return tokens
+        return await tokens_of(self._call, text, first)
 
     async def _vectors(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
         begun = trio.current_time()

@@ -79,10 +79,16 @@ def sampling(asked: Options, model: Options) -> dict[str, Any]:
         "stop": [stop for stop in options.stop or () if stop],
         "cache_prompt": seed is None,
         "stream": True,
+        "timings_per_token": True,  # so that every chunk tells how many tokens it holds
     }
     if seed is not None:
         body["seed"] = seed & 0xFFFFFFFF
     return body
+
+
+def is_greedy(body: Mapping[str, Any]) -> bool:
+    """Whether a body asks for the likeliest token each time."""
+    return bool(body["temperature"] <= 0 or body["top_k"] == 1)
 
 
 def messages_of(request: GenerateRequest | ChatRequest, system: str) -> list[dict[str, Any]]:
@@ -109,25 +115,35 @@ def chat_body(request: GenerateRequest | ChatRequest, system: str, model: Option
         body["response_format"] = {"type": "json_schema", "json_schema": {"schema": request.format}}
     if request.logprobs:
         body |= {"logprobs": True, "top_logprobs": max(1, request.top_logprobs)}
-    if request.think is not None:
-        kwargs: dict[str, Any] = {"enable_thinking": bool(request.think)}
-        if isinstance(request.think, str):
-            kwargs["reasoning_effort"] = request.think
-        body["chat_template_kwargs"] = kwargs
-    return body
+    return body | _thinking(request)
+
+
+def template_body(request: GenerateRequest | ChatRequest, system: str) -> dict[str, Any]:
+    """The body for /apply-template."""
+    return {"messages": messages_of(request, system)} | _thinking(request)
+
+
+def _thinking(request: GenerateRequest | ChatRequest) -> dict[str, Any]:
+    if request.think is None:
+        return {}
+    kwargs: dict[str, Any] = {"enable_thinking": bool(request.think)}
+    if isinstance(request.think, str):
+        kwargs["reasoning_effort"] = request.think
+    return {"chat_template_kwargs": kwargs}
 
 
 def completion_body(request: GenerateRequest, tokens: list[int], model: Options) -> dict[str, Any]:
     """The body for /completion, of a prompt that is in tokens already."""
-    return _bare_body(request, model) | {"prompt": tokens}
+    return bare_body(request, model) | {"prompt": tokens}
 
 
 def infill_body(request: GenerateRequest, model: Options) -> dict[str, Any]:
     """The body for /infill: what stands between prompt and suffix."""
-    return _bare_body(request, model) | {"input_prefix": request.prompt, "input_suffix": request.suffix}
+    return bare_body(request, model) | {"input_prefix": request.prompt, "input_suffix": request.suffix}
 
 
-def _bare_body(request: GenerateRequest, model: Options) -> dict[str, Any]:
+def bare_body(request: GenerateRequest | ChatRequest, model: Options) -> dict[str, Any]:
+    """A body for /completion or /infill that lacks only the prompt."""
     body = sampling(request.options, model)
     if request.format == "json":
         body["json_schema"] = {"type": "object"}
@@ -138,15 +154,32 @@ def _bare_body(request: GenerateRequest, model: Options) -> dict[str, Any]:
     return body
 
 
+class _Count:
+    """Counts the tokens of chunks: one may hold several, since half characters and begun stop words are held back."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def more(self, chunk: Mapping[str, Any]) -> int:
+        """How many have come with ``chunk``."""
+        now = (chunk.get("timings") or {}).get("predicted_n")
+        if not isinstance(now, int):
+            return 1
+        new, self._seen = max(0, now - self._seen), max(now, self._seen)
+        return new
+
+
 class ChatReader:
     """Reads the chunks of /v1/chat/completions. Tool calls come whole, at the end; ``text`` is what was said so far."""
 
-    def __init__(self, top_logprobs: int) -> None:
+    def __init__(self, top_logprobs: int, said: str = "") -> None:
+        """``said``: by another peer, before this begins."""
         self._top = top_logprobs
+        self._count = _Count()
         self._calls: dict[int, list[str]] = {}
         self._reason = ""
         self._last: Mapping[str, Any] = {}
-        self.text = ""
+        self.text = said
 
     def on_chunk(self, chunk: Mapping[str, Any]) -> Delta | None:
         """What the chunk adds to the answer, if anything."""
@@ -164,7 +197,7 @@ class ChatReader:
             return None
         self.text += text
         logprobs = (choice.get("logprobs") or {}).get("content") or ()
-        return Delta(text, thinking, logprobs=_logprobs(logprobs, self._top))
+        return Delta(text, thinking, logprobs=_logprobs(logprobs, self._top), tokens=self._count.more(chunk))
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """The functions that the model wants called; arguments that are no JSON object are an empty one."""
@@ -192,10 +225,12 @@ class ChatReader:
 class CompletionReader:
     """Reads the chunks of /completion and /infill."""
 
-    def __init__(self, top_logprobs: int) -> None:
+    def __init__(self, top_logprobs: int, said: str = "") -> None:
+        """``said``: by another peer, before this begins."""
         self._top = top_logprobs
+        self._count = _Count()
         self._last: Mapping[str, Any] = {}
-        self.text = ""
+        self.text = said
 
     def on_chunk(self, chunk: Mapping[str, Any]) -> Delta | None:
         """What the chunk adds to the answer, if anything."""
@@ -205,7 +240,8 @@ class CompletionReader:
         if not text:
             return None
         self.text += text
-        return Delta(text, logprobs=_logprobs(chunk.get("completion_probabilities") or (), self._top))
+        logprobs = _logprobs(chunk.get("completion_probabilities") or (), self._top)
+        return Delta(text, logprobs=logprobs, tokens=self._count.more(chunk))
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
         """None: a bare prompt knows no tools."""

@@ -12,6 +12,7 @@ from meshmax.base.errors import EngineCrashed
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Event, Finish, GenerateRequest
 from meshmax.engine.llamacpp import LlamaCppModel
+from meshmax.engine.llamacpp_rest import Asking
 from meshmax.engine.llamacpp_words import ChatReader
 
 MODEL = ModelFile(Sha256("a" * 64), "tiny", "/nowhere", 1)
@@ -24,7 +25,12 @@ async def chunks() -> AsyncIterator[dict[str, Any]]:
 
 
 async def events_of(model: LlamaCppModel) -> list[Event]:
-    return [event async for event in model._events(GenerateRequest("hi"), chunks(), ChatReader(0))]
+    return [
+        event
+        async for event in model._events(
+            GenerateRequest("hi"), chunks(), Asking("", {}, ChatReader(0), None, over=False)
+        )
+    ]
 
 
 @pytest.fixture

@@ -73,7 +73,8 @@ def strikes(others: Sequence[PeerProcess], seed: int, span_s: float, kill: int, 
 def open_echo_mesh(folder: Path, count: int, tokens_per_s: float) -> Iterator[tuple[PeerProcess, list[PeerProcess]]]:
     """An entry peer without an engine, and ``count`` peers that all have the model in memory and see one another."""
     settings = {"engine_parallel": str(_MANY), "engine_echo_tokens_per_s": str(tokens_per_s), "log_level": "info"}
-    none = settings | {"engine_kind": "none"}
+    # Spread, so that whoever is struck has streams: to `latency` the peers differ, and one of them would have all.
+    none = settings | {"engine_kind": "none", "routing_policy": "least-loaded"}
     started = [start_peer(folder / "entry", "--name", "entry", wait=True, spawned_by=None, **none)]
     try:
         entry, others = started[0], started[1:]

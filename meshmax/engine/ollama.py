@@ -180,7 +180,7 @@ class OllamaModel:
     async def _events(
         self, request: ChatRequest | GenerateRequest, lines: AsyncIterator[bytes]
     ) -> AsyncGenerator[Event, None]:
-        reader = words.LineReader(request, new_call_id)
+        reader = words.LineReader(request, new_call_id, self._http.hidden)
         async for line in lines:
             if not line.strip():
                 continue

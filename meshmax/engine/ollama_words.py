@@ -340,9 +340,11 @@ def _base64(data: bytes) -> str:
 class LineReader:
     """Reads the lines of one answer. ``finish`` is its end, None before that."""
 
-    def __init__(self, request: ChatRequest | GenerateRequest, make_id: Callable[[], str]) -> None:
+    def __init__(
+        self, request: ChatRequest | GenerateRequest, make_id: Callable[[], str], hide: Callable[[str], str]
+    ) -> None:
         self._request = request
-        self._make_id = make_id
+        self._make_id, self._hide = make_id, hide
         self._tokens = 0
         self._calls = 0
         self.finish: Finish | None = None
@@ -350,7 +352,7 @@ class LineReader:
     def on_line(self, line: Line) -> Delta | None:
         """What the line adds to the answer, if anything. Raises EngineError for what went wrong over there."""
         if line.error:
-            raise EngineError(line.error[: shared.MAX_MESSAGE])
+            raise EngineError(self._hide(line.error)[: shared.MAX_MESSAGE])
         turn = line.message or Turn(line.response, line.thinking, line.tool_calls)
         calls = self._tool_calls(turn.tool_calls or [])
         delta: Delta | None = None

@@ -7,7 +7,6 @@ connections (server_http), the words of each interface (ollama_words, openai_com
 from __future__ import annotations
 
 import array
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -36,6 +35,7 @@ MAX_TOOL_CALLS: Final = 128  # of one answer; a model that calls more is in a lo
 MAX_LOGPROBS: Final = 64  # alternatives of one token; twenty are asked for at most
 MAX_TEXT: Final = 200  # characters of a fact of a model
 MAX_DIMENSIONS: Final = 65536  # of a vector
+MAX_FLOAT32: Final = 3.4e38
 MAX_RETRY_AFTER_S: Final = 3600.0  # how long a server may keep itself out by one word
 DEFAULT_RETRY_AFTER_S: Final = 2.0
 CUT_OFF: Final = "the server's answer ended before it was finished"
@@ -181,12 +181,10 @@ def tool_call(name: str, arguments: dict[str, Any], id_: str, make_id: Callable[
 
 def vector_bytes(values: list[float] | None, where: str) -> bytes:
     """A vector as little-endian float32. Raises EngineError for what is none."""
-    if not values or len(values) > MAX_DIMENSIONS or not all(map(math.isfinite, values)):
+    # What is no number compares false, what is too large for a float32 is as good as infinite.
+    if not values or len(values) > MAX_DIMENSIONS or not all(-MAX_FLOAT32 <= value <= MAX_FLOAT32 for value in values):
         raise EngineError(f"{where} answered with something that is no vector")
-    try:
-        packed = array.array("f", values)
-    except OverflowError:
-        raise EngineError(f"{where} answered with a vector of numbers that are too large") from None
+    packed = array.array("f", values)
     if sys.byteorder == "big":
         packed.byteswap()
     return packed.tobytes()

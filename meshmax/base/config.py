@@ -66,7 +66,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_layers: Annotated[int, msgspec.Meta(ge=-1, le=10000)] = -1
     keep_alive_s: float = 300.0
     load_timeout_s: Positive = 300.0
-    max_queue: Count = 512
+    max_queue: Count = 1024
     max_queue_per_member: Count = 64
     max_wait_s: Positive = 600.0
     echo_tokens_per_s: Positive = 1000.0

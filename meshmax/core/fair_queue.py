@@ -1,9 +1,10 @@
 """Who waits for a model on this peer, who is next, and who is told to come again. Sans-IO.
 
-Places. At most ``max_waiting`` asks wait in all, at most ``max_per_member`` of one peer. Nobody may hold more than FREE_SHARE
-times as many places as are free, ourselves included, so that however greedy some are, one who comes later finds a place
-(dynamic thresholds: Choudhury and Hahne, IEEE/ACM ToN 6, 1998). Batch asks leave a quarter of each bound to
-interactive ones. An ask that can start at once needs no place.
+Places. At most ``max_waiting`` asks wait in all, at most ``max_per_member`` of one peer. Nobody, ourselves included, may hold
+more places than are free: one alone has nearly half of them, of nine each a tenth (dynamic thresholds: Choudhury and Hahne,
+IEEE/ACM ToN 6, 1998); and the last eighth is for those who have none, so that however greedy some are, one who comes later
+finds a place. That is counted for interactive and for batch asks each by itself, and batch asks leave a quarter of each bound
+free. An ask that can start at once needs no place.
 
 Order, per model. Interactive asks go first; a batch ask that has waited BATCH_PATIENCE_S goes before them, but at most every
 BATCH_EVERY-th time: neither can starve the other. Among asks of one priority the requester goes next that has
@@ -32,7 +33,7 @@ from meshmax.core.ewma import Ewma
 
 QUEUE_FULL: Final = "server busy, please try again.  maximum pending requests exceeded"  # Ollama's words, two blanks
 
-FREE_SHARE: Final = 4  # one requester alone may take four fifths of the places, of nine each a tenth
+NEWCOMERS_SHARE: Final = 8  # an eighth of the places
 INTERACTIVE_SHARE: Final = 4  # a quarter of each bound is not for batch asks
 BATCH_PATIENCE_S: Final = 10.0  # of a batch ask; about as long as a person waits for the first word
 BATCH_EVERY: Final = 8  # starts: what batch asks have at least, while interactive ones wait
@@ -304,20 +305,19 @@ class FairQueue:
             raise Busy(f"{QUEUE_FULL} ({why})", self.retry_after_s(ask.digest, ask.requester, ask.priority))
 
     def _why_not(self, ask: Ask, line: _Line) -> str:
-        interactive = self._held.get((ask.requester, "interactive"), 0)
-        held = interactive + self._held.get((ask.requester, "batch"), 0)
         most, per_member = self._max_waiting, self._max_per_member
-        counted = interactive
-        if ask.priority == "batch":
-            most, per_member = most - most // INTERACTIVE_SHARE, per_member - per_member // INTERACTIVE_SHARE
-            counted = held
         free = most - len(self._waiting)
+        held = self._held.get((ask.requester, ask.priority), 0)
+        of_member = sum(self._held.get((ask.requester, kind), 0) for kind in self._of)
+        if ask.priority == "batch":
+            free = min(free, most - most // INTERACTIVE_SHARE - self._of["batch"])
+            per_member -= per_member // INTERACTIVE_SHARE
         if free <= 0:
             return f"{len(self._waiting)} wait here"
-        if counted >= FREE_SHARE * free:
+        if held and held >= free - most // NEWCOMERS_SHARE:
             return f"{held} of one member wait here, and {free} places are left for others"
-        if ask.requester is not None and held >= per_member:
-            return f"{held} of one member wait here"
+        if ask.requester is not None and of_member >= per_member:
+            return f"{of_member} of one member wait here"
         wait_s = line.wait_s(ask.requester, ask.priority)
         if ask.priority == "interactive" and wait_s is not None and wait_s > self._max_wait_s:
             return f"it would wait {wait_s:.0f} s"

@@ -14,7 +14,6 @@ from meshmax.core import fair_queue
 from meshmax.core.fair_queue import (
     BATCH_EVERY,
     BATCH_PATIENCE_S,
-    FREE_SHARE,
     MAX_RETRY_S,
     MIN_RETRY_S,
     Ask,
@@ -208,7 +207,7 @@ def test_one_member_has_so_many_places_and_no_more() -> None:
 
 def test_nobody_takes_all_places_so_that_who_comes_later_finds_one() -> None:
     desk = Desk(max_waiting=100, per_member=4096)
-    for _ in range(100 * FREE_SHARE // (FREE_SHARE + 1)):
+    for _ in range(44):
         desk.ask(ANN)
     assert "places are left for others" in desk.told(ANN).message
     desk.ask(BEN)
@@ -225,21 +224,23 @@ def test_among_many_greedy_ones_each_has_places(greedy: int) -> None:
                 held[str(name)] += 1
             except Busy:
                 pass
-    assert min(held.values()) >= 0.9 * max(held.values())
+    assert min(held.values()) >= max(held.values()) - 1
     desk.ask(PeerId("one more"))
 
 
 def test_batch_asks_leave_a_quarter_of_each_bound() -> None:
-    desk = Desk(max_waiting=8, per_member=4)
+    desk = Desk(max_waiting=16, per_member=4)
     for _ in range(3):
         desk.ask(ANN, "batch")
-    desk.told(ANN, "batch")
-    for _ in range(3):
-        desk.ask(BEN, "batch")
-    assert "6 wait here" in desk.told(CAT, "batch").message
+    assert "3 of one member" in desk.told(ANN, "batch").message
     desk.ask(ANN)
-    desk.ask(CAT)
-    desk.told(BEN)
+    members = [PeerId(str(n)) for n in range(9)]
+    for member in members:
+        desk.ask(member, "batch")
+    assert "13 wait here" in desk.told(BEN, "batch").message
+    for member in members[:3]:
+        desk.ask(member)
+    assert "16 wait here" in desk.told(BEN).message
 
 
 def test_an_ask_that_can_start_at_once_needs_no_place() -> None:
@@ -261,21 +262,22 @@ def test_until_something_was_measured_come_again_in_a_second() -> None:
 
 
 def test_come_again_when_half_of_what_is_before_you_is_served() -> None:
-    desk = Desk(slots=2, max_waiting=8)
+    desk = Desk(slots=2, max_waiting=12)
     desk.ask(ANN)
     desk.serve(4.0)
-    for _ in range(8):
-        desk.ask(ANN) if desk.queue.waiting(MODEL) < 6 else desk.ask(BEN)
-    # One of its own turn and one of each other requester's before it, 4 s each, in two slots.
-    assert desk.told(CAT).retry_after_s == pytest.approx((2 + 1) * 4.0 / 2 / 2)
-    assert desk.told(ANN).retry_after_s == pytest.approx((8 + 1) * 4.0 / 2 / 2)
+    for _ in range(6):
+        desk.ask(ANN)
+    for _ in range(3):
+        desk.ask(BEN)
+    # For one that has none here yet: one of each other before it, 4 s each, in two slots. For another: all of them.
+    assert desk.queue.retry_after_s(MODEL, CAT, "interactive") == pytest.approx((2 + 1) * 4.0 / 2 / 2)
+    assert desk.told(ANN).retry_after_s == pytest.approx((9 + 1) * 4.0 / 2 / 2)
 
 
 def test_that_time_is_bounded() -> None:
     desk = Desk(max_waiting=2)
     desk.ask(ANN)
     desk.serve(1e6)
-    desk.ask(ANN)
     desk.ask(ANN)
     assert desk.told(ANN).retry_after_s == MAX_RETRY_S
     quick = Desk(max_waiting=1)
@@ -330,7 +332,7 @@ class QueueMachine(RuleBasedStateMachine):
         try:
             number = self.desk.ask(requester, priority, int(slot))
         except Busy:
-            assert len(self.waiting) >= 9 or held >= 4  # nobody is turned away while there is room
+            assert len(self.waiting) >= 9 or held >= 2  # nobody is turned away while there is room
         else:
             self.waiting[number] = (requester, priority)
 

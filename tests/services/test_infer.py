@@ -163,7 +163,7 @@ async def test_a_peer_that_asks_too_much_at_once_is_told_busy(autojump_clock: Cl
 
 
 async def test_a_busy_peer_says_when_to_come_again(autojump_clock: Clock) -> None:
-    async with open_site(2, echo_tokens_per_s=10, parallel=1, max_queue=4) as site:
+    async with open_site(2, echo_tokens_per_s=10, parallel=1, max_queue=8) as site:
         await remote(site)  # 10 s
         assert site[1].residency.load().running == 0
         async with trio.open_nursery() as nursery:

@@ -192,26 +192,30 @@ class PullFirst:
     async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[Answer]:
         """See ports.Router. Where a model is fetched first it is entered when that has begun."""
         self.under_way += 1
+        at_s = self._unix_now()
         try:
             async with AsyncExitStack() as stack:
                 try:
                     answer = await stack.enter_async_context(self._router.open_answer(ask, wishes))
                 except (NoProviders, ModelNotFound, Draining) as error:
-                    answer = await self._fetch_or_tell(ask, wishes, stack, error)
+                    answer = await self._fetch_or_tell(ask, wishes, stack, error, at_s)
                 yield answer
         finally:
             self.under_way -= 1
 
-    async def _fetch_or_tell(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
+    async def _fetch_or_tell(
+        self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError, at_s: float
+    ) -> Answer:
         try:
             return await self._fetched(ask, wishes, stack, error)
         except MeshmaxError as nobody:
-            if self._router.route(ask.request_id) is None:  # else somebody was asked, and it is told already
+            told = self._router.route(ask.request_id)
+            if told is None or told.started_at_s < at_s:  # else somebody was asked
                 line, policy = f"nobody was asked: {_ascii(nobody.message)}", wishes.policy or self._config.policy
                 route = Route(
                     ask.request_id, ask.digest, PeerId(""), line, model=ask.name, policy=policy, state="failed"
                 )
-                self._nowhere.append(msgspec.structs.replace(route, started_at_s=self._unix_now(), total_s=0.0))
+                self._nowhere.append(msgspec.structs.replace(route, started_at_s=at_s, total_s=0.0))
             raise
 
     async def _fetched(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:

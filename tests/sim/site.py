@@ -13,6 +13,7 @@ from meshmax.base.config import Config, EngineConfig
 from meshmax.base.events import Transfer
 from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest
 from meshmax.engine.echo import EchoEngine
+from meshmax.engine.none import NoEngine
 from meshmax.node import Node, World, open_node
 from meshmax.testing.gguf import build_gguf
 from meshmax.testing.sim_network import SimNetwork
@@ -55,7 +56,7 @@ class Site:
         world = World(
             open_swarm=lambda _config, private_bytes, membership: self.network.open_swarm(private_bytes, membership),
             rungs=lambda _config, swarm: (self.network.discovery(swarm.peer_id),),
-            engine=lambda config, _logs: EchoEngine(config.engine),
+            engine=lambda config, _logs: NoEngine() if config.engine.kind == "none" else EchoEngine(config.engine),
             run_sync=in_place,
             unix_now=lambda: (
                 STARTED_AT_S + trio.current_time() + self.ahead_s.get(name, 0.0) + self.ahead_s.get("", 0.0)

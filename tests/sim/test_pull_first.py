@@ -1,0 +1,171 @@
+"""A model that only a storing peer has is fetched by who can answer with it, while the client waits; real nodes, virtual time."""
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.config import EngineConfig, RoutingConfig
+from meshmax.base.errors import MeshmaxError, NoProviders
+from meshmax.base.inference import Ask, Delta, GenerateRequest, Moved
+from meshmax.base.route import Wishes
+from meshmax.node import Node, open_node
+from tests.sim.site import Site, ask, online, open_site, until
+
+STORES = EngineConfig(kind="none")
+SIZE = 24 << 20
+
+
+def request(node: Node, request_id: str = "r", prompt: str = "hello there") -> Ask:
+    return Ask(request_id, node.catalog.resolve("m").digest, "m", GenerateRequest(prompt))
+
+
+async def store_and(site: Site, *names: str) -> list[Node]:
+    """A node that only stores, and has the model; then those of these names."""
+    nodes = [await site.node("store", STORES), *[await site.node(name) for name in names]]
+    await until(lambda: all(len(online(node)) == len(names) for node in nodes))
+    await site.add(nodes[0], "m", SIZE)
+    await until(lambda: all(node.catalog.entries() for node in nodes))
+    site.network.wires.latency_s = 0.1  # fetching takes seconds
+    return nodes
+
+
+def has(node: Node) -> bool:
+    return node.catalog.resolve("m").stored is not None
+
+
+async def test_the_peer_that_is_asked_fetches_it_itself_and_tells_so_from_the_first_moment(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        _, a, _ = await store_and(site, "a", "b")
+        began = trio.current_time()
+        async with a.router.open_answer(request(a)) as answer:
+            assert trio.current_time() - began < 1
+            assert not has(a)
+            assert answer.route.line == "fetching m:latest to this peer first"
+            assert (answer.route.state, answer.route.peer_id) == ("running", a.peer_id)
+            (under_way,) = a.router.routes()
+            assert under_way.attempts[0].kind == "fetch"
+            assert a.router.route("r") == under_way
+            assert a.pulls.transfers()[0].state == "running"
+            text = "".join([event.text async for event in answer.events if isinstance(event, Delta)])
+        assert text == "hello there"
+        took_s = trio.current_time() - began
+        (route,) = a.router.routes()
+        assert route.line.startswith("fetched m:latest to this peer first, ")
+        assert [attempt.kind for attempt in route.attempts] == ["fetch", "first"]
+        assert route.state == "done"
+        assert route.first_token_s is not None
+        assert route.total_s is not None
+        assert route.attempts[1].at_s <= route.first_token_s <= route.total_s <= took_s + 0.01
+        assert [candidate.verdict for candidate in route.candidates] == ["chosen"]
+        assert a.router.under_way == 0  # type: ignore[attr-defined]
+
+
+async def test_a_peer_without_an_engine_has_another_fetch_it(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, b = await store_and(site, "b")
+        async with store.router.open_answer(request(store)) as answer:
+            assert answer.route.line == "fetching m:latest to b first"
+            assert "".join([event.text async for event in answer.events if isinstance(event, Delta)]) == "hello there"
+            assert answer.route.peer_id == b.peer_id
+        assert has(b)
+        assert await ask(store, "m", "again") == ("again", "b")
+
+
+async def test_requests_that_come_meanwhile_wait_for_the_same_pull_which_ends_with_the_last_of_them(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        _, a = await store_and(site, "a")
+        async with AsyncExitStack() as stack:
+            for number in range(3):
+                await stack.enter_async_context(a.router.open_answer(request(a, f"r{number}")))
+            (transfer,) = a.pulls.transfers()
+            assert transfer.state == "running"
+            async with a.router.open_answer(request(a, "r4")):
+                pass
+            assert a.pulls.transfers()[0].state == "running"
+        await until(lambda: [transfer.state for transfer in a.pulls.transfers()] == ["cancelled"])
+        assert {route.state for route in a.router.routes()} == {"cancelled"}
+        assert len(a.router.routes()) == 4
+
+
+async def test_where_it_is_not_allowed_the_refusal_says_who_could_and_how(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        _, a = await store_and(site, "a")
+        with pytest.raises(NoProviders, match=r"store only stores.*a could hold it: `meshmax pull m`.*switched off"):
+            async with a.router.open_answer(request(a), Wishes(pull=False)):
+                pass
+        config, world = site.parts("c")
+        config = msgspec.structs.replace(config, routing=RoutingConfig(pull=False))
+        async with open_node(config, world) as c:
+            await until(lambda: bool(c.catalog.entries()))
+            with pytest.raises(NoProviders, match="c, a could hold it"):
+                await ask(c, "m", "hello")
+            (route,) = c.router.routes()
+            assert (route.state, route.request_id) == ("failed", "r")
+            assert route.line.startswith("nobody was asked: no peer that could answer has model 'm' (store only stores")
+            async with c.router.open_answer(request(c, "r2"), Wishes(pull=True)) as answer:
+                assert answer.route.line.startswith("fetching")
+
+
+async def test_this_peer_alone_asks_no_other_to_fetch(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site(tmp_path) as site:
+        store, b = await store_and(site, "b")
+        with pytest.raises(NoProviders):
+            async with store.router.open_answer(request(store), Wishes(policy="local-only")):
+                pass
+        assert b.pulls.transfers() == ()
+
+
+async def test_a_source_that_goes_away_ends_the_request_with_the_reason(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, a = await store_and(site, "a")
+        async with a.router.open_answer(request(a)) as answer:
+            await trio.sleep(0.3)
+            site.network.partition(a.peer_id, store.peer_id)
+            with pytest.raises(MeshmaxError, match="could not be fetched"), trio.fail_after(120):
+                await anext(answer.events)
+            assert answer.route.state == "failed"
+        (route,) = a.router.routes()
+        assert (route.state, route.attempts[0].error) == ("failed", "no_providers")
+
+
+async def test_a_taker_that_goes_away_ends_the_request(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    async with open_site(tmp_path) as site:
+        store, b = await store_and(site, "b")
+        async with store.router.open_answer(request(store)) as answer:
+            site.network.kill(b.peer_id)
+            with pytest.raises(MeshmaxError), trio.fail_after(120):
+                await anext(answer.events)
+
+
+async def test_a_drained_peers_only_copy_moves_to_who_can_answer(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a, b = [await site.node(name) for name in "ab"]
+        await until(lambda: len(online(a)) == len(online(b)) == 1)
+        await site.add(a, "m")
+        await until(lambda: bool(b.catalog.entries()))
+        await a.draining.drain(a.peer_id, 0.0)
+        await trio.sleep(1)
+        for node in (a, b):
+            text = []
+            async with node.router.open_answer(request(node)) as answer:
+                async for event in answer.events:
+                    assert not isinstance(event, Moved)
+                    text.append(event.text if isinstance(event, Delta) else "")
+                assert answer.route.peer_id == b.peer_id
+            assert "".join(text) == "hello there"

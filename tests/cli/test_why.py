@@ -1,0 +1,59 @@
+"""The command why: the last prompt or a named one, as sentences and a table, or as JSON."""
+
+import json
+from typing import Any
+
+import pytest
+
+from meshmax.api.request_words import request_json
+from meshmax.cli.main import main
+from tests.api.test_request_words import ROUTE
+from tests.cli.conftest import FakePeer
+
+SHOWN: dict[str, Any] = request_json(ROUTE)
+
+
+def test_the_last_prompt_is_explained_without_an_id(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/requests", {"requests": [SHOWN, SHOWN | {"id": "older"}]})
+    assert main(["why"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("request r1, ")
+    assert "'m' was asked for" in lines[2]
+    assert lines[-2:] == [
+        "PEER    VERDICT    EXPECTED    WAY     QUEUE      LOADING    PROMPT     ANSWER    WHY",
+        "desk    chosen     2.00 s      1 ms    0.20 s     -          0.30 s     1.50 s    near",
+    ] or lines[-1].split() == [
+        "desk",
+        "chosen",
+        "2.00",
+        "s",
+        "1",
+        "ms",
+        "0.20",
+        "s",
+        "-",
+        "0.30",
+        "s",
+        "1.50",
+        "s",
+        "near",
+    ]
+
+
+def test_a_named_prompt_is_asked_for_by_its_id(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/requests/a%2Fb%3F", SHOWN)
+    assert main(["why", "a/b?", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == SHOWN
+
+
+def test_names_of_others_cannot_write_to_the_terminal(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    evil = SHOWN | {"story": ["\x1b[31mred"], "candidates": [SHOWN["candidates"][0] | {"name": "\x1b[2Jx"}]}
+    fake_peer.on("GET", "/api/v1/requests", {"requests": [evil]})
+    assert main(["why"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_where_no_prompt_came_yet_that_is_said(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/requests", {"requests": []})
+    assert main(["why"]) == 3
+    assert "no prompt has come to this peer yet" in capsys.readouterr().err

@@ -24,18 +24,17 @@ from meshmax.base.errors import (
     DeadlineExceeded,
     EngineCrashed,
     EngineError,
-    FirstTokenTimeout,
     MeshmaxError,
-    PeerGone,
 )
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Moved, RoutedEvent
 from meshmax.base.route import Attempt, AttemptKind
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.continuation import Joint, SoFar, plan
+from meshmax.core.delivery_attempt import PeerAttempt
 from meshmax.core.delivery_words import Action, Cancel, Choice, Chooser, Done, Fail, Give, Start, Suspect
 from meshmax.core.missing_vectors import VectorJoint, VectorsSoFar
-from meshmax.core.pace import KEEP_ALIVE_S, frame_silence_s
+from meshmax.core.pace import MAX_PATIENCE, Alarms
 from meshmax.core.retrying import is_final, most_telling, passes
 
 MAX_OPEN: Final = 3  # asked at once: one that is suspected, one beside it, and another if that is silent, too
@@ -48,83 +47,10 @@ MOST_PAUSE_S: Final = 2.0
 PATIENCE_S: Final = 3.0  # for all pauses before the first token; then the client is told to come again
 STUCK_S: Final = 15.0  # without anybody to go on, in the middle of an answer: a peer restarts or is found again in that
 LOOK_AGAIN_S: Final = 1.0  # for somebody to ask beside a suspected peer, where there was nobody
-FIRST_EVENT_DEADLINE_S: Final = 600.0  # keep-alives and no event: as long as the longest load and a full queue may take
-HANG_S: Final = 120.0  # keep-alives and no token, in the middle of an answer: no engine stops for that long
 LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
-GRACE_S: Final = 0.3  # to read what came in while it was
-FROZEN_S: Final = 1.5 * KEEP_ALIVE_S  # without a frame: the peer, not its engine
+GRACE_S: Final = 0.3  # to read what came in while it was; more after a longer stop
+MAX_GRACE_S: Final = 1.0
 TICK_S: Final = 1e-3  # what is due within that is due: sums of times are not exact
-MAX_PATIENCE: Final = 8.0  # times the learnt deadline, after false alarms
-
-
-class _Attempt:
-    """One request at one peer."""
-
-    __slots__ = (
-        "choice",
-        "ended_s",
-        "error",
-        "exact",
-        "first_s",
-        "heard_s",
-        "held",
-        "joint",
-        "kind",
-        "late_at",
-        "lateness",
-        "look_at",
-        "mode",
-        "number",
-        "patience",
-        "sending",
-        "sent_s",
-        "spoke_s",
-        "suspected",
-        "tokens",
-        "told_s",
-    )
-
-    def __init__(self, number: int, choice: Choice, kind: AttemptKind, now: float) -> None:
-        self.number, self.choice, self.kind = number, choice, kind
-        self.joint: Joint | VectorJoint | None = None
-        self.mode = ""
-        self.exact = True
-        self.sent_s = self.heard_s = self.told_s = now  # told: something else than that it is still at it
-        self.spoke_s: float | None = None  # its last word, or when it could speak on
-        self.late_at = now + choice.late_s
-        self.look_at = math.inf
-        self.lateness = 0
-        self.patience = 1.0
-        self.held = self.sending = self.suspected = False
-        self.first_s: float | None = None
-        self.ended_s: float | None = None
-        self.error: MeshmaxError | None = None
-        self.tokens = 0
-
-    def quiet_at(self) -> float:
-        """When it is suspected if it says nothing until then."""
-        if self.held or self.suspected:
-            return math.inf
-        due = math.inf
-        if not (self.choice.ours or self.sending):
-            due = self.heard_s + frame_silence_s(self.heard_s - self.told_s) + 2 * self.choice.rtt_s
-        if self.spoke_s is not None:
-            due = min(due, self.spoke_s + self.choice.gaps.deadline_s() * self.patience)
-        return due
-
-    def is_frozen(self, now: float) -> bool:
-        """Whether not even KeepAlives come, where some were due."""
-        return not self.choice.ours and now - self.heard_s >= FROZEN_S
-
-    def gone_at(self) -> float:
-        """When it is given up if it says nothing until then."""
-        if self.held:
-            return math.inf
-        return self.sent_s + FIRST_EVENT_DEADLINE_S if self.spoke_s is None else self.spoke_s + HANG_S
-
-    def due_at(self) -> float:
-        late_at = self.late_at if self.spoke_s is None else math.inf
-        return min(self.quiet_at(), self.gone_at(), late_at, self.look_at)
 
 
 class Delivery:
@@ -137,16 +63,22 @@ class Delivery:
         random: Random,
         now: float,
         *,
+        alarms: Alarms | None = None,
         deadline_s: float = math.inf,
         hedge: bool = True,
     ) -> None:
-        """``deadline_s``: for the whole of it. ``hedge``: a second peer may be asked where the first is late."""
+        """``alarms``: of all requests of this node. ``deadline_s``: for the whole of it.
+
+        ``hedge``: a second peer may be asked where the first is late.
+        """
         self._request, self._chooser, self._random = request, chooser, random
         self._began_s, self._deadline_s, self._hedge = now, deadline_s, hedge
         self._so_far = VectorsSoFar(request) if isinstance(request, EmbedRequest) else SoFar()
-        self._attempts: list[_Attempt] = []
-        self._open: dict[int, _Attempt] = {}
-        self._leader: _Attempt | None = None
+        self._alarms = alarms or Alarms()
+        self._factor = self._alarms.factor(now)
+        self._attempts: list[PeerAttempt] = []
+        self._open: dict[int, PeerAttempt] = {}
+        self._leader: PeerAttempt | None = None
         self._first_s: float | None = None  # when the client got the first event
         self._first_speaker: PeerId | None = None
         self._last: Finish | None = None
@@ -171,11 +103,10 @@ class Delivery:
     def on_heard(self, number: int, now: float) -> list[Action]:
         """The peer lives: it took a part of the request or is still at it."""
         if attempt := self._open.get(number):
-            attempt.heard_s = now
+            attempt.on_frame(now)
             attempt.sending = False
             if attempt.suspected and attempt.spoke_s is None:
-                attempt.suspected = False  # only its silence spoke against it
-                attempt.look_at = math.inf
+                self._on_false_alarm(attempt, now)  # only its silence spoke against it
         return []
 
     def on_sending(self, number: int) -> None:
@@ -198,7 +129,8 @@ class Delivery:
             attempt.choice.gaps.add(now - attempt.spoke_s, now)
         elif attempt.first_s is None:
             attempt.first_s = now
-        attempt.heard_s = attempt.told_s = attempt.spoke_s = now
+        attempt.on_frame(now)
+        attempt.told_s = attempt.spoke_s = now
         out: Sequence[RoutedEvent] = events
         if attempt.joint is not None:
             try:
@@ -206,7 +138,7 @@ class Delivery:
             except EngineError as error:
                 return [Cancel(number, error), *self.on_failed(number, error, now)]
         if attempt.suspected:
-            self._on_false_alarm(attempt)
+            self._on_false_alarm(attempt, now)
         return self._give(attempt, out, now) if out else []
 
     def on_failed(self, number: int, error: MeshmaxError, now: float) -> list[Action]:
@@ -215,6 +147,8 @@ class Delivery:
         if attempt is None:
             return []
         self._end(attempt, error, now)
+        if attempt.suspected:
+            self._alarms.on_alarm(now, false=False)
         self._troubled = True
         self._errors.append(error)
         peer = attempt.choice.peer
@@ -254,10 +188,12 @@ class Delivery:
         """What time has brought."""
         if self._over:
             return []
+        self._factor = self._alarms.factor(now)
         if now >= self._began_s + self._deadline_s:
             return self._fail(self._out_of_time(), now)
-        if now - self.deadline() > LATE_S and now - self._grace_s > 2 * GRACE_S:
-            self._grace_s = now + GRACE_S
+        late_s = now - self.deadline()
+        if late_s > LATE_S and now - self._grace_s > 2 * GRACE_S:
+            self._grace_s = now + min(max(late_s, GRACE_S), MAX_GRACE_S)
             return []
         actions: list[Action] = []
         if now >= self._wake_s:
@@ -266,7 +202,7 @@ class Delivery:
         if now < self._grace_s:
             return actions
         for attempt in list(self._open.values()):
-            if now >= attempt.due_at() and attempt.number in self._open:
+            if attempt.number in self._open and now >= attempt.due_at(self._factor):
                 actions += self._on_due(attempt, now)
         return actions
 
@@ -274,7 +210,7 @@ class Delivery:
         """When to call `tick`; infinite when it is over."""
         if self._over:
             return math.inf
-        due = min((attempt.due_at() for attempt in self._open.values()), default=math.inf)
+        due = min((attempt.due_at(self._factor) for attempt in self._open.values()), default=math.inf)
         return min(max(due, self._grace_s), self._wake_s, self._began_s + self._deadline_s)
 
     # --- what is known -----------------------------------------------------------------------------------------------
@@ -301,11 +237,11 @@ class Delivery:
 
     def attempts(self) -> tuple[Attempt, ...]:
         """Every attempt so far, in the order in which they were sent."""
-        return tuple(self._told(attempt) for attempt in self._attempts)
+        return tuple(attempt.told(self._began_s, attempt is self._leader) for attempt in self._attempts)
 
     # --- who speaks --------------------------------------------------------------------------------------------------
 
-    def _give(self, attempt: _Attempt, out: Sequence[RoutedEvent], now: float) -> list[Action]:
+    def _give(self, attempt: PeerAttempt, out: Sequence[RoutedEvent], now: float) -> list[Action]:
         actions: list[Action] = []
         if attempt is not self._leader:
             if self._first_s is None:
@@ -332,14 +268,18 @@ class Delivery:
             actions.append(Done())
         return actions
 
-    def _cancel_others(self, winner: _Attempt, now: float) -> list[Action]:
+    def _cancel_others(self, winner: PeerAttempt, now: float) -> list[Action]:
         losers = [attempt for attempt in self._open.values() if attempt is not winner]
         for loser in losers:
             del self._open[loser.number]
-            self._end(loser, self._silence(loser, now) if loser.suspected else None, now)
+            self._end(loser, loser.silence(now) if loser.suspected else None, now)
+            if loser.suspected:
+                self._alarms.on_alarm(now, false=False)
         return [Cancel(loser.number, loser.error) for loser in losers]
 
-    def _on_false_alarm(self, attempt: _Attempt) -> None:
+    def _on_false_alarm(self, attempt: PeerAttempt, now: float) -> None:
+        self._alarms.on_alarm(now, false=True)
+        self._factor = self._alarms.factor(now)
         attempt.suspected = False
         attempt.look_at = math.inf
         attempt.patience = min(attempt.patience * 2, MAX_PATIENCE)
@@ -382,7 +322,7 @@ class Delivery:
 
     def _ask(self, choice: Choice, kind: AttemptKind, now: float) -> list[Action] | None:
         """Ask that peer; None where the answer cannot be carried on there."""
-        attempt = _Attempt(len(self._attempts), choice, kind, now)
+        attempt = PeerAttempt(len(self._attempts), choice, kind, now)
         request = self._request
         if self._first_s is not None:
             rest = self._rest(attempt, now)
@@ -397,7 +337,7 @@ class Delivery:
         self._open[attempt.number] = attempt
         return [Start(attempt.number, choice, kind, request)]
 
-    def _rest(self, attempt: _Attempt, now: float) -> InferRequest | None:
+    def _rest(self, attempt: PeerAttempt, now: float) -> InferRequest | None:
         """What to ask for in the middle of an answer."""
         spent_s = now - (self._first_s or now)
         if isinstance(self._so_far, VectorsSoFar):
@@ -411,7 +351,7 @@ class Delivery:
         attempt.mode, attempt.exact, attempt.joint = how.mode, how.exact, Joint(how, self._so_far, spent_s)
         return how.request
 
-    def _finish(self, attempt: _Attempt, now: float) -> list[Action]:
+    def _finish(self, attempt: PeerAttempt, now: float) -> list[Action]:
         """Nothing but the end is missing."""
         end = attempt.joint.end() if isinstance(attempt.joint, Joint) else Finish()
         self._over, self._last = True, end
@@ -442,11 +382,11 @@ class Delivery:
 
     # --- what time brings --------------------------------------------------------------------------------------------
 
-    def _on_due(self, attempt: _Attempt, now: float) -> list[Action]:
+    def _on_due(self, attempt: PeerAttempt, now: float) -> list[Action]:
         if now >= attempt.gone_at():
-            error = self._no_word(attempt)
+            error = attempt.no_word()
             return [Cancel(attempt.number, error), *self.on_failed(attempt.number, error, now)]
-        if now >= attempt.quiet_at():
+        if now >= attempt.quiet_at(self._factor):
             attempt.suspected = True
             attempt.late_at = math.inf
             return [Suspect(attempt.number, attempt.is_frozen(now)), *self._beside(attempt, now)]
@@ -454,7 +394,7 @@ class Delivery:
             return self._beside(attempt, now)
         return self._on_late(attempt, now)
 
-    def _beside(self, attempt: _Attempt, now: float) -> list[Action]:
+    def _beside(self, attempt: PeerAttempt, now: float) -> list[Action]:
         """Ask another peer beside a suspected one."""
         attempt.look_at = math.inf
         if any(not other.suspected for other in self._open.values()):
@@ -462,7 +402,7 @@ class Delivery:
         actions: list[Action] = []
         if len(self._open) >= MAX_OPEN:
             oldest = next(iter(self._open.values()))
-            error = self._no_word(oldest)
+            error = oldest.no_word()
             self._open.pop(oldest.number)
             self._end(oldest, error, now)
             self._errors.append(error)
@@ -472,7 +412,7 @@ class Delivery:
             attempt.look_at = now + LOOK_AGAIN_S
         return actions + asked
 
-    def _on_late(self, attempt: _Attempt, now: float) -> list[Action]:
+    def _on_late(self, attempt: PeerAttempt, now: float) -> list[Action]:
         """No first event though it is due: ask another one beside, that can be expected to speak by now."""
         attempt.late_at = math.inf
         middle = self._first_s is not None
@@ -507,39 +447,10 @@ class Delivery:
         self._open.clear()
         return [*actions, Fail(error)]
 
-    def _end(self, attempt: _Attempt, error: MeshmaxError | None, now: float) -> None:
+    def _end(self, attempt: PeerAttempt, error: MeshmaxError | None, now: float) -> None:
         attempt.ended_s, attempt.error = now, error
-
-    def _no_word(self, attempt: _Attempt) -> MeshmaxError:
-        if attempt.spoke_s is None:
-            return FirstTokenTimeout(f"the answer did not begin within {FIRST_EVENT_DEADLINE_S:g} s")
-        return EngineError(f"the engine said nothing for {HANG_S:g} s in the middle of its answer")
-
-    def _silence(self, attempt: _Attempt, now: float) -> MeshmaxError:
-        if attempt.is_frozen(now):
-            return PeerGone(f"the peer was silent for {now - attempt.heard_s:.1f} s")
-        return EngineError(f"the engine said nothing for {now - (attempt.spoke_s or attempt.sent_s):.1f} s")
 
     def _out_of_time(self) -> MeshmaxError:
         if self._errors:
             return most_telling(self._errors, middle=self._first_s is not None)
         return DeadlineExceeded(f"the answer was not whole within {self._deadline_s:g} s (routing.deadline_s)")
-
-    def _told(self, attempt: _Attempt) -> Attempt:
-        def since(at_s: float | None) -> float | None:
-            return None if at_s is None else at_s - attempt.sent_s
-
-        error = attempt.error
-        return Attempt(
-            peer_id=attempt.choice.peer,
-            error=error.code if error else "cancelled" if self._was_slower(attempt) else "",
-            first_token_s=since(attempt.first_s),
-            kind=attempt.kind,
-            at_s=attempt.sent_s - self._began_s,
-            ended_s=since(attempt.ended_s),
-            tokens=attempt.tokens,
-            message=error.message if error else "",
-        )
-
-    def _was_slower(self, attempt: _Attempt) -> bool:
-        return attempt.ended_s is not None and attempt.error is None and attempt is not self._leader

@@ -18,11 +18,13 @@ class Choice(msgspec.Struct, frozen=True):
     """A peer that may be asked, from ``from_s`` on (it is busy until then). ``first_s``: when its first event is expected;
     ``late_s``: after how long it is late.
 
-    ``gaps``: between its words so far, shared by all its answers. ``deterministic``: its engine says the same to the same.
+    ``gaps``: between its words so far, ``frames``: between its frames, both shared by all its answers. ``deterministic``: its
+    engine says the same to the same.
     """
 
     peer: PeerId
     gaps: Gaps
+    frames: Gaps
     first_s: float = 0.0
     late_s: float = 1.0
     rtt_s: float = 0.0

@@ -111,6 +111,7 @@ class MeshRouter:
             request,
             self._jitter,
             began,
+            alarms=self._shared.paces.alarms,
             deadline_s=self._config.deadline_s,
             hedge=self._config.hedge and ask.priority == "interactive" and not is_load_only(ask.request),
         )
@@ -234,6 +235,7 @@ class _Request:
         return Choice(
             peer=peer,
             gaps=self._shared.paces.of(peer, self._ask.digest, contender.model.device),
+            frames=self._shared.paces.frames(peer),
             first_s=first_s,
             late_s=self._shared.bench.first_tokens.late_s(peer, first_s),
             rtt_s=parts.rtt_s,

@@ -25,7 +25,7 @@ from meshmax.base.inference import (
 )
 from meshmax.core.delivery import MAX_OPEN, Delivery
 from meshmax.core.delivery_words import Action, Cancel, Choice, Done, Fail, Give, Start, Suspect
-from meshmax.core.pace import Gaps, keep_alive_s
+from meshmax.core.pace import Gaps, frame_gaps, keep_alive_s
 
 RTT_S = 0.002
 Fault = Literal["none", "dies", "crashes", "freezes", "hangs", "busy", "ends"]
@@ -68,6 +68,7 @@ class Run:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._gaps = {peer: Gaps() for peer in self.peers}
+        self._frames = {peer: frame_gaps() for peer in self.peers}
         self.core = Delivery(request, self, random.Random(1), 0.0, **limits)
 
     # --- Chooser ---
@@ -75,7 +76,15 @@ class Run:
     def choices(self) -> Sequence[Choice]:
         there = (peer for peer in self.peers.values() if peer.name not in self.absent)
         return [
-            Choice(PeerId(peer.name), self._gaps[PeerId(peer.name)], peer.first_s, peer.late_s, RTT_S) for peer in there
+            Choice(
+                PeerId(peer.name),
+                self._gaps[PeerId(peer.name)],
+                self._frames[PeerId(peer.name)],
+                peer.first_s,
+                peer.late_s,
+                RTT_S,
+            )
+            for peer in there
         ]
 
     def may_hedge(self, lateness: int) -> bool:

@@ -16,7 +16,8 @@ from meshmax.base.errors import (
 )
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved
 from meshmax.base.status import Load, PeerView
-from meshmax.core.delivery import FIRST_EVENT_DEADLINE_S, STUCK_S
+from meshmax.core.delivery import STUCK_S
+from meshmax.core.delivery_attempt import FIRST_EVENT_DEADLINE_S
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.infer_client import OPEN_DEADLINE_S, SILENCE_S

@@ -23,7 +23,7 @@ from meshmax.telemetry.metrics import ATTEMPTS, HEDGES, SUSPECTED
 from meshmax.wire.failure import failure_of
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, KeepAlive
 from meshmax.wire.protocols import INFER
-from tests.services.infer_site import MODEL, WORDS, Site, ask, open_site, text_of
+from tests.services.infer_site import MODEL, WORDS, Site, ask, open_site
 
 Clock = trio.testing.MockClock
 
@@ -62,7 +62,11 @@ async def collect(
 
 
 def after(count: int, what: Callable[[], object]) -> Callable[[int], None]:
-    return lambda seen: what() and None if seen == count else None
+    def on_event(seen: int) -> None:
+        if seen == count:
+            what()
+
+    return on_event
 
 
 async def test_a_frozen_peer_is_left_before_the_client_is_out_of_patience(autojump_clock: Clock) -> None:
@@ -285,7 +289,7 @@ async def test_a_slow_client_holds_the_peer_up_and_suspects_nobody(autojump_cloc
             await trio.sleep(20)
             assert site[1].produced <= MAX_READY + 256 + 1000
             assert isinstance(first, Delta)
-            assert first.text + await text_of(answer.events) == words
+            assert first.text + text([event async for event in answer.events]) == words
         assert [a.kind for a in site[0].router.routes()[0].attempts] == ["first"]
 
 

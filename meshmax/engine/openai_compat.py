@@ -15,6 +15,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import trio
 
 from meshmax.base.catalog import ModelDescription, ModelFile, OfferedModel
@@ -68,6 +69,9 @@ class OpenAiEngine:
         if reply.status != 200:
             raise shared.error_of(reply.status, reply.headers, reply.body, self._where, self._http.hidden)
         listed = words.chosen(shared.read(reply.body, words.Listing, self._where), self._patterns)
+        # Some servers call now the time at which each was made: what is told first counts, so that nothing seems to change.
+        known = {model.id: model.created for model in self._models.values()}
+        listed = [msgspec.structs.replace(model, created=known.get(model.id, model.created)) for model in listed]
         self._models = {words.digest_of(model.id): model for model in listed}
         return tuple(words.offer_of(model, self._where) for model in listed)
 

@@ -64,6 +64,7 @@ _MORE: Final[dict[Server, dict[str, str]]] = {
 class Meta(msgspec.Struct):
     """What llama-server tells of its model's file."""
 
+    n_ctx: int = 0
     n_ctx_train: int = 0
     n_embd: int = 0
     n_params: int = 0
@@ -183,7 +184,7 @@ def chosen(listing: Listing, patterns: Sequence[str]) -> list[ListedModel]:
 def offer_of(model: ListedModel, origin: str) -> OfferedModel:
     """A model of a server."""
     meta = model.meta or Meta()
-    context = model.max_model_len or meta.n_ctx_train
+    context = model.max_model_len or meta.n_ctx or meta.n_ctx_train
     details = ModelDetails(
         format="",
         parameter_size=f"{meta.n_params / 1e9:.1f}B" if 0 < meta.n_params < 1 << 50 else "",

@@ -75,7 +75,7 @@ def error_of(
         return ContextTooLong(told)
     if status == 404:
         return EngineUnavailable(f"{where} does not have it: {told}")
-    if status == 501 or (status in (400, 422) and _LACKS.search(told)):
+    if status == 501 or (status in (400, 422, 500) and _LACKS.search(told)):
         return CapabilityMissing(told)
     if status in (400, 422):
         return InvalidRequest(told)

@@ -14,11 +14,13 @@ import socket as stdlib_socket
 from functools import partial
 from typing import Any, Final, Protocol
 
+import h11
 import msgspec
 import psutil
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
+from hypercorn.events import RawData
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -201,16 +203,36 @@ class _Server:
 
 
 class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without its types
-    """hypercorn's connection, which ends when its client has gone, not when the idle time is over as well."""
+    """hypercorn's connection, which ends when its client has gone, not when the idle time is over as well.
+
+    The head of a reply whose length is known leaves with the body, and what has no bytes is not written: each write is a
+    call into the system, which costs more than what hypercorn does with a short reply.
+    """
 
     _gone = False
+    _head = b""
 
     async def _read_data(self) -> None:
+        http = self.protocol.protocol
         # HTTP/2 would get around the bounds above: a hundred requests a connection, and windows that never open.
-        self.protocol.protocol._check_protocol = _stay_with_http1
+        http._check_protocol = _stay_with_http1
+        http._send_h11_event = partial(self._send_http, http)
         await super()._read_data()
         self._gone = True
         await self.idle_task.stop()
+
+    async def _send_http(self, http: Any, event: Any) -> None:
+        try:
+            data = http.connection.send(event)
+        except h11.LocalProtocolError:
+            if http.connection.their_state != h11.ERROR:
+                raise
+            return
+        if isinstance(event, h11.Response) and any(name == b"content-length" for name, _ in event.headers):
+            self._head = data
+        elif data or self._head:
+            head, self._head = self._head, b""
+            await self.protocol_send(RawData(data=head + data))
 
     async def protocol_send(self, event: Any) -> None:
         await super().protocol_send(event)

@@ -1,20 +1,20 @@
 """One prompt between a client and the router: the answer as one object or as a stream of lines, and a clean end.
 
 Rules: a client that goes away, before the first token too, cancels everything that was begun for it; a failure before
-the first byte has its own status, later ones are a line of the stream; a slow client holds the answer up and costs at
-most WRITE_AHEAD lines of memory; lines that are ready together leave in one write. Not here: what lines look like.
+the first byte has its own status, later ones are a line of the stream. Not here: what lines look like, how they leave (lines).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Final, Protocol
 
 import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
+from meshmax.api.lines import open_lines
 from meshmax.api.replies import Dialect, ShuttingDown, error_body, error_reply, json_reply, only_error
 from meshmax.base.errors import EngineError, MeshmaxError
 from meshmax.base.inference import Delta, Event, Finish, Moved, RoutedEvent, Vector
@@ -23,8 +23,6 @@ from meshmax.base.units import MIB
 from meshmax.ports import Answer
 from meshmax.telemetry.log import get_logger
 
-WRITE_AHEAD: Final = 64  # lines that wait for a slow client
-MAX_CHUNK_BYTES: Final = 65536  # lines are joined up to this much for one write
 MAX_WHOLE_BYTES: Final = 32 * MIB  # of an answer that is sent as one object
 MAX_ROUTE_CHARACTERS: Final = 500  # of X-Meshmax-Route
 
@@ -40,6 +38,10 @@ class Form(Protocol):
 
     def line(self, event: Event) -> bytes:
         """What ``event`` adds to the stream."""
+        ...
+
+    def on_moved(self, event: Moved) -> None:
+        """Another peer goes on from here: the next line and the last one tell of it, or the one object."""
         ...
 
     def failure(self, error: MeshmaxError) -> bytes:
@@ -69,6 +71,10 @@ class OpenAnswers:
                 yield scope
             finally:
                 self._scopes.discard(scope)
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self._scopes)
 
     def release(self, scope: trio.CancelScope) -> None:
         """``scope`` is not for `end_all` any more: what is inside it has begun to reply."""
@@ -141,12 +147,17 @@ class PromptReply:
 
     async def _send_stream(self, answer: Answer, form: Form, send: Send) -> None:
         self._begun = True
-        async with open_lines(send, form.stream_type, route_headers(answer.route)) as lines:
+        headers, streams = route_headers(answer.route), self._open_answers.count
+        async with open_lines(send, form.stream_type, headers, streams) as lines:
             try:
                 with self._open_answers.held() as answering:
                     async for event in answer.events:
-                        if not isinstance(event, Moved):
+                        if isinstance(event, Moved):
+                            form.on_moved(event)
+                        else:
                             await lines.send(form.line(event))
+                        if isinstance(event, Finish):
+                            lines.flush()
                 if answering.cancelled_caught:
                     raise ShuttingDown
             except (MeshmaxError, BaseExceptionGroup) as error:
@@ -155,13 +166,15 @@ class PromptReply:
                 await lines.send(form.failure(self._reword(ours)))
 
     async def _send_whole(self, answer: Answer, form: Form, scope: Scope, receive: Receive, send: Send) -> None:
-        deltas, vectors, finish = await _collect(answer.events)
+        deltas, vectors, finish = await _collect(answer.events, form.on_moved)
         reply = json_reply(form.whole(deltas, vectors, finish), 200, route_headers(answer.route))
         self._begun = True
         await reply(scope, receive, send)
 
 
-async def _collect(events: AsyncIterator[RoutedEvent]) -> tuple[list[Delta], list[Vector], Finish]:
+async def _collect(
+    events: AsyncIterator[RoutedEvent], on_moved: Callable[[Moved], None]
+) -> tuple[list[Delta], list[Vector], Finish]:
     deltas: list[Delta] = []
     vectors: list[Vector] = []
     finish: Finish | None = None
@@ -175,39 +188,14 @@ async def _collect(events: AsyncIterator[RoutedEvent]) -> tuple[list[Delta], lis
         elif isinstance(event, Delta):
             deltas.append(event)
             size += len(msgspec.json.encode(event))  # with its logprobs, which are most of it where there are any
+        else:
+            on_moved(event)
         if size > MAX_WHOLE_BYTES:
             less = "for fewer texts at once" if vectors else "with stream true"
             raise EngineError(f"the answer is too long to be sent as one object: ask {less}")
     if finish is None:
         raise EngineError("the answer ended before it was finished")
     return deltas, vectors, finish
-
-
-@asynccontextmanager
-async def open_lines(
-    send: Send, media_type: str, headers: Mapping[str, str]
-) -> AsyncIterator[trio.MemorySendChannel[bytes]]:
-    """A streamed reply that has begun; leaving the block in order ends it. Sending waits for a slow client."""
-    named = {"content-type": media_type, "cache-control": "no-cache", **headers}
-    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items()]
-    await send({"type": "http.response.start", "status": 200, "headers": raw})
-    lines, ready = trio.open_memory_channel[bytes](WRITE_AHEAD)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_write, ready, send)
-        async with lines:
-            yield lines
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _write(ready: trio.MemoryReceiveChannel[bytes], send: Send) -> None:
-    async for line in ready:
-        chunk = bytearray(line)
-        while len(chunk) < MAX_CHUNK_BYTES:
-            try:
-                chunk += ready.receive_nowait()
-            except (trio.WouldBlock, trio.EndOfChannel):
-                break
-        await send({"type": "http.response.body", "body": bytes(chunk), "more_body": True})
 
 
 async def cancel_on_hang_up(receive: Receive, scope: trio.CancelScope) -> None:

@@ -16,6 +16,7 @@ from starlette.routing import Route as HttpRoute
 from meshmax.api import ollama_models, ollama_words
 from meshmax.api.bodies import PROMPT_BODY_BYTES, read_words
 from meshmax.api.exchange import Emit, PromptReply, WorkReply
+from meshmax.api.moved import Marker
 from meshmax.api.ollama_words import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Name, ReplyWriter, join
 from meshmax.api.prompts import Prompts
 from meshmax.api.replies import InternalError, error_body, json_reply, model_not_found
@@ -31,7 +32,7 @@ from meshmax.base.errors import (
     error_for,
 )
 from meshmax.base.ids import parse_sha256
-from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Vector
+from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Moved, Vector
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
 
@@ -90,13 +91,23 @@ class OllamaForm:
     def __init__(self, writer: ReplyWriter, now: Callable[[], float]) -> None:
         self._writer = writer
         self._now = now
+        self._marker = Marker()
+
+    def on_moved(self, event: Moved) -> None:
+        """Mark the next line and the last."""
+        self._marker.on_moved(event)
 
     def line(self, event: Event) -> bytes:
         """One JSON object and a line feed; nothing for a vector, which these answers do not have."""
         if isinstance(event, Vector):
             return b""
         now_s = self._now()
-        shown = self._writer.finish(event, now_s) if isinstance(event, Finish) else self._writer.delta(event, now_s)
+        if isinstance(event, Finish):
+            shown = self._writer.finish(event, now_s)
+            self._marker.mark_last(shown)
+        else:
+            shown = self._writer.delta(event, now_s)
+            self._marker.mark_next(shown)
         return msgspec.json.encode(shown) + b"\n"
 
     def failure(self, error: MeshmaxError) -> bytes:
@@ -105,7 +116,9 @@ class OllamaForm:
 
     def whole(self, deltas: list[Delta], _vectors: list[Vector], finish: Finish) -> Any:
         """The texts joined."""
-        return self._writer.finish(finish, self._now(), join(deltas))
+        shown = self._writer.finish(finish, self._now(), join(deltas))
+        self._marker.mark_last(shown)
+        return shown
 
 
 class EmbedForm:
@@ -116,6 +129,11 @@ class EmbedForm:
     def __init__(self, model: str, legacy: bool) -> None:
         self._model = model
         self._legacy = legacy
+        self._marker = Marker()
+
+    def on_moved(self, event: Moved) -> None:
+        """Mark the one object."""
+        self._marker.on_moved(event)
 
     def line(self, event: Event) -> bytes:
         """These answers are not streamed."""
@@ -127,6 +145,11 @@ class EmbedForm:
 
     def whole(self, _deltas: list[Delta], vectors: list[Vector], finish: Finish) -> Any:
         """The vectors in the order of their inputs."""
+        shown = self._shown(vectors, finish)
+        self._marker.mark_last(shown)
+        return shown
+
+    def _shown(self, vectors: list[Vector], finish: Finish) -> dict[str, Any]:
         rows = [floats(vector.values) for vector in sorted(vectors, key=lambda vector: vector.index)]
         if self._legacy:
             return {"embedding": rows[0] if rows else []}

@@ -15,6 +15,7 @@ from starlette.routing import Route as HttpRoute
 from meshmax.api import ollama_models, openai_words
 from meshmax.api.bodies import PROMPT_BODY_BYTES, read_words
 from meshmax.api.exchange import Form, PromptReply
+from meshmax.api.moved import Marker
 from meshmax.api.ollama_routes import EmbedForm, floats
 from meshmax.api.ollama_words import join
 from meshmax.api.openai_words import (
@@ -29,7 +30,7 @@ from meshmax.api.replies import error_body, json_reply
 from meshmax.api.table import route
 from meshmax.base.catalog import CatalogEntry
 from meshmax.base.errors import InvalidName, InvalidRequest, MeshmaxError
-from meshmax.base.inference import Delta, Event, Finish, InferRequest, Vector
+from meshmax.base.inference import Delta, Event, Finish, InferRequest, Moved, Vector
 from meshmax.base.names import DEFAULT_NAMESPACE, parse_name
 
 EVENT_STREAM = "text/event-stream"
@@ -44,14 +45,23 @@ class CompletionForm:
     def __init__(self, writer: ChatWriter | CompletionWriter, include_usage: bool) -> None:
         self._writer = writer
         self._include_usage = include_usage
+        self._marker = Marker()
+
+    def on_moved(self, event: Moved) -> None:
+        """Mark the next chunk and the last."""
+        self._marker.on_moved(event)
 
     def line(self, event: Event) -> bytes:
         """One ``data:`` line a chunk; ``[DONE]`` after the last."""
         if isinstance(event, Vector):
             return b""
         if isinstance(event, Finish):
-            return _data(self._writer.last_chunks(event, self._include_usage)) + b"data: [DONE]\n\n"
-        return _data(self._writer.chunks(event))
+            chunks = self._writer.last_chunks(event, self._include_usage)
+            self._marker.mark_last(chunks[-1])
+            return _data(chunks) + b"data: [DONE]\n\n"
+        chunks = self._writer.chunks(event)
+        self._marker.mark_next(chunks[0])
+        return _data(chunks)
 
     def failure(self, error: MeshmaxError) -> bytes:
         """The event that ends a broken stream."""
@@ -59,7 +69,9 @@ class CompletionForm:
 
     def whole(self, deltas: list[Delta], _vectors: list[Vector], finish: Finish) -> Any:
         """The texts joined."""
-        return self._writer.whole(join(deltas), finish)
+        shown = self._writer.whole(join(deltas), finish)
+        self._marker.mark_last(shown)
+        return shown
 
 
 class VectorForm(EmbedForm):
@@ -69,8 +81,7 @@ class VectorForm(EmbedForm):
         super().__init__(model, legacy=False)
         self._packed = packed
 
-    def whole(self, _deltas: list[Delta], vectors: list[Vector], finish: Finish) -> Any:
-        """The vectors in the order of their inputs."""
+    def _shown(self, vectors: list[Vector], finish: Finish) -> dict[str, Any]:
         data = [
             {
                 "object": "embedding",

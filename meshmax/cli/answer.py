@@ -114,4 +114,7 @@ def timings(final: Mapping[str, Any], headers: Mapping[str, str]) -> str:
     for name, header in (("answered by", "x-meshmax-peer"), ("route", "x-meshmax-route"), ("request", "x-request-id")):
         if text := headers.get(header):
             lines.append((name, printable(text)))
+    if moved := final.get("meshmax"):
+        unsure = "" if moved.get("exact", True) else ", in other words perhaps than the first peer would have used"
+        lines.append(("continued by", printable(str(moved.get("peer"))) + unsure))
     return "\n".join(f"{name + ':':<21} {text}" for name, text in lines)

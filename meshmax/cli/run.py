@@ -129,7 +129,10 @@ def _print_json(client: PeerClient, model: str, prompt: str, settings: dict[str,
     ) as answer:
         value = next(answer.lines(), {})
         peer, route = (answer.headers.get(f"x-meshmax-{word}") for word in ("peer", "route"))
-    emit_json({**value, "meshmax": {"peer": peer, "route": route}})
+    told = {"peer": peer, "route": route}
+    if moved := value.get("meshmax"):
+        told |= {"continued_by": moved["peer"], "exact": moved.get("exact", True)}
+    emit_json({**value, "meshmax": told})
 
 
 def _print_embedding(client: PeerClient, model: str, text: str | None, settings: dict[str, Any]) -> None:

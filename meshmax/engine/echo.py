@@ -138,7 +138,8 @@ class EchoModel:
         prompt_words = _words(_prompt(request))
         context: tuple[int, ...] = ()
         if isinstance(request, GenerateRequest) and not request.raw:
-            context = (*request.context, *map(_token_id, prompt_words), *map(_token_id, words))
+            said = request.said.text if request.said else ""
+            context = (*request.context, *map(_token_id, prompt_words), *map(_token_id, _words(said + "".join(words))))
         yield Finish(reason, len(prompt_words), len(words), took_s, output_s=took_s, context=context)
 
     async def _vectors(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:

@@ -20,7 +20,7 @@ from meshmax.base.drain import DrainView
 from meshmax.base.errors import BlobNotFound, MeshmaxError, ModelNotFound, NoProviders, NotAMember, NotFound
 from meshmax.base.events import BlobProgress, Transfer
 from meshmax.base.ids import PeerId, Sha256, peer_id_of
-from meshmax.base.inference import Ask, Event
+from meshmax.base.inference import Ask, Event, Moved, RoutedEvent
 from meshmax.base.membership import OPEN_MESH, SCOPES, MemberView, MeshId, MeshView, Scope, Ticket
 from meshmax.base.model import Haves, Layer, Manifest, ModelDetails, StoredModel
 from meshmax.base.names import parse_name, split_digest
@@ -207,12 +207,16 @@ class FakeDistribution:
 
 
 class FakeRouter:
-    """Answers with our own residency, or fails: ``refuse`` before the first event, ``break_after`` events with ``error``."""
+    """Answers with our own residency, or fails: ``refuse`` before the first event, ``break_after`` events with ``error``.
+
+    ``moves``: before the event of that number another peer goes on.
+    """
 
     def __init__(self, residency: ModelResidency) -> None:
         self._residency = residency
         self.refuse: MeshmaxError | None = None
         self.break_after: tuple[int, MeshmaxError] | None = None
+        self.moves: dict[int, Moved] = {}
         self.asks: list[Ask] = []
         self.wishes: list[Wishes] = []
         self.open = 0
@@ -233,9 +237,11 @@ class FakeRouter:
         finally:
             self.open -= 1
 
-    async def _broken(self, events: AsyncIterator[Event]) -> AsyncGenerator[Event, None]:
+    async def _broken(self, events: AsyncIterator[Event]) -> AsyncGenerator[RoutedEvent, None]:
         count = 0
         async for event in events:
+            if count in self.moves:
+                yield self.moves[count]
             if self.break_after and count == self.break_after[0]:
                 raise self.break_after[1]
             count += 1

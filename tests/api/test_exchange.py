@@ -31,10 +31,10 @@ async def test_an_answer_too_long_for_one_object_says_how_to_ask_whatever_makes_
     monkeypatch.setattr(exchange, "MAX_WHOLE_BYTES", 100)
     async with aclosing(played(event, event, event, Finish())) as events:
         with pytest.raises(EngineError, match=what):
-            await exchange._collect(events)
+            await exchange._collect(events, lambda _moved: None)
 
 
 async def test_an_answer_without_an_end_is_an_error() -> None:
     async with aclosing(played(Delta("x"))) as events:
         with pytest.raises(EngineError, match="ended before"):
-            await exchange._collect(events)
+            await exchange._collect(events, lambda _moved: None)

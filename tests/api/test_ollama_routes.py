@@ -11,6 +11,7 @@ import trio
 from meshmax.api.app import make_app
 from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, NoProviders, PeerGone
 from meshmax.base.events import Transfer
+from meshmax.base.inference import Moved
 from tests.api.fake_node import BLOB, DIGEST, OURS, THEIRS, details, entry
 
 CREATED = "2025-10-26T17:15:24.097767Z"
@@ -43,6 +44,31 @@ async def test_a_stream_has_a_line_for_each_token_and_tells_who_served_it(client
     assert last["eval_duration"] > 0
     assert reply.headers["x-meshmax-peer"] == OURS
     assert reply.headers["x-meshmax-route"] == "only candidate??"
+
+
+async def test_a_stream_that_moved_says_so_in_the_next_line_and_the_last(client: httpx.AsyncClient, node: Any) -> None:
+    node.router.moves = {1: Moved(THEIRS)}
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "one two three"})
+    mark = {"peer": THEIRS, "continued": True}
+    assert [line.get("meshmax") for line in lines(reply)] == [None, mark, None, mark]
+    assert "".join(line["response"] for line in lines(reply)) == "one two three"
+    assert reply.headers["x-meshmax-peer"] == OURS
+    body = {"model": "echo", "messages": [{"role": "user", "content": "a b"}], "stream": False}
+    assert (await client.post("/api/chat", json=body)).json()["meshmax"] == mark
+
+
+async def test_what_may_differ_is_said_to_be_inexact_to_the_end(client: httpx.AsyncClient, node: Any) -> None:
+    node.router.moves = {1: Moved(THEIRS, exact=False), 2: Moved(OURS)}
+    reply = await client.post("/api/generate", json={"model": "echo", "prompt": "one two three"})
+    inexact = {"peer": THEIRS, "continued": True, "exact": False}
+    exact = {"peer": OURS, "continued": True}
+    assert [line.get("meshmax") for line in lines(reply)] == [None, inexact, exact, exact | {"exact": False}]
+
+
+async def test_vectors_that_came_from_two_peers_say_so(client: httpx.AsyncClient, node: Any) -> None:
+    node.router.moves = {1: Moved(THEIRS)}
+    reply = await client.post("/api/embed", json={"model": "echo", "input": ["a", "b"]})
+    assert reply.json()["meshmax"] == {"peer": THEIRS, "continued": True}
 
 
 async def test_without_stream_there_is_one_object(client: httpx.AsyncClient) -> None:

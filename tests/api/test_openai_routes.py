@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from meshmax.base.errors import EngineCrashed
-from tests.api.fake_node import OURS
+from meshmax.base.inference import Moved
+from tests.api.fake_node import OURS, THEIRS
 
 MESSAGES = [{"role": "user", "content": "a b"}]
 
@@ -48,6 +49,19 @@ async def test_a_chat_streams_chunks_and_ends_with_done(client: httpx.AsyncClien
     assert chunks[3]["choices"] == []
     assert chunks[3]["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
     assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+@pytest.mark.parametrize("usage", [False, True])
+async def test_a_chat_that_moved_says_so_in_the_next_chunk_and_the_last(
+    client: httpx.AsyncClient, node: Any, usage: bool
+) -> None:
+    node.router.moves = {1: Moved(THEIRS, exact=False)}
+    body = {"model": "echo", "messages": MESSAGES, "stream": True, "stream_options": {"include_usage": usage}}
+    *chunks, _ = events(await client.post("/v1/chat/completions", json=body))
+    mark = {"peer": THEIRS, "continued": True, "exact": False}
+    assert [chunk.get("meshmax") for chunk in chunks] == [None, mark, *[None] * usage, mark]
+    whole = (await client.post("/v1/chat/completions", json={"model": "echo", "messages": MESSAGES})).json()
+    assert whole["meshmax"] == mark
 
 
 async def test_a_chat_without_stream_is_one_object(client: httpx.AsyncClient) -> None:

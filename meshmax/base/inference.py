@@ -18,6 +18,7 @@ MAX_MESSAGES: Final = 4096
 MAX_INPUTS: Final = 2048  # texts of one embedding request, as OpenAI's limit
 MAX_STOP: Final = 64
 MAX_PROMPT_BYTES: Final = 16 << 20  # text and images of one request
+MAX_SAID_CHARACTERS: Final = 1 << 20  # of an answer that another peer goes on with; some 250,000 tokens, hours of work
 
 Role = Literal["system", "user", "assistant", "tool"]
 DoneReason = Literal["stop", "length", "load", "unload", "tool_calls"]

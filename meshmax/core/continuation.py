@@ -16,6 +16,7 @@ import msgspec
 
 from meshmax.base.errors import EngineError
 from meshmax.base.inference import (
+    MAX_SAID_CHARACTERS,
     Delta,
     EmbedRequest,
     Event,
@@ -25,8 +26,6 @@ from meshmax.base.inference import (
     Said,
     ToolCall,
 )
-
-MAX_SAID_CHARACTERS: Final = 1 << 20  # of one answer; some 250,000 tokens, hours of any engine's work
 
 Mode = Literal["anew", "prefix", "replay", "finish"]
 

@@ -21,6 +21,7 @@ from meshmax.base.inference import (
     MAX_INPUTS,
     MAX_MESSAGES,
     MAX_PROMPT_BYTES,
+    MAX_SAID_CHARACTERS,
     MAX_STOP,
     Ask,
     Delta,
@@ -29,6 +30,7 @@ from meshmax.base.inference import (
     Finish,
     GenerateRequest,
     InferRequest,
+    Said,
     Vector,
 )
 from meshmax.base.names import MAX_NAME
@@ -37,7 +39,8 @@ from meshmax.wire.failure import Failure
 from meshmax.wire.frames import Codec
 
 PART_BYTES: Final = 512 * KIB  # half a frame, so that a slow link shows progress between two parts
-MAX_ASK_BYTES: Final = MAX_PROMPT_BYTES + MIB  # the texts and images, and the fields around them
+# The texts and images, what was said already (a character has up to 4 bytes), and the fields around them.
+MAX_ASK_BYTES: Final = MAX_PROMPT_BYTES + 4 * MAX_SAID_CHARACTERS + MIB
 MAX_EVENTS: Final = 256  # of one frame; what an engine makes while a frame is under way is far less
 MAX_REQUEST_ID: Final = 128  # characters
 MAX_VECTOR_BYTES: Final = 256 * KIB  # 65536 dimensions; the largest models in use have 8192
@@ -135,6 +138,7 @@ def check_ask(ask: Ask) -> None:
         f"a request id has 1 to {MAX_REQUEST_ID} printable ASCII characters",
     )
     _require(ask.keep_alive_s is None or math.isfinite(ask.keep_alive_s), "keep_alive is not a finite number")
+    _require(ask.priority in ("interactive", "batch"), "a priority is interactive or batch")
     request = ask.request
     _check_options(request)
     size = _check_shape(request)
@@ -159,6 +163,8 @@ def _check_shape(request: InferRequest) -> int:
         _require(len(request.inputs) <= MAX_INPUTS, f"at most {MAX_INPUTS} inputs are taken at once")
         return size + sum(map(len, request.inputs))
     check_json(request.format)
+    if request.said is not None:
+        _check_said(request.said)
     if isinstance(request, GenerateRequest):
         size += len(request.prompt) + len(request.suffix) + len(request.system or "") + len(request.template or "")
         return size + sum(map(len, request.images))
@@ -170,6 +176,12 @@ def _check_shape(request: InferRequest) -> int:
         for call in message.tool_calls:
             check_json(call.arguments)
     return size
+
+
+def _check_said(said: Said) -> None:
+    length = len(said.text) + len(said.thinking)
+    _require(length <= MAX_SAID_CHARACTERS, f"what was said already has at most {MAX_SAID_CHARACTERS} characters")
+    _require(0 <= said.tokens <= 1 << 32, "the count of tokens said already is out of bounds")
 
 
 def check_json(value: Any) -> None:

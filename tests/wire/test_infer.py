@@ -14,6 +14,7 @@ from meshmax.base.inference import (
     MAX_INPUTS,
     MAX_MESSAGES,
     MAX_PROMPT_BYTES,
+    MAX_SAID_CHARACTERS,
     MAX_STOP,
     Ask,
     ChatRequest,
@@ -25,6 +26,7 @@ from meshmax.base.inference import (
     InferRequest,
     Message,
     Options,
+    Said,
     ToolCall,
     Vector,
 )
@@ -84,6 +86,8 @@ REQUESTS: list[InferRequest] = [
     GenerateRequest("hi", context=(1, 2)),
     CHAT,
     EmbedRequest(("a", "b")),
+    GenerateRequest("hi", said=Said("ho\n", tokens=2)),
+    ChatRequest((Message("user", "hi"),), said=Said("", "hm", 1)),
 ]
 
 
@@ -101,12 +105,18 @@ def test_a_large_request_goes_in_parts_that_fit_frames() -> None:
     assert assembled(parts) == sent
 
 
+def test_the_longest_prompt_can_be_gone_on_with_after_the_longest_text() -> None:
+    said = Said("\U0001f98a" * MAX_SAID_CHARACTERS, tokens=1 << 20)
+    sent = ask(GenerateRequest("x" * MAX_PROMPT_BYTES, said=said))
+    assert assembled(list(ask_parts(sent))) == sent
+
+
 def test_the_bytes_are_what_they_always_were() -> None:
     (part,) = ask_parts(ask(GenerateRequest("hi", options=Options(seed=7))))
     assert part.data.hex() == (
-        "85aa726571756573745f6964a469642d31a6646967657374d940" + b"ab".hex() * 32 + "a46e616d65a16d"
+        "86aa726571756573745f6964a469642d31a6646967657374d940" + b"ab".hex() * 32 + "a46e616d65a16d"
         "a77265717565737483a474797065a867656e6572617465a670726f6d7074a26869a76f7074696f6e73de0001a47365656407"
-        "ac6b6565705f616c6976655f73c0"
+        "ac6b6565705f616c6976655f73c0a87072696f72697479ab696e746572616374697665"
     )
     assert ASK_PART.encode(AskPart(b"x", True)).hex() == "0000001883a474797065a361736ba464617461c40178a46c617374c3"
     assert REPLY.encode(Accepted()).hex() == "0000000f81a474797065a86163636570746564"
@@ -138,6 +148,10 @@ BAD: dict[str, Ask] = {
     "too many stop words": ask(GenerateRequest(options=Options(stop=("",) * (MAX_STOP + 1)))),
     "a prompt that is too long": ask(GenerateRequest("x" * (MAX_PROMPT_BYTES + 1))),
     "images that are too large": ask(ChatRequest((Message("user", images=(b"x" * (8 << 20),) * 3),))),
+    "said more than an answer has": ask(GenerateRequest(said=Said("x" * MAX_SAID_CHARACTERS, "y"))),
+    "less than nothing said": ask(ChatRequest(said=Said("x", tokens=-1))),
+    "more tokens said than there are": ask(ChatRequest(said=Said("x", tokens=1 << 40))),
+    "an unknown priority": ask(GenerateRequest(), priority="soon"),
     "a temperature that is no number": ask(GenerateRequest(options=Options(temperature=math.nan))),
     "a schema with bytes": ask(GenerateRequest(format={"a": b"x"})),
     "a schema with infinity": ask(GenerateRequest(format={"a": math.inf})),

@@ -1,9 +1,8 @@
 """The lines of one streamed reply on their way to its client: joined where they come faster than they leave.
 
 Rules: the first line leaves at once, and so does what `flush` follows. What comes while a write is under way leaves with the
-next one. A node with many streams open writes to each of them less often, since a write costs more than what is in it: with
-more than FEW streams a pause of PACE_S for each of them lies between two writes, MAX_PAUSE_S at most, which nobody sees. A
-client that does not read holds the answer up at MAX_WAITING_BYTES. Not here: what lines look like.
+next one; a node with many streams open writes to each of them less often (core.write_pace). A client that does not read holds
+the answer up at MAX_WAITING_BYTES. Not here: what lines look like.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from typing import Final
 import trio
 from starlette.types import Send
 
+from meshmax.core.write_pace import pause_s
+
 MAX_WAITING_BYTES: Final = 65536  # that wait for a slow client, and so of one write
-FEW: Final = 16  # streams, each of which writes whenever it has something
-PACE_S: Final = 0.001  # a stream: 1000 writes a second in all take a fifth of a core
-MAX_PAUSE_S: Final = 0.05  # 20 writes a second and stream: a person reads on without seeing steps
 
 
 class Lines:
@@ -66,11 +64,11 @@ class Lines:
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
             if self._ended:
                 self._news.set()
-            elif (streams := self._streams()) > FEW:
-                await self._pause(min(PACE_S * streams, MAX_PAUSE_S))
+            elif pause := pause_s(self._streams()):
+                await self._pause(pause)
 
-    async def _pause(self, pause_s: float) -> None:
-        with trio.move_on_after(pause_s):
+    async def _pause(self, pause: float) -> None:
+        with trio.move_on_after(pause):
             await self._hurry.wait()
         if not self._ended:
             self._hurry = trio.Event()

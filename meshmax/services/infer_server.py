@@ -1,10 +1,10 @@
 """Serves /meshmax/infer/1.0.0 from this node's Residency: the model must be here, others are not asked.
 
 A request lives as long as its stream: the moment the requester closes or resets it, says another word, or is lost, the
-work is cancelled and the engine stops. Three tasks a request, in one nursery: one makes events, one sends them
-(those that are ready together in one frame, a KeepAlive when there are none), one watches the requester. While a request
-comes in, it is bounded here: how many of them, and the bytes that requests hold, in all and per peer. Once it is whole, the
-Residency alone says whether it may wait; in both cases the answer is Busy if not.
+work is cancelled and the engine stops. Three tasks a request, in one nursery: one makes events, one sends them (those that
+are ready together in one frame, with many answers those of a moment; a KeepAlive when there are none), one watches the
+requester. While a request comes in, it is bounded here: how many of them, and the bytes that requests hold, in all and per
+peer. Once it is whole, the Residency alone says whether it may wait; in both cases the answer is Busy if not.
 
 How a model is loaded here (num_ctx, num_gpu, num_thread) is for this node's own requests, its configuration and the model
 to say: a peer's words on it are passed over, and its request is answered with what there is. Neither prompts nor answers
@@ -13,6 +13,7 @@ are logged. Not here: queues and slots of a model (services.residency).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -24,9 +25,10 @@ import trio
 
 from meshmax.base.errors import Busy, LocalProtocolError, MeshmaxError, PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
-from meshmax.base.inference import Ask, Event
+from meshmax.base.inference import Ask, Event, Finish
 from meshmax.base.units import MIB
 from meshmax.core.pace import keep_alive_s
+from meshmax.core.write_pace import pause_s
 from meshmax.ports import Residency, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.telemetry.log import get_logger
@@ -190,9 +192,11 @@ class _Exchange:
 
     async def _send_all(self, ready: trio.MemoryReceiveChannel[Event | Failure]) -> None:
         told_s = trio.current_time()  # the last word that was no KeepAlive
-        while (batch := await _next_batch(ready, keep_alive_s(trio.current_time() - told_s))) is not None:
+        next_s = -math.inf  # before then it waits for what may come with it
+        while (batch := await _next_batch(ready, keep_alive_s(trio.current_time() - told_s), next_s)) is not None:
             if batch:
                 told_s = trio.current_time()
+                next_s = told_s + pause_s(self._residency.load().running)
             try:
                 sendable = _encode(batch)
             except LocalProtocolError as error:  # an event that no frame can carry
@@ -203,13 +207,17 @@ class _Exchange:
 
 
 async def _next_batch(
-    ready: trio.MemoryReceiveChannel[Event | Failure], patience_s: float
+    ready: trio.MemoryReceiveChannel[Event | Failure], patience_s: float, next_s: float
 ) -> list[Event | Failure] | None:
-    """What is ready, [] if nothing was for ``patience_s``, None at the end."""
+    """What is ready, and what comes before ``next_s``; [] if nothing was for ``patience_s``, None at the end."""
     batch: list[Event | Failure] = []
     try:
         with trio.move_on_after(patience_s):
             batch.append(await ready.receive())
+        if batch and next_s > trio.current_time():
+            with trio.move_on_at(next_s):
+                while len(batch) < MAX_EVENTS and not isinstance(batch[-1], Finish | Failure):
+                    batch.append(await ready.receive())
         while batch and len(batch) < MAX_EVENTS:
             batch.append(ready.receive_nowait())
     except trio.WouldBlock:

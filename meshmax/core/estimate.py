@@ -2,9 +2,9 @@
 
 Rules: our own measurements decide; what a peer says of itself counts until we have measured it, and within bounds; a
 default stands in where nobody knows. A figure that was measured long ago fades into what the peer says, its weight halved
-every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as we did there lately. Tokens of
-the prompt that the peer holds from before need not be read again. What an answer costs beside others grows with how many
-those are. Pure: no state, no clock. Not here: measuring (core.measurements), what follows from it (core.policies).
+every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as we did there lately, if not
+longer. Tokens of the prompt that the peer holds from before need not be read again. What an answer costs beside others grows
+with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements), what follows (core.policies).
 """
 
 from __future__ import annotations
@@ -85,12 +85,13 @@ def estimate(contender: Contender, work: Work, device: Device) -> Estimate:
     fixed_s = trust * (figures.first_token_s or 0.0)
     ahead, capacity = ahead_of(load), max(load.capacity, 1)
     output_s = work.output_tokens / decode * (1 + SHARE[device] * min(ahead, capacity - 1))
-    places, turn_s = ahead - capacity + 1, figures.turn_s
-    if places > 0 and turn_s is None:
-        turn_s = fixed_s + min(unread, LONG_PROMPT) / prefill + output_s  # if all take as long as ours
+    places = max(0, ahead - capacity + 1)
+    turn_s = fixed_s + min(unread, LONG_PROMPT) / prefill + output_s  # if all take as long as ours
+    if figures.turn_s is not None:
+        turn_s = max(turn_s, figures.turn_s)  # who looks for the shortest queue finds the most underrated one
     return Estimate(
         rtt_of(contender),
-        places * turn_s / capacity if places > 0 and turn_s is not None else 0.0,
+        places * turn_s / capacity,
         0.0 if model.state == "loaded" else _load_s(contender, size, device, trust),
         fixed_s + unread / prefill,
         output_s,

@@ -78,7 +78,7 @@ def _describe(judged: Judged) -> str:
     where = "GPU" if judged.device == "gpu" else "CPU"
     state = f"loaded on {where}" if model.state == "loaded" else f"on disk beside a {where}"
     if judged.device != model.device:
-        state = "on disk and too large for what is free on the GPU"
+        state = "on disk, too large for its GPU"
     if contender.prefix_tokens and model.state == "loaded":
         state += f" with {contender.prefix_tokens} tokens of the prompt read"
     away = "here" if view.state == "self" else f"{rtt_of(contender) * 1000:.1f} ms away ({view.path})"

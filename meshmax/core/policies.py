@@ -29,10 +29,10 @@ from meshmax.core.contender import Contender
 from meshmax.core.estimate import ahead_of
 
 TIER_MARGIN: Final = (
-    0.5  # a better tier may be estimated this much slower: estimates of a CPU under load are that far off
+    0.05  # a better tier may be estimated this much slower; scripts/bench_routing shows what more would cost
 )
-TIER_MARGIN_S: Final = 0.05  # and this much in any case: shares of very short answers mean nothing
-STICKY: Final = 0.15  # discount of the previous choice; under it two measurements of one peer differ by chance
+TIER_MARGIN_S: Final = 0.02  # and this much in any case: shares of very short answers mean nothing
+STICKY: Final = 0.1  # discount of the previous choice: means of measurements of one peer differ by less, by chance
 GOLDEN: Final = 0.6180339887498949  # steps of it (modulo 1) fill the unit interval more evenly than any other
 NO_WEIGHTS: Final[Mapping[str, float]] = {}
 

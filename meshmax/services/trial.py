@@ -26,6 +26,7 @@ from meshmax.base.errors import (
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_load_only
 from meshmax.core.contender import Contender
+from meshmax.core.estimate import ahead_of
 from meshmax.core.hedging import FirstTokens
 from meshmax.core.measurements import MIN_LOAD_S, Measurements
 from meshmax.core.outstanding import Outstanding
@@ -164,14 +165,21 @@ class Trial:
             measured.on_answer(model.digest, finish.output_tokens, now)
         # Vectors come as each text is read, so the prompt is read when the last one is there.
         embeds = isinstance(self._ask.request, EmbedRequest)
-        if model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds):
+        waited_s = self._first_event_s + (span_s if embeds else 0.0)
+        prompt_s = 0.0 if embeds else min(finish.prompt_s, waited_s)
+        if prompt_s > 0:
+            queued_s = waited_s - (measured.rtt_s(self._peer) or 0.0) - load_s - prompt_s
+            measured.on_wait(self._peer, queued_s, self._contender.load, now)
+        idle = model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds)
+        if prompt_s > 0 or idle:
             measured.on_first_token(
                 self._peer,
                 model.digest,
                 model.device,
-                waited_s=self._first_event_s + (span_s if embeds else 0.0),
+                waited_s=waited_s,
                 prompt_tokens=finish.prompt_tokens - finish.cached_tokens,
                 now=now,
+                prompt_s=prompt_s,
             )
         measured.on_finish(
             self._peer,
@@ -181,6 +189,7 @@ class Trial:
             span_s=span_s,
             load_s=load_s,
             now=now,
+            beside=min(ahead_of(self._contender.load), max(self._contender.load.capacity, 1) - 1),
         )
 
     @property

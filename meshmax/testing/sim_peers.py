@@ -96,6 +96,7 @@ class SimPeer:
         "_slow_until",
         "_state",
         "_up_since",
+        "busy_s",
         "hardware",
         "held",
         "loaded",
@@ -112,6 +113,7 @@ class SimPeer:
         self._state, self._slow_until = 0.0, -1
         self._regime, self._regime_until, self._next_s = 0.0, 0.0, 0.0
         self._outages, self._up_since = 0, 0.0
+        self.busy_s = 0.0  # of all slots
         self._slots = [0.0] * hardware.capacity
         self._arrivals: list[float] = []
         self._ends: list[float] = []
@@ -246,7 +248,8 @@ class SimPeer:
                 del self.held[key]
 
     def _occupy(self, now: float, end: float) -> None:
-        heapq.heapreplace(self._slots, end)
+        free = heapq.heapreplace(self._slots, end)
+        self.busy_s += end - max(now, free)
         self._arrivals.append(now)
         insort(self._ends, end)
         if len(self._arrivals) > 2 * REMEMBERED:

@@ -1,47 +1,51 @@
-"""Who may be asked, by its status and the standing of its breakers."""
+"""Who may be asked at all."""
+
+from typing import Any
 
 import pytest
 
-from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
-from meshmax.core.breaker import CLOSED, Standing
-from meshmax.core.contender import Contender
+from meshmax.base.route import Verdict
+from meshmax.core.breaker import Standing
 from meshmax.core.eligibility import is_resting, kept_out
+from tests.core.contenders import BUSY, FAILED, GPU, HALF_OPEN, peer
 
-PEER, MODEL = PeerId("p"), Sha256("ab" * 32)
+PROBED = Standing("open", 30.0, "peer_gone", 2, probing=True)
+QUOTA = Standing("open", 30.0, "quota_exceeded")
+DRAINS = Standing("open", 30.0, "draining")
+
+CASES: list[tuple[str, dict[str, Any], tuple[Verdict, str] | None]] = [
+    ("a sound peer may be asked", {}, None),
+    ("ourselves, too", {"peer_state": "self"}, None),
+    ("one that is not connected is not", {"peer_state": "offline"}, ("excluded", "not connected")),
+    ("nor one of which nothing is known", {"silent": True}, ("excluded", "not connected")),
+    ("nor one that drains by its state", {"peer_state": "draining"}, ("draining", "draining")),
+    ("nor by its status", {"draining": True}, ("draining", "draining")),
+    ("nor one with a part of the model", {"state": "partial"}, ("excluded", "has only a part of it")),
+    ("nor one that failed", {"standing": FAILED}, ("broken", "failed lately (engine_crashed)")),
+    ("the first one after its time is up may be", {"standing": HALF_OPEN}, None),
+    (
+        "the next is not, until that one is back",
+        {"standing": PROBED},
+        ("broken", "failed lately (peer_gone), and one request is finding out whether it works again"),
+    ),
+    ("nor one that said it is busy", {"standing": BUSY}, ("busy", "said it is busy")),
+    ("nor one that turned a request away as it drains", {"standing": DRAINS}, ("busy", "takes nothing now (draining)")),
+    ("nor one whose queue is full", {"running": 4, "queued": 8, "limit": 8}, ("full", "its queue is full")),
+    ("a queue that is not full is one", {"running": 4, "queued": 7, "limit": 8}, None),
+    ("those who wait for another model do not count", {"running": 3, "queued": 8, "limit": 8}, None),
+    ("nor is one whose quota is used up", {"standing": QUOTA}, ("busy", "takes nothing now (quota_exceeded)")),
+    ("a limit that is not told is none", {"running": 4, "queued": 900}, None),
+    ("one that drains and failed drains", {"draining": True, "standing": FAILED}, ("draining", "draining")),
+]  # fmt: skip
 
 
-def contender(standing: Standing = CLOSED, load: Load | None = None) -> Contender:
-    view = PeerView(PEER, "online", "direct", PeerStatus(PEER, 1, 1, "desk", "0"))
-    return Contender(view, ModelPresence(MODEL, ("m",), "loaded", 1), load or Load(), standing=standing)
+@pytest.mark.parametrize(("how", "expected"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_who_may_be_asked(how: dict[str, Any], expected: tuple[Verdict, str] | None) -> None:
+    assert kept_out(peer("a", **{**GPU, **how})) == expected
 
 
-@pytest.mark.parametrize(
-    ("standing", "verdict"),
-    [
-        (CLOSED, None),
-        (Standing("half-open", 1.0, "connect", 1), None),
-        (Standing("open", 9.0, "connect", 1), "broken"),
-        (Standing("open", 9.0, "connect", 1, probing=True), "broken"),
-        (Standing("open", 9.0, "busy"), "busy"),
-        (Standing("open", 9.0, "quota_exceeded"), "busy"),
-    ],
-)
-def test_a_peer_is_kept_out_while_a_circuit_is_open(standing: Standing, verdict: str | None) -> None:
-    kept = kept_out(contender(standing))
-    assert (kept[0] if kept else None) == verdict
-    assert kept is None or is_resting(kept[0])
-
-
-@pytest.mark.parametrize(
-    ("load", "verdict"),
-    [
-        (Load(4, 8, 4, limit=8), "full"),
-        (Load(4, 7, 4, limit=8), None),
-        (Load(3, 8, 4, limit=8), None),  # they wait for another model
-        (Load(4, 99, 4), None),  # it does not say
-    ],
-)
-def test_a_peer_whose_queue_is_full_by_its_own_word_is_not_asked(load: Load, verdict: str | None) -> None:
-    kept = kept_out(contender(load=load))
-    assert (kept[0] if kept else None) == verdict
+def test_what_passes_with_time_is_told_from_what_does_not() -> None:
+    assert [verdict for verdict in ("busy", "broken", "draining", "excluded") if is_resting(verdict)] == [
+        "busy",
+        "broken",
+    ]

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from meshmax.base.ids import PeerId, Sha256
+from meshmax.base.status import Load
 from meshmax.core import measurements
 from meshmax.core.measurements import Figures, Measurements, Setback
 
@@ -98,3 +99,44 @@ def test_how_long_answers_are_is_learned_for_each_model() -> None:
     measured.on_answer(OTHER, 10**9, 0.0)
     assert measured.answer_tokens(MODEL) == 8
     assert measured.answer_tokens(OTHER) == measurements.MAX_ANSWER_TOKENS
+
+
+def test_what_the_peer_says_of_reading_is_believed_within_what_we_waited() -> None:
+    measured = Measurements()
+    measured.on_first_token(A, MODEL, "gpu", waited_s=4.0, prompt_tokens=1000, now=1.0, prompt_s=2.0)
+    assert measured.figures(A, MODEL, "gpu", 1.0).prefill_per_s == pytest.approx(500)
+    measured.on_first_token(B, MODEL, "gpu", waited_s=4.0, prompt_tokens=1000, now=1.0, prompt_s=90.0)
+    assert measured.figures(B, MODEL, "gpu", 1.0).prefill_per_s == pytest.approx(250)
+
+
+def test_the_fixed_cost_of_an_answer_is_no_part_of_the_prefill_rate() -> None:
+    measured = Measurements()
+    measured.on_first_token(A, MODEL, "gpu", waited_s=0.5, prompt_tokens=3, now=1.0)
+    measured.on_first_token(A, MODEL, "gpu", waited_s=1.5, prompt_tokens=1000, now=1.0)
+    assert measured.figures(A, MODEL, "gpu", 1.0).prefill_per_s == pytest.approx(1000)
+
+
+def test_long_prompts_say_more_of_the_prefill_rate_than_short_ones() -> None:
+    measured = Measurements()
+    for _ in range(20):
+        measured.on_first_token(A, MODEL, "gpu", waited_s=0.2, prompt_tokens=100, now=1.0)
+        measured.on_first_token(A, MODEL, "gpu", waited_s=2.0, prompt_tokens=4000, now=1.0)
+    rate = measured.figures(A, MODEL, "gpu", 1.0).prefill_per_s
+    assert rate is not None
+    assert 1700 < rate < 2000
+
+
+def test_the_decode_rate_is_that_of_a_peer_without_others_beside_us() -> None:
+    measured = Measurements()
+    measured.on_finish(A, MODEL, "cpu", tokens=100, span_s=10.0, load_s=0.0, now=1.0, beside=2)
+    assert measured.figures(A, MODEL, "cpu", 1.0).decode_per_s == pytest.approx(20)
+
+
+def test_what_a_place_in_the_queue_costs_is_learnt_where_there_was_one() -> None:
+    measured = Measurements()
+    measured.on_wait(A, 9.0, Load(2, 1, 4), 0.0)
+    assert measured.figures(A, MODEL, "cpu", 0.0).turn_s is None
+    measured.on_wait(A, 9.0, Load(4, 2, 4), 0.0)
+    assert measured.figures(A, MODEL, "cpu", 1.0).turn_s == pytest.approx(9.0 * 4 / 3)
+    assert measured.figures(A, MODEL, "cpu", 1.0).age_s == math.inf
+    assert measured.figures(A, MODEL, "cpu", measurements.TURN_KEPT_S).turn_s is None

@@ -1,0 +1,82 @@
+"""How long a peer would take: parts that add up, and where each comes from."""
+
+import math
+
+import pytest
+
+from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, InferRequest, Message, Options
+from meshmax.core.estimate import FADE_S, IMAGE_TOKENS, OUTPUT_TOKENS, Work, estimate, expected_work
+from tests.core.contenders import (
+    CHAT,
+    peer,
+    seconds,
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "work"),
+    [
+        (GenerateRequest("x" * 400), Work(100, OUTPUT_TOKENS)),
+        (GenerateRequest("x" * 400, images=(b"1", b"2")), Work(100 + 2 * IMAGE_TOKENS, OUTPUT_TOKENS)),
+        (GenerateRequest("xxxx", options=Options(num_predict=7)), Work(1, 7)),
+        (GenerateRequest("xxxx", options=Options(num_predict=-1)), Work(1, OUTPUT_TOKENS)),
+        (GenerateRequest(), Work(0, 0)),
+        (ChatRequest(), Work(0, 0)),
+        (ChatRequest((Message("user", "x" * 80, images=(b"1",)),)), Work(20 + IMAGE_TOKENS, OUTPUT_TOKENS)),
+        (EmbedRequest(("x" * 40, "x" * 40)), Work(20, 0)),
+    ],
+)
+def test_how_much_work_a_request_is(request_: InferRequest, work: Work) -> None:
+    assert expected_work(request_) == work
+
+
+def test_answers_are_expected_to_be_as_long_as_those_that_were_seen() -> None:
+    assert expected_work(GenerateRequest("xxxx"), 8.2) == Work(1, 9)
+    assert expected_work(GenerateRequest("xxxx", options=Options(num_predict=7)), 300.0) == Work(1, 7)
+    assert expected_work(GenerateRequest("xxxx", options=Options(num_predict=500)), 300.0) == Work(1, 300)
+    assert expected_work(GenerateRequest(), 8.0) == Work(0, 0)
+
+
+def test_estimates_add_up() -> None:
+    contender = peer("a", decode=10.0, prefill=100.0, load_s=3.0, rtt_s=0.5)
+    assert seconds(contender, Work(200, 50)) == pytest.approx(0.5 + 3 + 2 + 5)
+    waiting = peer("a", state="loaded", decode=10.0, prefill=100.0, rtt_s=0.5, running=1, queued=1, capacity=1)
+    assert seconds(waiting, Work(200, 50)) == pytest.approx(0.5 + 2 * 7 + 7)
+
+
+def test_tokens_that_a_peer_holds_need_not_be_read_again() -> None:
+    with_all = peer("a", state="loaded", decode=10.0, prefill=100.0, rtt_s=0.0, held=150)
+    assert estimate(with_all, Work(200, 50), "gpu").prompt_s == pytest.approx(0.5)
+    more = peer("a", state="loaded", decode=10.0, prefill=100.0, held=500)
+    assert estimate(more, Work(200, 50), "gpu").prompt_s == 0
+    unloaded = peer("a", state="disk", decode=10.0, prefill=100.0, held=150)
+    assert estimate(unloaded, Work(200, 50), "gpu").prompt_s == pytest.approx(2)
+
+
+@pytest.mark.parametrize(("age_s", "rate"), [(0.0, 2.0), (FADE_S, 1 / (0.5 / 2 + 0.5 / 8)), (math.inf, 8.0)])
+def test_an_old_figure_fades_into_what_the_peer_says(age_s: float, rate: float) -> None:
+    contender = peer("a", state="loaded", decode=2.0, says_decode=8.0, age_s=age_s)
+    assert estimate(contender, Work(0, 100), "cpu").output_s == pytest.approx(100 / rate)
+
+
+def test_an_old_load_and_an_old_fixed_cost_fade_too() -> None:
+    old = peer("a", state="disk", load_s=100.0, says_load_s=4.0, first_token_s=8.0, age_s=FADE_S)
+    assert estimate(old, Work(0, 0), "cpu").load_s == pytest.approx(52)
+    assert estimate(old, Work(0, 0), "cpu").prompt_s == pytest.approx(4)
+
+
+def test_who_waits_waits_as_long_as_others_did_if_not_longer() -> None:
+    busy = {"state": "loaded", "decode": 10.0, "prefill": 100.0, "running": 2, "queued": 3, "capacity": 2}
+    assert estimate(peer("a", **busy, turn_s=20.0), Work(100, 10), "gpu").queue_s == pytest.approx(4 * 20 / 2)
+    ours = 1 + 1 * 1.1
+    assert estimate(peer("a", **busy, turn_s=0.1), Work(100, 10), "gpu").queue_s == pytest.approx(4 * ours / 2)
+    assert estimate(peer("a", **busy), Work(100, 10), "gpu").queue_s == pytest.approx(4 * ours / 2)
+
+
+def test_a_long_prompt_of_ours_does_not_make_the_queue_longer() -> None:
+    busy = {"state": "loaded", "decode": 10.0, "prefill": 100.0, "running": 1, "capacity": 1}
+    assert estimate(peer("a", **busy), Work(100_000, 10), "gpu").queue_s == pytest.approx(6)
+
+
+def test_the_same_model_runs_faster_on_a_gpu_where_nobody_measured() -> None:
+    assert estimate(peer("a"), CHAT, "gpu").output_s < estimate(peer("a"), CHAT, "cpu").output_s

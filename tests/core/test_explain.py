@@ -1,0 +1,116 @@
+"""The words of a choice: one line of a header, whatever a peer calls itself."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshmax.base.ids import PeerId
+from meshmax.base.status import Gpu
+from meshmax.core.contender import Contender
+from meshmax.core.explain import explain, plain_name
+from meshmax.core.routing import decide
+from tests.core.contenders import (
+    CHAT,
+    CPU,
+    GB,
+    GPU,
+    GPU_DISK,
+    OURS,
+    peer,
+)
+
+
+@pytest.mark.parametrize(
+    ("contenders", "line"),
+    [
+        (
+            [peer("kitchen", **GPU, rtt_s=0.0012), peer("attic", **{**GPU, "decode": 20.0}), peer("hall", **CPU)],
+            "kitchen: loaded on GPU, 1.2 ms away (direct), 0 queued, est 4.37 s; beat 2 others (next: attic, est 12.90 s)",
+        ),
+        (
+            [peer("kitchen", **GPU_DISK, **OURS)],
+            "kitchen: on disk beside a GPU, here, 0 queued, est 6.37 s; nobody else has it ready",
+        ),
+    ],
+)
+def test_the_choice_is_explained_in_a_line(contenders: list[Contender], line: str) -> None:
+    decision = decide(contenders, CHAT)
+    assert explain(decision.candidates, decision.order[0]) == line
+
+
+@pytest.mark.parametrize(
+    ("contenders", "previous", "rule"),
+    [
+        (
+            [
+                peer("a", state="loaded", decode=10.0, prefill=100.0),
+                peer("b", state="loaded", decode=11.0, prefill=100.0),
+            ],
+            "a",
+            "not 10% sooner than the last choice)",
+        ),
+        (
+            [
+                peer("a", state="loaded", device="gpu", decode=10.0, prefill=100.0),
+                peer("b", state="loaded", decode=10.3, prefill=100.0),
+            ],
+            None,
+            "near enough for a GPU to go first)",
+        ),
+        (
+            [
+                peer("a", state="loaded", device="gpu", decode=10.0, prefill=100.0),
+                peer("b", device="gpu", decode=10.3, prefill=100.0, load_s=0.1),
+            ],
+            None,
+            "near enough for a loaded model to go first)",
+        ),
+    ],
+)
+def test_a_choice_that_is_not_the_smallest_estimate_names_the_rule(
+    contenders: list[Contender], previous: str | None, rule: str
+) -> None:
+    decision = decide(contenders, CHAT, PeerId(previous) if previous else None)
+    assert decision.order[0] == "a"
+    assert explain(decision.candidates, decision.order[0]).endswith(rule)
+
+
+def test_the_line_says_for_how_long_an_answer_its_estimate_is() -> None:
+    decision = decide([peer("a", state="loaded", decode=128.0, prefill=200.0, rtt_s=0.0)], CHAT)
+    assert "est 3.00 s for 256 tokens; " in explain(decision.candidates, PeerId("a"), tokens=256)
+
+
+def test_the_line_tells_what_was_tried_before() -> None:
+    decision = decide([peer("a", **GPU), peer("b", **CPU)], CHAT)
+    candidates = [
+        msgspec.structs.replace(c, verdict="failed" if c.peer_id == "a" else "chosen") for c in decision.candidates
+    ]
+    assert explain(candidates, PeerId("b"), [("a", "busy")]).endswith("; a failed before (busy)")
+    assert explain(candidates, PeerId(""), [("a", "busy")]) == "nobody answered; a failed before (busy)"
+
+
+@given(st.text(max_size=200))
+def test_a_name_can_stand_in_a_header(name: str) -> None:
+    shown = plain_name(name)
+    assert 0 < len(shown) <= 64
+    assert shown.isascii()
+    assert shown.isprintable()
+    assert "," not in shown
+
+
+def test_what_a_peer_holds_of_the_prompt_and_what_does_not_fit_is_told() -> None:
+    held = decide([peer("a", **GPU, held=1800)], CHAT).candidates[0]
+    assert held.why == "loaded on GPU with 1800 tokens of the prompt read, 1.0 ms away (direct), 0 queued"
+    small = decide([peer("a", state="disk", device="gpu", size=9 * GB, gpus=(Gpu("g", 0, 8 * GB),))], CHAT)
+    assert small.candidates[0].device == "cpu"
+    assert small.candidates[0].why.startswith("on disk, too large for its GPU, ")
+
+
+def test_another_policy_is_named_where_it_passed_over_a_sooner_one() -> None:
+    decision = decide([peer("a", **CPU), peer("b", **GPU)], CHAT, policy="round-robin", turn=0)
+    line = explain(decision.candidates, decision.order[0], policy=decision.policy)
+    assert line.endswith("beat 1 other (next: b, est 4.37 s: chosen by round-robin)")
+    alone = decide([peer("a", **CPU, **OURS), peer("b", **GPU)], CHAT, policy="local-only")
+    line = explain(alone.candidates, alone.order[0], policy=alone.policy)
+    assert line.endswith("; only this machine was asked for")

@@ -74,7 +74,7 @@ class Gaps:
         else:
             self._mean_s, self._deviation_s = gap_s, gap_s / 2
         self._count += 1
-        if gap_s * 4 > self._longest_s:  # the rest cannot be the longest, whatever time has passed in an answer
+        if gap_s > self._longest_s or now - self._at_s > LONGEST_HALF_LIFE_S / 8:  # tokens are many, so not each time
             past_s = self._longest_s * 0.5 ** (max(0.0, now - self._at_s) / LONGEST_HALF_LIFE_S)
             self._longest_s, self._at_s = max(gap_s, past_s), now
 

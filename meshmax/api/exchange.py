@@ -15,7 +15,16 @@ import trio
 from starlette.types import Receive, Scope, Send
 
 from meshmax.api.lines import open_lines
-from meshmax.api.replies import Dialect, ShuttingDown, error_body, error_reply, json_reply, only_error
+from meshmax.api.replies import (
+    ROUTE_HEADER,
+    Dialect,
+    ShuttingDown,
+    error_body,
+    error_reply,
+    json_reply,
+    not_routed,
+    only_error,
+)
 from meshmax.base.errors import EngineError, MeshmaxError
 from meshmax.base.inference import Delta, Event, Finish, Moved, RoutedEvent, Vector
 from meshmax.base.route import Route
@@ -141,8 +150,8 @@ class PromptReply:
                 _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
             else:
                 reply = error_reply(self._reword(ours), self._dialect)
-                if route := self._route or self._known_route():
-                    reply.headers.update(route_headers(route))  # who failed, and how
+                route = self._route or self._known_route()
+                reply.headers.update(route_headers(route) if route else {ROUTE_HEADER: not_routed(ours)})
                 await reply(scope, receive, send)
 
     async def _send_stream(self, answer: Answer, form: Form, send: Send) -> None:
@@ -208,7 +217,7 @@ async def cancel_on_hang_up(receive: Receive, scope: trio.CancelScope) -> None:
 def route_headers(route: Route) -> dict[str, str]:
     """Who serves the prompt and why, as headers."""
     line = "".join(c if " " <= c <= "~" else "?" for c in route.line[:MAX_ROUTE_CHARACTERS])
-    return {"x-meshmax-peer": route.peer_id, "x-meshmax-route": line}
+    return {"x-meshmax-peer": route.peer_id, ROUTE_HEADER: line} if route.peer_id else {ROUTE_HEADER: line}
 
 
 class WorkReply:

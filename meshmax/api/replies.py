@@ -19,6 +19,14 @@ JSON_TYPE: Final = "application/json; charset=utf-8"
 
 Dialect = Literal["ollama", "openai", "mesh"]
 
+ROUTE_HEADER: Final = "x-meshmax-route"
+PROMPT_PATHS: Final = frozenset(
+    {
+        *(f"/api/{verb}" for verb in ("generate", "chat", "embed", "embeddings")),
+        *(f"/api/v1/{verb}" for verb in ("generate", "chat", "embeddings")),
+        *(f"/v1/{verb}" for verb in ("completions", "chat/completions", "embeddings")),
+    }
+)
 _MESH_PATHS: Final = frozenset({"/health", "/ready", "/status", "/metrics", "/docs"})
 
 
@@ -87,6 +95,11 @@ def error_reply(error: MeshmaxError, dialect: Dialect) -> Response:
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return json_reply(error_body(error, dialect), error.http_status, headers)
+
+
+def not_routed(error: MeshmaxError) -> str:
+    """What X-Meshmax-Route says of a prompt that failed before a peer was looked for."""
+    return f"nobody was asked: {error.code}"
 
 
 def not_offered(what: str) -> NotOffered:

@@ -9,7 +9,15 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from meshmax.api.replies import dialect_of, error_reply, not_offered, only_error
+from meshmax.api.replies import (
+    PROMPT_PATHS,
+    ROUTE_HEADER,
+    dialect_of,
+    error_reply,
+    not_offered,
+    not_routed,
+    only_error,
+)
 from meshmax.base.errors import MeshmaxError
 
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
@@ -45,4 +53,7 @@ async def answer(endpoint: Endpoint, request: Request) -> ASGIApp:
     except (MeshmaxError, BaseExceptionGroup) as error:
         if (ours := only_error(error)) is None:
             raise
-        return error_reply(ours, dialect_of(request.scope["path"]))
+        reply = error_reply(ours, dialect_of(request.scope["path"]))
+        if request.method == "POST" and request.scope["path"] in PROMPT_PATHS:
+            reply.headers[ROUTE_HEADER] = not_routed(ours)
+        return reply

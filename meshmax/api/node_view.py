@@ -9,6 +9,7 @@ from meshmax.api.drain_routes import HasDraining
 from meshmax.api.membership_routes import HasMembership
 from meshmax.api.registry_routes import HasRepositories
 from meshmax.api.registry_uploads import HasUploads
+from meshmax.base.catalog import BackendReport
 from meshmax.base.config import Config
 from meshmax.base.ids import PeerId
 from meshmax.base.status import PeerView
@@ -132,7 +133,22 @@ class _Facts(Protocol):
         ...
 
 
-class ApiNode(_Services, _RegistryParts, HasMembership, HasDraining, _Facts, Protocol):
+class _TellsOfBackends(Protocol):
+    def reports(self) -> tuple[BackendReport, ...]:
+        """How each engine stands that brings its models along."""
+        ...
+
+
+class HasBackends(Protocol):
+    """Knows engines that bring their models along."""
+
+    @property
+    def backends(self) -> _TellsOfBackends:
+        """Those of this node."""
+        ...
+
+
+class ApiNode(_Services, _RegistryParts, HasMembership, HasDraining, HasBackends, _Facts, Protocol):
     """A running node. ``token`` '' where there is none; ``started_at_s`` Unix time."""
 
     @property

@@ -89,7 +89,10 @@ class ModelDescription(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ModelFile(msgspec.Struct, frozen=True):
-    """What an engine needs to load a model: the GGUF's path, and the defaults that its manifest carries."""
+    """What an engine needs to load a model: the GGUF's path, and the defaults that its manifest carries.
+
+    ``cache_bytes_per_token``: keys and values that a token of context takes in memory, 0: not known.
+    """
 
     digest: Sha256
     name: str
@@ -98,6 +101,7 @@ class ModelFile(msgspec.Struct, frozen=True):
     details: ModelDetails = ModelDetails()
     system: str = ""
     parameters: Options = Options()
+    cache_bytes_per_token: int = 0
 
 
 class LoadedView(msgspec.Struct, frozen=True):
@@ -142,6 +146,15 @@ class OfferedModel(msgspec.Struct, frozen=True):
     details: ModelDetails = ModelDetails()
     modified_at_s: float = 0.0
     loaded: InMemory | None = None
+
+
+class BackendReport(msgspec.Struct, frozen=True):
+    """How an engine that brings its models along stands. ``problem``: why it offers nothing, '' where it does."""
+
+    engine: str
+    models: int
+    origin: str = ""
+    problem: str = ""
 
 
 class Listed(msgspec.Struct, frozen=True):

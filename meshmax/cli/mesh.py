@@ -132,6 +132,7 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         ("peers", f"{online} online"),
         *_discovery_lines(state.get("discovery") or ()),
         ("models", f"{local} here, {len(models)} in the mesh"),
+        *_backend_lines(state.get("backends") or ()),
         *(("problem", text) for text in state.get("problems") or ()),
         *_partial_lines(state.get("partials") or ()),
         *_resource_lines(state.get("resources") or {}),
@@ -175,6 +176,18 @@ def _discovery_lines(reports: Sequence[dict[str, Any]]) -> list[tuple[str, str]]
     lines = [("found by", ", ".join(words) + " (`meshmax doctor` says more)")] if words else []
     unused = any(report.get("problem") == BOOTSTRAP_OUTSIDE for report in reports if report["state"] == "off")
     return [*lines, ("bootstrap", f"not used: {BOOTSTRAP_OUTSIDE}")] if unused else lines
+
+
+def _backend_lines(backends: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The engines of others that this peer uses, or would."""
+    return [
+        ("engine", f"{each['origin']}: {each['models']} models" if each["models"] else _no_models(each))
+        for each in backends
+    ]
+
+
+def _no_models(backend: dict[str, Any]) -> str:
+    return f"{backend['engine']}: no models{': ' * bool(backend.get('problem'))}{backend.get('problem') or ''}"
 
 
 def _partial_lines(partials: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

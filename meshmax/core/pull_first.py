@@ -109,7 +109,7 @@ def name_of(view: PeerView) -> str:
 
 def _kept_from(view: PeerView, status: PeerStatus, model: ModelPresence | None) -> tuple[Verdict, str]:
     """Why a peer would not answer a prompt with its copy; '' where it would."""
-    if status.engine in ("", NO_ENGINE):
+    if ((model.engine if model else "") or status.engine) in ("", NO_ENGINE):
         return "excluded", "only stores models (it has no engine)"
     if view.state == "draining" or status.draining:
         return "draining", "is being drained"

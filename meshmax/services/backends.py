@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 
 import trio
 
-from meshmax.base.catalog import LoadedView, ModelDescription, ModelFile, OfferedModel
+from meshmax.base.catalog import BackendReport, LoadedView, ModelDescription, ModelFile, OfferedModel
 from meshmax.base.errors import Busy, EngineUnavailable, MeshmaxError, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.status import ModelPresence, Speed
@@ -66,6 +66,13 @@ class Backends:
             for offer in offers:
                 named.setdefault((offer.name.lower(), offer.digest), offer)
         return tuple(named.values())
+
+    def reports(self) -> tuple[BackendReport, ...]:
+        """How each backend stands."""
+        return tuple(
+            BackendReport(backend.name, len(offers), offers[0].origin if offers else "", problem)
+            for backend, offers, problem in zip(self._backends, self._offers, self.problems, strict=True)
+        )
 
     def owners(self) -> Mapping[Sha256, Backend]:
         """Who runs which model."""

@@ -100,7 +100,13 @@ class Exporter:
                 await tell({"status": f"exporting {stem}", "total": writer.size, "completed": writer.done})
 
     def _model(self, name: str) -> StoredModel:
-        stored = self._catalog.resolve(name).stored
+        resolved = self._catalog.resolve(name)
+        stored = resolved.stored
+        if stored is None and resolved.entry.served:
+            raise InvalidRequest(
+                f"'{name[:200]}' is no file of this peer: an engine beside it brings the model along"
+                " (`meshmax add --from-ollama` takes in the files of an Ollama)"
+            )
         if stored is None:
             raise ModelNotFound(f"'{name[:200]}' is not on this peer: pull it first, or export where it is")
         return stored

@@ -33,6 +33,7 @@ from meshmax.core.limits import Override, Plan
 from meshmax.engine.echo import EchoEngine
 from meshmax.ports import Answer, ConnectionView, Progress
 from meshmax.ports.services import WISHES
+from meshmax.services.backends import Backends
 from meshmax.services.leftovers import Leftover
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.throttle import Limits, RateThrottle
@@ -419,6 +420,7 @@ class FakeNode:
         self.reachability = SimpleNamespace(view=Reachability(), udp_blocked=False)
         self.doctor = FakeDoctor()
         self.draining = FakeDraining()
+        self.backends = Backends()
         self.router = FakeRouter(residency)
         self.residency = residency
         self.presence = FakePresence()

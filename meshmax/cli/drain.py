@@ -1,7 +1,7 @@
 """`meshmax drain` and `meshmax undrain`: take a peer out of service, and back into it.
 
 The command waits until the peer is drained and says meanwhile how many answers still run; ending it with Ctrl-C leaves the
-draining going on. Not here: what draining is (`meshmax docs drain`).
+draining going on. Not here: what draining is (core.draining).
 """
 
 from __future__ import annotations

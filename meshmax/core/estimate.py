@@ -83,12 +83,16 @@ def estimate(contender: Contender, work: Work, device: Device) -> Estimate:
     if contender.prefix_tokens and model.state == "loaded":
         unread = max(0, unread - contender.prefix_tokens)
     fixed_s = trust * (figures.first_token_s or 0.0)
-    ahead, capacity = ahead_of(load), max(load.capacity, 1)
-    output_s = work.output_tokens / decode * (1 + SHARE[device] * min(ahead, capacity - 1))
-    places = max(0, ahead - capacity + 1)
+    ahead, capacity = ahead_of(load), load.capacity if load.capacity > 1 else 1
+    places = ahead - capacity + 1
+    if places > 0:
+        beside = capacity - 1
+    else:
+        beside, places = ahead, 0
+    output_s = work.output_tokens / decode * (1 + SHARE[device] * beside)
     turn_s = fixed_s + min(unread, LONG_PROMPT) / prefill + output_s  # if all take as long as ours
-    if figures.turn_s is not None:
-        turn_s = max(turn_s, figures.turn_s)  # who looks for the shortest queue finds the most underrated one
+    if figures.turn_s is not None and figures.turn_s > turn_s:
+        turn_s = figures.turn_s  # who looks for the shortest queue finds the most underrated one
     return Estimate(
         rtt_of(contender),
         places * turn_s / capacity,
@@ -105,7 +109,8 @@ def total_s(figures: Estimate) -> float:
 
 def ahead_of(load: Load) -> int:
     """Requests that run or wait, within bounds, whatever a peer says."""
-    return min(max(load.running, 0) + max(load.queued, 0), MAX_AHEAD)
+    ahead = (load.running if load.running > 0 else 0) + (load.queued if load.queued > 0 else 0)
+    return ahead if ahead < MAX_AHEAD else MAX_AHEAD
 
 
 def rtt_of(contender: Contender) -> float:

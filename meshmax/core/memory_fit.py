@@ -18,19 +18,18 @@ def device_of(model: ModelPresence, status: PeerStatus | None) -> Device:
     """Where ``model`` would run at the peer with ``status``."""
     if model.device != "gpu" or model.state == "loaded" or status is None:
         return model.device
-    room = _room_bytes(status)
-    return "cpu" if room is not None and model.size * OVERHEAD > room else "gpu"
-
-
-def _room_bytes(status: PeerStatus) -> int | None:
-    """GPU memory that other programs leave; None where the drivers do not tell."""
     total = used = 0
     for gpu in status.gpus:
         if gpu.memory_total_bytes <= 0:
-            return None
+            return "gpu"  # nobody tells
         total += gpu.memory_total_bytes
         used += min(max(gpu.memory_bytes, 0), gpu.memory_total_bytes)
-    if not total:
-        return None
-    own = sum(model.size for model in status.models if model.state == "loaded" and model.device == "gpu")
-    return total - max(0, used - int(own * OVERHEAD))
+    needed = model.size * OVERHEAD
+    if needed <= total - used or not total:
+        return "gpu"
+    return "cpu" if needed > total or needed > total - max(0, used - _own_bytes(status)) else "gpu"
+
+
+def _own_bytes(status: PeerStatus) -> int:
+    """What the peer's own models use of its GPUs."""
+    return int(OVERHEAD * sum(m.size for m in status.models if m.state == "loaded" and m.device == "gpu"))

@@ -16,7 +16,9 @@ At a tie we answer ourselves. Pure; ``turn`` is counted by the caller. Not here:
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Final
 
 import msgspec
@@ -34,6 +36,8 @@ TIER_MARGIN: Final = (
 TIER_MARGIN_S: Final = 0.02  # and this much in any case: shares of very short answers mean nothing
 STICKY: Final = 0.1  # discount of the previous choice: means of measurements of one peer differ by less, by chance
 GOLDEN: Final = 0.6180339887498949  # steps of it (modulo 1) fill the unit interval more evenly than any other
+_KEY: Final = itemgetter(0, 1, 2)
+_EFFECTIVE_S: Final = itemgetter(0)
 NO_WEIGHTS: Final[Mapping[str, float]] = {}
 
 
@@ -83,19 +87,18 @@ def tier_of(device: Device, loaded: bool) -> int:
 
 
 def _by_latency(judged: list[Judged], choice: Choice) -> list[Judged]:
-    def effective_s(one: Judged) -> float:
-        return one.estimate_s * (1 - STICKY) if one.peer_id == choice.previous else one.estimate_s
-
-    best_s = min(effective_s(one) for one in judged)
+    previous = choice.previous
+    keyed = []
+    for one in judged:
+        view = one.contender.view
+        effective_s = one.estimate_s * (1 - STICKY) if view.peer_id == previous else one.estimate_s
+        keyed.append((effective_s, view.state != "self", view.peer_id, one))
+    keyed.sort(key=_KEY)
+    best_s = keyed[0][0]
     limit_s = max(best_s * (1 + TIER_MARGIN), best_s + TIER_MARGIN_S)
-
-    def key(one: Judged) -> tuple[bool, int, float, bool, PeerId]:
-        value_s, view = effective_s(one), one.contender.view
-        close = value_s <= limit_s
-        tier = tier_of(one.device, one.contender.model.state == "loaded") if close else 0
-        return (not close, tier, value_s, view.state != "self", view.peer_id)
-
-    return sorted(judged, key=key)
+    close = bisect_right(keyed, limit_s, key=_EFFECTIVE_S)
+    first = sorted(keyed[:close], key=lambda k: tier_of(k[3].device, k[3].contender.model.state == "loaded"))
+    return [k[3] for k in (*first, *keyed[close:])]
 
 
 def _soonest(one: Judged) -> tuple[float, bool, PeerId]:

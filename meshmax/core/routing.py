@@ -76,6 +76,7 @@ def decide(
     the beginning of the conversation, for "affinity".
     """
     choice = Choice(previous, turn, key, weights)
+    picky = policy in ("local-only", "weighted")
     usable: list[Judged] = []
     out: list[tuple[Judged, Verdict, str]] = []
     for contender in contenders:
@@ -85,7 +86,7 @@ def decide(
         kept = kept_out(contender)
         if kept is not None:
             out.append((judged, *kept))
-        elif words := refused_by(policy, contender, choice):
+        elif picky and (words := refused_by(policy, contender, choice)):
             out.append((judged, "excluded", words))
         else:
             usable.append(judged)

@@ -123,7 +123,7 @@ def _outages(size: Size, number: int) -> list[Outage]:
 
 
 def _holders(model: SimModel, peers: tuple[SimPeer, ...], rng: random.Random) -> tuple[int, ...]:
-    wanted = max(FEWEST, int(len(peers) * 0.7 / (1 + model.number) ** 0.7))
+    wanted = max(FEWEST, int(len(peers) * 0.45 / (1 + model.number) ** 0.6))
     able = [p for p in peers if model.size * 1.1 <= max(p.hardware.gpu_bytes, p.hardware.ram_bytes)]
     # Nobody keeps a model that is too slow to wait for, and people keep large ones where they run well.
     fast = [p for p in able if p.rates(model, 0.0)[1] >= USABLE_PER_S]

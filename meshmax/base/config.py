@@ -54,7 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``max_queue``: requests that wait, in all and of one other peer. ``max_wait_s``: an interactive one is not kept waiting
     for longer, it is refused at once. ``context_tokens`` 0: auto. ``gpu_layers`` -1: all that fit. ``load_timeout_s``: a
-    model not loaded by then is given up.
+    model not loaded by then is given up. ``memory``: how much models may take, like 24GB; '' is what there is (core.memory).
+    ``max_loaded``: models in memory at once. ``preload``: load what the mesh asks for and there is room for.
     ``ollama``: URL of an Ollama whose models become this peer's, "auto": the one of this machine if it runs, "": none.
     ``openai``: servers whose models do likewise; ``openai_key``: of the only one of them, where it names none.
     """
@@ -66,6 +67,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu_layers: Annotated[int, msgspec.Meta(ge=-1, le=10000)] = -1
     keep_alive_s: float = 300.0
     load_timeout_s: Positive = 300.0
+    memory: str = ""
+    max_loaded: Count = 8
+    preload: bool = True
     max_queue: Count = 1024
     max_queue_per_member: Count = 64
     max_wait_s: Positive = 600.0

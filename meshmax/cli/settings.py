@@ -20,6 +20,7 @@ from meshmax.base.status import MAX_PEER_NAME
 from meshmax.base.traversal import TurnServer, parse_turn_url
 from meshmax.base.upstreams import parse_upstreams
 from meshmax.core.limits import Plan
+from meshmax.core.memory import parse_memory
 from meshmax.core.mirror import MirrorPlan
 from meshmax.core.rendezvous import bootstrap_nodes
 from meshmax.core.sweep import parse_budget
@@ -209,6 +210,7 @@ def _check_meaning(config: Config) -> None:
         parse_turn_url(server.url)
     parse_upstreams(config.upstreams)
     check_backends(config.engine)
+    parse_memory(config.engine.memory)
     for text in config.join:
         if not text.startswith("/"):
             raise ConfigError(

@@ -230,6 +230,11 @@ class FairQueue:
             first = min((next(iter(asks.values())) for asks in lanes if asks), key=lambda ask: ask.id)
             yield digest, first.keep_alive_s
 
+    def yield_turn(self, digest: Sha256) -> None:
+        """This model has been in memory and gives way: whoever waits for another one comes before those who wait for it."""
+        if digest in self._wanted:
+            self._wanted.move_to_end(digest)
+
     def join(self, ask: Ask, now: float, *, at_once: bool = False) -> None:
         """Wait. ``at_once``: it can start now, so that it needs no place. Raises Busy, nothing is kept then."""
         line = self._line(ask.digest)

@@ -2,27 +2,35 @@
 
 Rules. An ask names a model; it starts when the model is loaded, has a free slot, and it is next (core.fair_queue, which also
 bounds how many wait). A load is asked for once, however many wait for it. A model that nobody uses goes when its keep-alive
-(that of its latest ask; negative is for ever) is over. At most ``max_loaded`` models are in memory: for one more, the idle one
-used longest ago goes; if none is idle, the one used longest ago takes no new ask (they wait for its next turn), so nobody
-waits for ever. A crash ends a model's asks that run; those that wait load it anew. Time is seconds of any monotonic clock.
-Not here: who is next (core.fair_queue), processes, events, who sees the errors (services.residency).
+(that of its latest ask; negative is for ever) is over. At most ``max_loaded`` models are in memory, and no more than there is
+room for (core.memory): for one more, the idle ones used longest ago go until it fits; if that is not enough, the one used
+longest ago takes no new ask (they wait for its next turn), so nobody waits for ever; what runs is never unloaded. Models are
+loaded in the order in which somebody began to wait for them. Where a load took more than was thought, or other programs take
+memory, idle ones go until the rest fits. What was preloaded takes free room only, and goes first as long as nobody used it.
+Models in the memory of others' engines take none of ours. A crash ends a model's asks that run; those that wait load it anew.
+Time is seconds of any monotonic clock. Not here: who is next (core.fair_queue), processes, events, who sees the errors
+(services.residency), how much a model takes (core.memory).
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from typing import Final
 
 import msgspec
 
+from meshmax.base.errors import EngineUnavailable
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Finish, Priority
 from meshmax.base.status import Speed
 from meshmax.core.fair_queue import Ask, FairQueue, Requester
+from meshmax.core.memory import Need, Room
 
-MAX_LOADED: Final = 3  # models in memory at once, as Ollama's default for one device
+MAX_LOADED: Final = 8  # models in memory at once: each is a process, and they share the processors
+MAX_NEEDS: Final = 1024  # models of which is remembered what they take; as many as a peer lists
 RATE_WEIGHT: Final = 0.3  # of the newest measurement in an EWMA: a few answers make the figure, one outlier does not
 MIN_RATE_TOKENS: Final = 8  # fewer tokens measure overhead, not rate
 
@@ -67,6 +75,8 @@ class _Resident(msgspec.Struct):
     phase: Phase
     used_at: float
     keep_alive_s: float
+    need: Need = Need()
+    preloaded_by: int | None = None  # the ask that loaded it ahead of any that needs it; None: it was used
     parallel: int = 1
     doomed: bool = False  # goes when its running asks have ended, and starts no other
     foreign: bool = False  # in the memory of an engine that brings it along, so nothing of ours gives way to it
@@ -75,6 +85,15 @@ class _Resident(msgspec.Struct):
     @property
     def is_usable(self) -> bool:
         return self.phase is Phase.LOADED and not self.doomed
+
+    @property
+    def stays(self) -> bool:
+        return self.phase is not Phase.UNLOADING and not self.doomed
+
+    @property
+    def goes_last(self) -> tuple[bool, bool, float]:
+        """The order in which models make room."""
+        return bool(self.running), self.preloaded_by is None, self.used_at
 
     @property
     def free_slots(self) -> int:
@@ -105,6 +124,8 @@ class ResidencyCore:
     ) -> None:
         """``foreign``: whether an engine that brings its models along runs this one, in memory that is not ours to fill."""
         self._foreign = foreign
+        self._room = Room()
+        self._needs: OrderedDict[Sha256, Need] = OrderedDict()  # of models by their next load
         self._queue = queue
         self._max_loaded = max_loaded
         self._residents: dict[Sha256, _Resident] = {}
@@ -121,9 +142,15 @@ class ResidencyCore:
         requester: Requester = None,
         priority: Priority = "interactive",
     ) -> list[Action]:
-        """A request came; ``ask`` is its number, never used before. Raises Busy. Without a slot it waits for the load only."""
+        """A request came; ``ask`` is its number, never used before. Without a slot it waits for the load only.
+
+        Raises Busy; EngineUnavailable: the model, which is not in memory, can never be.
+        """
         asked = Ask(ask, digest, keep_alive_s, requester, priority, int(takes_slot))
         resident = self._residents.get(digest)
+        why = self._room.too_small_for(self._needs.get(digest, Need()))
+        if why and resident is None and not self._foreign(digest):
+            raise EngineUnavailable(why)
         free = resident is not None and resident.is_usable and resident.free_slots >= asked.slots
         self._queue.join(asked, now, at_once=free and not self._queue.waiting(digest))
         return self._advance(now)
@@ -137,9 +164,43 @@ class ResidencyCore:
                 resident.used_at = now
         return self._advance(now)
 
-    def on_loaded(self, digest: Sha256, parallel: int, now: float) -> list[Action]:
-        """The model is in memory and answers ``parallel`` asks at once. Too late if it was given up meanwhile."""
+    def on_need(self, digest: Sha256, need: Need) -> None:
+        """What the model will take when it is loaded; say so before an ask for one that is not in memory."""
+        self._needs[digest] = need
+        self._needs.move_to_end(digest)
+        if len(self._needs) > MAX_NEEDS:
+            self._needs.popitem(last=False)
+
+    def on_room(self, room: Room, now: float) -> list[Action]:
+        """How much memory there is for models from now on."""
+        self._room = room
+        return self._advance(now)
+
+    def has_room(self, digest: Sha256) -> bool:
+        """Whether the model, which is not in memory, could be loaded now with nothing going for it, or waiting for room."""
+        if digest in self._residents or self._foreign(digest) or self._missing():
+            return False
+        if self._room.budget_bytes is None:
+            return len(self._ours()) < self._max_loaded
+        return (
+            self._fits(self._need(digest), self._ours()) and self.taken + self._need(digest) <= self._room.budget_bytes
+        )
+
+    def on_preload(self, ask: int, digest: Sha256, keep_alive_s: float, now: float) -> list[Action] | None:
+        """Load the model before anybody asks: None if there is no room for it now, else as `on_ask` without a slot."""
+        if not self.has_room(digest):
+            return None
+        actions = self.on_ask(ask, digest, keep_alive_s, now, takes_slot=False)
+        self._residents[digest].preloaded_by = ask
+        return actions
+
+    def on_loaded(self, digest: Sha256, parallel: int, now: float, need: Need | None = None) -> list[Action]:
+        """The model is in memory and answers ``parallel`` asks at once. Too late if it was given up meanwhile.
+
+        ``need``: what it really takes, if that is known.
+        """
         resident = self._residents[digest]
+        resident.need = need or resident.need
         if resident.phase is Phase.LOADING:
             resident.phase, resident.parallel, resident.used_at = Phase.LOADED, parallel, now
             self._queue.on_loaded(digest, parallel)
@@ -196,6 +257,15 @@ class ResidencyCore:
         return tuple(sorted(views, key=lambda view: -view.expires_at))
 
     @property
+    def taken(self) -> int:
+        """Bytes of memory that our models take, on their way in and out too."""
+        return sum(resident.need.total for resident in self._ours())
+
+    def needs(self) -> tuple[Need, ...]:
+        """What each of them takes."""
+        return tuple(resident.need for resident in self._ours())
+
+    @property
     def running(self) -> int:
         """Asks that use a model now."""
         return len(self._bereft) + sum(len(resident.running) for resident in self._residents.values())
@@ -206,7 +276,7 @@ class ResidencyCore:
         return len(self._queue)
 
     def _advance(self, now: float) -> list[Action]:
-        return [*self._start(now), *self._expire(now), *self._load(now), *self._evict()]
+        return [*self._start(now), *self._expire(now), *self._shrink(), *self._load(now), *self._evict()]
 
     def _start(self, now: float) -> list[Action]:
         started: list[Action] = []
@@ -214,6 +284,8 @@ class ResidencyCore:
             while resident.is_usable and (ask := self._queue.start_next(resident.digest, resident.free_slots, now)):
                 resident.running[ask.id] = ask
                 resident.used_at, resident.keep_alive_s = now, ask.keep_alive_s
+                if ask.id != resident.preloaded_by:
+                    resident.preloaded_by = None
                 started.append(Start(ask.id))
         return started
 
@@ -228,29 +300,59 @@ class ResidencyCore:
 
     def _load(self, now: float) -> list[Action]:
         loads: list[Action] = []
+        blocked = False  # what comes later takes no room from one that waits for it
         for digest, keep_alive_s in self._queue.wanted():
             if digest in self._residents:
                 continue
             foreign = self._foreign(digest)
-            if foreign or sum(not r.foreign for r in self._residents.values()) < self._max_loaded:
-                self._residents[digest] = _Resident(digest, Phase.LOADING, now, keep_alive_s, foreign=foreign)
-                loads.append(Load(digest))
+            if not foreign:
+                blocked = blocked or not self._fits(self._need(digest), self._ours())
+                if blocked:
+                    continue
+            need = Need() if foreign else self._needs.get(digest, Need())
+            self._residents[digest] = _Resident(digest, Phase.LOADING, now, keep_alive_s, need, foreign=foreign)
+            loads.append(Load(digest))
         return loads
 
     def _evict(self) -> list[Action]:
-        missing = {digest for digest, _ in self._queue.wanted()} - self._residents.keys()
-        ours = [resident for resident in self._residents.values() if not resident.foreign]
-        leaving = sum(r.phase is Phase.UNLOADING or r.doomed for r in ours)
-        staying = sorted(
-            (r for r in ours if r.phase is Phase.LOADED and not r.doomed),
-            key=lambda r: (bool(r.running), r.used_at),
-        )
         actions: list[Action] = []
-        for resident in staying[: max(0, len(missing) - leaving)]:
-            resident.doomed = True
-            if not resident.running:
-                actions.append(self._unload(resident))
+        kept = [resident for resident in self._ours() if resident.stays]
+        going = sorted((r for r in kept if r.phase is Phase.LOADED), key=lambda r: r.goes_last)
+        for digest in self._missing():
+            while going and not self._fits(self._need(digest), kept):
+                resident = going.pop(0)
+                kept.remove(resident)
+                resident.doomed = True
+                self._queue.yield_turn(resident.digest)
+                if not resident.running:
+                    actions.append(self._unload(resident))
+            kept.append(_Resident(digest, Phase.LOADING, 0.0, 0.0, self._needs.get(digest, Need())))
         return actions
+
+    def _shrink(self) -> list[Action]:
+        """Idle ones go while there is more in memory than there is room for; one alone may stay."""
+        kept = [resident for resident in self._ours() if resident.stays]
+        idle = sorted((r for r in kept if r.phase is Phase.LOADED and not r.running), key=lambda r: r.goes_last)
+        actions: list[Action] = []
+        budget = self._room.budget_bytes
+        while budget is not None and idle and len(kept) > 1 and sum(r.need.total for r in kept) > budget:
+            kept.remove(idle[0])
+            actions.append(self._unload(idle.pop(0)))
+        return actions
+
+    def _ours(self) -> list[_Resident]:
+        return [resident for resident in self._residents.values() if not resident.foreign]
+
+    def _missing(self) -> list[Sha256]:
+        """What somebody waits for and has no room, longest first."""
+        return [digest for digest, _ in self._queue.wanted() if digest not in self._residents]
+
+    def _need(self, digest: Sha256) -> int:
+        return self._needs.get(digest, Need()).total
+
+    def _fits(self, need_bytes: int, others: Collection[_Resident]) -> bool:
+        taken = sum(resident.need.total for resident in others)
+        return len(others) < self._max_loaded and self._room.takes(need_bytes, taken, alone=not others)
 
     def _unload(self, resident: _Resident) -> Action:
         resident.phase = Phase.UNLOADING

@@ -49,6 +49,7 @@ from meshmax.base.inference import (
     Vector,
 )
 from meshmax.base.status import Gpu
+from meshmax.core.memory import context_tokens, need_of
 from meshmax.engine import llamacpp_words as words
 from meshmax.engine.gpu import Driver, EngineDevice, usable_gpus
 from meshmax.engine.llamacpp_process import EngineProcess, open_process
@@ -57,11 +58,8 @@ from meshmax.engine.loopback_http import LoopbackHttp
 from meshmax.ports import LoadedFacts
 from meshmax.telemetry.log import get_logger
 
-DEFAULT_CONTEXT_TOKENS: Final = 4096  # as Ollama's on a small machine
-MAX_CONTEXT_TOKENS: Final = 1 << 22  # where the model does not say what it was trained for; as options take it
 CONTEXT_DEADLINE_S: Final = 5.0  # tokenising takes milliseconds; a process that hangs must not hold a whole answer back
 MAX_GPU_LAYERS: Final = 10_000  # as options take it: more than any model has, so all of them
-MIN_CONTEXT_TOKENS: Final = 64  # less holds no template
 BATCH_TOKENS: Final = 512  # Ollama's num_batch; the compute buffer grows with it
 MAX_EMBED_TOKENS: Final = 8192  # one batch of an embedding model holds a whole text, and its buffer a whole batch
 EMBED_TEXTS: Final = 16  # texts a call to the engine: vectors come soon, and leaving costs at most these
@@ -106,7 +104,9 @@ class LlamaCppEngine:
         wanted = load_words(model, self._config)
         log = self._folder / f"engine-{model.digest[:12]}.log"
         async with open_process({**wanted, "key": key}, log) as process:
-            loaded = LlamaCppModel(model, process, LoopbackHttp(process.words["address"], key), wanted)
+            loaded = LlamaCppModel(
+                model, process, LoopbackHttp(process.words["address"], key), wanted, need_of(model, self._config).total
+            )
             await loaded.learn_facts()
             yield loaded
 
@@ -117,8 +117,7 @@ def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
     # One core is left to everything else: threads wait for each other at every layer, so one core that is busy with
     # something else stalls them all (measured: from 100 tokens a second to one).
     cores = config.threads or max(1, (psutil.cpu_count(logical=False) or os.cpu_count() or 1) - 1)
-    context = own.num_ctx or config.context_tokens or DEFAULT_CONTEXT_TOKENS
-    context = max(MIN_CONTEXT_TOKENS, min(context, model.details.context_length or MAX_CONTEXT_TOKENS))
+    context = context_tokens(model, config)
     layers = config.gpu_layers if own.num_gpu is None else max(-1, min(own.num_gpu, MAX_GPU_LAYERS))
     embeds = "embedding" in model.details.capabilities
     return {
@@ -134,9 +133,17 @@ def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
 
 
 class LlamaCppModel:
-    """A LoadedModel: a client of its process."""
+    """A LoadedModel: a client of its process. ``needed_bytes``: of memory, as was thought before."""
 
-    def __init__(self, model: ModelFile, process: EngineProcess, http: LoopbackHttp, wanted: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: ModelFile,
+        process: EngineProcess,
+        http: LoopbackHttp,
+        wanted: dict[str, Any],
+        needed_bytes: int = 0,
+    ) -> None:
+        self._needed = needed_bytes
         self._model = model
         self._process = process
         self._http = http
@@ -157,13 +164,11 @@ class LlamaCppModel:
         """Ask the process how it loaded the model. Raises EngineCrashed."""
         settings = (await self._call("GET", "/props"))["default_generation_settings"]
         gpu = bool(self._process.words.get("offload"))
-        try:
-            resident = psutil.Process(self._process.pid).memory_info().rss
-        except psutil.Error:
-            resident = 0
+        # On a GPU the driver does not tell what is ours in every setting, so that what was thought stands.
+        size = self._needed if gpu else self._model.size + _private_bytes(self._process.pid)
         self.facts = LoadedFacts(
-            size=max(resident, self._model.size),
-            size_vram=self._model.size if gpu else 0,
+            size=size,
+            size_vram=size if gpu else 0,
             context_length=int(settings["n_ctx"]),
             device="gpu" if gpu else "cpu",
             parallel=self.facts.parallel,
@@ -317,6 +322,15 @@ class LlamaCppModel:
             return error
         status, log = self._process.status, self._process.log.name
         return EngineCrashed(f"the engine's process ended (exit status {status}); its log is {log}")
+
+
+def _private_bytes(pid: int) -> int:
+    """What a process has in memory that is no file's, in bytes; 0 if it is gone. Where the system does not tell: all it has."""
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.Error:
+        return 0
+    return max(0, int(memory.rss) - int(getattr(memory, "shared", 0)))
 
 
 def new_call_id() -> str:

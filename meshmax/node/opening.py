@@ -145,6 +145,7 @@ class _Opening:
                 on_use=self.kept.used,
                 brought=node.backends,
                 drain=drain,
+                memory=node.memory,
             )
         )
         node.catalog = CatalogService(

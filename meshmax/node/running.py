@@ -20,6 +20,7 @@ from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE,
 from meshmax.base.names import parse_name
 from meshmax.base.status import MAX_MODELS, MAX_PEER_NAME, NO_ENGINE, Gpu, ModelPresence, PeerStatus
 from meshmax.base.traversal import PathStory
+from meshmax.core.memory import Reading, cache_bytes_per_token
 from meshmax.node.dht import NodeDht
 from meshmax.node.draining import NodeDrain
 from meshmax.node.mapping import mapped_addresses
@@ -264,6 +265,7 @@ class Node:
             stored.details,
             await self._system(stored.manifest) or description.system,
             _parameters(description.parameters),
+            cache_bytes_per_token(description.model_info),
         )
 
     async def _system(self, manifest: Manifest) -> str:
@@ -279,6 +281,15 @@ class Node:
         before, self.gpus = self.gpus, await self.engine.devices()
         if [gpu.name for gpu in before] != [gpu.name for gpu in self.gpus]:
             self.presence.changed()  # memory and load go along with the next status
+        self.residency.look_at_memory()
+
+    def memory(self) -> Reading:
+        """What models may take memory of; an echo takes none, so that nothing is known of it."""
+        if self.config.engine.kind == "echo":
+            return Reading()
+        reading = self._meter.read(trio.current_time())
+        gpus = self.gpus if self.config.engine.gpu_layers else ()
+        return Reading(reading.memory_bytes, reading.memory_total_bytes, gpus)
 
 
 async def _starting(_peer: PeerId, _name: str, _digest: Sha256) -> str:

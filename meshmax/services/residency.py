@@ -4,7 +4,8 @@ A model's task holds the engine's block open, so that closing the residency ends
 task of whoever asked; leaving an answer frees its slot and stops the engine's work. A model whose process has ended is
 seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx, num_gpu and num_thread count when
 it is the one that loads the model (of our own requests: services.infer_server takes them out of peers'); a model that is
-loaded already answers as it was loaded. Not here: what may run where.
+loaded already answers as it was loaded. How much memory there is was read when `look_at_memory` was called last: before each
+load on a CPU, and when the figures of the GPUs were read. Not here: what may run where, what is preloaded (services.preload).
 """
 
 from __future__ import annotations
@@ -23,9 +24,20 @@ from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
 from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, MeshmaxError
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.inference import Ask, Event, Finish, InferRequest, Options, Priority, is_load_only, merge_options
+from meshmax.base.inference import (
+    Ask,
+    Event,
+    Finish,
+    GenerateRequest,
+    InferRequest,
+    Options,
+    Priority,
+    is_load_only,
+    merge_options,
+)
 from meshmax.base.status import Load, Speed
 from meshmax.core.fair_queue import FairQueue
+from meshmax.core.memory import Measured, Need, Reading, measured_need, need_of, parse_memory, room_of
 from meshmax.core.residency import (
     Action,
     Fail,
@@ -42,6 +54,7 @@ from meshmax.services.drain import Drain
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import QUEUE_WAIT, QUEUED, SHED
 
+NO_ROOM: Final = "there is no room for it in memory now"
 MAX_MEASURED: Final = 256  # models whose rates are remembered; the one measured longest ago is forgotten first
 
 _log = get_logger("residency")
@@ -111,8 +124,12 @@ class ModelResidency:
         on_use: Callable[[Sha256], None] = lambda digest: None,
         drain: Drain | None = None,
         brought: Brought | None = None,
+        memory: Callable[[], Reading] = Reading,
     ) -> None:
         self._engine = engine
+        self._memory = memory
+        self._configured_bytes = parse_memory(config.memory)
+        self._needs = Measured()
         self._brought = brought or NothingBrought()
         self._drain = drain or Drain()
         self._model_file = model_file
@@ -122,13 +139,14 @@ class ModelResidency:
         self._on_use = on_use
         self._wall = wall
         self._queue = FairQueue(config.max_queue, config.max_queue_per_member, config.max_wait_s)
-        self._core = ResidencyCore(self._queue, foreign=self._brought.brings)
+        self._core = ResidencyCore(self._queue, config.max_loaded, self._brought.brings)
         self._waiters: dict[int, _Waiter] = {}
         self._held: dict[Sha256, _Held] = {}
         self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
         self._asks = 0
         self._closed = False
         self._changed = trio.Event()
+        self.look_at_memory()
 
     @asynccontextmanager
     async def open_answer(self, ask: Ask, requester: PeerId | None = None) -> AsyncIterator[AsyncIterator[Event]]:
@@ -160,6 +178,7 @@ class ModelResidency:
                 yield events
             return
         self._notice_crash(ask.digest)
+        await self._learn_need(ask)
         async with self._turn(ask, requester, keep_alive_s) as (model, waited_for_load):
             load_s = trio.current_time() - begun if waited_for_load else 0.0
             self._on_use(ask.digest)
@@ -176,11 +195,46 @@ class ModelResidency:
             if self._brought.brings(ask.digest) and ask.keep_alive_s == 0:
                 await self._brought.keep(ask.digest, 0)
 
+    async def try_preload(self, digest: Sha256, name: str, keep_alive_s: float) -> bool:
+        """Load a model that nobody has asked for, where there is room with nothing going for it: whether it was loaded.
+
+        Raises ModelNotFound, EngineError; Draining.
+        """
+        ask = Ask("preload", digest, name, GenerateRequest(), keep_alive_s, "batch")
+        if self._closed or digest in self._held or self._brought.brings(digest):
+            await trio.lowlevel.checkpoint()
+            return False
+        with self._drain.admit() as has_begun:
+            await self._learn_need(ask)
+            try:
+                async with self._turn(ask, None, keep_alive_s, ahead=True):
+                    has_begun()
+            except Busy:
+                return False
+        return True
+
+    async def _learn_need(self, ask: Ask) -> None:
+        """Find out what a model takes that may have to be loaded. Raises ModelNotFound, StoreError, EngineUnavailable."""
+        if ask.digest in self._held or self._queue.waiting(ask.digest) or self._brought.brings(ask.digest):
+            return
+        file = await self._model_file(ask.digest)
+        file = msgspec.structs.replace(file, parameters=_load_options(file, ask.request))
+        guessed, measured = need_of(file, self._config), self._needs.need(file)
+        # Who was let in once by what was thought of it is not kept out by what was measured then.
+        most = self._configured_bytes
+        known = measured is not None and (most is None or measured.total <= most)
+        self._core.on_need(ask.digest, measured if measured and known else guessed)
+        if not self._memory().gpus:
+            self.look_at_memory()
+
     @asynccontextmanager
     async def _turn(
-        self, ask: Ask, requester: PeerId | None, keep_alive_s: float
+        self, ask: Ask, requester: PeerId | None, keep_alive_s: float, *, ahead: bool = False
     ) -> AsyncIterator[tuple[LoadedModel, bool]]:
-        """A slot of the ask's model, and whether we waited for its load. Leaving gives it back, and notices a crash."""
+        """A slot of the ask's model, and whether we waited for its load. Leaving gives it back, and notices a crash.
+
+        ``ahead``: only load it, in free room. Raises Busy.
+        """
         self._asks += 1
         number = self._asks
         waiter = self._waiters[number] = _Waiter(ask)
@@ -188,7 +242,7 @@ class ModelResidency:
         ready = held is not None and held.model is not None and not held.leave.is_set()
         begun = trio.current_time()
         try:
-            self._do(self._ask(number, ask, requester, keep_alive_s))
+            self._do(self._preload(number, ask) if ahead else self._ask(number, ask, requester, keep_alive_s))
             await waiter.settled.wait()
             QUEUE_WAIT.labels(priority=ask.priority).observe(trio.current_time() - begun)
             self._count(ask.priority)
@@ -219,6 +273,12 @@ class ModelResidency:
             raise
         finally:
             self._count(ask.priority)
+
+    def _preload(self, number: int, ask: Ask) -> list[Action]:
+        actions = self._core.on_preload(number, ask.digest, ask.keep_alive_s or 0.0, trio.current_time())
+        if actions is None:
+            raise Busy(NO_ROOM)
+        return actions
 
     def _count(self, priority: Priority) -> None:
         QUEUED.labels(priority=priority).set(self._queue.waiting_of(priority))
@@ -270,6 +330,11 @@ class ModelResidency:
             decode_per_s=speed.decode_per_s,
             load_s=speed.load_s,
         )
+
+    def look_at_memory(self) -> None:
+        """See how much there is for models now: call it when figures of the GPUs have been read. Cheap."""
+        room = room_of(self._memory(), self._configured_bytes, self._core.needs())
+        self._do(self._core.on_room(room, trio.current_time()))
 
     def held(self) -> frozenset[Sha256]:
         """The models that are in memory, on their way there, or leaving it."""
@@ -346,10 +411,16 @@ class ModelResidency:
                 took_s = trio.current_time() - begun
                 self._remember(digest, speed_after_load(self.speed(digest), took_s))
                 _log.info("loaded", model=held.file.name, digest=digest[:12], seconds=round(took_s, 3))
-                self._do(self._core.on_loaded(digest, model.facts.parallel, trio.current_time()))
+                need = self._measure(held.file, model)
+                self._do(self._core.on_loaded(digest, model.facts.parallel, trio.current_time(), need))
                 await held.leave.wait()
         if loading.cancelled_caught:
             raise EngineUnavailable(f"the model did not load within {self._config.load_timeout_s:g} s")
+
+    def _measure(self, file: ModelFile, model: LoadedModel) -> Need:
+        need = measured_need(file.size, model.facts.size, model.facts.size_vram)
+        self._needs.on_loaded(file, need)
+        return need
 
     def _fail(self, digest: Sha256, error: MeshmaxError) -> None:
         _log.warning("not loaded", digest=digest[:12], code=error.code, error=error.message)
@@ -401,15 +472,17 @@ async def open_residency(
     on_use: Callable[[Sha256], None] = lambda digest: None,
     drain: Drain | None = None,
     brought: Brought | None = None,
+    memory: Callable[[], Reading] = Reading,
 ) -> AsyncIterator[ModelResidency]:
     """The residency of one node; leaving unloads everything.
 
     ``model_file`` finds a model on disk (raises ModelNotFound, StoreError). ``on_change`` is called, often, when models or
     load changed; it must be cheap; so must ``on_use``, called when a model begins to answer. ``wall`` tells Unix time.
-    ``drain``: whether asks are taken; None: always. ``brought``: models that engines bring along; None: none.
+    ``drain``: whether asks are taken; None: always. ``brought``: models that engines bring along; None: none. ``memory``: the
+    machine's, as of now; must be cheap. Raises ConfigError.
     """
     async with trio.open_nursery() as nursery:
-        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall, on_use, drain, brought)
+        residency = ModelResidency(engine, model_file, config, nursery, on_change, wall, on_use, drain, brought, memory)
         nursery.start_soon(residency.run_expiry)
         try:
             yield residency

@@ -18,7 +18,7 @@ from meshmax.services.residency import ModelResidency, open_residency
 
 A, B, C, D = (Sha256(letter * 64) for letter in "abcd")
 MISSING = Sha256("0" * 64)
-CONFIG = EngineConfig(kind="echo", echo_tokens_per_s=10.0, parallel=2, keep_alive_s=60.0, load_timeout_s=30.0)
+CONFIG = EngineConfig(kind="echo", echo_tokens_per_s=10.0, parallel=2, keep_alive_s=60.0, load_timeout_s=30.0, max_loaded=3)
 
 
 async def model_file(digest: Sha256) -> ModelFile:

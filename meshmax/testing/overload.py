@@ -1,0 +1,168 @@
+"""More prompts than peers can answer, sent at a steady rate whatever comes of them: what each client saw, and what it cost.
+
+The peers are real processes with the echo engine, so how long an answer takes is known. Not here: what is good enough
+(tests/loopback/test_overload, scripts/bench_overload).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import httpx
+import psutil
+import trio
+
+from meshmax.testing.gguf import build_gguf
+from meshmax.testing.process import PeerProcess, start_peer, until, wait_for_api
+
+MODEL: Final = f"overload-{os.getpid()}"  # another mesh on this machine may be met, so nobody else's name or bytes
+GENERATE: Final = "/api/generate"
+PRIORITIES: Final = ("interactive", "batch")
+_HEAD_BYTES: Final = 1 << 16
+_GIVE_UP_S: Final = 60.0  # for one prompt; the queues are shorter
+
+
+class Reply(NamedTuple):
+    """Of one prompt. ``status`` 0: none came. ``first_s``: until its first byte. ``retry_after``: as it was sent."""
+
+    asked_s: float
+    status: int
+    first_s: float
+    took_s: float
+    retry_after: str
+    whole: bool
+
+
+class Load(NamedTuple):
+    """What one sender sends: through which peer, how urgent, how much of it."""
+
+    entry: PeerProcess
+    priority: Literal["interactive", "batch"]
+    per_s: float
+
+
+class Outcome(NamedTuple):
+    """The replies that each load got, and the memory of each watched peer while it went on, in bytes, once a second."""
+
+    replies: list[list[Reply]]
+    memory: list[list[int]]
+    began_s: float
+
+
+@contextmanager
+def open_overloaded(
+    folder: Path, members: int, tokens_per_s: float, slots: int, **settings: str
+) -> Iterator[list[PeerProcess]]:
+    """The peer that answers, first, and ``members`` without an engine that ask it."""
+    serving = {
+        "log_level": "info",
+        "engine_parallel": str(slots),
+        "engine_echo_tokens_per_s": str(tokens_per_s),
+        **{f"engine_{name}": value for name, value in settings.items()},
+    }
+    started = [start_peer(folder / "serving", "--name", "serving", wait=True, spawned_by=None, **serving)]
+    try:
+        server = started[0]
+        path = folder / "echo.gguf"
+        path.write_bytes(build_gguf(tensor_bytes=1 << 16, seed=os.getpid()))
+        server.run("add", MODEL, str(path))
+        for _ in range(2):  # the second one is measured without the load
+            _post(server, {"model": MODEL, "prompt": "one two three", "raw": True, "stream": False})
+        join = server.get("/api/v1/status")["addresses"][0]  # mDNS takes long on a machine that has much to do
+        for number in range(members):
+            flags = ("--name", f"member{number}", "--join", join)
+            started.append(
+                start_peer(folder / flags[1], *flags, wait=False, spawned_by=None, engine_kind="none", log_level="info")
+            )
+        for entry in started[1:]:
+            wait_for_api(entry)
+            until("a member hears of the model", partial(_knows, entry), 60)
+        yield started
+    finally:
+        for peer in started:
+            peer.stop()
+
+
+def _knows(entry: PeerProcess) -> bool:
+    return f"{MODEL}:latest" in entry.get("/api/v1/models")["models"]
+
+
+def _post(peer: PeerProcess, body: object) -> None:
+    httpx.post(peer.api + GENERATE, json=body, timeout=60, trust_env=False).raise_for_status()
+
+
+def run_overload(loads: Sequence[Load], words: int, span_s: float, watched: Sequence[PeerProcess]) -> Outcome:
+    """Send for ``span_s``, then wait for what is still to come."""
+    return trio.run(_run, loads, " ".join(["word"] * words), span_s, watched)
+
+
+async def _run(loads: Sequence[Load], text: str, span_s: float, watched: Sequence[PeerProcess]) -> Outcome:
+    replies: list[list[Reply]] = [[] for _ in loads]
+    memory: list[list[int]] = [[] for _ in watched]
+    began_s = trio.current_time()
+    async with trio.open_nursery() as watching:
+        watching.start_soon(_watch, watched, memory)
+        async with trio.open_nursery() as nursery:
+            for load, into in zip(loads, replies, strict=True):
+                nursery.start_soon(_send, load, text, began_s + span_s, into.append, nursery)
+        watching.cancel_scope.cancel()
+    return Outcome(replies, memory, began_s)
+
+
+async def _watch(watched: Sequence[PeerProcess], memory: list[list[int]]) -> None:
+    processes = [psutil.Process(peer.process.pid) for peer in watched]
+    while True:
+        for process, seen in zip(processes, memory, strict=True):
+            seen.append(process.memory_info().rss)
+        await trio.sleep(1.0)
+
+
+async def _send(load: Load, text: str, until_s: float, take: Callable[[Reply], None], nursery: trio.Nursery) -> None:
+    host = load.entry.api.removeprefix("http://")
+    body = json.dumps({"model": MODEL, "prompt": text, "raw": True, "stream": True}).encode()
+    head = (
+        f"POST {GENERATE} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        f"X-Meshmax-Priority: {load.priority}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    name, _, port = host.rpartition(":")
+    due_s = trio.current_time()
+    while due_s < until_s:
+        nursery.start_soon(_ask, (name, int(port)), head.encode() + body, take)
+        due_s += 1 / load.per_s
+        await trio.sleep_until(due_s)
+
+
+def _is_over(head: bytes, tail: bytes) -> bool:
+    """Whether the reply is whole: short ones tell their length, answers come in chunks."""
+    fields, _, body = head.partition(b"\r\n\r\n")
+    length = re.search(rb"\r\ncontent-length: *(\d+)", fields, re.IGNORECASE)
+    return len(body) >= int(length[1]) if length else tail.endswith(b"\r\n0\r\n\r\n")
+
+
+async def _ask(address: tuple[str, int], request: bytes, take: Callable[[Reply], None]) -> None:
+    asked_s = trio.current_time()
+    head, first_s, tail = b"", 0.0, b""
+    try:
+        with trio.fail_after(_GIVE_UP_S):
+            async with await trio.open_tcp_stream(*address) as stream:
+                await stream.send_all(request)
+                while not _is_over(head, tail) and (data := await stream.receive_some(_HEAD_BYTES)):
+                    first_s = first_s or trio.current_time() - asked_s
+                    if len(head) < _HEAD_BYTES:
+                        head += data
+                    tail = (tail + data)[-2048:]
+    except (OSError, trio.TooSlowError, trio.BrokenResourceError):
+        pass
+    fields = head.partition(b"\r\n\r\n")[0].decode("latin-1").lower().split("\r\n")
+    words = fields[0].split(" ")
+    status = int(words[1]) if len(words) > 1 and words[1].isdecimal() else 0
+    again = next((line.partition(":")[2].strip() for line in fields if line.startswith("retry-after:")), "")
+    whole = status == 200 and b'"done":true' in tail
+    take(Reply(asked_s, status, first_s, trio.current_time() - asked_s, again, whole))

@@ -192,14 +192,19 @@ class PullFirst:
     async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[Answer]:
         """See ports.Router. Where a model is fetched first it is entered when that has begun."""
         self.under_way += 1
-        at_s = self._unix_now()
+        at_s, entered = self._unix_now(), False
         try:
+            try:
+                async with self._router.open_answer(ask, wishes) as answer:
+                    entered = True
+                    yield answer
+                return
+            except (NoProviders, ModelNotFound, Draining) as error:
+                if entered:
+                    raise
+                nobody = error
             async with AsyncExitStack() as stack:
-                try:
-                    answer = await stack.enter_async_context(self._router.open_answer(ask, wishes))
-                except (NoProviders, ModelNotFound, Draining) as error:
-                    answer = await self._fetch_or_tell(ask, wishes, stack, error, at_s)
-                yield answer
+                yield await self._fetch_or_tell(ask, wishes, stack, nobody, at_s)
         finally:
             self.under_way -= 1
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from meshmax.base.errors import (
@@ -38,14 +38,14 @@ from meshmax.core.pace import MAX_PATIENCE, Alarms
 from meshmax.core.retrying import is_final, most_telling, passes
 
 MAX_OPEN: Final = 3  # asked at once: one that is suspected, one beside it, and another if that is silent, too
-MAX_ATTEMPTS: Final = 8  # without anything new for the client; what eight peers fail would fail everywhere
+MAX_ATTEMPTS: Final = 8  # that peers took, without anything new for the client: what eight fail would fail everywhere
 MAX_IN_ALL: Final = 64  # of one request; an answer that breaks so often will not end
 MAX_ASKS_OF_ONE: Final = 3  # of one peer, before the first token
 MAX_CRASHES: Final = 3  # engines that a request may bring down before it is taken for the cause
 FIRST_PAUSE_S: Final = 0.1  # before a peer that failed is asked again; an engine starts in about that
 MOST_PAUSE_S: Final = 2.0
-PATIENCE_S: Final = 3.0  # for all pauses before the first token; then the client is told to come again
 STUCK_S: Final = 15.0  # without anybody to go on, in the middle of an answer: a peer restarts or is found again in that
+PATIENCE_S: Final = 8.0  # the same before the first token; a client that has seen nothing can as well ask again
 LOOK_AGAIN_S: Final = 1.0  # for somebody to ask beside a suspected peer, where there was nobody
 LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
 GRACE_S: Final = 0.3  # to read what came in while it was; more after a longer stop
@@ -89,6 +89,7 @@ class Delivery:
         self._troubled = False  # something failed since the client got something new
         self._errors: list[MeshmaxError] = []  # since then, at most MAX_IN_ALL
         self._asks: Counter[PeerId] = Counter()
+        self._taken = 0  # how many of those were accepted
         self._refused: set[PeerId] = set()
         self._cannot_go_on: set[PeerId] = set()  # their engines only answer from the beginning
         self._stuck_s: float | None = None  # since when nobody is left
@@ -118,6 +119,7 @@ class Delivery:
         """The peer has taken the request."""
         if attempt := self._open.get(number):
             attempt.told_s = now
+            self._taken += 1
         return self.on_heard(number, now)
 
     def on_events(self, number: int, events: Sequence[Event], now: float) -> list[Action]:
@@ -134,12 +136,17 @@ class Delivery:
         out: Sequence[RoutedEvent] = events
         if attempt.joint is not None:
             try:
-                out = [given for event in events for given in attempt.joint.on_event(event)]
+                out = _up_to_the_end(given for event in events for given in attempt.joint.on_event(event))
             except EngineError as error:
                 return [Cancel(number, error), *self.on_failed(number, error, now)]
         if attempt.suspected:
             self._on_false_alarm(attempt, now)
-        return self._give(attempt, out, now) if out else []
+        if not out:
+            return []
+        actions = self._give(attempt, out, now)
+        if self._over and not isinstance(events[-1], Finish):  # a stop word was complete, and the peer goes on
+            actions.append(Cancel(number))
+        return actions
 
     def on_failed(self, number: int, error: MeshmaxError, now: float) -> list[Action]:
         """The attempt has ended without a whole answer."""
@@ -288,6 +295,7 @@ class Delivery:
         self._troubled = False
         self._errors.clear()
         self._asks.clear()
+        self._taken = 0
         self._refused.clear()
         self._stuck_s, self._pauses, self._wake_s = None, 0, math.inf
 
@@ -296,7 +304,7 @@ class Delivery:
     def _next(self, now: float, *, again: bool = False) -> list[Action]:
         """Ask somebody for what is missing; if nobody can be asked, wait or give up. ``again``: a pause is over."""
         crashes = sum(isinstance(error, EngineCrashed) for error in self._errors)
-        if crashes >= MAX_CRASHES or self._asks.total() >= MAX_ATTEMPTS or len(self._attempts) >= MAX_IN_ALL:
+        if crashes >= MAX_CRASHES or self._taken >= MAX_ATTEMPTS or len(self._attempts) >= MAX_IN_ALL:
             return [] if self._open else self._give_up(now)
         choices = self._others()
         fresh = self._fresh(choices, now)
@@ -332,6 +340,7 @@ class Delivery:
             if attempt.mode == "finish":
                 return self._finish(attempt, now)
         self._asks[choice.peer] += 1
+        self._taken += choice.ours  # others say so
         self._troubled = self._troubled or kind != "first"
         self._attempts.append(attempt)
         self._open[attempt.number] = attempt
@@ -360,7 +369,7 @@ class Delivery:
     def _pause(self, choices: list[Choice], now: float) -> list[Action]:
         """Nobody is left who was not asked: look again after a while, if the client may wait for that."""
         middle = self._first_s is not None
-        if not (choices or middle):
+        if not (choices or middle or any(passes(error) and not isinstance(error, Busy) for error in self._errors)):
             return self._give_up(now)
         if self._stuck_s is None:
             self._stuck_s = now
@@ -454,3 +463,13 @@ class Delivery:
         if self._errors:
             return most_telling(self._errors, middle=self._first_s is not None)
         return DeadlineExceeded(f"the answer was not whole within {self._deadline_s:g} s (routing.deadline_s)")
+
+
+def _up_to_the_end(events: Iterable[Event]) -> list[Event]:
+    """``events``, none of them after a Finish."""
+    found: list[Event] = []
+    for event in events:
+        found.append(event)
+        if isinstance(event, Finish):
+            break
+    return found

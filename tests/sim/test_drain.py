@@ -8,7 +8,7 @@ import trio.testing
 
 from meshmax.base.config import EngineConfig
 from meshmax.base.drain import DrainView
-from meshmax.base.errors import Draining, Refused
+from meshmax.base.errors import Draining, OutOfScope, Refused
 from meshmax.base.inference import Ask, Delta, GenerateRequest, Moved, RoutedEvent
 from meshmax.base.route import Wishes
 from meshmax.node import Node
@@ -170,3 +170,22 @@ async def test_a_node_that_ends_waits_no_longer_than_its_deadline(
             await a.draining.wait_end(lambda own, peers: None)
             assert trio.current_time() - began <= 3.1
         assert got == [(WORDS, 1)]
+
+
+async def test_in_a_private_mesh_an_admin_drains_another_peer_and_nobody_else_does(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a, b, c = [await site.node(name) for name in "abc"]
+        await a.membership.create("home")
+        for node, scopes in ((b, ("infer", "pull", "admin")), (c, ("infer", "pull"))):
+            await node.membership.join(await a.membership.ticket(scopes, 86400.0, 1))  # type: ignore[arg-type]
+        await until(lambda: all(len(online(node)) == 2 for node in (a, b, c)))
+        assert await b.draining.drain(a.peer_id, 60.0) == DrainView("drained")
+        await until(lambda: told(c, a) == "draining")
+        assert await b.draining.view(a.peer_id) == DrainView("drained")
+        for what in (c.draining.undrain(a.peer_id), c.draining.drain(b.peer_id, 0.0), c.draining.view(a.peer_id)):
+            with pytest.raises(OutOfScope, match="admin"):
+                await what
+        assert await b.draining.undrain(a.peer_id) == DrainView()
+        assert a.state == "running"

@@ -17,15 +17,19 @@ import msgspec
 from meshmax.base.errors import EngineError
 from meshmax.base.inference import (
     MAX_SAID_CHARACTERS,
+    ChatRequest,
     Delta,
     EmbedRequest,
     Event,
     Finish,
+    GenerateRequest,
     InferRequest,
     Options,
     Said,
     ToolCall,
 )
+
+MAX_STRADDLE_CHARACTERS: Final = 256  # of a stop word that began before the break; they are some characters long
 
 Mode = Literal["anew", "prefix", "replay", "finish"]
 
@@ -111,13 +115,23 @@ def plan(request: InferRequest, so_far: SoFar, *, deterministic: bool = False, c
         return Plan("anew", request, exact=True)
     if so_far.full or isinstance(request, EmbedRequest):
         return None
-    exact = deterministic or is_greedy(request.options)
+    exact = deterministic or _comes_out_the_same(request)
     if can_go_on:
         said = Said(so_far.text, so_far.thinking, so_far.tokens)
         return Plan("prefix", msgspec.structs.replace(request, said=said), exact)
-    if exact or (request.options.seed is not None and request.options.seed >= 0):
+    if deterministic or is_greedy(request.options) or (request.options.seed is not None and request.options.seed >= 0):
         return Plan("replay", request, exact=True)
     return None
+
+
+def _comes_out_the_same(request: GenerateRequest | ChatRequest) -> bool:
+    """Whether an engine that goes on in the middle may be expected to say what it would have said from the start.
+
+    A form makes it choose tokens as no text is split into by itself. Infilling has no place for what was said but the end
+    of what stands before the gap.
+    """
+    infills = isinstance(request, GenerateRequest) and bool(request.suffix)
+    return is_greedy(request.options) and request.format is None and not infills
 
 
 def is_greedy(options: Options) -> bool:
@@ -131,66 +145,88 @@ class Joint:
     ``spent_s``: from the first token to the break, added to the times of the Finish.
     """
 
+    __slots__ = ("_check", "_so_far_tokens", "_spent_s", "_spoke", "_stop", "_tokens")
+
     def __init__(self, plan: Plan, so_far: SoFar, spent_s: float = 0.0) -> None:
-        self._mode = plan.mode
-        self._said_tokens = so_far.tokens if plan.mode == "prefix" else 0
+        self._check = _Replayed(so_far) if plan.mode == "replay" else None
+        self._so_far_tokens = so_far.tokens
+        self._tokens = so_far.tokens if plan.mode == "prefix" else 0  # those that the Finish does not know of
         self._spent_s = spent_s
-        replayed = plan.mode == "replay"
-        self._text = so_far.text if replayed else ""  # still to be heard again
-        self._thinking = so_far.thinking if replayed else ""
-        self._logprobs = so_far.logprobs if replayed else 0
         self._spoke = bool(so_far.text)
-        self._so_far = so_far
+        stop = () if plan.mode != "prefix" or isinstance(plan.request, EmbedRequest) else plan.request.options.stop
+        self._stop = _begun_stop(stop or (), so_far.text)
 
     def on_event(self, event: Event) -> list[Event]:
-        """What the client gets of it; after a Finish the answer is whole. Raises EngineError for a contradiction."""
-        if isinstance(event, Delta):
-            delta = self._fresh(event)
-            return [] if delta is None else [delta]
+        """What the client gets of it; after a Finish the answer is whole, whatever else comes.
+
+        Raises EngineError for an answer that contradicts what was said.
+        """
         if isinstance(event, Finish):
-            return [self._finished(event)]
-        return [event]
+            held = self._stop.release() if self._stop else []
+            if self._check is not None:
+                self._check.end()
+            return [*held, self._finished(event)]
+        if not isinstance(event, Delta):
+            return [event]
+        if self._check is not None:
+            fresh = self._check.fresh(event)
+            return [] if fresh is None else [fresh]
+        if event.thinking and self._spoke:
+            raise EngineError(CONTRADICTED)
+        return [event] if self._stop is None else self._after_begun_stop(self._stop, event)
 
     def end(self) -> Finish:
         """The end of an answer that lacks nothing else ("finish"); the tokens of the prompt are not known any more."""
-        return Finish("stop", output_tokens=self._so_far.tokens, total_s=self._spent_s, output_s=self._spent_s)
+        return Finish("stop", output_tokens=self._so_far_tokens, total_s=self._spent_s, output_s=self._spent_s)
 
-    def _fresh(self, event: Delta) -> Delta | None:
-        if not (self._text or self._thinking):
-            if event.thinking and self._spoke:
-                raise EngineError(CONTRADICTED)
-            return event
-        thinking = self._heard_thinking(event.thinking)
-        text = self._heard_text(event.text)
-        if event.tool_calls and (self._text or self._thinking):
-            raise EngineError(CONTRADICTED)
-        logprobs = event.logprobs[self._logprobs :]
-        self._logprobs = max(0, self._logprobs - len(event.logprobs))
-        if not (thinking or text or event.tool_calls):
-            return None
-        return msgspec.structs.replace(event, text=text, thinking=thinking, logprobs=logprobs)
-
-    def _heard_thinking(self, heard: str) -> str:
-        rest, self._thinking = _after(self._thinking, heard)
-        if rest and self._spoke:
-            raise EngineError(CONTRADICTED)
-        return rest
-
-    def _heard_text(self, heard: str) -> str:
-        if heard and self._thinking:
-            raise EngineError(CONTRADICTED)
-        rest, self._text = _after(self._text, heard)
-        return rest
+    def _after_begun_stop(self, stop: _BegunStop, event: Delta) -> list[Event]:
+        out = stop.on_delta(event)
+        if stop.complete:
+            return [self._finished(Finish("stop", output_tokens=stop.tokens))]
+        if out:
+            self._stop = None
+        return out
 
     def _finished(self, finish: Finish) -> Finish:
-        if self._text or self._thinking:
-            raise EngineError(CONTRADICTED)
         return msgspec.structs.replace(
             finish,
-            output_tokens=finish.output_tokens + self._said_tokens,
+            output_tokens=finish.output_tokens + self._tokens,
             output_s=finish.output_s + self._spent_s,
             total_s=finish.total_s + self._spent_s,
         )
+
+
+class _Replayed:
+    """Checks off what was said against the new answer."""
+
+    __slots__ = ("_logprobs", "_spoke", "_text", "_thinking", "_tokens")
+
+    def __init__(self, so_far: SoFar) -> None:
+        self._text, self._thinking = so_far.text, so_far.thinking  # still to be heard again
+        self._logprobs, self._tokens = so_far.logprobs, so_far.tokens
+        self._spoke = bool(so_far.text)
+
+    def fresh(self, event: Delta) -> Delta | None:
+        """What of ``event`` was not said yet. Raises EngineError for a contradiction."""
+        thinking, self._thinking = _after(self._thinking, event.thinking)
+        if (thinking and self._spoke) or (event.text and self._thinking):
+            raise EngineError(CONTRADICTED)
+        text, self._text = _after(self._text, event.text)
+        if event.tool_calls:
+            self.end()
+        logprobs = event.logprobs[self._logprobs :]
+        self._logprobs = max(0, self._logprobs - len(event.logprobs))
+        counted = min(self._tokens, event.tokens)
+        self._tokens -= counted
+        if not (thinking or text or event.tool_calls):
+            return None
+        tokens = event.tokens - counted
+        return msgspec.structs.replace(event, text=text, thinking=thinking, logprobs=logprobs, tokens=tokens)
+
+    def end(self) -> None:
+        """Nothing more of this kind will come. Raises EngineError where something was said that was not heard again."""
+        if self._text or self._thinking:
+            raise EngineError(CONTRADICTED)
 
 
 def _after(expected: str, heard: str) -> tuple[str, str]:
@@ -199,3 +235,43 @@ def _after(expected: str, heard: str) -> tuple[str, str]:
     if expected[:common] != heard[:common]:
         raise EngineError(CONTRADICTED)
     return heard[common:], expected[common:]
+
+
+class _BegunStop:
+    """A stop word that may have begun before the break, of which the next engine knows only the rest.
+
+    Engines hold such beginnings back, so this is for those that do not. Holds deltas until the word is there or cannot be.
+    """
+
+    __slots__ = ("_held", "_rests", "_text", "complete", "tokens")
+
+    def __init__(self, rests: list[str]) -> None:
+        self._rests = rests
+        self._held: list[Event] = []
+        self._text = ""
+        self.tokens = 0
+        self.complete = False
+
+    def on_delta(self, event: Delta) -> list[Event]:
+        """What need not be held any more."""
+        self._held.append(event)
+        self._text += event.text
+        self.tokens += event.tokens
+        self.complete = any(self._text.startswith(rest) for rest in self._rests)
+        self._rests = [rest for rest in self._rests if rest.startswith(self._text)]
+        return [] if self.complete or (self._rests and not event.tool_calls) else self.release()
+
+    def release(self) -> list[Event]:
+        """All that is held."""
+        held, self._held = self._held, []
+        return held
+
+
+def _begun_stop(stop: tuple[str, ...], said: str) -> _BegunStop | None:
+    rests = [
+        word[length:]
+        for word in stop
+        for length in range(1, min(len(word), MAX_STRADDLE_CHARACTERS))
+        if said.endswith(word[:length])
+    ]
+    return _BegunStop(rests) if rests else None

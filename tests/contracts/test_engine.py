@@ -31,6 +31,7 @@ from meshmax.base.inference import (
     Vector,
 )
 from meshmax.base.model import ModelDetails
+from meshmax.core.continuation import Joint, SoFar, plan
 from meshmax.engine.echo import EchoEngine
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.ollama import OllamaEngine
@@ -268,3 +269,87 @@ async def test_unloading_is_the_end_of_it(engine: Engine, file: ModelFile) -> No
     async with engine.open_model(file) as loaded:
         assert loaded.alive
     assert not loaded.alive
+
+
+# --- the rest of an answer that another peer began --------------------------------------------------------------------
+
+
+async def in_two_halves(model: LoadedModel, request: InferRequest, whole: list[Event], at: int) -> list[Event]:
+    """What a client gets whose first peer died after ``at`` events, and whose second one is ``model``."""
+    so_far = SoFar()
+    for event in whole[:at]:
+        so_far.on_event(event)
+    how = plan(request, so_far)
+    assert how is not None
+    try:
+        rest = await answer(model, how.request)
+    except CapabilityMissing:
+        how = plan(request, so_far, can_go_on=False)
+        assert how is not None
+        rest = await answer(model, how.request)
+    joint = Joint(how, so_far)
+    return whole[:at] + [out for event in rest for out in joint.on_event(event)]
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        chat("alpha beta gamma delta epsilon zeta eta theta iota"),
+        chat("alpha beta gamma delta", Options(temperature=0.0, num_predict=6, stop=("delta", "! H", "!\n"))),
+        GenerateRequest("one two three four five six", options=TINY),
+        GenerateRequest("The capital of France is", raw=True, options=TINY),
+        GenerateRequest("\U0001f98a \u6587\u5b57 caf\xe9", options=TINY),
+    ],
+)
+async def test_an_answer_goes_on_after_what_was_said_as_if_nothing_had_happened(
+    engine: Engine, model: LoadedModel, request_: InferRequest
+) -> None:
+    if engine.name in ("ollama", "openai") and isinstance(request_, GenerateRequest) and request_.raw:
+        pytest.skip("a raw prompt with a begun answer is another prompt, which the echo behind this engine repeats")
+    whole = await answer(model, request_)
+    end = whole[-1]
+    for at in (1, len(whole) // 2, len(whole) - 1):
+        got = await in_two_halves(model, request_, whole, at)
+        assert text_of(got) == text_of(whole)
+        last = got[-1]
+        assert isinstance(last, Finish)
+        assert isinstance(end, Finish)
+        assert (last.done_reason, last.output_tokens) == (end.done_reason, end.output_tokens)
+        assert last.context in (end.context, ())
+
+
+async def test_an_answer_with_a_context_goes_on(model: LoadedModel) -> None:
+    context = (await said(model, GenerateRequest("Hello", options=TINY)))[1].context
+    if not context:
+        pytest.skip("this engine has no contexts")
+    request = GenerateRequest("And now some more of it?", context=context, options=TINY)
+    whole = await answer(model, request)
+    got = await in_two_halves(model, request, whole, len(whole) // 2)
+    assert text_of(got) == text_of(whole)
+
+
+async def test_an_answer_that_is_whole_but_for_its_end_ends_at_once(model: LoadedModel) -> None:
+    request = chat("What is 2 plus 2?", Options(temperature=0.0, num_predict=64))
+    whole = await answer(model, request)
+    got = await in_two_halves(model, request, whole, len(whole) - 1)
+    assert len(got) == len(whole)
+    last, end = got[-1], whole[-1]
+    assert isinstance(last, Finish)
+    assert isinstance(end, Finish)
+    assert (last.done_reason, last.output_tokens) == (end.done_reason, end.output_tokens)
+
+
+async def test_json_that_broke_off_becomes_json(model: LoadedModel) -> None:
+    request = chat("Tell me of a cat", Options(temperature=0.0, num_predict=120, repeat_penalty=1.3), format="json")
+    whole = await answer(model, request)
+    for at in (1, len(whole) // 2):
+        got = await in_two_halves(model, request, whole, at)
+        assert text_of(got).startswith(text_of(whole[:at]))
+        last = got[-1]
+        assert isinstance(last, Finish)
+        if last.done_reason == "stop":
+            assert isinstance(json.loads(text_of(got)), dict)

@@ -10,14 +10,9 @@ Not here: the process itself (llamacpp_process), the wording (llamacpp_words).
 
 from __future__ import annotations
 
-import array
 import base64
-import itertools
-import math
 import os
 import secrets
-import string
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -35,7 +30,6 @@ from meshmax.base.errors import (
     EngineCrashed,
     EngineError,
     EngineUnavailable,
-    InvalidRequest,
     MeshmaxError,
 )
 from meshmax.base.inference import (
@@ -51,10 +45,12 @@ from meshmax.base.inference import (
 from meshmax.base.status import Gpu
 from meshmax.core.memory import context_tokens, need_of
 from meshmax.engine import llamacpp_words as words
+from meshmax.engine.call_ids import new_call_id
 from meshmax.engine.gpu import Driver, EngineDevice, usable_gpus
 from meshmax.engine.llamacpp_process import EngineProcess, open_process
 from meshmax.engine.llamacpp_rest import Asking, rest_of, tokens_of
 from meshmax.engine.loopback_http import LoopbackHttp
+from meshmax.engine.vectors import finished_vector
 from meshmax.ports import LoadedFacts
 from meshmax.telemetry.log import get_logger
 
@@ -63,7 +59,6 @@ MAX_GPU_LAYERS: Final = 10_000  # as options take it: more than any model has, s
 BATCH_TOKENS: Final = 512  # Ollama's num_batch; the compute buffer grows with it
 MAX_EMBED_TOKENS: Final = 8192  # one batch of an embedding model holds a whole text, and its buffer a whole batch
 EMBED_TEXTS: Final = 16  # texts a call to the engine: vectors come soon, and leaving costs at most these
-_CALL_ID_LETTERS: Final = string.ascii_lowercase + string.digits
 CRASH_SEEN_S: Final = 2.0  # after a broken connection, how long the process may take to be seen dead
 
 _log = get_logger("engine")
@@ -333,11 +328,6 @@ def _private_bytes(pid: int) -> int:
     return max(0, int(memory.rss) - int(getattr(memory, "shared", 0)))
 
 
-def new_call_id() -> str:
-    """An id for a tool call, of Ollama's form; templates differ in whether the model's own has one at all."""
-    return "call_" + "".join(secrets.choice(_CALL_ID_LETTERS) for _ in range(8))
-
-
 def _decoded(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
@@ -357,23 +347,3 @@ async def _chunks(lines: AsyncIterator[bytes]) -> AsyncGenerator[dict[str, Any],
         if "error" in chunk:
             raise words.error_of(500, data)
         yield chunk
-
-
-def finished_vector(raw: bytes, dimensions: int | None, normalize: bool) -> bytes:
-    """A vector as asked: cut to ``dimensions``, then brought to L2 length 1. Little-endian float32 in and out.
-
-    Raises InvalidRequest for dimensions that the model does not have.
-    """
-    vector = array.array("f", raw)
-    if sys.byteorder == "big":
-        vector.byteswap()
-    if dimensions is not None:
-        if not 1 <= dimensions <= len(vector):
-            raise InvalidRequest(f"dimensions must be between 1 and {len(vector)}")
-        vector = vector[:dimensions]
-    if normalize:
-        length = math.sqrt(math.fsum(itertools.starmap(float.__mul__, zip(vector, vector, strict=True))))
-        vector = array.array("f", (value / length for value in vector)) if length else vector
-    if sys.byteorder == "big":
-        vector.byteswap()
-    return vector.tobytes()

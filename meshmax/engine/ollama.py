@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Final, TypeVar
 
+import msgspec
 import trio
 
 from meshmax.base.catalog import ModelDescription, ModelFile, OfferedModel
@@ -32,7 +33,7 @@ from meshmax.base.status import Gpu
 from meshmax.engine import ollama_words as words
 from meshmax.engine import server_words as shared
 from meshmax.engine.call_ids import new_call_id
-from meshmax.engine.server_http import Reply, ServerHttp
+from meshmax.engine.server_http import Reply, ServerHttp, shared_place
 from meshmax.engine.vectors import finished_vector
 from meshmax.ports import LoadedFacts
 
@@ -52,6 +53,7 @@ class OllamaEngine:
 
     def __init__(self, http: ServerHttp, parallel: int = PARALLEL) -> None:
         self._http, self._parallel = http, parallel
+        self._places = trio.CapacityLimiter(parallel)
         self._where = f"the Ollama at {http.url}"
         self._names: dict[Sha256, str] = {}  # what the daemon calls its models
         self._details: OrderedDict[Sha256, ModelDetails] = OrderedDict()
@@ -74,7 +76,7 @@ class OllamaEngine:
             for tag in tags.models or ()
             if any(offer.digest == tag.digest for offer in found)
         }
-        return found
+        return tuple(msgspec.structs.replace(offer, parallel=self._parallel) for offer in found)
 
     async def _learn(self, tags: words.Tags) -> None:
         """Ask for what the list does not tell; daemons of before 2026 tell no capabilities there."""
@@ -110,7 +112,7 @@ class OllamaEngine:
     async def open_model(self, model: ModelFile) -> AsyncIterator[OllamaModel]:
         """Nothing is loaded: the daemon does that with the first prompt. Raises ModelNotFound."""
         await trio.lowlevel.checkpoint()
-        loaded = OllamaModel(self, self._http, model, self._name(model.digest), self._where, self._parallel)
+        loaded = OllamaModel(self, self._http, model, self._name(model.digest), self._where, self._places)
         try:
             yield loaded
         finally:
@@ -144,16 +146,28 @@ class OllamaModel:
     """A LoadedModel: one model of the daemon."""
 
     def __init__(
-        self, engine: OllamaEngine, http: ServerHttp, model: ModelFile, name: str, where: str, parallel: int
+        self,
+        engine: OllamaEngine,
+        http: ServerHttp,
+        model: ModelFile,
+        name: str,
+        where: str,
+        places: trio.CapacityLimiter,
     ) -> None:
         self._engine, self._http, self._where = engine, http, where
         self._digest, self._name = model.digest, name
         self.alive = True
-        self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", parallel)
+        self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", int(places.total_tokens))
+        self._places = places
 
     @asynccontextmanager
     async def answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
-        """See ports.LoadedModel. Busy where the daemon is."""
+        """See ports.LoadedModel. Busy where the daemon is. All models of a daemon share its places."""
+        async with shared_place(self._places), self._answer(request) as events:
+            yield events
+
+    @asynccontextmanager
+    async def _answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
         if isinstance(request, EmbedRequest):
             async with aclosing(self._vectors(request)) as events:
                 yield events

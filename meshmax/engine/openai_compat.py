@@ -35,7 +35,7 @@ from meshmax.base.status import Gpu
 from meshmax.engine import openai_words as words
 from meshmax.engine import server_words as shared
 from meshmax.engine.call_ids import new_call_id
-from meshmax.engine.server_http import ServerHttp
+from meshmax.engine.server_http import ServerHttp, shared_place
 from meshmax.engine.vectors import finished_vector
 from meshmax.ports import LoadedFacts
 
@@ -54,7 +54,7 @@ class OpenAiEngine:
     def __init__(self, server: OpenAiServer, http: ServerHttp) -> None:
         self._http = http
         self._patterns = server.models
-        self._parallel = server.parallel
+        self._places = trio.CapacityLimiter(server.parallel)
         self._where = f"the server at {http.url}"
         self._models: dict[Sha256, words.ListedModel] = {}
 
@@ -73,7 +73,8 @@ class OpenAiEngine:
         known = {model.id: model.created for model in self._models.values()}
         listed = [msgspec.structs.replace(model, created=known.get(model.id, model.created)) for model in listed]
         self._models = {words.digest_of(model.id): model for model in listed}
-        return tuple(words.offer_of(model, self._where) for model in listed)
+        offers = (words.offer_of(model, self._where) for model in listed)
+        return tuple(msgspec.structs.replace(offer, parallel=int(self._places.total_tokens)) for offer in offers)
 
     async def describe(self, digest: Sha256) -> ModelDescription:
         """What its list told: the interface has no more."""
@@ -90,7 +91,7 @@ class OpenAiEngine:
     async def open_model(self, model: ModelFile) -> AsyncIterator[OpenAiModel]:
         """Nothing is loaded here. Raises ModelNotFound."""
         await trio.lowlevel.checkpoint()
-        loaded = OpenAiModel(self._http, model, self._model(model.digest), self._where, self._parallel)
+        loaded = OpenAiModel(self._http, model, self._model(model.digest), self._where, self._places)
         try:
             yield loaded
         finally:
@@ -106,16 +107,22 @@ class OpenAiModel:
     """A LoadedModel: one model of the server."""
 
     def __init__(
-        self, http: ServerHttp, model: ModelFile, listed: words.ListedModel, where: str, parallel: int
+        self, http: ServerHttp, model: ModelFile, listed: words.ListedModel, where: str, places: trio.CapacityLimiter
     ) -> None:
         self._http, self._where = http, where
         self._name, self._server = listed.id, words.server_of(listed)
         self.alive = True
-        self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", parallel)
+        self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", int(places.total_tokens))
+        self._places = places
 
     @asynccontextmanager
     async def answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
-        """See ports.LoadedModel. Busy where the server is."""
+        """See ports.LoadedModel. Busy where the server is. All models of a server share its places."""
+        async with shared_place(self._places), self._answer(request) as events:
+            yield events
+
+    @asynccontextmanager
+    async def _answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
         if isinstance(request, EmbedRequest):
             async with aclosing(self._vectors(request)) as events:
                 yield events

@@ -159,6 +159,17 @@ async def _whole(response: PatientResponse) -> bytes:
     return bytes(body)
 
 
+@asynccontextmanager
+async def shared_place(places: trio.CapacityLimiter) -> AsyncIterator[None]:
+    """One of a server's places, waited for in turn; one task may have several."""
+    borrower = object()
+    await places.acquire_on_behalf_of(borrower)
+    try:
+        yield
+    finally:
+        places.release_on_behalf_of(borrower)
+
+
 async def _connect(host: str, port: int) -> trio.abc.Stream:
     return await trio.open_tcp_stream(host, port)
 

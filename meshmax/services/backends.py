@@ -67,6 +67,10 @@ class Backends:
                 named.setdefault((offer.name.lower(), offer.digest), offer)
         return tuple(named.values())
 
+    def parallel(self) -> int:
+        """Answers at once of all backends that offer something."""
+        return sum(offers[0].parallel for offers in self._offers if offers)
+
     def reports(self) -> tuple[BackendReport, ...]:
         """How each backend stands."""
         return tuple(

@@ -35,7 +35,7 @@ from meshmax.base.inference import (
     is_load_only,
     merge_options,
 )
-from meshmax.base.status import Load, Speed
+from meshmax.base.status import NO_ENGINE, Load, Speed
 from meshmax.core.fair_queue import FairQueue
 from meshmax.core.memory import Measured, Need, Reading, measured_need, need_of, parse_memory, room_of
 from meshmax.core.residency import (
@@ -55,6 +55,7 @@ from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import QUEUE_WAIT, QUEUED, SHED
 
 NO_ROOM: Final = "there is no room for it in memory now"
+STOPPED_S: Final = 600.0  # a model that somebody unloaded is not preloaded again for so long
 MAX_MEASURED: Final = 256  # models whose rates are remembered; the one measured longest ago is forgotten first
 
 _log = get_logger("residency")
@@ -89,6 +90,10 @@ class Brought(Protocol):
         """What they have in memory."""
         ...
 
+    def parallel(self) -> int:
+        """How much they answer at once."""
+        ...
+
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
         """Load and keep one so long, or unload it (0). Raises ModelNotFound, EngineError."""
         ...
@@ -104,6 +109,10 @@ class NothingBrought:
     def loaded(self) -> tuple[LoadedView, ...]:
         """Nothing."""
         return ()
+
+    def parallel(self) -> int:
+        """Nothing."""
+        return 0
 
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
         """Nothing to do."""
@@ -143,6 +152,7 @@ class ModelResidency:
         self._waiters: dict[int, _Waiter] = {}
         self._held: dict[Sha256, _Held] = {}
         self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
+        self._stopped: dict[Sha256, float] = {}  # when somebody wanted a model out of memory
         self._asks = 0
         self._closed = False
         self._changed = trio.Event()
@@ -201,7 +211,8 @@ class ModelResidency:
         Raises ModelNotFound, EngineError; Draining.
         """
         ask = Ask("preload", digest, name, GenerateRequest(), keep_alive_s, "batch")
-        if self._closed or digest in self._held or self._brought.brings(digest):
+        stopped_s = trio.current_time() - self._stopped.get(digest, -math.inf)
+        if self._closed or digest in self._held or self._brought.brings(digest) or stopped_s < STOPPED_S:
             await trio.lowlevel.checkpoint()
             return False
         with self._drain.admit() as has_begun:
@@ -341,8 +352,10 @@ class ModelResidency:
         return frozenset(self._held)
 
     def load(self) -> Load:
-        """Prompts running and queued now; the capacity of one model, loaded or not."""
-        return Load(self._core.running, self._core.queued, self._config.parallel, self._config.max_queue)
+        """Prompts running and queued now; the capacity of one model, loaded or not, and of engines that bring theirs."""
+        brought = self._brought.parallel()
+        own = 0 if brought and self._engine.name == NO_ENGINE else self._config.parallel
+        return Load(self._core.running, self._core.queued, own + brought, self._config.max_queue)
 
     def speed(self, digest: Sha256) -> Speed:
         """What was measured of a model since this node started, loaded now or not."""
@@ -351,6 +364,9 @@ class ModelResidency:
     async def unload(self, digest: Sha256) -> None:
         """Unload when its running answers have ended; does not wait for them. No error if it is not loaded."""
         await trio.lowlevel.checkpoint()
+        self._stopped[digest] = trio.current_time()
+        if len(self._stopped) > MAX_MEASURED:
+            del self._stopped[min(self._stopped, key=self._stopped.__getitem__)]
         self._do(self._core.on_unload(digest, trio.current_time()))
 
     async def run_expiry(self) -> None:

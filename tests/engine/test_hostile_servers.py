@@ -234,6 +234,25 @@ async def test_leaving_an_answer_closes_its_connection(place: Place, autojump_cl
     assert place.server.scripted.left == 1
 
 
+async def test_a_server_gets_as_many_prompts_at_once_as_it_takes(place: Place, autojump_clock: Clock) -> None:
+    open_now = most = 0
+
+    async def slow(stream: trio.abc.Stream) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await trio.sleep(1)
+        open_now -= 1
+        await stream.send_all(good)
+
+    good = stream(*DONE[place.kind])
+    place.says(slow)
+    async with trio.open_nursery() as nursery:
+        for _ in range(40):
+            nursery.start_soon(answered, place.model)
+    assert most == place.model.facts.parallel == 16
+
+
 async def test_a_look_at_what_hangs_ends_soon(autojump_clock: Clock) -> None:
     async with open_server() as server:
 

@@ -18,7 +18,8 @@ from meshmax.base.errors import (
 )
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import ChatRequest, Delta, GenerateRequest, Message, Options, ToolCall
-from meshmax.engine.llamacpp import load_words, new_call_id
+from meshmax.engine.call_ids import new_call_id
+from meshmax.engine.llamacpp import load_words
 from meshmax.engine.llamacpp_words import (
     MAX_TOOL_CALLS,
     ChatReader,

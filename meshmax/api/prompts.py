@@ -170,7 +170,7 @@ class Prompts:
         ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s, priority)
         if dialect == "ollama":  # answers a request that only loads with one object, whatever was asked
             stream = stream and not is_load_only(request)
-        reword = partial(_ollamas_words, embeds=isinstance(request, EmbedRequest))
+        reword = partial(self._reword, embeds=isinstance(request, EmbedRequest))
         return PromptReply(
             lambda: self._open_bounded(ask, resolved, wishes),
             form_for,
@@ -180,6 +180,12 @@ class Prompts:
             reword,
             lambda: self.node.router.route(ask.request_id),
         )
+
+    def _reword(self, error: MeshmaxError, embeds: bool) -> MeshmaxError:
+        """``error`` as clients are told it."""
+        if self.node.draining.ending and isinstance(error, Draining):
+            return ShuttingDown()
+        return _ollamas_words(error, embeds)
 
     @asynccontextmanager
     async def _open_bounded(self, ask: Ask, resolved: Resolved, wishes: Wishes) -> AsyncIterator[Answer]:

@@ -18,7 +18,7 @@ from meshmax.base.errors import Draining
 from meshmax.core.draining import Action, DrainCore, End
 from meshmax.telemetry.log import get_logger
 
-HANDED_OVER: Final = "this peer is being drained: another one carries on"
+HANDED_OVER: Final = "this peer was drained before its answer was whole"
 
 _log = get_logger("drain")
 

@@ -90,3 +90,20 @@ def test_a_peer_that_answers_is_drained_and_another_is_ended_and_every_answer_is
         assert "ending: waits for answers, those of 1 other peer, 5 s at most" in other.tail()
         post(first, f"/api/v1/nodes/{first.peer_id}/undrain", {})
         assert "back again" in post(entry, "/api/generate", {"model": MODEL, "prompt": "back again", "stream": False})
+
+
+def test_a_second_signal_ends_a_peer_that_waits_for_its_answers_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(build_gguf(tensor_bytes=1 << 20))
+    with peers(tmp_path, "impatient", lan="false", engine_echo_tokens_per_s="5") as (peer,):
+        post(peer, "/api/v1/models/add", {"name": MODEL, "path": str(file)})
+        body = {"model": MODEL, "prompt": WORDS}
+        with httpx.stream("POST", f"{peer.api}/api/generate", json=body, timeout=30, trust_env=False) as reply:
+            lines = reply.iter_lines()  # which hangs up when it goes
+            next(lines)
+            peer.process.send_signal(signal.SIGTERM)
+            until("it says that it waits", lambda: "1 of clients here, 5 s at most" in peer.tail())
+            refused = httpx.post(f"{peer.api}/api/generate", json=body, timeout=20, trust_env=False)
+            assert (refused.status_code, refused.json()["error"]) == (503, "This node is shutting down.")
+            peer.process.send_signal(signal.SIGINT)
+            assert peer.process.wait(3) == 130

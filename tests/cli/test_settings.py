@@ -172,3 +172,46 @@ def test_upstream_registries_are_hosts_or_urls_and_can_be_none(tmp_path: Path) -
     assert load_config({"offline": True}, {"MESHMAX_HOME": str(tmp_path)}).offline
     with pytest.raises(ConfigError, match="not an upstream registry"):
         load_config({}, env | {"MESHMAX_UPSTREAMS": "ftp://x"})
+
+
+def test_servers_come_from_the_file_and_their_keys_are_not_shown(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "engine:\n  ollama: http://gpu:11434\n  openai:\n    - {url: 'https://gpu/v1', key: sk-secret, models: [a*]}\n",
+    )
+    engine = load(tmp_path).engine
+    assert (engine.ollama, engine.openai[0].models) == ("http://gpu:11434", ("a*",))
+    assert "sk-secret" not in repr(engine)
+    for wrong in ("key: sk-secret, urls: x", "url: 'http://gpu', key: sk-secret, parallel: 0"):
+        write(tmp_path, f"engine: {{openai: [{{{wrong}}}]}}")
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path)
+        assert "sk-secret" not in caught.value.message
+        assert "a list of entries with url, key, key_file, models, parallel" in caught.value.message
+
+
+def test_servers_come_from_the_environment_by_url_and_one_alone_with_a_key(home: Path) -> None:
+    urls = {"MESHMAX_ENGINE_OPENAI": "http://a:8000, https://b/v1"}
+    assert [server.url for server in load(home, env=urls).engine.openai] == ["http://a:8000", "https://b/v1"]
+    one = {"MESHMAX_ENGINE_OPENAI": "http://a:8000", "MESHMAX_ENGINE_OPENAI_KEY": "sk-secret"}
+    assert load(home, env=one).engine.openai_key == "sk-secret"
+    with pytest.raises(ConfigError, match="is for one server"):
+        load(home, env=one | urls)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("ollama: gpu:11434", "no URL of a server"),
+        ("ollama: 'http://me:password@gpu'", "'gpu' is no URL"),
+        ("openai: [{url: 'ftp://x'}]", "engine.openai"),
+        ("openai: [{url: 'http://x:99999'}]", "no URL of a server"),
+        ("openai: [{url: 'http://x'}, {url: 'http://x/'}]", "stands there once"),
+        ("openai: [{url: 'http://x', key: a, key_file: b}]", "either key or key_file"),
+        ("openai: [{url: 'http://x', key: \"a\\nb\"}]", "a character that no key has"),
+    ],
+)
+def test_a_server_that_cannot_be_meant_is_an_error(tmp_path: Path, text: str, said: str) -> None:
+    write(tmp_path, f"engine: {{{text}}}")
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from meshmax.base.catalog import CatalogEntry, FirstOffer
+from meshmax.base.catalog import CatalogEntry, FirstOffer, OfferedModel
 from meshmax.base.errors import InvalidName, ModelNotFound
 from meshmax.base.ids import PeerId, Sha256, peer_id_of
 from meshmax.base.model import Layer, Manifest, ModelDetails, StoredModel
 from meshmax.base.status import ModelPresence, PeerState, PeerStatus, PeerView
-from meshmax.core.catalog import MAX_FIRST_SEEN, FirstSeen, merge, resolve
+from meshmax.core.catalog import MAX_FIRST_SEEN, FirstSeen, held_elsewhere, merge, resolve
 
 OWN, KITCHEN, ATTIC = (peer_id_of(bytes([n]) * 32) for n in (1, 2, 3))
 OLD, NEW = Sha256("a" * 64), Sha256("b" * 64)
@@ -167,3 +167,31 @@ def test_a_pinned_model_that_others_call_otherwise_is_found_under_its_pinned_nam
 def test_a_pinned_model_that_nobody_has_is_not_found_and_the_error_says_how_to_let_go() -> None:
     with pytest.raises(ModelNotFound, match="meshmax unpin llama3:latest"):
         resolve("llama3", listed(peer(KITCHEN, has(OLD))), (), FirstSeen(), NEW)
+
+
+def serves(digest: Sha256, *names: str) -> ModelPresence:
+    return ModelPresence(digest, names or (FULL,), "disk", 10, modified_at_s=5, engine="ollama", served=True)
+
+
+def test_who_runs_a_model_that_its_engine_brings_along_is_a_server_of_it_and_no_holder() -> None:
+    (entry,) = listed(peer(KITCHEN, serves(OLD)), peer(ATTIC, serves(OLD)))
+    assert (entry.holders, entry.servers, entry.anywhere) == ((), (KITCHEN, ATTIC), (KITCHEN, ATTIC))
+    assert not entry.is_here
+    (entry,) = listed(peer(KITCHEN, serves(OLD)), peer(ATTIC, has(OLD)))
+    assert (entry.holders, entry.servers, entry.anywhere) == ((ATTIC,), (KITCHEN,), (ATTIC, KITCHEN))
+    assert not held_elsewhere(OLD, (peer(KITCHEN, serves(OLD)),))
+
+
+def test_what_an_engine_here_brings_along_is_here_and_gives_way_to_our_store_alone() -> None:
+    offers = (OfferedModel("llama3:latest", NEW, "ollama", "there"), OfferedModel("../x", OLD, "ollama", "there"))
+    entries = merge(OWN, (), (peer(KITCHEN, has(OLD)),), {}, offered=offers)
+    assert [(entry.digest, entry.is_here, entry.local, entry.servers) for entry in entries] == [
+        (OLD, False, False, ()),
+        (NEW, True, False, (OWN,)),
+    ]
+    assert resolve("llama3", entries, (), FirstSeen({FULL: FirstOffer(OLD)})).digest == NEW
+    local = (here(OLD),)
+    entries = merge(OWN, local, (), {}, offered=offers)
+    assert resolve("llama3", entries, local, FirstSeen()).digest == OLD
+    both = merge(OWN, local, (), {}, offered=(OfferedModel("llama3:latest", OLD, "ollama", "there"),))
+    assert [(entry.local, entry.served, entry.holders) for entry in both] == [(True, True, (OWN,))]

@@ -4,21 +4,25 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
-from meshmax.base.catalog import ModelFile
+from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
 from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Ask, ChatRequest, Delta, Event, Finish, InferRequest, Message, Options
+from meshmax.base.model import ModelDetails
 from meshmax.engine.echo import EchoEngine, EchoModel
 from meshmax.services.residency import ModelResidency, open_residency
 
 A, B, C, D = (Sha256(letter * 64) for letter in "abcd")
 MISSING = Sha256("0" * 64)
-CONFIG = EngineConfig(kind="echo", echo_tokens_per_s=10.0, parallel=2, keep_alive_s=60.0, load_timeout_s=30.0, max_loaded=3)
+CONFIG = EngineConfig(
+    kind="echo", echo_tokens_per_s=10.0, parallel=2, keep_alive_s=60.0, load_timeout_s=30.0, max_loaded=3
+)
 
 
 async def model_file(digest: Sha256) -> ModelFile:
@@ -261,3 +265,43 @@ async def test_who_asks_a_peer_that_is_shutting_down_is_told_so(autojump_clock: 
         pass
     with pytest.raises(EngineUnavailable, match="shutting down"):
         await answer(residency, ask())
+
+
+class FakeBrought:
+    """An engine of another's that runs A."""
+
+    def __init__(self) -> None:
+        self.kept: list[float | None] = []
+
+    def brings(self, digest: Sha256) -> bool:
+        return digest == A
+
+    def loaded(self) -> tuple[LoadedView, ...]:
+        return (LoadedView("a", A, 5, 5, 64, "gpu", ModelDetails(), None),)
+
+    def parallel(self) -> int:
+        return 16
+
+    async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
+        await trio.lowlevel.checkpoint()
+        self.kept.append(keep_alive_s)
+
+
+async def test_what_an_engine_brings_along_is_kept_by_it_and_takes_no_place_of_ours(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    brought = FakeBrought()
+    config = msgspec.structs.replace(CONFIG, max_loaded=1)
+    async with open_residency(EchoEngine(config), model_file, config, lambda: 1000.0, brought=brought) as residency:
+        await answer(residency, ask(B))
+        await answer(residency, ask(A))
+        assert brought.kept == []
+        assert [(view.digest, view.device) for view in residency.loaded()] == [(B, "cpu"), (A, "gpu")]
+        assert residency.load().capacity == 2 + 16
+        await answer(residency, ask(A, keep_alive_s=60))
+        await answer(residency, ask(A, keep_alive_s=0))
+        await answer(residency, ask(A, ""))
+        assert finish(await answer(residency, ask(A, "", 0))).done_reason == "unload"
+        assert brought.kept == [60, 0, None, 0]
+        await answer(residency, ask(B, keep_alive_s=0))
+        assert brought.kept == [60, 0, None, 0]

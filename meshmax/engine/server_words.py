@@ -94,8 +94,9 @@ def _told(body: bytes) -> str:
     """The sentence in an error's body: {"error": TEXT}, {"error": {"message": TEXT}}, {"message"}, {"detail"}, or plain."""
     try:
         words: Any = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        return body[: 4 * MAX_MESSAGE].decode("utf-8", "replace") if not body.lstrip().startswith(b"<") else ""
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        plain_text = body[: 4 * MAX_MESSAGE].decode("utf-8", "replace")
+        return "" if plain_text.lstrip().startswith(("<", "{", "[")) or "\ufffd" in plain_text else plain_text
     for _ in range(2):
         if isinstance(words, dict):
             words = next((words[key] for key in ("error", "message", "detail") if words.get(key)), "")
@@ -124,9 +125,10 @@ def name_of(text: str) -> str:
         return str(parse_name(text))
     except InvalidName:
         pass
+    text = text.replace("\\", "/")
     head, _, tag = text.rpartition(":") if text.rfind(":") > text.rfind("/") else (text, "", "")
-    rooted = head.startswith(("/", ".", "~")) or "\\" in head or head.count("/") > 1
-    parts = [part for part in re.split(r"[/\\]", head) if part][-1 if rooted else -2 :]
+    rooted = head.startswith(("/", ".", "~")) or head.count("/") > 1
+    parts = [part for part in head.split("/") if part][-1 if rooted else -2 :]
     parts = [_UNFIT.sub("-", part.removesuffix(".gguf")).strip("-.")[:80] for part in parts]
     if len(parts) == 2:
         parts[0] = parts[0].replace(".", "-")

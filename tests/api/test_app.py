@@ -11,6 +11,7 @@ from meshmax.api.access import Policy
 from meshmax.api.app import CLOSED, make_app
 from meshmax.api.guard import Guard
 from meshmax.base.config import Config
+from meshmax.base.loop_guard import FROM_MESHMAX, LOOP
 
 ORIGIN = {"origin": "http://localhost:3000"}
 
@@ -199,3 +200,12 @@ async def test_beside_ollamas_paths_a_refusal_says_why(
     assert reply.status_code == 403
     assert said in reply.text
     assert "access-control-allow-origin" not in reply.headers
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/api/tags", "/api/chat", "/v1/models", "/v1/chat/completions", "/api/v1/status"]
+)
+async def test_a_peer_that_takes_us_for_an_engine_is_refused_everything(client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.request("POST" if "chat" in path else "GET", path, headers={FROM_MESHMAX: "1"})
+    assert reply.status_code == LOOP
+    assert "join its mesh instead" in reply.text

@@ -18,6 +18,7 @@ MAX_ADDRESSES: Final = 16  # a host with that many interfaces is still reached b
 MAX_MODELS: Final = 1024  # models a peer lists; 1024 of ~150 bytes stay well inside one frame
 MAX_GPUS: Final = 32
 MAX_MAPPED: Final = 4  # a router has one address outside, rarely two
+MAX_DEMANDS: Final = 16  # models a peer says are asked for; what is asked for less needs no preloading
 MAX_PEER_NAME: Final = 64  # characters
 NO_ENGINE: Final = "none"
 
@@ -86,6 +87,13 @@ class Speed(msgspec.Struct, frozen=True):
     load_s: float = 0.0
 
 
+class Demand(msgspec.Struct, frozen=True):
+    """A model that is asked for by way of a peer's own API: ``per_min`` prompts a minute of late."""
+
+    digest: Sha256
+    per_min: float
+
+
 class PeerStatus(msgspec.Struct, frozen=True):
     """One peer's word about itself. ``sequence`` grows with each issue, over restarts too; ``mesh`` is '' in an open mesh.
 
@@ -94,7 +102,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     last changed (`lasting`); what changes all the time (`Vitals`) is told beside it. ``leaving``: the last word before the end.
     ``udp_port`` takes datagrams of the DHT, 0 if there is none: it may be another one than the control port's number.
     ``relay``: it relays for members of its mesh. ``mapped``: multiaddrs, without /p2p, at which its router says to forward to
-    its control port: no addresses of its interfaces.
+    its control port: no addresses of its interfaces. ``demand``: the models asked for most by its own users.
     """
 
     peer_id: PeerId
@@ -118,6 +126,7 @@ class PeerStatus(msgspec.Struct, frozen=True):
     udp_port: int = 0
     relay: bool = False
     mapped: tuple[str, ...] = ()
+    demand: tuple[Demand, ...] = ()
 
 
 class Vitals(msgspec.Struct, frozen=True):
@@ -134,6 +143,7 @@ class Vitals(msgspec.Struct, frozen=True):
     memory_bytes: int = 0
     memory_total_bytes: int = 0
     gpus: tuple[Gpu, ...] = ()
+    demand: tuple[Demand, ...] = ()
 
 
 def lasting(status: PeerStatus) -> tuple[object, ...]:
@@ -168,6 +178,7 @@ def vitals_of(status: PeerStatus) -> Vitals:
         status.memory_bytes,
         status.memory_total_bytes,
         status.gpus,
+        status.demand,
     )
 
 
@@ -182,6 +193,7 @@ def with_vitals(status: PeerStatus, vitals: Vitals) -> PeerStatus:
         memory_bytes=vitals.memory_bytes,
         memory_total_bytes=vitals.memory_total_bytes,
         gpus=vitals.gpus,
+        demand=vitals.demand,
     )
 
 

@@ -59,6 +59,7 @@ from meshmax.services.model_exchange import ModelServer
 from meshmax.services.model_exchange import describe as ask_description
 from meshmax.services.offers import Offers
 from meshmax.services.outflow import Outflow
+from meshmax.services.preload import Preloads
 from meshmax.services.presence import open_presence
 from meshmax.services.pull import open_pulls
 from meshmax.services.pull_first import PullFirst, ask_pull_of
@@ -148,6 +149,8 @@ class _Opening:
                 memory=node.memory,
             )
         )
+        keep_alive_s = self.config.engine.keep_alive_s
+        node.preloads = Preloads(node.peer_id, node.residency, lambda: node.presence.peers(), keep_alive_s)  # noqa: PLW0108
         node.catalog = CatalogService(
             store.models,
             store.blobs,
@@ -276,7 +279,9 @@ class _Opening:
             )
         )
         ask_pull, config, unix_now = ask_pull_of(node.distribution), self.config.routing, self.world.unix_now
-        node.prompts = PullFirst(router, node.catalog, node.presence, node.pulls, ask_pull, config, unix_now)
+        node.prompts = PullFirst(
+            router, node.catalog, node.presence, node.pulls, ask_pull, config, unix_now, node.preloads.on_ask
+        )
         node.router = node.prompts
 
     async def _stored(self, model: StoredModel) -> None:
@@ -337,6 +342,8 @@ async def _open_background(node: Node, first_seen: FirstSeen) -> AsyncIterator[N
     async with open_backends(node.backends), trio.open_nursery() as nursery:
         nursery.start_soon(_watch_gpus, node)
         nursery.start_soon(keep_names)
+        if node.config.engine.preload:
+            nursery.start_soon(node.preloads.run)
         if node.config.mirror:
             mirror = Mirror(MirrorPlan(node.config.mirror), node.pulls, node.presence.peers, node.catalog.local)
             nursery.start_soon(mirror.run)

@@ -41,6 +41,7 @@ from meshmax.services.leftovers import Leftovers
 from meshmax.services.membership import MembershipService
 from meshmax.services.model_exchange import FetchedModel
 from meshmax.services.network_watch import NetworkWatch
+from meshmax.services.preload import Preloads
 from meshmax.services.presence import PresenceService
 from meshmax.services.pull import PartialModel
 from meshmax.services.pull_first import PullFirst
@@ -92,6 +93,7 @@ class Node:
         self.doctor: Doctor
         self.lane_port = 0  # 0: no lanes are taken
         self.residency: ModelResidency
+        self.preloads: Preloads
         self.limits: Limits
         self.fsck: Fsck
         self.adoption: Adoption
@@ -186,6 +188,7 @@ class Node:
             udp_port=self.serving.udp_port,
             relay=self.traversal.relays_members,
             mapped=mapped_addresses(self),
+            demand=self.preloads.demand(),
         )
 
     def _models(self) -> tuple[ModelPresence, ...]:

@@ -166,7 +166,10 @@ class PullFirst:
         ask_pull: AskPull,
         config: RoutingConfig,
         unix_now: Callable[[], float],
+        on_ask: Callable[[Ask], None] = lambda ask: None,
     ) -> None:
+        """``on_ask`` is called with each request that comes; it must be cheap."""
+        self._on_ask = on_ask
         self._router, self._catalog, self._presence, self._pulls = router, catalog, presence, pulls
         self._ask_pull, self._config, self._unix_now = ask_pull, config, unix_now
         self._fetches: OrderedDict[str, _Fetch] = OrderedDict()
@@ -192,6 +195,7 @@ class PullFirst:
     async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[Answer]:
         """See ports.Router. Where a model is fetched first it is entered when that has begun."""
         self.under_way += 1
+        self._on_ask(ask)
         at_s, entered = self._unix_now(), False
         try:
             try:

@@ -37,7 +37,7 @@ from meshmax.base.inference import (
 )
 from meshmax.base.status import NO_ENGINE, Load, Speed
 from meshmax.core.fair_queue import FairQueue
-from meshmax.core.memory import Measured, Need, Reading, measured_need, need_of, parse_memory, room_of
+from meshmax.core.memory import Reading
 from meshmax.core.residency import (
     Action,
     Fail,
@@ -51,6 +51,7 @@ from meshmax.core.residency import (
 from meshmax.core.residency import Load as LoadModel
 from meshmax.ports import Engine, LoadedModel
 from meshmax.services.drain import Drain
+from meshmax.services.model_memory import ModelMemory
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import QUEUE_WAIT, QUEUED, SHED
 
@@ -136,9 +137,7 @@ class ModelResidency:
         memory: Callable[[], Reading] = Reading,
     ) -> None:
         self._engine = engine
-        self._memory = memory
-        self._configured_bytes = parse_memory(config.memory)
-        self._needs = Measured()
+        self._memory = ModelMemory(config, memory)
         self._brought = brought or NothingBrought()
         self._drain = drain or Drain()
         self._model_file = model_file
@@ -230,12 +229,8 @@ class ModelResidency:
             return
         file = await self._model_file(ask.digest)
         file = msgspec.structs.replace(file, parameters=_load_options(file, ask.request))
-        guessed, measured = need_of(file, self._config), self._needs.need(file)
-        # Who was let in once by what was thought of it is not kept out by what was measured then.
-        most = self._configured_bytes
-        known = measured is not None and (most is None or measured.total <= most)
-        self._core.on_need(ask.digest, measured if measured and known else guessed)
-        if not self._memory().gpus:
+        self._core.on_need(ask.digest, self._memory.need(file))
+        if not self._memory.is_of_gpus:
             self.look_at_memory()
 
     @asynccontextmanager
@@ -344,8 +339,7 @@ class ModelResidency:
 
     def look_at_memory(self) -> None:
         """See how much there is for models now: call it when figures of the GPUs have been read. Cheap."""
-        room = room_of(self._memory(), self._configured_bytes, self._core.needs())
-        self._do(self._core.on_room(room, trio.current_time()))
+        self._do(self._core.on_room(self._memory.room(self._core.needs()), trio.current_time()))
 
     def held(self) -> frozenset[Sha256]:
         """The models that are in memory, on their way there, or leaving it."""
@@ -427,16 +421,11 @@ class ModelResidency:
                 took_s = trio.current_time() - begun
                 self._remember(digest, speed_after_load(self.speed(digest), took_s))
                 _log.info("loaded", model=held.file.name, digest=digest[:12], seconds=round(took_s, 3))
-                need = self._measure(held.file, model)
+                need = self._memory.on_loaded(held.file, model.facts)
                 self._do(self._core.on_loaded(digest, model.facts.parallel, trio.current_time(), need))
                 await held.leave.wait()
         if loading.cancelled_caught:
             raise EngineUnavailable(f"the model did not load within {self._config.load_timeout_s:g} s")
-
-    def _measure(self, file: ModelFile, model: LoadedModel) -> Need:
-        need = measured_need(file.size, model.facts.size, model.facts.size_vram)
-        self._needs.on_loaded(file, need)
-        return need
 
     def _fail(self, digest: Sha256, error: MeshmaxError) -> None:
         _log.warning("not loaded", digest=digest[:12], code=error.code, error=error.message)

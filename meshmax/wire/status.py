@@ -25,6 +25,7 @@ from meshmax.base.model import Signed
 from meshmax.base.names import MAX_NAME
 from meshmax.base.status import (
     MAX_ADDRESSES,
+    MAX_DEMANDS,
     MAX_GPUS,
     MAX_MAPPED,
     MAX_MODELS,
@@ -127,6 +128,7 @@ def check_vitals(vitals: Vitals) -> None:
         "",
         "",
         gpus=vitals.gpus,
+        demand=vitals.demand,
         load=vitals.load,
         cpu_percent=vitals.cpu_percent,
         memory_bytes=vitals.memory_bytes,
@@ -241,6 +243,8 @@ def _within_bounds(status: PeerStatus) -> bool:
         and len(status.models) <= MAX_MODELS
         and sum(len(model.names) for model in status.models) <= MAX_ALL_NAMES
         and len(status.gpus) <= MAX_GPUS
+        and len(status.demand) <= MAX_DEMANDS
+        and all(HEX64.fullmatch(each.digest) and 0.0 <= each.per_min < MAX_RATE for each in status.demand)
         and len(status.name) <= MAX_PEER_NAME
         and status.name.isprintable()
         and all(len(text) <= MAX_TEXT and text.isprintable() for text in texts)

@@ -99,3 +99,8 @@ def test_timings_leave_out_what_is_not_known() -> None:
 def test_wide_letters_are_wrapped_where_the_terminal_ends() -> None:
     wrap = WordWrap(10 + 5)
     assert wrap.feed("\u65e5\u672c \u65e5\u672c\u8a9e") == "\u65e5\u672c \u65e5\u672c\x1b[4D\x1b[K\n\u65e5\u672c\u8a9e"
+
+
+def test_timings_tell_who_went_on_with_an_answer_and_that_its_words_may_differ() -> None:
+    assert timings({"meshmax": {"peer": "12D3", "continued": True}}, {}) == "continued by:         12D3"
+    assert "other words perhaps" in timings({"meshmax": {"peer": "12D3", "continued": True, "exact": False}}, {})

@@ -96,6 +96,11 @@ def test_as_json_the_whole_answer_says_who_gave_it(peer: FakePeer, capsys: pytes
     answer = json.loads(capsys.readouterr().out)
     assert answer["response"] == "Paris."
     assert answer["meshmax"] == {"peer": "12D3KooW", "route": "the only holder"}
+    moved = {"peer": "12D3Other", "continued": True}
+    peer.on("POST", "/api/generate", {"model": "m", "response": "Paris.", "done": True, "meshmax": moved})
+    assert main(["run", "m", "hi", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["meshmax"]
+    assert told == answer["meshmax"] | {"continued_by": "12D3Other", "exact": True}
 
 
 def test_an_unknown_model_says_what_to_do(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:

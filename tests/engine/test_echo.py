@@ -3,6 +3,7 @@
 import array
 import math
 
+import msgspec
 import pytest
 import trio
 
@@ -19,6 +20,7 @@ from meshmax.base.inference import (
     InferRequest,
     Message,
     Options,
+    Said,
 )
 from meshmax.engine.echo import DIMENSIONS, EchoEngine, unit_vector
 
@@ -110,3 +112,38 @@ def test_vectors_depend_on_the_text_alone_and_have_length_one() -> None:
 def test_impossible_dimensions_are_refused(dimensions: int) -> None:
     with pytest.raises(InvalidRequest, match="between 1 and"):
         unit_vector("x", dimensions)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ChatRequest((user(" one two\n three  four "),)),
+        ChatRequest((user("one two three"), Message("assistant", "one"))),
+        ChatRequest((user("a b c d e f"),), options=Options(num_predict=4)),
+        ChatRequest((user("a b c d e f"),), options=Options(num_predict=6)),
+        ChatRequest((user("a b STOP d"),), options=Options(stop=("STOP", " d"))),
+        ChatRequest((user('say "x" \U0001f98a now'),), format="json"),
+        GenerateRequest("one two three", context=(1, 2)),
+        GenerateRequest("one two three", raw=True, options=Options(num_predict=2, stop=("three",))),
+    ],
+)
+async def test_an_answer_goes_on_exactly_after_every_token(
+    autojump_clock: trio.abc.Clock, request_: GenerateRequest | ChatRequest
+) -> None:
+    whole = await answer(request_)
+    end = whole[-1]
+    assert isinstance(end, Finish)
+    for at in range(1, len(whole)):
+        said = Said(text_of(whole[:at]), tokens=at)
+        rest = await answer(msgspec.structs.replace(request_, said=said))
+        last = rest[-1]
+        assert isinstance(last, Finish)
+        assert whole[:at] + rest[:-1] == whole[:-1]
+        assert (last.done_reason, last.output_tokens + at) == (end.done_reason, end.output_tokens)
+        assert (last.context, last.prompt_tokens) == (end.context, end.prompt_tokens)
+
+
+async def test_what_it_would_not_have_said_it_cannot_go_on_from() -> None:
+    for said in (Said("other"), Said("one", thinking="hm")):
+        with pytest.raises(CapabilityMissing):
+            await answer(ChatRequest((user("one two"),), said=said))

@@ -240,3 +240,17 @@ def test_errors_of_the_server_become_errors_of_our_tree(
 )
 def test_why_a_model_was_not_loaded_is_read_from_the_log(log: str, reason: str) -> None:
     assert reason_in_log(log) == reason
+
+
+def test_a_chunk_that_holds_several_tokens_counts_them() -> None:
+    chat = ChatReader(0)
+    texts = [("a", 1), ("\U0001f98a", 5), ("b", None), ("c", 6)]
+    found = [
+        chat.on_chunk({"choices": [{"delta": {"content": text}}], **({"timings": {"predicted_n": n}} if n else {})})
+        for text, n in texts
+    ]
+    assert [delta.tokens for delta in found if delta] == [1, 4, 1, 1]
+    bare = CompletionReader(0, "said ")
+    delta = bare.on_chunk({"content": "more", "timings": {"predicted_n": 3}})
+    assert delta == Delta("more", tokens=3)
+    assert bare.text == "said more"

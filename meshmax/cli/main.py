@@ -37,6 +37,7 @@ _COMMANDS: Final = (
     ("show", "meshmax.cli.models:show", "Show what a model is."),
     ("cp", "meshmax.cli.models:cp", "Give a model a second name."),
     ("rm", "meshmax.cli.models:rm", "Delete models from this peer."),
+    ("load", "meshmax.cli.load:load", "Load models into memory before somebody asks them."),
     ("stop", "meshmax.cli.models:stop", "Unload a model from memory."),
     ("mesh", "meshmax.cli.membership:mesh", "Show the mesh that this peer is in, or make, leave and manage one."),
     ("ticket", "meshmax.cli.ticket:ticket", "Make a ticket that invites another peer into this mesh."),

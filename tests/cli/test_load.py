@@ -1,0 +1,65 @@
+"""The command load: what it asks of the peer, what it says, how it ends."""
+
+import json
+
+import pytest
+
+from meshmax.cli.main import main
+from tests.cli.conftest import FakePeer
+
+DIGEST = "6a" * 32
+TOOK_NS = 2_400_000_000
+
+
+@pytest.fixture
+def here(fake_peer: FakePeer) -> FakePeer:
+    fake_peer.on("GET", "/api/v1/models/tiny", {"digest": DIGEST})
+    until = "2026-01-01T00:05:00Z"
+    fake_peer.on("GET", "/api/ps", {"models": [{"digest": DIGEST, "size": 5, "size_vram": 0, "expires_at": until}]})
+    fake_peer.on("POST", "/api/generate", {"done": True, "done_reason": "load", "load_duration": TOOK_NS})
+    return fake_peer
+
+
+def test_it_loads_without_a_prompt_and_says_how_long_it_took(
+    here: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["load", "tiny", "--keep-alive", "30m"]) == 0
+    assert here.bodies("/api/generate") == [{"model": "tiny", "stream": False, "keep_alive": "30m"}]
+    assert capsys.readouterr().out == "'tiny' loaded in 2.4 s\n"
+
+
+def test_json_tells_where_and_until_when(here: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "tiny", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["loaded"]
+    assert told == {
+        "model": "tiny",
+        "peer": "",
+        "load_s": 2.4,
+        "size": 5,
+        "size_vram": 0,
+        "expires_at": "2026-01-01T00:05:00Z",
+    }
+
+
+def test_one_that_was_there_and_one_that_another_peer_loads_are_told_so(
+    here: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.on("POST", "/api/generate", {"done": True, "done_reason": "load", "remote_host": "attic"})
+    assert main(["load", "tiny"]) == 0
+    assert capsys.readouterr().out == "'tiny' was loaded already on attic\n"
+
+
+def test_what_does_not_fit_ends_with_the_peers_sentence(here: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    here.on("POST", "/api/generate", {"error": "the model needs about 9 GB", "code": "engine_unavailable"}, 503)
+    assert main(["load", "tiny"]) != 0
+    assert capsys.readouterr().err == "Error: the model needs about 9 GB\n"
+
+
+def test_a_keep_alive_that_is_no_duration_is_refused_before_anything_is_asked(here: FakePeer) -> None:
+    assert main(["load", "tiny", "--keep-alive", "soon"]) != 0
+    assert here.asked == []
+
+
+def test_an_unknown_model_ends_with_3(here: FakePeer) -> None:
+    here.on("GET", "/api/v1/models/x", {"error": "model 'x' not found"}, 404)
+    assert main(["load", "x"]) == 3

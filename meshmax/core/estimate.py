@@ -42,6 +42,9 @@ MAX_AHEAD: Final = 100_000  # requests; the same
 MAX_DECODE_PER_S: Final = 500.0  # small models are bound by other things than memory
 MIN_MODEL_BYTES: Final = 10_000_000  # smaller sizes are test files or lies; keeps the rates finite
 FADE_S: Final = 900.0  # seconds; machines get and lose other work within minutes
+WARY: Final = (
+    1.3  # factor of a wait: answers that take long are those that are met; scripts/bench_routing shows the gain
+)
 LONG_PROMPT: Final = 500  # tokens; those ahead of us are not expected to have longer ones, whatever ours is
 
 
@@ -95,7 +98,7 @@ def estimate(contender: Contender, work: Work, device: Device) -> Estimate:
         turn_s = figures.turn_s  # who looks for the shortest queue finds the most underrated one
     return Estimate(
         rtt_of(contender),
-        places * turn_s / capacity,
+        WARY * places * turn_s / capacity,
         0.0 if model.state == "loaded" else _load_s(contender, size, device, trust),
         fixed_s + unread / prefill,
         output_s,

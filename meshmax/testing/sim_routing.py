@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import time
 from collections import Counter
 from functools import partial
 from typing import Any, Final, Literal
@@ -169,6 +170,7 @@ class Simulation:
         self.outcomes: list[Outcome] = []
         self.decisions = 0
         self.considered = 0
+        self.deciding_s = 0.0
         self.now = 0.0
         self._weights = {p.name: 3.0 if p.hardware.gpu_bytes else 1.0 for p in self.mesh.peers}
         self._words: dict[tuple[int, frozenset[int]], tuple[PeerStatus, dict[int, ModelPresence]]] = {}
@@ -299,7 +301,8 @@ class Simulation:
         self.considered += len(contenders)
         turn = entry.turns[model]
         entry.turns[model] += 1
-        return decide(
+        began = time.process_time()
+        decision = decide(
             contenders,
             work,
             entry.previous.get(model),
@@ -308,6 +311,8 @@ class Simulation:
             turn=turn,
             key=b"%d" % request.conversation.number,
         )
+        self.deciding_s += time.process_time() - began
+        return decision
 
     def _nobody(self, request: _Request) -> None:
         """Wait a second and ask again, a few times."""

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, InferRequest, Message, Options
-from meshmax.core.estimate import FADE_S, IMAGE_TOKENS, OUTPUT_TOKENS, Work, estimate, expected_work
+from meshmax.core.estimate import FADE_S, IMAGE_TOKENS, OUTPUT_TOKENS, WARY, Work, estimate, expected_work
 from tests.core.contenders import (
     CHAT,
     peer,
@@ -41,7 +41,7 @@ def test_estimates_add_up() -> None:
     contender = peer("a", decode=10.0, prefill=100.0, load_s=3.0, rtt_s=0.5)
     assert seconds(contender, Work(200, 50)) == pytest.approx(0.5 + 3 + 2 + 5)
     waiting = peer("a", state="loaded", decode=10.0, prefill=100.0, rtt_s=0.5, running=1, queued=1, capacity=1)
-    assert seconds(waiting, Work(200, 50)) == pytest.approx(0.5 + 2 * 7 + 7)
+    assert seconds(waiting, Work(200, 50)) == pytest.approx(0.5 + WARY * 2 * 7 + 7)
 
 
 def test_tokens_that_a_peer_holds_need_not_be_read_again() -> None:
@@ -67,15 +67,15 @@ def test_an_old_load_and_an_old_fixed_cost_fade_too() -> None:
 
 def test_who_waits_waits_as_long_as_others_did_if_not_longer() -> None:
     busy = {"state": "loaded", "decode": 10.0, "prefill": 100.0, "running": 2, "queued": 3, "capacity": 2}
-    assert estimate(peer("a", **busy, turn_s=20.0), Work(100, 10), "gpu").queue_s == pytest.approx(4 * 20 / 2)
+    assert estimate(peer("a", **busy, turn_s=20.0), Work(100, 10), "gpu").queue_s == pytest.approx(WARY * 4 * 20 / 2)
     ours = 1 + 1 * 1.1
-    assert estimate(peer("a", **busy, turn_s=0.1), Work(100, 10), "gpu").queue_s == pytest.approx(4 * ours / 2)
-    assert estimate(peer("a", **busy), Work(100, 10), "gpu").queue_s == pytest.approx(4 * ours / 2)
+    assert estimate(peer("a", **busy, turn_s=0.1), Work(100, 10), "gpu").queue_s == pytest.approx(WARY * 4 * ours / 2)
+    assert estimate(peer("a", **busy), Work(100, 10), "gpu").queue_s == pytest.approx(WARY * 4 * ours / 2)
 
 
 def test_a_long_prompt_of_ours_does_not_make_the_queue_longer() -> None:
     busy = {"state": "loaded", "decode": 10.0, "prefill": 100.0, "running": 1, "capacity": 1}
-    assert estimate(peer("a", **busy), Work(100_000, 10), "gpu").queue_s == pytest.approx(6)
+    assert estimate(peer("a", **busy), Work(100_000, 10), "gpu").queue_s == pytest.approx(WARY * 6)
 
 
 def test_the_same_model_runs_faster_on_a_gpu_where_nobody_measured() -> None:

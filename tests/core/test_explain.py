@@ -45,10 +45,10 @@ def test_the_choice_is_explained_in_a_line(contenders: list[Contender], line: st
         (
             [
                 peer("a", state="loaded", decode=10.0, prefill=100.0),
-                peer("b", state="loaded", decode=11.0, prefill=100.0),
+                peer("b", state="loaded", decode=10.4, prefill=100.0),
             ],
             "a",
-            "not 10% sooner than the last choice)",
+            "not 6% sooner than the last choice)",
         ),
         (
             [

@@ -73,7 +73,7 @@ CASES: list[tuple[str, list[Contender], list[str], PeerId | None]] = [
     ("our own CPU yields to a neighbour's GPU", [peer("a", **CPU, **OURS), peer("b", **GPU)], ["b", "a"], None),
     (
         "the previous choice is kept while it is about as good",
-        [peer("a", **GPU, rtt_s=0.001), peer("b", **{**GPU, "decode": 55.0})],
+        [peer("a", **GPU, rtt_s=0.001), peer("b", **{**GPU, "decode": 58.0})],
         ["b", "a"],
         PeerId("b"),
     ),
@@ -161,7 +161,7 @@ def test_two_like_peers_do_not_take_turns() -> None:
     noise = random.Random(1)
     previous, switches = None, 0
     for _ in range(200):
-        pair = [peer(name, **{**GPU, "decode": 60 * noise.uniform(0.95, 1.05)}) for name in "ab"]
+        pair = [peer(name, **{**GPU, "decode": 60 * noise.uniform(0.97, 1.03)}) for name in "ab"]
         chosen = decide(pair, CHAT, previous).order[0]
         switches += previous is not None and chosen != previous
         previous = chosen

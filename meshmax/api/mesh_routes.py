@@ -150,7 +150,7 @@ class MeshFace:
                 "bootstrap": [msgspec.to_builtins(each) for each in mesh.bootstrap],
                 "discovery": [msgspec.to_builtins(report) for report in node.ladder.reports()],
                 "resources": node.resources(),
-                "backends": mesh_words.backends_json(node.backends.reports(), node.config.engine),
+                "backends": mesh_words.backends_json(node.backends.reports()),
                 "problems": [problem for problem in (mesh.problem, node.presence.problem) if problem],
                 "reachability": {
                     "addresses": len(node.swarm.addresses),

@@ -10,7 +10,6 @@ import msgspec
 from meshmax.api.ollama_models import listed
 from meshmax.api.stamps import rfc3339
 from meshmax.base.catalog import BackendReport, CatalogEntry
-from meshmax.base.config import EngineConfig
 from meshmax.base.errors import InvalidName
 from meshmax.base.events import Transfer
 from meshmax.base.names import parse_name
@@ -47,10 +46,9 @@ def _presence_json(model: ModelPresence, name: str) -> dict[str, Any]:
     return shown | ({"engine": model.engine, "served": model.served} if model.engine else {})
 
 
-def backends_json(reports: Sequence[BackendReport], engine: EngineConfig) -> list[dict[str, Any]]:
-    """Engines that bring models along, but for an Ollama that nobody asked for and that is not there."""
-    told = [one for one in reports if one.models or one.engine != "ollama" or engine.ollama != "auto"]
-    return [msgspec.to_builtins(one) for one in told]
+def backends_json(reports: Sequence[BackendReport]) -> list[dict[str, Any]]:
+    """Engines that bring models along."""
+    return [msgspec.to_builtins(one) for one in reports]
 
 
 def _short(name: str) -> str:

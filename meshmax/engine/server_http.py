@@ -112,7 +112,8 @@ class ServerHttp:
             try:
                 return await self._connect_tcp(self._host, self._port)
             except (OSError, trio.BrokenResourceError) as error:
-                raise EngineUnavailable(f"{self.url} cannot be reached: {error}") from None
+                cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+                raise EngineUnavailable(f"{self.url} cannot be reached: {cause}") from None
         raise EngineUnavailable(f"{self.url} took no connection within {CONNECT_S:g} s")
 
     async def _secured(self, tcp: trio.abc.Stream) -> trio.abc.Stream:

@@ -99,7 +99,8 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
         node.swarm = await enter(world.open_swarm(config, identity.private_bytes, node.membership))
         await enter(open_membership(node.membership, node.swarm))
         node.engine = world.engine(config, home.path / "logs")
-        node.backends = Backends(world.backends(config), node.changed, node.runs_itself)
+        unasked = "ollama" if config.engine.ollama == "auto" else ""
+        node.backends = Backends(world.backends(config), node.changed, node.runs_itself, unasked)
 
         async def save_limits(override: Override) -> None:
             await world.run_sync(partial(save_override, home.path, override))

@@ -42,8 +42,13 @@ class Backends:
         backends: Sequence[Backend] = (),
         on_change: Callable[[], None] = lambda: None,
         runs_itself: Callable[[Sha256], bool] = lambda digest: False,
+        unasked: str = "",
     ) -> None:
-        """``runs_itself``: whether our own engine runs a model, from our store. ``on_change`` must be cheap."""
+        """``runs_itself``: whether our own engine runs a model, from our store. ``on_change`` must be cheap.
+
+        ``unasked``: name of the engine that is looked for though nobody asked for it: that it is not there is no news.
+        """
+        self._unasked = unasked
         self._backends = tuple(backends)
         self._runs_itself = runs_itself
         self._on_change = on_change
@@ -72,10 +77,11 @@ class Backends:
         return sum(offers[0].parallel for offers in self._offers if offers)
 
     def reports(self) -> tuple[BackendReport, ...]:
-        """How each backend stands."""
+        """How each backend stands; nothing of one that nobody asked for and that is not there."""
         return tuple(
             BackendReport(backend.name, len(offers), offers[0].origin if offers else "", problem)
             for backend, offers, problem in zip(self._backends, self._offers, self.problems, strict=True)
+            if offers or backend.name != self._unasked
         )
 
     def owners(self) -> Mapping[Sha256, Backend]:
@@ -188,8 +194,9 @@ class Backends:
         """One line in the log a change."""
         why = error.message if error else ""
         if why and why != self.problems[place]:
-            level = _log.warning if self._offers[place] else _log.debug
-            level("backend not there", engine=self._backends[place].name, why=why)
+            name = self._backends[place].name
+            level = _log.warning if self._offers[place] or name != self._unasked else _log.debug
+            level("backend not there", engine=name, why=why)
         self.problems[place] = why
 
     def _take(self, place: int, found: tuple[OfferedModel, ...]) -> None:

@@ -27,6 +27,12 @@ class AsgiFront:
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.down = False
         self.open = 0
+        self._scopes: set[trio.CancelScope] = set()
+
+    def cut(self) -> None:
+        """Break every connection off, in the middle of whatever it is at."""
+        for scope in self._scopes:
+            scope.cancel()
 
     async def connect(self, _host: str, _port: int) -> trio.abc.Stream:
         """A connection. Raises OSError while it is down."""
@@ -40,10 +46,13 @@ class AsgiFront:
     async def _serve(self, stream: trio.abc.Stream) -> None:
         self.open += 1
         try:
-            await _Exchange(self, stream).run()
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                await _Exchange(self, stream).run()
         except trio.BrokenResourceError:
             pass  # the client has hung up
         finally:
+            self._scopes.discard(scope)
             self.open -= 1
             await trio.aclose_forcefully(stream)
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from meshmax.base.catalog import InMemory, ModelDescription, ModelFile, OfferedModel
+from meshmax.base.catalog import BackendReport, InMemory, ModelDescription, ModelFile, OfferedModel
 from meshmax.base.errors import Busy, EngineUnavailable, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.status import Gpu, Speed
@@ -117,6 +117,18 @@ async def test_one_that_is_not_there_is_asked_ever_less(error: Exception, autoju
         await trio.sleep(3600)
         assert len(fake.looks) < 3600 / MAX_PAUSE_S + 6
         assert backends.problems[0]
+
+
+async def test_one_that_nobody_asked_for_is_told_of_only_where_it_is(autojump_clock: Clock) -> None:
+    found, asked = FakeBackend(offer(A)), FakeBackend(name="openai")
+    found.error = asked.error = EngineUnavailable("gone")
+    backends = Backends((found, asked), unasked="ollama")
+    async with open_backends(backends):
+        await trio.sleep(1)
+        assert backends.reports() == (BackendReport("openai", 0, "", "gone"),)
+        found.error = None
+        await trio.sleep(MAX_PAUSE_S)
+        assert backends.reports()[0] == BackendReport("ollama", 1, "the ollama", "")
 
 
 async def test_the_first_that_offers_a_model_runs_it(autojump_clock: Clock) -> None:

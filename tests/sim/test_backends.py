@@ -15,7 +15,7 @@ from meshmax.api.app import make_app
 from meshmax.base.catalog import CatalogEntry
 from meshmax.base.config import EngineConfig, OpenAiServer
 from meshmax.base.errors import InvalidRequest, ModelNotFound, NoProviders
-from meshmax.base.inference import Ask, Finish, GenerateRequest
+from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest, Moved
 from meshmax.engine.ollama import OllamaEngine
 from meshmax.engine.openai_compat import OpenAiEngine
 from meshmax.engine.openai_words import digest_of
@@ -27,6 +27,7 @@ from tests.sim.site import Site, ask, online, open_site, pull, until
 Clock = trio.testing.MockClock
 URL = "http://127.0.0.1:11434"
 NO_ENGINE = EngineConfig(kind="none")
+ECHO = EngineConfig(kind="echo")
 
 
 class Place:
@@ -46,9 +47,9 @@ class Place:
 
 
 @asynccontextmanager
-async def open_place(folder: Path, hide_mark: bool = True) -> AsyncIterator[Place]:
+async def open_place(folder: Path, hide_mark: bool = True, engine: EngineConfig = ECHO) -> AsyncIterator[Place]:
     async with open_site(folder / "outside") as outside:
-        server = await outside.node("server")
+        server = await outside.node("server", engine)
         await outside.add(server, "tiny")
         async with trio.open_nursery() as nursery:
             front = AsgiFront(make_app(server), nursery, hide_mark)
@@ -189,3 +190,25 @@ async def test_a_client_that_leaves_ends_the_work_of_the_server(
             await anext(answer.events)
             assert place.server.residency.load().running == 1
         await until(lambda: place.server.residency.load().running == 0 and not place.front.open, 1)
+
+
+async def test_an_answer_of_an_ollama_that_dies_goes_on_at_a_peer_with_a_copy(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    words = " ".join(f"word{number}" for number in range(200))
+    async with open_place(tmp_path, engine=EngineConfig(kind="echo", echo_tokens_per_s=5.0)) as place:
+        await place.node("beside")
+        storing = await place.mesh.node("storing")
+        far = await place.mesh.node("far", NO_ENGINE)
+        await until(lambda: entry(far) is not None)
+        asked = Ask("r", far.catalog.resolve("tiny").digest, "tiny", GenerateRequest(words, raw=True))
+        async with far.router.open_answer(asked) as answer:
+            said = [await anext(answer.events) for _ in range(5)]
+            await place.mesh.add(storing, "tiny")
+            await until(lambda: (one := entry(far)) is not None and bool(one.holders), 20)
+            place.front.down = True
+            place.front.cut()
+            said += [event async for event in answer.events]
+        assert "".join(event.text for event in said if isinstance(event, Delta)) == words
+        (moved,) = [event for event in said if isinstance(event, Moved)]
+        assert moved.peer_id == storing.peer_id

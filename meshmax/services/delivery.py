@@ -100,8 +100,7 @@ class RequestDelivery:
                 self._ready.extend(action.events)
                 self._news.set()
             elif isinstance(action, Start):
-                ATTEMPTS.labels(kind=action.kind).inc()
-                self._nursery.start_soon(self._run, action)
+                self._start(action)
             elif isinstance(action, Cancel):
                 self._cancel(action)
             elif isinstance(action, Suspect):
@@ -119,27 +118,31 @@ class RequestDelivery:
         if self._timer_at > trio.current_time() + unless_s and self._core.deadline() < self._timer_at:
             self._retimed.set()
 
+    def _start(self, action: Start) -> None:
+        ATTEMPTS.labels(kind=action.kind).inc()
+        # Known at once, since it may be cancelled before its task has begun.
+        scope, trial = trio.CancelScope(), self._trial_for(action)
+        self._running[action.attempt] = (scope, trial)
+        self._nursery.start_soon(self._run, action.attempt, scope, trial)
+
     def _cancel(self, action: Cancel) -> None:
         if found := self._running.get(action.attempt):
             scope, trial = found
             trial.blame = action.why
             scope.cancel()
 
-    async def _run(self, start: Start) -> None:
-        trial = self._trial_for(start)
+    async def _run(self, attempt: int, scope: trio.CancelScope, trial: Trial) -> None:
         error: MeshmaxError | None = None
-        with trio.CancelScope() as scope:
-            self._running[start.attempt] = (scope, trial)
+        with scope:
             try:
-                await trial.run(_Feed(self, self._core, start.attempt))
+                await trial.run(_Feed(self, self._core, attempt))
             except MeshmaxError as failure:
                 error = failure
-            finally:
-                del self._running[start.attempt]
-                self._idle.set()
-                self._idle = trio.Event()
+        del self._running[attempt]
+        self._idle.set()
+        self._idle = trio.Event()
         if error is not None:
-            self.do(self._core.on_failed(start.attempt, error, trio.current_time()))
+            self.do(self._core.on_failed(attempt, error, trio.current_time()))
 
     @property
     def full(self) -> bool:
@@ -197,4 +200,4 @@ async def open_delivery(core: Delivery, trial_for: Callable[[Start], Trial]) -> 
     except BaseExceptionGroup as group:
         if len(group.exceptions) != 1:
             raise
-        raise group.exceptions[0] from None
+        raise group.exceptions[0] from None  # noqa: ASYNC123  the block's own, with its own traceback

@@ -40,6 +40,17 @@ async def vectors(site: Site) -> None:
             pass
 
 
+async def moving(site: Site) -> None:
+    """The engine that answers crashes in the middle, and another peer goes on."""
+    count = 0
+    async with site[0].router.open_answer(ask()) as answer:
+        async for _ in answer.events:
+            count += 1
+            if count == 5:
+                serving = next(node for node in site.nodes if node.peer_id == answer.route.peer_id)
+                serving.engine.models[0].crash()
+
+
 async def tasks_after_a_moment() -> int:
     await trio.sleep(1)
     root = trio.lowlevel.current_root_task()
@@ -83,6 +94,26 @@ async def test_a_request_cancelled_at_any_moment_leaves_nothing(
         while steps < 100 and await leaves_nothing(site, work, steps * STEP_S, idle_tasks):
             steps += 1
         assert steps > 5
+
+
+async def test_a_request_cancelled_at_any_moment_of_going_on_elsewhere_leaves_nothing(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=5000) as site:
+        site[0].has.clear()
+        steps, cut = 1, True
+        while steps < 100 and cut:
+            with trio.move_on_after(steps * STEP_S) as scope:
+                await moving(site)
+            cut = scope.cancelled_caught
+            await trio.sleep(20)  # longer than breakers keep a peer out
+            produced = [node.produced for node in site.nodes]
+            await trio.sleep(2)
+            assert [node.produced for node in site.nodes] == produced
+            for node in site.nodes:
+                assert not node.server.active
+                assert (node.residency.load().running, node.residency.load().queued) == (0, 0)
+                assert site[0].router.outstanding.count(node.peer_id) == 0
+            steps += 1
+        assert steps > 20
 
 
 async def test_a_request_cancelled_while_the_model_loads_leaves_nothing(autojump_clock: Clock) -> None:

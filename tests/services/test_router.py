@@ -370,6 +370,7 @@ async def test_a_peer_that_only_says_it_is_still_at_it_is_given_up_in_the_end(au
 
 
 async def kills_all_but(site: Site, *kept: int) -> None:
+    await trio.lowlevel.checkpoint()
     for number in set(range(len(site.nodes))) - set(kept):
         site.network.kill(site[number].peer_id)
 

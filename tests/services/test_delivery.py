@@ -1,0 +1,113 @@
+"""The tasks of one request: each attempt's own, that ends when it is cancelled, however early."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.errors import MeshmaxError, PeerGone
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import Delta, Event, Finish, GenerateRequest
+from meshmax.core.delivery import Delivery
+from meshmax.core.delivery_words import Cancel, Choice, Start
+from meshmax.core.pace import Gaps, frame_gaps
+from meshmax.services.delivery import MAX_READY, RequestDelivery, open_delivery
+from meshmax.services.trial import Feed
+
+Clock = trio.testing.MockClock
+REQUEST = GenerateRequest("x")
+
+
+class OnePeer:
+    """A Chooser of one peer."""
+
+    def __init__(self) -> None:
+        self.choice = Choice(PeerId("a"), Gaps(), frame_gaps(), ours=True, late_s=1e6)
+
+    def choices(self) -> Sequence[Choice]:
+        return (self.choice,)
+
+    def may_hedge(self, lateness: int) -> bool:
+        return False
+
+
+class Script:
+    """A Trial that sends ``batches``, a second apart, and counts what it has done."""
+
+    def __init__(self, *batches: Sequence[Event], error: MeshmaxError | None = None) -> None:
+        self._batches, self._error = batches, error
+        self.blame: MeshmaxError | None = None
+        self.sent = 0
+        self.held_s = 0.0
+        self.ended = False
+
+    async def run(self, feed: Feed) -> None:
+        try:
+            for batch in self._batches:
+                await trio.sleep(1)
+                self.sent += 1
+                self.held_s += await feed.send(batch)
+            await trio.sleep(0.1)  # to close its books
+            if self._error:
+                raise self._error
+        finally:
+            self.ended = True
+
+
+def core() -> Delivery:
+    return Delivery(REQUEST, OnePeer(), random.Random(1), trio.current_time())
+
+
+async def test_an_attempt_that_is_cancelled_before_its_task_began_does_nothing(autojump_clock: Clock) -> None:
+    first, second = Script((Delta("a"),), (Finish(),)), Script((Delta("b"),), (Finish(),))
+    scripts = iter((first, second))
+    async with open_delivery(core(), lambda _start: next(scripts)) as delivery:  # type: ignore[arg-type,return-value]
+        blame = PeerGone("it was silent")
+        delivery.do([Start(1, OnePeer().choice, "hedge", REQUEST), Cancel(1, blame)])
+        assert [event async for event in delivery] == [Delta("a"), Finish()]
+    assert second.sent == 0
+    assert second.blame is blame
+
+
+async def test_a_whole_answer_waits_for_its_attempt_to_close_its_books(autojump_clock: Clock) -> None:
+    script = Script((Delta("a"), Finish()))
+    async with open_delivery(core(), lambda _start: script) as delivery:  # type: ignore[arg-type,return-value]
+        await delivery.wait_first()
+        assert not script.ended
+        assert [event async for event in delivery] == [Delta("a"), Finish()]
+        assert script.ended
+
+
+async def test_a_client_that_is_behind_holds_the_attempt_up(autojump_clock: Clock) -> None:
+    script = Script(*[[Delta("a")] * 100] * 6, (Finish(),))
+
+    async def reads(delivery: RequestDelivery) -> int:
+        return sum([1 async for _ in delivery])
+
+    async with open_delivery(core(), lambda _start: script) as delivery:  # type: ignore[arg-type,return-value]
+        await trio.sleep(60)
+        assert script.sent * 100 < MAX_READY + 100
+        assert await reads(delivery) == 601
+    assert script.held_s > 50
+
+
+async def test_what_the_block_raises_comes_out_as_it_is(autojump_clock: Clock) -> None:
+    script = Script((Delta("a"),), (Finish(),))
+    with pytest.raises(KeyError, match="mine"):  # noqa: PT012
+        async with open_delivery(core(), lambda _start: script):  # type: ignore[arg-type,return-value]
+            await trio.sleep(0.5)
+            raise KeyError("mine")
+    assert script.ended
+    assert script.sent == 0
+
+
+async def test_events_that_came_before_a_failure_are_given_before_it(autojump_clock: Clock) -> None:
+    async with open_delivery(core(), lambda _start: Script((Delta("a"),), error=PeerGone("gone"))) as delivery:  # type: ignore[arg-type,return-value]
+        await trio.sleep(100)
+        events = []
+        with pytest.raises(PeerGone):  # noqa: PT012
+            async for event in delivery:
+                events.append(event)  # noqa: PERF401  what came before the error is kept
+        assert events[0] == Delta("a")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshmax.base.ids import PeerId
+from meshmax.base.status import Gpu
 from meshmax.core.breaker import CLOSED
 from meshmax.core.routing import CANDIDATES_TOLD, Contender, Decision, Work, decide, explain
 from tests.core.contenders import (
@@ -166,6 +167,25 @@ def test_two_like_peers_do_not_take_turns() -> None:
         switches += previous is not None and chosen != previous
         previous = chosen
     assert switches == 0
+
+
+@pytest.mark.parametrize(("age_s", "chosen"), [(0.0, "b"), (600.0, "b"), (7200.0, "a")])
+def test_a_peer_that_was_slow_gets_another_chance_later(age_s: float, chosen: str) -> None:
+    slow = peer("a", **{**GPU, "decode": 2.0}, says_decode=60.0, says_prefill=2000.0, age_s=age_s)
+    assert decide([slow, peer("b", **{**GPU, "decode": 30.0})], CHAT).order[0] == chosen
+
+
+def test_a_conversation_stays_with_who_holds_it_while_that_pays() -> None:
+    long = Work(8000, 256)
+    assert decide([peer("a", **GPU), peer("b", **GPU, held=7500)], long).order[0] == "b"
+    assert decide([peer("a", **GPU), peer("b", **GPU, held=7500, running=4, queued=9)], long).order[0] == "a"
+    assert decide([peer("a", **GPU), peer("b", **CPU, held=7500)], long).order[0] == "a"
+
+
+def test_a_model_too_large_for_a_gpu_does_not_count_as_on_one() -> None:
+    small = peer("a", state="disk", device="gpu", size=20 * GB, gpus=(Gpu("g", 0, 8 * GB),))
+    large = peer("b", state="disk", device="gpu", size=20 * GB, gpus=(Gpu("g", 0, 24 * GB),), rtt_s=0.3)
+    assert decide([small, large], CHAT).order == ("b", "a")
 
 
 # --- what holds for all ------------------------------------------------------------------------------------------------

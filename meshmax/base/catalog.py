@@ -135,7 +135,8 @@ class OfferedModel(msgspec.Struct, frozen=True):
     """A model that an engine brings along: it runs there, and no file of it is ours.
 
     ``name`` in its shortest form; ``origin`` says in words whose it is ("the Ollama at http://127.0.0.1:11434").
-    ``loaded`` None: not in memory now. ``parallel``: answers at once, of all models of this engine together.
+    ``loaded`` None: not in memory now. ``device``: where it runs or would run, as far as is known. ``parallel``: answers at
+    once, of all models of this engine together.
     """
 
     name: str
@@ -146,6 +147,7 @@ class OfferedModel(msgspec.Struct, frozen=True):
     details: ModelDetails = ModelDetails()
     modified_at_s: float = 0.0
     loaded: InMemory | None = None
+    device: Device = "cpu"
     parallel: int = 1
 
 

@@ -55,7 +55,7 @@ def list_models(
 
 
 def _list_row(model: dict[str, Any], now_s: float) -> tuple[str, ...]:
-    size = format_bytes(model["size"])
+    size = format_bytes(model["size"]) if model["size"] else "-"  # of a server that does not tell
     changed = human_time(parse_time_s(model["modified_at"]), now_s)
     return (model["name"], model["digest"][:ID_CHARACTERS], size, changed, _peer(model))
 

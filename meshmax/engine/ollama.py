@@ -29,7 +29,7 @@ from meshmax.base.inference import (
     Vector,
 )
 from meshmax.base.model import ModelDetails
-from meshmax.base.status import Gpu
+from meshmax.base.status import Device, Gpu
 from meshmax.engine import ollama_words as words
 from meshmax.engine import server_words as shared
 from meshmax.engine.call_ids import new_call_id
@@ -54,6 +54,7 @@ class OllamaEngine:
     def __init__(self, http: ServerHttp, parallel: int = PARALLEL) -> None:
         self._http, self._parallel = http, parallel
         self._places = trio.CapacityLimiter(parallel)
+        self._gpu = False
         self._where = f"the Ollama at {http.url}"
         self._names: dict[Sha256, str] = {}  # what the daemon calls its models
         self._details: OrderedDict[Sha256, ModelDetails] = OrderedDict()
@@ -76,7 +77,13 @@ class OllamaEngine:
             for tag in tags.models or ()
             if any(offer.digest == tag.digest for offer in found)
         }
-        return tuple(msgspec.structs.replace(offer, parallel=self._parallel) for offer in found)
+        self._gpu = self._gpu or any(offer.loaded and offer.loaded.size_vram for offer in found)
+        return tuple(msgspec.structs.replace(o, parallel=self._parallel, device=self._device(o)) for o in found)
+
+    def _device(self, offer: OfferedModel) -> Device:
+        """Where it runs; of one that is not in memory, where any did that was."""
+        gpu = offer.loaded.size_vram > 0 if offer.loaded else self._gpu
+        return "gpu" if gpu else "cpu"
 
     async def _learn(self, tags: words.Tags) -> None:
         """Ask for what the list does not tell; daemons of before 2026 tell no capabilities there."""

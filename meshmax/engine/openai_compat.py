@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -70,8 +71,10 @@ class OpenAiEngine:
             raise shared.error_of(reply.status, reply.headers, reply.body, self._where, self._http.hidden)
         listed = words.chosen(shared.read(reply.body, words.Listing, self._where), self._patterns)
         # Some servers call now the time at which each was made: what is told first counts, so that nothing seems to change.
-        known = {model.id: model.created for model in self._models.values()}
-        listed = [msgspec.structs.replace(model, created=known.get(model.id, model.created)) for model in listed]
+        known, now_s = {model.id: model.created for model in self._models.values()}, int(time.time())
+        listed = [
+            msgspec.structs.replace(model, created=known.get(model.id, model.created or now_s)) for model in listed
+        ]
         self._models = {words.digest_of(model.id): model for model in listed}
         offers = (words.offer_of(model, self._where) for model in listed)
         return tuple(msgspec.structs.replace(offer, parallel=int(self._places.total_tokens)) for offer in offers)

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from meshmax.base.catalog import OfferedModel
+from meshmax.base.catalog import InMemory, OfferedModel
 from meshmax.base.errors import CapabilityMissing, EngineCrashed, EngineError
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import (
@@ -182,7 +182,7 @@ def chosen(listing: Listing, patterns: Sequence[str]) -> list[ListedModel]:
 
 
 def offer_of(model: ListedModel, origin: str) -> OfferedModel:
-    """A model of a server."""
+    """A model of a server, which has it ready, and on a GPU where that is what such servers are for."""
     meta = model.meta or Meta()
     context = model.max_model_len or meta.n_ctx or meta.n_ctx_train
     details = ModelDetails(
@@ -192,7 +192,18 @@ def offer_of(model: ListedModel, origin: str) -> OfferedModel:
         embedding_length=min(max(meta.n_embd, 0), 1 << 40),
     )
     size, created = min(max(meta.size, 0), 1 << 50), min(max(model.created or 0, 0), 1 << 40)
-    return OfferedModel(shared.name_of(model.id), digest_of(model.id), "openai", origin, size, details, float(created))
+    gpu = server_of(model) == "vllm"
+    return OfferedModel(
+        shared.name_of(model.id),
+        digest_of(model.id),
+        "openai",
+        origin,
+        size,
+        details,
+        float(created),
+        InMemory(size, size if gpu else 0, details.context_length),
+        "gpu" if gpu else "cpu",
+    )
 
 
 # --- requests ------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class Backends:
                 offer.loaded.size,
                 offer.loaded.size_vram,
                 offer.loaded.context_length or offer.details.context_length,
-                "gpu" if offer.loaded.size_vram else "cpu",
+                offer.device,
                 offer.details,
                 offer.loaded.expires_at_s,
             )
@@ -234,7 +234,7 @@ def served_presence(offer: OfferedModel, names: Sequence[str], speed: Speed) -> 
         tuple(names),
         "loaded" if offer.loaded else "disk",
         offer.size,
-        device="gpu" if offer.loaded and offer.loaded.size_vram else "cpu",
+        device=offer.device,
         family=details.family,
         parameter_size=details.parameter_size,
         quantization_level=details.quantization_level,

@@ -12,7 +12,7 @@ import trio.testing
 from meshmax.base.catalog import BackendReport, InMemory, ModelDescription, ModelFile, OfferedModel
 from meshmax.base.errors import Busy, EngineUnavailable, ModelNotFound
 from meshmax.base.ids import Sha256
-from meshmax.base.status import Gpu, Speed
+from meshmax.base.status import Device, Gpu, Speed
 from meshmax.engine.several import SeveralEngines
 from meshmax.ports import LoadedModel
 from meshmax.services.backends import LOOK_DEADLINE_S, LOOK_S, MAX_PAUSE_S, Backends, open_backends, served_presence
@@ -24,7 +24,8 @@ A, B, C = (Sha256(letter * 64) for letter in "abc")
 def offer(
     digest: Sha256, name: str = "m:latest", engine: str = "ollama", loaded: InMemory | None = None
 ) -> OfferedModel:
-    return OfferedModel(name, digest, engine, f"the {engine}", 5, loaded=loaded)
+    device: Device = "gpu" if loaded and loaded.size_vram else "cpu"
+    return OfferedModel(name, digest, engine, f"the {engine}", 5, loaded=loaded, device=device)
 
 
 class FakeBackend:

@@ -89,3 +89,14 @@ async def test_vectors_that_are_to_stay_as_long_as_they_are_come_from_the_older_
         assert long.values == b"\x00\x00@@\x00\x00\x80@"
         assert short.values == b"\x9a\x99\x19?\xcd\xccL?"
         assert server.body() == {"model": "m:latest", "options": {}, "input": ["a"], "truncate": False}
+
+
+async def test_a_model_that_is_not_in_memory_runs_where_others_did(autojump_clock: Clock) -> None:
+    async with open_server() as server:
+        engine = OllamaEngine(http(server))
+        assert [offer.device for offer in await engine.look()] == ["cpu"]
+        loaded = {"name": "m:latest", "digest": DIGEST, "size": 9, "size_vram": 9}
+        for models, loaded_now in (([loaded], True), ([], False)):
+            server.replies["/api/ps"] = json({"models": models})
+            (offer,) = await engine.look()
+            assert (offer.device, offer.loaded is not None) == ("gpu", loaded_now)

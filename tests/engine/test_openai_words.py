@@ -247,3 +247,9 @@ def test_texts_are_sent_as_they_are() -> None:
         "encoding_format": "float",
     }
     assert words.embed_body(request, request.inputs, "m", "vllm")["truncate_prompt_tokens"] == -1
+
+
+def test_a_model_of_a_server_is_ready_and_a_vllms_is_on_a_gpu() -> None:
+    offers = [words.offer_of(words.ListedModel("m", owned_by=who), "there") for who in ("vllm", "llamacpp", "x")]
+    assert [offer.device for offer in offers] == ["gpu", "cpu", "cpu"]
+    assert all(offer.loaded is not None for offer in offers)

@@ -19,3 +19,11 @@ def test_a_peer_without_an_engine_holds_a_model_for_nobodys_prompt() -> None:
     assert view.status
     stores_only = msgspec.structs.replace(view, status=msgspec.structs.replace(view.status, engine=NO_ENGINE))
     assert holders([stores_only], MODEL) == []
+
+
+def test_an_engine_that_brings_the_model_along_answers_for_a_peer_that_has_none_of_its_own() -> None:
+    view = peer("a").view
+    assert view.status
+    served = tuple(msgspec.structs.replace(model, engine="ollama", served=True) for model in view.status.models)
+    beside = msgspec.structs.replace(view, status=msgspec.structs.replace(view.status, engine=NO_ENGINE, models=served))
+    assert [found.peer_id for found, model in holders([beside], MODEL) if not model.is_copy] == ["a"]

@@ -80,7 +80,9 @@ class _Fetch:
         return self._alone() if self.answer is None else self._onto(self.answer.route)
 
     def close(self, state: RequestState, total_s: float) -> None:
-        """The request is over; what answered it says itself how."""
+        """The request is over; what answered it says itself how. The first word counts."""
+        if self._final is not None:
+            return
         route = self.route()
         if self.answer is None:
             route = msgspec.structs.replace(route, state=state, total_s=total_s)
@@ -264,12 +266,23 @@ class PullFirst:
         self._fetches[fetch.ask.request_id] = fetch
         if len(self._fetches) > FETCHES_KEPT:
             self._fetches.popitem(last=False)
+        return await stack.enter_async_context(self._open_fetched(fetch, wait, wishes))
+
+    @asynccontextmanager
+    async def _open_fetched(self, fetch: _Fetch, wait: Wait, wishes: Wishes) -> AsyncIterator[Answer]:
         made, ready = trio.open_memory_channel[RoutedEvent](EVENTS_AHEAD)
         answer = _FetchedAnswer(fetch, ready)
-        nursery = await stack.enter_async_context(trio.open_nursery())
-        stack.callback(nursery.cancel_scope.cancel)
-        nursery.start_soon(self._run, fetch, wait, wishes, answer, made)
-        return answer
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run, fetch, wait, wishes, answer, made)
+                yield answer
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            if len(group.exceptions) != 1:
+                raise
+            raise group.exceptions[0] from None  # the block's own, as it is
+        finally:
+            fetch.close("cancelled", trio.current_time() - fetch.began_s)
 
     async def _run(
         self,
@@ -280,7 +293,7 @@ class PullFirst:
         made: trio.MemorySendChannel[RoutedEvent],
     ) -> None:
         state: RequestState = "cancelled"
-        async with made:
+        with made:  # at once: while it waits to close, an error that is no one of ours would be lost to a cancellation
             try:
                 await self._until_fetched(fetch, wait)
                 async with self._router.open_answer(fetch.ask, wishes) as inner:

@@ -108,7 +108,7 @@ async def test_where_it_is_not_allowed_the_refusal_says_who_could_and_how(
         config, world = site.parts("c")
         config = msgspec.structs.replace(config, routing=RoutingConfig(pull=False))
         async with open_node(config, world) as c:
-            await until(lambda: bool(c.catalog.entries()))
+            await until(lambda: bool(c.catalog.entries()) and online(c) == {"store", "a"})
             with pytest.raises(NoProviders, match="c, a could hold it"):
                 await ask(c, "m", "hello")
             (route,) = c.router.routes()

@@ -1,0 +1,307 @@
+"""Fetching first, with a router, a pull and peers that do what a test says: refusals, failures, deadlines, cancelling."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.config import RoutingConfig
+from meshmax.base.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineCrashed,
+    MeshmaxError,
+    NoProviders,
+    PeerGone,
+    Refused,
+    StoreFull,
+)
+from meshmax.base.events import Transfer
+from meshmax.base.ids import PeerId
+from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest, RoutedEvent
+from meshmax.base.route import Route, Wishes
+from meshmax.base.status import PeerView
+from meshmax.services.pull_first import ASK_AGAIN_S, WAIT_S, PullFirst
+from tests.core.test_pull_first import MODEL, SIZE, STORE, peer
+
+Clock = trio.testing.MockClock
+ME = peer("me", state="self", rtt_s=0.0)
+ASK = Ask("r", MODEL, "m", GenerateRequest("hello"))
+PULL_S = 5.0
+
+
+def transfer(state: str, **fields: Any) -> Transfer:
+    return Transfer("t1", "m:latest", "in", state, **fields)  # type: ignore[arg-type]
+
+
+class Said:
+    """An answer's events, half a second apart."""
+
+    def __init__(self, events: list[RoutedEvent | MeshmaxError]) -> None:
+        self._events = list(events)
+
+    def __aiter__(self) -> Said:
+        return self
+
+    async def __anext__(self) -> RoutedEvent:
+        if not self._events:
+            raise StopAsyncIteration
+        await trio.sleep(0.5)
+        event = self._events.pop(0)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+class Played:
+    """What a pull tells."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._play = world, list(world.play)
+
+    def __aiter__(self) -> Played:
+        return self
+
+    async def __anext__(self) -> Transfer:
+        if not self._play:
+            raise StopAsyncIteration
+        after_s, value = self._play.pop(0)
+        await trio.sleep(after_s)
+        self._world.here = self._world.here or value.state == "done"
+        return value
+
+
+class World:
+    """Satisfies Router, Catalog, Presence and Pulls. ``here``: the model has come; ``play``: what a pull tells, and when."""
+
+    def __init__(self, *views: PeerView, config: RoutingConfig | None = None) -> None:
+        self.views = list(views)
+        self.here = False
+        self.refuse: MeshmaxError = NoProviders("nobody has it")
+        self.play: list[tuple[float, Transfer]] = [(PULL_S, transfer("done"))]
+        self.events: list[RoutedEvent | MeshmaxError] = [Delta("hello"), Finish()]
+        self.asked: list[str] = []
+        self.asks: dict[str, MeshmaxError | None] = {}
+        self.pulling = self.answering = 0
+        self.unix_s = 1000.0
+        config = config or RoutingConfig()
+        catalog: Any = SimpleNamespace(entries=lambda: (SimpleNamespace(name="m:latest", digest=MODEL, size=SIZE),))
+        parts: Any = self
+        self.prompts = PullFirst(parts, catalog, parts, parts, self.ask_pull, config, lambda: self.unix_s)
+
+    # --- Router
+
+    @asynccontextmanager
+    async def open_answer(self, ask: Ask, wishes: Wishes) -> AsyncIterator[Any]:
+        await trio.lowlevel.checkpoint()
+        if not self.here:
+            raise self.refuse
+        route = Route(ask.request_id, ask.digest, PeerId("me"), "me: fast")
+        answer = SimpleNamespace(route=route, events=Said(self.events))
+        self.answering += 1
+        try:
+            yield answer
+        finally:
+            self.answering -= 1
+            answer.route = msgspec.structs.replace(route, state="cancelled")
+
+    def routes(self) -> tuple[Route, ...]:
+        return ()
+
+    def route(self, request_id: str) -> Route | None:
+        return None
+
+    # --- Presence
+
+    def peers(self) -> tuple[PeerView, ...]:
+        return tuple(self.views)
+
+    def view(self, peer_id: PeerId) -> PeerView | None:
+        return next((view for view in self.views if view.peer_id == peer_id), None)
+
+    # --- pulls
+
+    @asynccontextmanager
+    async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(f"me {name.partition('@')[0]}")
+        if error := self.asks.get("me"):
+            raise error
+        self.pulling += 1
+        try:
+            yield Played(self)
+        finally:
+            self.pulling -= 1
+
+    async def ask_pull(self, peer_id: PeerId, named: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.asked.append(f"{peer_id} {named.partition('@')[0]}")
+        if error := self.asks.get(peer_id):
+            raise error
+
+    def becomes(self, number: int, view: PeerView) -> None:
+        self.views[number] = view
+
+
+async def text(world: World, wishes: Wishes = Wishes()) -> str:  # noqa: B008  frozen
+    async with world.prompts.open_answer(ASK, wishes) as answer:
+        return "".join([event.text async for event in answer.events if isinstance(event, Delta)])
+
+
+def only(world: World) -> Route:
+    (route,) = world.prompts.routes()
+    assert world.prompts.route("r") == route
+    return route
+
+
+async def test_it_is_fetched_and_then_answered(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    assert await text(world) == "hello"
+    assert world.asked == ["me registry.ollama.ai/library/m:latest"]
+    assert only(world).line == "fetched m:latest to this peer first, 5.0 s; me: fast"
+    assert (world.pulling, world.answering, world.prompts.under_way) == (0, 0, 0)
+
+
+async def test_who_refuses_is_followed_by_the_next_best(autojump_clock: Clock) -> None:
+    world = World(ME, peer("b", gpu=8), STORE)
+    world.asks["b"] = Refused("b pulls nothing that others ask for")
+    assert await text(world) == "hello"
+    assert [who.partition(" ")[0] for who in world.asked] == ["b", "me"]
+
+
+async def test_where_all_refuse_every_reason_is_told(autojump_clock: Clock) -> None:
+    world = World(ME, peer("b"), STORE)
+    world.asks |= {"b": Refused("no"), "me": StoreFull()}
+    with pytest.raises(NoProviders, match=r"could fetch model 'm' \(me: The disk is full.*; b: no\)"):
+        await text(world)
+    assert only(world).state == "failed"
+
+
+@pytest.mark.parametrize("error", [EngineCrashed(), PeerGone()])
+async def test_other_failures_are_no_reason_to_fetch(error: MeshmaxError, autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    world.refuse = error
+    with pytest.raises(type(error)):
+        await text(world)
+    assert world.asked == []
+
+
+async def test_a_pull_that_fails_ends_the_answer_with_its_reason(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    world.play = [(1.0, transfer("running")), (1.0, transfer("failed", reason="the disk is full"))]
+    with pytest.raises(NoProviders, match="'m:latest' could not be fetched: the disk is full"):
+        await text(world)
+    route = only(world)
+    assert (route.state, route.total_s, route.attempts[0].error) == ("failed", 2.0, "no_providers")
+    assert route.line == "m:latest could not be fetched to this peer (no_providers)"
+
+
+async def test_a_pull_that_waits_is_waited_for_only_so_long_and_from_its_last_byte(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    waits = transfer("waiting", reason="nobody has the rest")
+    world.play = [(0.0, waits), (WAIT_S - 1, transfer("running")), (10.0, waits), (9999.0, transfer("done"))]
+    began = trio.current_time()
+    with pytest.raises(NoProviders, match="nobody has the rest"):
+        await text(world)
+    assert trio.current_time() - began == pytest.approx(WAIT_S - 1 + 10 + WAIT_S)
+
+
+async def test_the_deadline_of_a_request_holds_for_fetching_too(autojump_clock: Clock) -> None:
+    world = World(ME, STORE, config=RoutingConfig(deadline_s=20.0))
+    world.play = [(500.0, transfer("done"))]
+    with pytest.raises(DeadlineExceeded, match="within 20 s"):
+        await text(world)
+
+
+async def test_another_peer_is_waited_for_and_asked_again_whether_it_still_fetches(autojump_clock: Clock) -> None:
+    world = World(peer("store", "disk", engine="none", state="self"), peer("b"))
+    async with trio.open_nursery() as nursery:
+
+        async def later() -> None:
+            await trio.sleep(2.5 * ASK_AGAIN_S)
+            world.becomes(1, peer("b", "disk"))
+            world.here = True
+
+        nursery.start_soon(later)
+        assert await text(world) == "hello"
+    assert len(world.asked) == 3
+
+
+@pytest.mark.parametrize("gives_up", [True, False])
+async def test_another_peer_that_goes_away_or_gives_up_ends_the_answer(gives_up: bool, autojump_clock: Clock) -> None:
+    world = World(peer("store", "disk", engine="none", state="self"), peer("b"))
+    async with world.prompts.open_answer(ASK) as answer:
+        if gives_up:
+            world.asks["b"] = StoreFull()
+        else:
+            world.becomes(1, peer("b", state="offline"))
+        with pytest.raises(StoreFull if gives_up else PeerGone):
+            await anext(answer.events)
+    assert only(world).state == "failed"
+
+
+async def test_what_breaks_after_the_fetch_is_the_clients_to_see(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    world.events = [Delta("hel"), EngineCrashed("it crashed")]
+    async with world.prompts.open_answer(ASK) as answer:
+        assert await anext(answer.events) == Delta("hel")
+        with pytest.raises(EngineCrashed, match="it crashed"):
+            await anext(answer.events)
+
+
+async def test_an_error_of_the_client_itself_is_not_taken_for_nobody(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    world.here = True
+    with pytest.raises(Draining):
+        async with world.prompts.open_answer(ASK):
+            raise Draining
+    assert (world.asked, world.answering, world.prompts.under_way) == ([], 0, 0)
+
+
+async def test_a_request_that_only_loads_fetches_nothing(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    with pytest.raises(NoProviders, match="nobody has it"):
+        async with world.prompts.open_answer(msgspec.structs.replace(ASK, request=GenerateRequest())):
+            pass
+    assert world.asked == []
+
+
+async def test_the_newest_requests_are_remembered_first_and_not_for_ever(autojump_clock: Clock) -> None:
+    world = World(STORE)
+    for number in range(60):
+        world.unix_s += 1
+        with pytest.raises(NoProviders, match="no peer with an engine"):
+            async with world.prompts.open_answer(msgspec.structs.replace(ASK, request_id=f"r{number}")):
+                pass
+    routes = world.prompts.routes()
+    assert [route.request_id for route in routes[:2]] == ["r59", "r58"]
+    assert len(routes) == 50
+    assert world.prompts.route("r59") == routes[0]
+    assert world.prompts.route("r1") is None
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: World(ME, STORE), lambda: World(peer("store", "disk", engine="none"), peer("b"))]
+)
+async def test_cancelled_at_any_moment_it_leaves_nothing(make: Callable[[], World], autojump_clock: Clock) -> None:
+    for step in range(30):
+        world = make()
+        with trio.move_on_after(step * 0.25) as scope:
+            await text(world)
+        assert (world.pulling, world.answering, world.prompts.under_way) == (0, 0, 0)
+        if scope.cancelled_caught and world.prompts.routes():
+            assert only(world).state == "cancelled"
+
+
+async def test_a_programming_error_is_not_hidden(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    world.events = [ZeroDivisionError("oops")]  # type: ignore[list-item]
+    with pytest.raises(ZeroDivisionError):
+        await text(world)

@@ -180,7 +180,8 @@ class _Exchange:
                             waiting.close()
                             await made.send(event)
             except MeshmaxError as error:
-                _log.info("request failed", code=error.code)
+                # Those that are turned away are counted; under overload they would be all that the log says.
+                (_log.debug if isinstance(error, Busy) else _log.info)("request failed", code=error.code)
                 await made.send(failure_of(error))
 
     async def _send(self, ready: trio.MemoryReceiveChannel[Event | Failure], scope: trio.CancelScope) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -81,7 +82,9 @@ async def test_models_share_a_budget_and_are_mapped_from_the_store(tmp_path: Pat
         await trio.lowlevel.checkpoint()
         return files[digest]
 
-    async with open_residency(LlamaCppEngine(CONFIG, logs), model_file, CONFIG) as residency:
+    changed, changes = trio.open_memory_channel[None](1000)
+    on_change = partial(changed.send_nowait, None)
+    async with open_residency(LlamaCppEngine(CONFIG, logs), model_file, CONFIG, on_change=on_change) as residency:
         said = await say(residency, A)
         assert await say(residency, B) == said
         views = {view.digest: view for view in residency.loaded()}
@@ -100,7 +103,8 @@ async def test_models_share_a_budget_and_are_mapped_from_the_store(tmp_path: Pat
         async with trio.open_nursery() as nursery:
             nursery.start_soon(say, residency, C)
             with trio.fail_after(10):
-                while first in engines():
-                    await trio.sleep(0.02)
+                while A in residency.held():
+                    await changes.receive()
+            assert not psutil.pid_exists(first)
             assert [view.digest for view in residency.loaded()] == [B]
             nursery.cancel_scope.cancel()  # its load takes seconds and shows nothing more

@@ -58,14 +58,6 @@ class Figures(msgspec.Struct, frozen=True):
 NOTHING: Final = Figures()
 
 
-class Setback(msgspec.Struct, frozen=True):
-    """Why a peer is kept out, and until when. ``code``: of the error (base.errors)."""
-
-    until_s: float
-    failures: int
-    code: str
-
-
 class _Speed:
     __slots__ = ("decode", "first_token", "load", "read_s", "read_tokens")
 
@@ -196,12 +188,6 @@ class Measurements:
     def on_probe_abandoned(self, peer: PeerId, digest: Sha256) -> None:
         """A probe was given up before the peer spoke or failed."""
         self.breakers.on_probe_abandoned(peer, digest)
-
-    def setback(self, peer: PeerId, digest: Sha256, now: float) -> Setback | None:
-        """`standing` in the words that went before it."""
-        standing = self.standing(peer, digest, now)
-        kept_out = standing.state == "open"
-        return Setback(standing.until_s, standing.failures, standing.code) if kept_out else None
 
     def rtt_s(self, peer: PeerId) -> float | None:
         """The mean round trip, None if never measured."""

@@ -7,7 +7,7 @@ import pytest
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.status import Load
 from meshmax.core import measurements
-from meshmax.core.measurements import Figures, Measurements, Setback
+from meshmax.core.measurements import Figures, Measurements
 
 A, B = PeerId("a"), PeerId("b")
 MODEL, OTHER = Sha256("ab" * 32), Sha256("cd" * 32)
@@ -61,8 +61,7 @@ def test_failures_are_the_breakers() -> None:
     measured = Measurements()
     measured.on_failure(A, None, "peer_gone", 0.0)
     assert measured.standing(A, MODEL, 0.5).state == "open"
-    assert measured.setback(A, MODEL, 0.5) == Setback(1.0, 1, "peer_gone")
-    assert measured.setback(A, MODEL, 1.0) is None
+    assert measured.standing(A, MODEL, 1.0).state == "half-open"
     assert measured.on_probe_sent(A, MODEL, 1.0)
     measured.on_probe_abandoned(A, MODEL)
     assert measured.standing(A, MODEL, 1.0).state == "half-open"

@@ -67,7 +67,7 @@ class MeshFace:
             route("/api/v1/nodes", self.nodes, get),
             route("/api/v1/nodes/{id}", self.node, get),
             route("/api/v1/requests", self.requests, get),
-            route("/api/v1/requests/{id}", self.request, get),
+            route("/api/v1/requests/{id:path}", self.request, get),
             route("/api/v1/models", self.models, get),
             route("/api/v1/models/add", self.add, ("POST",)),
         ]

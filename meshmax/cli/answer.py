@@ -97,6 +97,14 @@ def write_out(text: str) -> None:
     sys.stdout.flush()
 
 
+def say_if_fetching(headers: Mapping[str, str]) -> None:
+    """Tell a person who waits that a model is on its way, where the headers say so: there is no answer until it is there."""
+    route = headers.get("x-meshmax-route", "")
+    if route.startswith("fetching ") and sys.stderr.isatty():
+        sys.stderr.write(f"{printable(route)} (`meshmax transfers` shows how far it is)\n")
+        sys.stderr.flush()
+
+
 def timings(final: Mapping[str, Any], headers: Mapping[str, str]) -> str:
     """The lines of ``--verbose``: Ollama's figures, then who answered, why, and by which id `meshmax why` knows it."""
     lines = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from meshmax.base.errors import MeshmaxError
-from meshmax.cli.answer import AnswerWriter, timings, write_out
+from meshmax.cli.answer import AnswerWriter, say_if_fetching, timings, write_out
 from meshmax.cli.client import PeerClient
 from meshmax.cli.models import describe, list_models
 from meshmax.cli.output import emit, printable_answer
@@ -157,6 +157,7 @@ def answer(client: PeerClient, conversation: Conversation, text: str) -> None:
     try:
         with client.open_answer("POST", "/api/chat", conversation.request()) as stream:
             headers = dict(stream.headers)
+            say_if_fetching(headers)
             for final in stream.lines():
                 message = final.get("message") or {}
                 writer.piece(message.get("content") or "", message.get("thinking") or "")

@@ -15,7 +15,7 @@ from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, Not
 from meshmax.base.inference import MAX_PROMPT_BYTES
 from meshmax.base.route import Policy
 from meshmax.base.units import parse_duration_s
-from meshmax.cli.answer import AnswerWriter, timings, write_out
+from meshmax.cli.answer import AnswerWriter, say_if_fetching, timings, write_out
 from meshmax.cli.client import PeerClient, Target, open_client
 from meshmax.cli.models import HERE, AsJson, Model, pull_model
 from meshmax.cli.output import emit, emit_json
@@ -110,6 +110,7 @@ def _print_answer(client: PeerClient, body: dict[str, Any], verbose: bool, hide_
     final: dict[str, Any] = {}
     with client.open_answer("POST", "/api/generate", body) as answer:
         headers = dict(answer.headers)
+        say_if_fetching(headers)
         try:
             for final in answer.lines():
                 writer.piece(final.get("response") or "", final.get("thinking") or "")

@@ -36,6 +36,7 @@ NOWHERE_KEPT: Final = 50  # of those, that nobody could be asked for
 CANDIDATES_KEPT: Final = 32  # of one request
 LOOK_S: Final = 0.25  # between looks at whether another peer has the model; its status comes when that changes
 ASK_AGAIN_S: Final = 15.0  # after which a peer that fetches is asked whether it still does
+TELL_S: Final = 10.0  # between words in the log on how far a pull is
 WAIT_S: Final = 60.0  # without a source a pull goes on waiting for one; a request does not
 EVENTS_AHEAD: Final = 64  # of an answer, before the client has read them
 
@@ -339,10 +340,13 @@ class PullFirst:
 
 async def _watch(progress: AsyncIterator[Transfer]) -> None:
     """Until the pull is done. Raises NoProviders with the reason where it failed, or waits for longer than WAIT_S."""
-    reason = "it ended"
+    reason, told_s = "it ended", trio.current_time()
     waits = trio.CancelScope()
     with waits:
         async for transfer in progress:
+            if trio.current_time() - told_s >= TELL_S:
+                told_s = trio.current_time()
+                _log.info("fetching", model=transfer.model, done=transfer.bytes_done, of=transfer.bytes_total)
             if transfer.state == "done":
                 return
             if transfer.state in ("failed", "cancelled"):

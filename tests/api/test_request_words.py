@@ -1,5 +1,8 @@
 """A request as the mesh's interface tells it: moments and lengths of time that programs read, and sentences."""
 
+from typing import Any
+
+import httpx
 import msgspec
 
 from meshmax.api.request_words import request_json
@@ -41,3 +44,10 @@ def test_it_says_the_same_in_sentences_and_who_and_by_which_rule() -> None:
     shown = request_json(ROUTE)
     assert (shown["id"], shown["peer_name"], shown["policy"], shown["state"]) == ("r1", "desk", "latency", "running")
     assert any("it went away" in line for line in shown["story"])
+
+
+async def test_a_request_is_found_by_any_id_that_a_client_may_choose(client: httpx.AsyncClient, node: Any) -> None:
+    node.router.route = lambda request_id: ROUTE if request_id == "a/b?c" else None
+    assert (await client.get("/api/v1/requests/a%2Fb%3Fc")).json()["model"] == "m"
+    reply = await client.get("/api/v1/requests/other")
+    assert (reply.status_code, reply.json()["code"]) == (404, "not_found")

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshmax.cli.answer import AnswerWriter, WordWrap, timings
+from meshmax.cli.answer import AnswerWriter, WordWrap, say_if_fetching, timings
 
 
 def screen(written: str) -> str:
@@ -104,3 +105,15 @@ def test_wide_letters_are_wrapped_where_the_terminal_ends() -> None:
 def test_timings_tell_who_went_on_with_an_answer_and_that_its_words_may_differ() -> None:
     assert timings({"meshmax": {"peer": "12D3", "continued": True}}, {}) == "continued by:         12D3"
     assert "other words perhaps" in timings({"meshmax": {"peer": "12D3", "continued": True, "exact": False}}, {})
+
+
+def test_who_waits_for_a_model_on_its_way_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fetching = {"x-meshmax-route": "fetching m:latest to desk first"}
+    say_if_fetching(fetching)
+    assert capsys.readouterr().err == ""  # nobody reads it
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    say_if_fetching({"x-meshmax-route": "desk: loaded"})
+    say_if_fetching(fetching)
+    assert capsys.readouterr().err == "fetching m:latest to desk first (`meshmax transfers` shows how far it is)\n"

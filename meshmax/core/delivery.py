@@ -45,6 +45,7 @@ MAX_CRASHES: Final = 3  # engines that a request may bring down before it is tak
 FIRST_PAUSE_S: Final = 0.1  # before a peer that failed is asked again; an engine starts in about that
 MOST_PAUSE_S: Final = 2.0
 STUCK_S: Final = 15.0  # without anybody to go on, in the middle of an answer: a peer restarts or is found again in that
+FULL_S: Final = 60.0  # the same where there are peers, but all are full: what is half said should not be lost
 PATIENCE_S: Final = 8.0  # the same before the first token; a client that has seen nothing can as well ask again
 LOOK_AGAIN_S: Final = 1.0  # for somebody to ask beside a suspected peer, where there was nobody
 LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
@@ -275,7 +276,7 @@ class Delivery:
             actions.append(Done())
         return actions
 
-    def _cancel_others(self, winner: PeerAttempt, now: float) -> list[Action]:
+    def _cancel_others(self, winner: PeerAttempt | None, now: float) -> list[Action]:
         losers = [attempt for attempt in self._open.values() if attempt is not winner]
         for loser in losers:
             del self._open[loser.number]
@@ -303,6 +304,8 @@ class Delivery:
 
     def _next(self, now: float, *, again: bool = False) -> list[Action]:
         """Ask somebody for what is missing; if nobody can be asked, wait or give up. ``again``: a pause is over."""
+        if self._first_s is not None and self._lacks_only_its_end():
+            return self._finish(now)
         crashes = sum(isinstance(error, EngineCrashed) for error in self._errors)
         if crashes >= MAX_CRASHES or self._taken >= MAX_ATTEMPTS or len(self._attempts) >= MAX_IN_ALL:
             return [] if self._open else self._give_up(now)
@@ -337,8 +340,6 @@ class Delivery:
             if rest is None:
                 return None
             request = rest
-            if attempt.mode == "finish":
-                return self._finish(attempt, now)
         self._asks[choice.peer] += 1
         self._taken += choice.ours  # others say so
         self._troubled = self._troubled or kind != "first"
@@ -351,7 +352,6 @@ class Delivery:
         spent_s = now - (self._first_s or now)
         if isinstance(self._so_far, VectorsSoFar):
             attempt.joint = VectorJoint(self._so_far, spent_s)
-            attempt.mode = "prefix" if self._so_far.missing() else "finish"
             return self._so_far.rest()
         can_go_on = attempt.choice.peer not in self._cannot_go_on
         how = plan(self._request, self._so_far, deterministic=attempt.choice.deterministic, can_go_on=can_go_on)
@@ -360,11 +360,17 @@ class Delivery:
         attempt.mode, attempt.exact, attempt.joint = how.mode, how.exact, Joint(how, self._so_far, spent_s)
         return how.request
 
-    def _finish(self, attempt: PeerAttempt, now: float) -> list[Action]:
-        """Nothing but the end is missing."""
-        end = attempt.joint.end() if isinstance(attempt.joint, Joint) else Finish()
+    def _lacks_only_its_end(self) -> bool:
+        so_far = self._so_far
+        return not so_far.missing() if isinstance(so_far, VectorsSoFar) else bool(so_far.calls)
+
+    def _finish(self, now: float) -> list[Action]:
+        """End the answer: nobody need be asked for that."""
+        end = Finish()
+        if isinstance(self._so_far, SoFar) and (how := plan(self._request, self._so_far)) is not None:
+            end = Joint(how, self._so_far, now - (self._first_s or now)).end()
         self._over, self._last = True, end
-        return [*self._cancel_others(attempt, now), Give((end,)), Done()]
+        return [*self._cancel_others(None, now), Give((end,)), Done()]
 
     def _pause(self, choices: list[Choice], now: float) -> list[Action]:
         """Nobody is left who was not asked: look again after a while, if the client may wait for that."""
@@ -379,10 +385,9 @@ class Delivery:
         if busy_s > 0:
             pause_s = max(pause_s, busy_s * (1 + self._random.random() / 10))
         if not middle and all(isinstance(error, Busy) for error in self._errors) and (self._errors or busy_s > 0):
-            pause_s = (
-                math.inf
-            )  # full queues are where prompts wait, not here: the client hears at once when to come again
-        if now + pause_s > self._stuck_s + (STUCK_S if middle else PATIENCE_S):
+            pause_s = math.inf  # prompts wait in queues, not here: the client hears at once when to come again
+        most_s = PATIENCE_S if not middle else FULL_S if busy_s > 0 else STUCK_S
+        if now + pause_s > self._stuck_s + most_s:
             if not self._errors and choices:
                 self._errors.append(Busy("every peer that has the model is busy", max(busy_s, 1.0)))
             return self._give_up(now)
@@ -411,7 +416,7 @@ class Delivery:
         actions: list[Action] = []
         if len(self._open) >= MAX_OPEN:
             oldest = next(iter(self._open.values()))
-            error = oldest.no_word()
+            error = oldest.silence(now)
             self._open.pop(oldest.number)
             self._end(oldest, error, now)
             self._errors.append(error)

@@ -46,6 +46,7 @@ class Peer(msgspec.Struct):
     lasting: bool = True  # the fault comes with each answer
     dead: bool = False
     stopped_until: float = 0.0
+    busy_until: float = 0.0
 
 
 class Run:
@@ -83,6 +84,7 @@ class Run:
                 peer.first_s,
                 peer.late_s,
                 RTT_S,
+                from_s=peer.busy_until,
             )
             for peer in there
         ]
@@ -177,6 +179,7 @@ class _Answer:
         elif run.now < peer.stopped_until:
             run.at(peer.stopped_until, self.begin)
         elif peer.fault == "busy":
+            peer.busy_until = run.now + RTT_S + peer.for_s
             run.at(run.now + RTT_S, lambda: self._fail(Busy("full", peer.for_s)))
         elif isinstance(self._request, GenerateRequest) and self._request.said and not peer.goes_on:
             run.at(run.now + RTT_S, lambda: self._fail(CapabilityMissing("it cannot go on")))

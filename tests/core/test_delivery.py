@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshmax.base.errors import Busy, ContextTooLong, DeadlineExceeded, EngineCrashed, PeerGone
-from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved, Options, Vector
+from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved, Options, ToolCall, Vector
 from meshmax.core.delivery import MAX_ATTEMPTS, PATIENCE_S, STUCK_S
 from meshmax.core.pace import FRAME_SILENCE_S
 from tests.core.delivery_sim import Peer, Run
@@ -215,6 +215,27 @@ def test_of_vectors_only_those_that_are_missing_are_asked_elsewhere(after: int) 
         asked = run.started[1].request
         assert isinstance(asked, EmbedRequest)
         assert len(asked.inputs) == 20 - after
+
+
+def test_an_answer_that_lacks_only_its_end_is_ended_though_nobody_is_left() -> None:
+    run = Run([Peer("a", fault="dies", after=20)], TEXTS).run()
+    assert run.done
+    assert len(run.given) == 21
+    assert len(run.started) == 1
+    calls = Run([Peer("a")], PROMPT)
+    calls.do(calls.core.begin(0.0))
+    calls.do(calls.core.on_events(0, [Delta(tool_calls=(ToolCall("f", {}),))], 0.1))
+    calls.do(calls.core.on_failed(0, PeerGone(), 0.2))
+    assert calls.done
+    assert isinstance(calls.given[-1], Finish)
+
+
+def test_in_the_middle_of_an_answer_full_peers_are_waited_for() -> None:
+    run = Run([Peer("a", fault="dies", after=10), Peer("b", fault="busy", for_s=5.0)], PROMPT)
+    run.at(20.0, lambda: setattr(run.peers["b"], "fault", "none"))  # type: ignore[index]
+    assert whole(run.run())
+    assert 20 < run.now < 27
+    assert run.moved == ["b"]
 
 
 def test_our_own_delay_is_not_the_peers() -> None:

@@ -104,7 +104,8 @@ class OwnStatus:
             self._lasting = facts
             status = msgspec.structs.replace(status, changed=status.sequence, models=() if leaving else status.models)
             status = fitted(status)
-            self.status, self.signed = status, sign(STATUS_DOMAIN, status, self._signer.peer_id, self._signer.sign)
+            told = msgspec.structs.replace(status, demand=())  # is for neighbours, who hear it beside
+            self.status, self.signed = status, sign(STATUS_DOMAIN, told, self._signer.peer_id, self._signer.sign)
             self._gossip.on_own(status, self.signed)
             self._clones.on_issued(status)
         else:

@@ -6,9 +6,30 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from meshmax.base.errors import ManifestInvalid, RemoteProtocolError
 from meshmax.base.ids import Sha256, peer_id_of
-from meshmax.base.status import MAX_ADDRESSES, MAX_MODELS, Gpu, Load, ModelPresence, PeerStatus
+from meshmax.base.status import (
+    MAX_ADDRESSES,
+    MAX_DEMANDS,
+    MAX_MODELS,
+    Demand,
+    Gpu,
+    Load,
+    ModelPresence,
+    PeerStatus,
+    Vitals,
+    vitals_of,
+    with_vitals,
+)
 from meshmax.wire.signed import STATUS_DOMAIN, sign
-from meshmax.wire.status import BEAT, MAX_ALL_NAMES, MAX_STATUSES, Beat, check_statuses, fitted, read_status
+from meshmax.wire.status import (
+    BEAT,
+    MAX_ALL_NAMES,
+    MAX_STATUSES,
+    Beat,
+    check_statuses,
+    check_vitals,
+    fitted,
+    read_status,
+)
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PEER = peer_id_of(KEY.public_key().public_bytes_raw())
@@ -75,6 +96,10 @@ def test_what_fits_is_told_as_it_is() -> None:
         {"models": (msgspec.structs.replace(MODEL, decode_per_s=float("nan")),)},
         {"models": (msgspec.structs.replace(MODEL, names=("x",) * 65),)},
         {"gpus": (Gpu("\n"),)},
+        {"demand": (Demand(Sha256("a" * 64), 1.0),) * (MAX_DEMANDS + 1)},
+        {"demand": (Demand(Sha256("a" * 63), 1.0),)},
+        {"demand": (Demand(Sha256("a" * 64), float("nan")),)},
+        {"demand": (Demand(Sha256("a" * 64), -1.0),)},
         {"models": (msgspec.structs.replace(MODEL, names=("x",) * 64),) * (MAX_ALL_NAMES // 64 + 1)},
     ],
     ids=str,
@@ -95,3 +120,13 @@ def test_a_message_with_too_many_statuses_is_refused() -> None:
     signed = sign(STATUS_DOMAIN, STATUS, PEER, KEY.sign)
     with pytest.raises(RemoteProtocolError, match="at most"):
         check_statuses((signed,) * (MAX_STATUSES + 1))
+
+
+def test_vitals_tell_what_is_asked_for_within_bounds() -> None:
+    demand = (Demand(Sha256("a" * 64), 2.5),)
+    vitals = Vitals("i", 1, 2, demand=demand)
+    check_vitals(vitals)
+    assert with_vitals(STATUS, vitals).demand == demand
+    assert vitals_of(msgspec.structs.replace(STATUS, demand=demand)).demand == demand
+    with pytest.raises(RemoteProtocolError, match="out of bounds"):
+        check_vitals(msgspec.structs.replace(vitals, demand=(Demand(Sha256("x"), 1.0),)))

@@ -125,17 +125,24 @@ class _Line:
         self._replies = replies
         self.sock: socket.socket | None = None
         self._reply: Reply | None = None
+        self._request: bytes | None = None
+        self._again = self._reused = False
 
     def ask(self) -> bool:
         """Send the next request; False: there is none."""
-        request = self._take()
+        again, self._again = self._again, False
+        request = self._request if again else self._take()
+        self._request, self._reused = request, self.sock is not None
         if request is None:
             return False
         if self.sock is None:
             self.sock = socket.create_connection(self._address, timeout=30)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._reply = Reply(time.perf_counter())
-        self._replies.append(self._reply)
+        if again and self._reply is not None:
+            self._reply.failed = ""
+        else:
+            self._reply = Reply(time.perf_counter())
+            self._replies.append(self._reply)
         self._tail, self._length, self._seen = b"", -1, 0
         self.sock.sendall(request)
         return True
@@ -147,6 +154,9 @@ class _Line:
             data = self.sock.recv(_READ_BYTES)
         except OSError as error:
             return self._fail(str(error))
+        if not data and self._reused and not self._reply.reads:
+            # It was closed between two requests, as servers may (RFC 9110 9.2.2): asked again over a new one.
+            self._again = True
         if not data:
             return self._fail("the connection ended in the middle of a reply")
         self._reply.reads.append((time.perf_counter(), data))

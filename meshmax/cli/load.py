@@ -23,7 +23,6 @@ from meshmax.cli.output import emit, emit_json, printable
 
 SHOW_INTERVAL_S: Final = 1.0
 _NEW_LINE: Final = "\r\x1b[K"  # back to the beginning of the line, which is erased
-_NS_PER_S: Final = 1e9
 
 
 def load(
@@ -56,21 +55,28 @@ def _load(client: PeerClient, name: str, keepalive: str | None) -> dict[str, Any
     body: dict[str, Any] = {"model": name, "stream": False}
     if keepalive is not None:
         body["keep_alive"] = keepalive
+    before, begun_s = _in_memory(client, digest), time.monotonic()
     answer = client.call_slowly("POST", "/api/generate", body)
-    here: dict[str, Any] = next((each for each in client.get("/api/ps")["models"] if each["digest"] == digest), {})
+    here = _in_memory(client, digest)
     return {
         "model": name,
         "peer": answer.get("remote_host") or "",
-        "load_s": round(answer.get("load_duration", 0) / _NS_PER_S, 3),
+        "was_loaded": bool(before),
+        "took_s": round(time.monotonic() - begun_s, 3),
         "size": here.get("size"),
         "size_vram": here.get("size_vram"),
         "expires_at": here.get("expires_at"),
     }
 
 
+def _in_memory(client: PeerClient, digest: str) -> dict[str, Any]:
+    """What the peer says of a model in its memory; {} if it is not there."""
+    return next((each for each in client.get("/api/ps")["models"] if each["digest"] == digest), {})
+
+
 def _sentence(loaded: dict[str, Any]) -> str:
     where = f" on {printable(loaded['peer'])}" if loaded["peer"] else ""
-    took = f"loaded in {loaded['load_s']:.1f} s" if loaded["load_s"] else "was loaded already"
+    took = "was loaded already" if loaded["was_loaded"] else f"loaded in {loaded['took_s']:.1f} s"
     return f"'{loaded['model']}' {took}{where}"
 
 

@@ -1,15 +1,15 @@
 """Decides which models are in memory and who may use them now: slots, keep-alive, eviction. Sans-IO.
 
-Rules. An ask names a model; it starts when the model is loaded, has a free slot, and it is next (core.fair_queue, which also
-bounds how many wait). A load is asked for once, however many wait for it. A model that nobody uses goes when its keep-alive
-(that of its latest ask; negative is for ever) is over. At most ``max_loaded`` models are in memory, and no more than there is
-room for (core.memory): for one more, the idle ones used longest ago go until it fits; if that is not enough, the one used
-longest ago takes no new ask (they wait for its next turn), so nobody waits for ever; what runs is never unloaded. Models are
-loaded in the order in which somebody began to wait for them. Where a load took more than was thought, or other programs take
-memory, idle ones go until the rest fits. What was preloaded takes free room only, and goes first as long as nobody used it.
-Models in the memory of others' engines take none of ours. A crash ends a model's asks that run; those that wait load it anew.
-Time is seconds of any monotonic clock. Not here: who is next (core.fair_queue), processes, events, who sees the errors
-(services.residency), how much a model takes (core.memory).
+Rules. An ask names a model; it starts when the model is loaded, has a free slot, and it is next (core.fair_queue, which
+also bounds how many wait). A load is asked for once, however many wait for it. A model that nobody uses goes when its keep-
+alive (that of the latest ask that named one; negative is for ever) is over. At most ``max_loaded`` models are in memory,
+and no more than there is room for (core.memory): for one more, the idle ones used longest ago go until it fits; if that is
+not enough, the one used longest ago takes no new ask (they wait for its next turn), so nobody waits for ever; what runs is
+never unloaded. Models are loaded in the order in which somebody began to wait for them. Where a load took more than was
+thought, or other programs take memory, idle ones go until the rest fits. What was preloaded takes free room only, and goes
+first as long as nobody used it. Models in the memory of others' engines take none of ours. A crash ends a model's asks that
+run; those that wait load it anew. Time is seconds of any monotonic clock. Not here: who is next (core.fair_queue),
+processes, events, who sees the errors (services.residency), how much a model takes (core.memory).
 """
 
 from __future__ import annotations
@@ -255,6 +255,11 @@ class ResidencyCore:
             if r.phase is Phase.LOADED
         ]
         return tuple(sorted(views, key=lambda view: -view.expires_at))
+
+    def keep_alive_s(self, digest: Sha256, usual_s: float) -> float:
+        """For an ask that names none: what was asked for the model that is in memory, else ``usual_s``."""
+        resident = self._residents.get(digest)
+        return resident.keep_alive_s if resident and resident.stays else usual_s
 
     @property
     def taken(self) -> int:

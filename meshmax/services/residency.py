@@ -178,7 +178,9 @@ class ModelResidency:
     @asynccontextmanager
     async def _open_answer(self, ask: Ask, requester: PeerId | None) -> AsyncIterator[AsyncIterator[Event]]:
         begun = trio.current_time()
-        keep_alive_s = self._config.keep_alive_s if ask.keep_alive_s is None else ask.keep_alive_s
+        keep_alive_s = ask.keep_alive_s
+        if keep_alive_s is None:
+            keep_alive_s = self._core.keep_alive_s(ask.digest, self._config.keep_alive_s)
         load_only = is_load_only(ask.request)
         if load_only and keep_alive_s == 0:
             await self.unload(ask.digest)

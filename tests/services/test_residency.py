@@ -137,6 +137,21 @@ async def test_keep_alive_of_a_request_counts(autojump_clock: trio.abc.Clock) ->
         assert engine.models == []
 
 
+async def test_a_request_that_names_no_keep_alive_leaves_the_one_that_was_named(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with residency_of(EchoEngine(CONFIG)) as residency:
+        await answer(residency, ask(text="", keep_alive_s=600))
+        await answer(residency, ask())
+        await trio.sleep(599)
+        assert len(residency.loaded()) == 1
+        await trio.sleep(2)
+        assert residency.loaded() == ()
+        await answer(residency, ask())
+        await trio.sleep(61)
+        assert residency.loaded() == ()
+
+
 async def test_load_only_requests_load_and_unload(autojump_clock: trio.abc.Clock) -> None:
     engine = EchoEngine(CONFIG, load_s=3.0)
     async with residency_of(engine) as residency:

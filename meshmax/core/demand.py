@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -66,6 +66,14 @@ class DemandTable:
         return count * math.exp((then - now) / FADE_S)
 
 
+class Told(msgspec.Struct, frozen=True):
+    """What a peer says of itself and of its copy of one model."""
+
+    peer_id: PeerId
+    status: PeerStatus
+    model: ModelPresence
+
+
 class _Shortage(msgspec.Struct):
     since: float
     copies: int
@@ -81,22 +89,21 @@ class Preloading:
 
     def choose(self, views: Sequence[PeerView], own: Iterable[Demand], now: float) -> ModelPresence | None:
         """The model to load now, None if none. ``views``: ourselves too; ``own``: what is asked for by way of this node."""
-        here = [view for view in views if view.state in ("self", "online") and view.status is not None]
-        me = next((view.status for view in here if view.peer_id == self._own), None)
-        wanted = _total(own, (view.status for view in here if view.status and view.peer_id != self._own))
+        here = [(v, v.status) for v in views if v.status is not None and v.state in ("self", "online")]
+        wanted = _total(own, (status for view, status in here if view.peer_id != self._own))
+        steady = {digest for digest, per_min in wanted.items() if per_min >= STEADY_PER_MIN}
         self._not_before = {digest: at for digest, at in self._not_before.items() if at > now}
-        mine = {} if me is None else {m.digest: m for m in me.models if m.state == "disk" and m.is_copy}
         short: dict[Sha256, _Shortage] = {}
         due: list[tuple[float, ModelPresence]] = []
-        for digest, per_min in wanted.items():
-            copies = _copies(here, digest) if per_min >= STEADY_PER_MIN and digest in mine else ()
-            if digest not in mine or per_min < STEADY_PER_MIN or not all(map(_is_full, copies)):
+        for digest, held in _mine_and_others(here, self._own, steady).items():
+            loaded = [told for told in held if told.model.state == "loaded" and not told.status.draining]
+            if not all(_is_full(told.status) for told in loaded):
                 continue
             known = self._short.get(digest)
-            since = known.since if known and known.copies >= len(copies) else now
-            short[digest] = _Shortage(since, len(copies))
-            if digest not in self._not_before and self._is_our_turn(here, mine[digest], now - since):
-                due.append((per_min, mine[digest]))
+            since = known.since if known and known.copies >= len(loaded) else now
+            short[digest] = _Shortage(since, len(loaded))
+            if digest not in self._not_before and (mine := self._in_turn(held, now - since)):
+                due.append((wanted[digest], mine))
         self._short = short
         return max(due, key=lambda each: (each[0], each[1].digest))[1] if due else None
 
@@ -104,26 +111,44 @@ class Preloading:
         """It was loaded, or could not be."""
         self._not_before[digest] = now + (PAUSE_S if loaded else PAUSE_AFTER_REFUSAL_S)
 
-    def _is_our_turn(self, here: Sequence[PeerView], model: ModelPresence, short_s: float) -> bool:
-        order = candidates(here, model.digest)
-        if self._own not in order:
-            return False
+    def _in_turn(self, held: Sequence[Told], short_s: float) -> ModelPresence | None:
+        order = candidates(held)
+        place = next((place for place, told in enumerate(order) if told.peer_id == self._own), None)
+        if place is None:
+            return None
+        model = order[place].model
         load_s = model.load_s or model.size / LOAD_BYTES_PER_S
-        return short_s >= HOLD_S + order.index(self._own) * (STEP_S + 2 * load_s)
+        return model if short_s >= HOLD_S + place * (STEP_S + 2 * load_s) else None
 
 
-def candidates(here: Iterable[PeerView], digest: Sha256) -> list[PeerId]:
-    """Who could load the model now, in the order in which they do so."""
-    able: list[tuple[bool, bytes, PeerId]] = []
-    for view in here:
-        status = view.status
-        if status is None or status.draining or status.engine == NO_ENGINE or status.load.queued:
+def candidates(held: Iterable[Told]) -> list[Told]:
+    """Who of those that have one model could load it now, in the order in which they do so."""
+    able: list[tuple[bool, bytes, Told]] = []
+    for told in held:
+        status, model = told.status, told.model
+        if model.state != "disk" or not model.is_copy or not _has_room(status, model):
             continue
-        model = next((m for m in status.models if m.digest == digest and m.state == "disk" and m.is_copy), None)
-        if model is not None and _has_room(status, model):
-            rank = hashlib.blake2b(f"{digest} {view.peer_id}".encode(), digest_size=8).digest()
-            able.append((not status.gpus, rank, view.peer_id))
-    return [peer for _, _, peer in sorted(able)]
+        if not (status.draining or status.engine == NO_ENGINE or status.load.queued):
+            rank = hashlib.blake2b(f"{model.digest} {told.peer_id}".encode(), digest_size=8).digest()
+            able.append((not status.gpus, rank, told))
+    return [told for _, _, told in sorted(able, key=lambda each: each[:2])]
+
+
+def _mine_and_others(
+    here: Iterable[tuple[PeerView, PeerStatus]], own: PeerId, digests: Collection[Sha256]
+) -> dict[Sha256, list[Told]]:
+    """Of those ``digests`` that we have on disk: what every peer says of its copy."""
+    held: dict[Sha256, list[Told]] = {}
+    if not digests:
+        return held
+    ours: set[Sha256] = set()
+    for view, status in here:
+        for model in status.models:
+            if model.digest in digests:
+                held.setdefault(model.digest, []).append(Told(view.peer_id, status, model))
+                if view.peer_id == own and model.state == "disk" and model.is_copy:
+                    ours.add(model.digest)
+    return {digest: told for digest, told in held.items() if digest in ours}
 
 
 def _total(own: Iterable[Demand], statuses: Iterable[PeerStatus]) -> dict[Sha256, float]:
@@ -132,17 +157,6 @@ def _total(own: Iterable[Demand], statuses: Iterable[PeerStatus]) -> dict[Sha256
         for demand in status.demand:
             total[demand.digest] = total.get(demand.digest, 0.0) + min(demand.per_min, MAX_TOLD_PER_MIN)
     return total
-
-
-def _copies(here: Iterable[PeerView], digest: Sha256) -> list[PeerStatus]:
-    """Who has it loaded and takes prompts."""
-    return [
-        view.status
-        for view in here
-        if view.status
-        and not view.status.draining
-        and any(model.digest == digest and model.state == "loaded" for model in view.status.models)
-    ]
 
 
 def _is_full(status: PeerStatus) -> bool:

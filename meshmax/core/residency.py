@@ -1,8 +1,8 @@
 """Decides which models are in memory and who may use them now: slots, keep-alive, eviction. Sans-IO.
 
 Rules. An ask names a model; it starts when the model is loaded, has a free slot, and it is next (core.fair_queue, which
-also bounds how many wait). A load is asked for once, however many wait for it. A model that nobody uses goes when its keep-
-alive (that of the latest ask that named one; negative is for ever) is over. At most ``max_loaded`` models are in memory,
+also bounds how many wait). A load is asked for once, however many wait for it. A model that nobody uses goes when its
+keep-alive (that of the latest ask that named one; negative is for ever) is over. At most ``max_loaded`` models are in memory,
 and no more than there is room for (core.memory): for one more, the idle ones used longest ago go until it fits; if that is
 not enough, the one used longest ago takes no new ask (they wait for its next turn), so nobody waits for ever; what runs is
 never unloaded. Models are loaded in the order in which somebody began to wait for them. Where a load took more than was

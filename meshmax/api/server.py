@@ -20,7 +20,7 @@ import psutil
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
-from hypercorn.events import RawData
+from hypercorn.events import RawData, Updated
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -235,9 +235,15 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
             await self.protocol_send(RawData(data=head + data))
 
     async def protocol_send(self, event: Any) -> None:
-        await super().protocol_send(event)
-        if self._gone:
-            await self.idle_task.stop()
+        # The end of a reply tells its own task that the client is gone, which may cancel it before it has set the timer.
+        with trio.CancelScope(shield=isinstance(event, Updated)):
+            await super().protocol_send(event)
+            if self._gone:
+                await self.idle_task.stop()
+
+    async def _close(self) -> None:
+        with trio.CancelScope(shield=True):  # the same; nothing here blocks
+            await super()._close()
 
 
 async def _stay_with_http1(_request: Any) -> None:

@@ -86,6 +86,25 @@ async def test_the_address_is_known_before_anybody_is_told_and_two_requests_shar
             assert (await read_reply(stream)).endswith(b'{"version":"0.33.0"}')
 
 
+@pytest.mark.parametrize("stream", ["true", "false"])
+async def test_a_connection_that_is_asked_to_close_closes_after_an_answer(stream: str) -> None:
+    body = b'{"model":"echo","prompt":"one two","stream":%s}' % stream.encode()
+    async with running() as api:
+        async with await api.send("POST /api/generate HTTP/1.1\r\nConnection: close", body) as client:
+            assert b'"done":true' in await read_reply(client)
+            with trio.fail_after(2):
+                assert await client.receive_some(1) == b""
+
+
+async def test_a_connection_that_is_idle_after_an_answer_closes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "IDLE_S", 0.2)
+    async with running() as api:
+        async with await api.send("POST /api/generate HTTP/1.1", prompt(2)) as client:
+            assert b'"done":true' in await read_reply(client)
+            with trio.fail_after(3):
+                assert await client.receive_some(1) == b""
+
+
 async def test_tokens_arrive_while_the_answer_is_still_made() -> None:
     async with running(engine={"echo_tokens_per_s": 20.0}) as api:
         async with await api.send("POST /api/generate HTTP/1.1", prompt(40)) as stream:

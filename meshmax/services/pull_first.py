@@ -52,7 +52,9 @@ class _Fetch:
     """One model on its way to one peer, for one request."""
 
     def __init__(self, ask: Ask, taker: Taker, plan: PullPlan, model: str, at_s: float, began_s: float) -> None:
-        self.ask, self.taker, self.model = ask, taker, model
+        # Not the ask: it holds the prompt, and what came of a request is kept long after it.
+        self.request_id, self._digest, self._name = ask.request_id, ask.digest, ask.name
+        self.taker, self.model = taker, model
         others = [other.told for other in plan.takers if other is not taker]
         chosen = msgspec.structs.replace(taker.told, verdict="chosen")
         known = {each.peer_id: each for each in (*plan.holders, *others, chosen)}  # who has a part may take it, too
@@ -92,13 +94,13 @@ class _Fetch:
     def _alone(self) -> Route:
         """The route while nobody answers yet."""
         return Route(
-            self.ask.request_id,
-            self.ask.digest,
+            self.request_id,
+            self._digest,
             self.taker.peer_id,
             self.words,
             self.candidates,
             (self._attempt(),),
-            model=self.ask.name,
+            model=self._name,
             started_at_s=self.at_s,
         )
 
@@ -259,23 +261,23 @@ class PullFirst:
             except MeshmaxError as refusal:
                 why.append(f"{taker.name}: {refusal.message}")
                 continue
-            return await self._begin(fetch, wait, wishes, stack)
+            return await self._begin(ask, fetch, wait, wishes, stack)
         raise NoProviders(f"no peer could fetch model '{ask.name[:200]}' ({'; '.join(why)})")
 
-    async def _begin(self, fetch: _Fetch, wait: Wait, wishes: Wishes, stack: AsyncExitStack) -> Answer:
-        _log.info("fetching first", model=fetch.model, peer=fetch.taker.peer_id, request_id=fetch.ask.request_id)
-        self._fetches[fetch.ask.request_id] = fetch
+    async def _begin(self, ask: Ask, fetch: _Fetch, wait: Wait, wishes: Wishes, stack: AsyncExitStack) -> Answer:
+        _log.info("fetching first", model=fetch.model, peer=fetch.taker.peer_id, request_id=ask.request_id)
+        self._fetches[ask.request_id] = fetch
         if len(self._fetches) > FETCHES_KEPT:
             self._fetches.popitem(last=False)
-        return await stack.enter_async_context(self._open_fetched(fetch, wait, wishes))
+        return await stack.enter_async_context(self._open_fetched(ask, fetch, wait, wishes))
 
     @asynccontextmanager
-    async def _open_fetched(self, fetch: _Fetch, wait: Wait, wishes: Wishes) -> AsyncIterator[Answer]:
+    async def _open_fetched(self, ask: Ask, fetch: _Fetch, wait: Wait, wishes: Wishes) -> AsyncIterator[Answer]:
         made, ready = trio.open_memory_channel[RoutedEvent](EVENTS_AHEAD)
         answer = _FetchedAnswer(fetch, ready)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._run, fetch, wait, wishes, answer, made)
+                nursery.start_soon(self._run, ask, fetch, wait, wishes, answer, made)
                 yield answer
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -287,6 +289,7 @@ class PullFirst:
 
     async def _run(
         self,
+        ask: Ask,
         fetch: _Fetch,
         wait: Wait,
         wishes: Wishes,
@@ -297,7 +300,7 @@ class PullFirst:
         with made:  # at once: while it waits to close, an error that is no one of ours would be lost to a cancellation
             try:
                 await self._until_fetched(fetch, wait)
-                async with self._router.open_answer(fetch.ask, wishes) as inner:
+                async with self._router.open_answer(ask, wishes) as inner:
                     fetch.answer = inner
                     async for event in inner.events:
                         await made.send(event)

@@ -22,55 +22,53 @@ class RouteRecord:
 
     def __init__(self, ask: Ask, decision: Decision, tokens: int, core: Delivery, started_at_s: float) -> None:
         """``tokens``: how long an answer the estimates are for. ``started_at_s``: Unix time."""
-        self._ask, self._decision, self._tokens = ask, decision, tokens
-        self._core: Delivery | None = core  # None once it is over: it holds the prompt
+        self.request_id = ask.request_id
+        self._digest, self._name, self._tokens = ask.digest, ask.name, tokens  # not the ask, which holds the prompt
+        # None once it is over: the first holds the prompt, the second the statuses of all who have the model.
+        self._core: Delivery | None = core
+        self._decision: Decision | None = decision
         self._started_at_s = started_at_s
         self._final: Route | None = None
 
-    @property
-    def request_id(self) -> str:
-        """Of the request."""
-        return self._ask.request_id
-
     def route(self) -> Route:
         """As of now."""
-        if self._final is not None or self._core is None:
+        if self._core is None or self._decision is None:
             assert self._final is not None
             return self._final
-        return self._route(self._core, "running", None)
+        return self._route(self._core, self._decision, "running", None)
 
     def close(self, state: RequestState, total_s: float) -> Route:
         """It is over after ``total_s``."""
-        if self._core is not None:
-            self._final = self._route(self._core, state, total_s)
-            self._core = None
+        if self._core is not None and self._decision is not None:
+            self._final = self._route(self._core, self._decision, state, total_s)
+            self._core = self._decision = None
         return self.route()
 
-    def _route(self, core: Delivery, state: RequestState, total_s: float | None) -> Route:
+    def _route(self, core: Delivery, decision: Decision, state: RequestState, total_s: float | None) -> Route:
         attempts = core.attempts()
         chosen = core.first_speaker
         failed = {a.peer_id: a.error for a in attempts if a.error and a.error != "cancelled" and a.peer_id != chosen}
-        candidates = tuple(_verdict(c, chosen, failed) for c in self._decision.candidates)
+        candidates = tuple(_verdict(c, chosen, failed) for c in decision.candidates)
         names = {c.peer_id: c.name for c in candidates}
         tried = [(names.get(peer, ""), code) for peer, code in failed.items()]
         last = chosen or (attempts[-1].peer_id if attempts else PeerId(""))
         finish = core.finish
         return Route(
-            request_id=self._ask.request_id,
-            digest=self._ask.digest,
+            request_id=self.request_id,
+            digest=self._digest,
             peer_id=last,
             line=explain(
                 candidates,
                 chosen or PeerId(""),
                 tried,
                 self._tokens,
-                policy=self._decision.policy,
-                among=len(self._decision.order),
+                policy=decision.policy,
+                among=len(decision.order),
             ),
             candidates=candidates,
             attempts=attempts,
-            model=self._ask.name,
-            policy=self._decision.policy,
+            model=self._name,
+            policy=decision.policy,
             state=state,
             started_at_s=self._started_at_s,
             first_token_s=core.first_token_s,

@@ -99,11 +99,18 @@ class LlamaCppEngine:
         wanted = load_words(model, self._config)
         log = self._folder / f"engine-{model.digest[:12]}.log"
         async with open_process({**wanted, "key": key}, log) as process:
-            loaded = LlamaCppModel(
-                model, process, LoopbackHttp(process.words["address"], key), wanted, need_of(model, self._config).total
-            )
+            http = LoopbackHttp(process.words["address"], key)
+            memory = GpuMemory(need_of(model, self._config).total, sum(d.memory_total for d in self._devices or ()))
+            loaded = LlamaCppModel(model, process, http, wanted, memory)
             await loaded.learn_facts()
             yield loaded
+
+
+class GpuMemory(msgspec.Struct, frozen=True):
+    """What a model is thought to take in all, and what all GPUs have, in bytes; 0: not known."""
+
+    needed_bytes: int = 0
+    total_bytes: int = 0
 
 
 def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
@@ -128,7 +135,7 @@ def load_words(model: ModelFile, config: EngineConfig) -> dict[str, Any]:
 
 
 class LlamaCppModel:
-    """A LoadedModel: a client of its process. ``needed_bytes``: of memory, as was thought before."""
+    """A LoadedModel: a client of its process. ``gpu_memory``: used where it runs on GPUs."""
 
     def __init__(
         self,
@@ -136,9 +143,9 @@ class LlamaCppModel:
         process: EngineProcess,
         http: LoopbackHttp,
         wanted: dict[str, Any],
-        needed_bytes: int = 0,
+        gpu_memory: GpuMemory = GpuMemory(),  # noqa: B008  frozen
     ) -> None:
-        self._needed = needed_bytes
+        self._gpu_memory = gpu_memory
         self._model = model
         self._process = process
         self._http = http
@@ -160,10 +167,11 @@ class LlamaCppModel:
         settings = (await self._call("GET", "/props"))["default_generation_settings"]
         gpu = bool(self._process.words.get("offload"))
         # On a GPU the driver does not tell what is ours in every setting, so that what was thought stands.
-        size = self._needed if gpu else self._model.size + _private_bytes(self._process.pid)
+        thought, total = self._gpu_memory.needed_bytes, self._gpu_memory.total_bytes
+        size = thought if gpu else self._model.size + _private_bytes(self._process.pid)
         self.facts = LoadedFacts(
             size=size,
-            size_vram=size if gpu else 0,
+            size_vram=min(size, total or size) if gpu else 0,
             context_length=int(settings["n_ctx"]),
             device="gpu" if gpu else "cpu",
             parallel=self.facts.parallel,

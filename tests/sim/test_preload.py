@@ -1,5 +1,6 @@
 """Real nodes that load what the mesh asks for before anybody asks them."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ def have_it_loaded(site: Site) -> list[str]:
     return [node.name for node in site.nodes if node.residency.loaded()]
 
 
-async def three_with_the_model(site: Site, engine: EngineConfig) -> list[Node]:
-    nodes = [await site.node(name, engine) for name in ("one", "two", "three")]
+async def three_with_the_model(site: Site, *engines: EngineConfig) -> list[Node]:
+    names = ("one", "two", "three")
+    nodes = [await site.node(name, engine) for name, engine in zip(names, itertools.cycle(engines), strict=False)]
     await site.add(nodes[0], "tiny")
     await until(lambda: all(len(online(node)) == 2 for node in nodes))
     for node in nodes[1:]:
@@ -39,7 +41,7 @@ async def test_where_the_only_loaded_copy_is_lost_one_other_peer_loads_it(
     tmp_path: Path, autojump_clock: Clock
 ) -> None:
     async with open_site(tmp_path) as site:
-        nodes = await three_with_the_model(site, EngineConfig(kind="echo"))
+        nodes = await three_with_the_model(site, EngineConfig(kind="echo", keep_alive_s=60.0))
         desk = await site.node("desk", EngineConfig(kind="none"))
         await until(lambda: len(online(desk)) == 3 and any(e.holders for e in desk.catalog.entries()))
         await ask_often(desk, 12)
@@ -48,11 +50,11 @@ async def test_where_the_only_loaded_copy_is_lost_one_other_peer_loads_it(
         holder.draining.here.drain(0.0)
         took_s = await until(lambda: len(have_it_loaded(site)) == 2)
         assert took_s < 30
-        await trio.sleep(60)
+        await trio.sleep(20)
         assert len(have_it_loaded(site)) == 2  # the drained peer's own among them
         (other,) = set(have_it_loaded(site)) - {serving}
         assert (await ask(desk, "tiny", "a b"))[1] == other
-        await trio.sleep(600)
+        await trio.sleep(62)
         assert have_it_loaded(site) == []  # by its keep-alive, with nobody asking any more
 
 
@@ -76,6 +78,23 @@ async def test_a_queue_that_stays_brings_one_copy_more_at_a_time(tmp_path: Path,
             await trio.sleep(100)
             assert len(have_it_loaded(site)) == 2
             nursery.cancel_scope.cancel()
+
+
+async def test_whoever_has_room_loads_it_and_nothing_goes_for_it(tmp_path: Path, autojump_clock: Clock) -> None:
+    small = EngineConfig(kind="echo", memory="6MB", keep_alive_s=-1.0)
+    async with open_site(tmp_path) as site:
+        nodes = await three_with_the_model(site, small, small, EngineConfig(kind="echo"))
+        desk = await site.node("desk", EngineConfig(kind="none"))
+        for node in nodes[:2]:
+            await site.add(node, f"other-{node.name}", 5 << 20)
+            await ask(node, f"other-{node.name}", "a")  # which leaves too little for another one
+        await until(lambda: len(online(desk)) == 3 and any(e.name == "tiny:latest" for e in desk.catalog.entries()))
+        digest = desk.catalog.resolve("tiny").digest
+        for _ in range(20):
+            desk.preloads.on_ask(Ask("r", digest, "tiny", GenerateRequest(prompt="a")))
+        await until(lambda: "three" in have_it_loaded(site))
+        await trio.sleep(30)
+        assert [view.digest == digest for node in nodes for view in node.residency.loaded()] == [False, False, True]
 
 
 @pytest.mark.parametrize(

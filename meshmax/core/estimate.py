@@ -1,15 +1,18 @@
 """How long a peer would take for a prompt: round trip + queue + load + reading the prompt + writing the answer, in seconds.
 
-Rules: our own measurements decide; what a peer says of itself counts until we have measured it, and within bounds; a
-default stands in where nobody knows. A figure that was measured long ago fades into what the peer says, its weight halved
-every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as we did there lately, if not
-longer. Tokens of the prompt that the peer holds from before need not be read again. What an answer costs beside others grows
-with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements), what follows (core.policies).
+Rules: our own measurements decide; what a peer says of itself counts until we have measured it, and within bounds. Where
+nobody knows a default stands in, but no more than the fastest of the same kind of device is known to do with the model: else
+whoever was never tried would seem faster than all that were measured. A figure that was measured long ago fades into what the
+peer says, its weight halved every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as we
+did there lately, if not longer. Tokens of the prompt that the peer holds from before need not be read again. What an answer
+costs beside others grows with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements), what
+follows (core.policies).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgspec
@@ -27,6 +30,7 @@ OUTPUT_TOKENS: Final = (
 BYTES_PER_TOKEN: Final = 4  # of English text, in the usual vocabularies
 IMAGE_TOKENS: Final = 600  # of one picture in the usual vision models
 ADVERTISED_AGAINST: Final = 4.0  # a peer's claims about itself may beat our defaults by this factor, until measured
+UNTRIED: Final = 1.1  # times the fastest that is known: one that was never tried is, where that costs no load
 
 # Where nobody knows: decoding reads every weight once a token, so it goes at the memory's rate. Loading reads the file once.
 MEMORY_BYTES_PER_S: Final[dict[Device, float]] = {"gpu": 300e9, "cpu": 20e9}  # a mid-range card; two channels of DDR4
@@ -74,14 +78,46 @@ def expected_work(request: InferRequest, usual_tokens: float | None = None) -> W
     return Work(0 if empty else size // BYTES_PER_TOKEN + IMAGE_TOKENS * images, output)
 
 
-def estimate(contender: Contender, work: Work, device: Device) -> Estimate:
-    """Seconds until the whole answer is there, by their parts. ``device``: where it would run (core.memory_fit)."""
+class Known(msgspec.Struct, frozen=True):
+    """The highest rates that are known of a model on one kind of device, tokens a second; infinite where none is."""
+
+    decode_per_s: float = math.inf
+    prefill_per_s: float = math.inf
+
+
+NOTHING_KNOWN: Final[Mapping[Device, Known]] = {}
+_NOTHING: Final = Known()
+
+
+def known_rates(contenders: Iterable[tuple[Contender, Device]]) -> Mapping[Device, Known]:
+    """What the contenders for one prompt, each with where it would run, show of each device: by our measurements, or else by
+    their word."""
+    decode: dict[Device, float] = {}
+    prefill: dict[Device, float] = {}
+    for contender, device in contenders:
+        model, figures = contender.model, contender.figures
+        if (rate := figures.decode_per_s or model.decode_per_s) > decode.get(device, 0.0):
+            decode[device] = rate
+        if (rate := figures.prefill_per_s or model.prefill_per_s) > prefill.get(device, 0.0):
+            prefill[device] = rate
+    return {d: Known(decode.get(d, math.inf), prefill.get(d, math.inf)) for d in {*decode, *prefill}}
+
+
+def estimate(
+    contender: Contender, work: Work, device: Device, known: Mapping[Device, Known] = NOTHING_KNOWN
+) -> Estimate:
+    """Seconds until the whole answer is there, by their parts. ``device``: where it would run (core.memory_fit).
+
+    ``known``: what all contenders show of each device.
+    """
     model, figures, load = contender.model, contender.figures, contender.load
     size = max(model.size, MIN_MODEL_BYTES)
     usual = min(MEMORY_BYTES_PER_S[device] / size, MAX_DECODE_PER_S)
     trust = 0.5 ** (figures.age_s / FADE_S)
-    decode = _rate(figures.decode_per_s, trust, model.decode_per_s, usual)
-    prefill = _rate(figures.prefill_per_s, trust, model.prefill_per_s, usual * PREFILL_PER_DECODE[device])
+    others = known.get(device, _NOTHING)
+    decode = _rate(figures.decode_per_s, trust, model.decode_per_s, usual, others.decode_per_s)
+    usual *= PREFILL_PER_DECODE[device]
+    prefill = _rate(figures.prefill_per_s, trust, model.prefill_per_s, usual, others.prefill_per_s)
     unread = work.prompt_tokens
     if contender.prefix_tokens and model.state == "loaded":
         unread = max(0, unread - contender.prefix_tokens)
@@ -123,8 +159,8 @@ def rtt_of(contender: Contender) -> float:
     return DEFAULT_RTT_S if contender.rtt_s is None else contender.rtt_s
 
 
-def _rate(measured: float | None, trust: float, advertised: float, usual: float) -> float:
-    seed = usual
+def _rate(measured: float | None, trust: float, advertised: float, usual: float, known: float) -> float:
+    seed = max(min(usual, UNTRIED * known), MIN_RATE_PER_S)
     if advertised > 0 and math.isfinite(advertised):
         seed = max(min(advertised, usual * ADVERTISED_AGAINST), MIN_RATE_PER_S)
     if not measured:

@@ -1,8 +1,8 @@
 """In which order those who may be asked are asked, by policy.
 
   latency       the smallest estimate; it sets a margin, and among those inside it a model loaded on a GPU goes before one on
-                disk beside a GPU, that before a CPU. The previous choice gets a discount, so that two like peers do not
-                take turns
+                disk beside a GPU, that before one loaded on a CPU, that before one on disk beside a CPU. The previous choice
+                gets a discount, so that two like peers do not take turns
   least-loaded  the fewest prompts for its slots; of those the smallest estimate
   round-robin   one after the other, whatever they are like
   weighted      by shares that people gave, evenly spread; who was given none has 1, and 0 gets nothing
@@ -80,10 +80,8 @@ def in_order(policy: Policy, judged: list[Judged], choice: Choice) -> list[Judge
 
 
 def tier_of(device: Device, loaded: bool) -> int:
-    """0 is best: loaded on a GPU, on disk beside one, CPU."""
-    if device == "cpu":
-        return 2
-    return 0 if loaded else 1
+    """0 is best: loaded on a GPU, on disk beside one, loaded on a CPU, on disk beside one."""
+    return (0 if device == "gpu" else 2) + (0 if loaded else 1)
 
 
 def _by_latency(judged: list[Judged], choice: Choice) -> list[Judged]:

@@ -18,7 +18,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.route import Candidate, Policy, Verdict
 from meshmax.core.contender import Contender, holders
 from meshmax.core.eligibility import is_resting, kept_out
-from meshmax.core.estimate import Work, estimate, expected_work, total_s
+from meshmax.core.estimate import Work, estimate, expected_work, known_rates, total_s
 from meshmax.core.explain import candidate_of, explain, plain_name
 from meshmax.core.memory_fit import device_of
 from meshmax.core.outstanding import Outstanding
@@ -79,9 +79,10 @@ def decide(
     picky = policy in ("local-only", "weighted")
     usable: list[Judged] = []
     out: list[tuple[Judged, Verdict, str]] = []
-    for contender in contenders:
-        device = device_of(contender.model, contender.view.status)
-        figures = estimate(contender, work, device)
+    placed = [(contender, device_of(contender.model, contender.view.status)) for contender in contenders]
+    known = known_rates(placed)
+    for contender, device in placed:
+        figures = estimate(contender, work, device, known)
         judged = Judged(contender, device, figures, total_s(figures))
         kept = kept_out(contender)
         if kept is not None:

@@ -1,11 +1,24 @@
 """How long a peer would take: parts that add up, and where each comes from."""
 
 import math
+from collections.abc import Mapping
 
 import pytest
 
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, InferRequest, Message, Options
-from meshmax.core.estimate import FADE_S, IMAGE_TOKENS, OUTPUT_TOKENS, WARY, Work, estimate, expected_work
+from meshmax.base.status import Device
+from meshmax.core.estimate import (
+    FADE_S,
+    IMAGE_TOKENS,
+    OUTPUT_TOKENS,
+    UNTRIED,
+    WARY,
+    Known,
+    Work,
+    estimate,
+    expected_work,
+    known_rates,
+)
 from tests.core.contenders import (
     CHAT,
     peer,
@@ -80,3 +93,31 @@ def test_a_long_prompt_of_ours_does_not_make_the_queue_longer() -> None:
 
 def test_the_same_model_runs_faster_on_a_gpu_where_nobody_measured() -> None:
     assert estimate(peer("a"), CHAT, "gpu").output_s < estimate(peer("a"), CHAT, "cpu").output_s
+
+
+def test_who_was_never_tried_is_no_faster_than_the_fastest_of_its_kind_by_more_than_a_little() -> None:
+    known = known_rates(
+        [
+            (peer("a", decode=40.0, says_decode=1e6), "cpu"),
+            (peer("b", says_decode=20.0, says_prefill=90.0), "cpu"),
+            (peer("c", decode=70.0), "gpu"),
+            (peer("d", says_decode=math.nan), "gpu"),
+        ]
+    )
+    assert known == {"cpu": Known(40.0, 90.0), "gpu": Known(70.0)}
+    small = peer("x", state="loaded", size=98_000_000, rtt_s=0.0)
+    parts = estimate(small, Work(90, 40), "cpu", known)
+    assert parts.prompt_s == pytest.approx(1 / UNTRIED)
+    assert parts.output_s == pytest.approx(1 / UNTRIED)
+    assert estimate(small, Work(0, 70), "gpu", known).output_s == pytest.approx(1 / UNTRIED)
+
+
+def test_who_was_never_tried_is_as_fast_as_usual_where_others_are_faster_than_that() -> None:
+    known: Mapping[Device, Known] = {"cpu": Known(1e6, 1e6)}
+    assert estimate(peer("x"), CHAT, "cpu", known) == estimate(peer("x"), CHAT, "cpu")
+
+
+def test_the_known_rates_of_others_change_nothing_for_who_tells_its_own() -> None:
+    known: Mapping[Device, Known] = {"cpu": Known(0.5, 0.5)}
+    tells = peer("x", says_decode=9.0, says_prefill=50.0)
+    assert estimate(tells, CHAT, "cpu", known) == estimate(tells, CHAT, "cpu")

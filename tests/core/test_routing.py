@@ -52,6 +52,30 @@ CASES: list[tuple[str, list[Contender], list[str], PeerId | None]] = [
         None,
     ),
     (
+        "a loaded CPU is preferred to a CPU that must load and is a little faster",
+        [peer("a", **{**CPU, "state": "disk", "decode": 11.0, "load_s": 1.8}), peer("b", **CPU, rtt_s=0.3)],
+        ["b", "a"],
+        None,
+    ),
+    (
+        "a loaded CPU that was measured goes before one of which nothing is known and that must load",
+        [peer("a", size=98_000_000), peer("b", **{**CPU, "decode": 40.0}, size=98_000_000)],
+        ["b", "a"],
+        None,
+    ),
+    (
+        "a loaded CPU that tells its rate goes before one of which nothing is known and that must load",
+        [peer("a", size=98_000_000), peer("b", state="loaded", says_decode=40.0, size=98_000_000, **OURS)],
+        ["b", "a"],
+        None,
+    ),
+    (
+        "of two loaded CPUs that of which nothing is known is tried",
+        [peer("a", state="loaded"), peer("b", **{**CPU, "decode": 3.0, "prefill": 12.0})],
+        ["a", "b"],
+        PeerId("b"),
+    ),
+    (
         "a free GPU goes before one with a queue",
         [peer("a", **GPU, running=4, queued=3), peer("b", **GPU)],
         ["b", "a"],

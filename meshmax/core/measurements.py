@@ -28,6 +28,9 @@ MAX_SPEEDS: Final = 4096  # (peer, model, device) entries of about 1 KiB: 256 pe
 MAX_PEERS: Final = 1024  # four times the peers a node knows at once by default
 MIN_PREFILL_TOKENS: Final = 64  # shorter prompts measure the fixed cost of an answer, not the prefill rate
 MIN_DECODE_TOKENS: Final = 8  # fewer are dominated by how they were batched on the way
+MIN_LEFT_S: Final = (
+    5.0  # of an answer that was left; so few tokens in so long are not a matter of how they were batched
+)
 MIN_LOAD_S: Final = 0.05  # a shorter "load" is the bookkeeping of a model that was in memory already
 MAX_ANSWER_TOKENS: Final = 4096  # of an answer that counts for how long answers are; one that never ends is no measure
 MAX_MODELS: Final = 1024  # models whose answers' length is remembered
@@ -145,6 +148,32 @@ class Measurements:
             speed.decode.add(min(alone, MAX_RATE_PER_S), now)
         if load_s >= MIN_LOAD_S:
             speed.load.add(load_s, now)
+
+    def on_no_word(
+        self, peer: PeerId, digest: Sha256, device: Device, waited_s: float, load: Load, now: float, *, loaded: bool
+    ) -> None:
+        """The ask was given up after ``waited_s`` without a word. ``load``, ``loaded``: as the peer told when it was sent.
+
+        Without these figures a peer that never answers would seem as good as on the first day. What it was waiting for is
+        not known, so it is put to what it had to be: a load, its queue, or the fixed cost of an answer.
+        """
+        if not loaded:
+            self._speed(peer, digest, device).load.add(waited_s, now)
+        elif load.running + load.queued >= load.capacity:
+            self.on_wait(peer, waited_s, load, now)
+        else:
+            self._speed(peer, digest, device).first_token.add(waited_s, now)
+
+    def on_left(
+        self, peer: PeerId, digest: Sha256, device: Device, tokens: int, span_s: float, now: float, beside: int = 0
+    ) -> None:
+        """The client left in the middle of an answer, of which ``tokens`` had come in the ``span_s`` after the first event.
+
+        It leaves those that are slow, which would never be known to be if whole answers alone counted.
+        """
+        if tokens >= MIN_DECODE_TOKENS or (tokens and span_s >= MIN_LEFT_S):
+            alone = tokens / max(span_s, 1e-6) * (1 + SHARE[device] * max(beside, 0))
+            self._speed(peer, digest, device).decode.add(min(alone, MAX_RATE_PER_S), now)
 
     def on_answer(self, digest: Sha256, tokens: int, now: float) -> None:
         """An answer of the model came to its own end after ``tokens``."""

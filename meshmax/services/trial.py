@@ -111,6 +111,7 @@ class Trial:
         self._first_event_s = 0.0  # 0 until it is there
         self._held_s = 0.0
         self._tokens = 0  # after the first event
+        self._last_event_s = 0.0
         self._told = False  # how it went was said
         self._outcome = "cancelled"
         self.blame: MeshmaxError | None = None
@@ -138,7 +139,8 @@ class Trial:
             if not self._first_event_s:
                 self._on_first(now)
             else:
-                self._tokens += sum(event.tokens for event in events if isinstance(event, Delta))
+                self._tokens += sum(_spoken(event) for event in events if isinstance(event, Delta))
+            self._last_event_s = now
             if isinstance(last := events[-1], Finish):
                 self._on_finish(last, now)
             self._held_s += await feed.send(events)
@@ -189,7 +191,7 @@ class Trial:
             span_s=span_s,
             load_s=load_s,
             now=now,
-            beside=min(ahead_of(self._contender.load), max(self._contender.load.capacity, 1) - 1),
+            beside=self._beside,
         )
 
     @property
@@ -212,13 +214,33 @@ class Trial:
     def _on_cancelled(self, probe: bool) -> None:
         if self._outcome == "cancelled" and self.blame is not None:
             self._on_error(self.blame)
-        elif self._outcome == "cancelled" and not self._first_event_s and not is_load_only(self._ask.request):
-            # It would have taken longer than that; without these only the quick ones would count.
-            waited_s = trio.current_time() - self._sent_s
-            if waited_s > self._expected_s:
-                self._bench.first_tokens.add(self._peer, self._expected_s, waited_s)
+        elif self._outcome == "cancelled" and not is_load_only(self._ask.request):
+            self._on_left()
         if probe and not self._told:
             self._bench.measurements.on_probe_abandoned(self._peer, self._ask.digest)
+
+    def _on_left(self) -> None:
+        """The client left, or another peer was faster: what that tells of this one."""
+        model, load, now = self._contender.model, self._contender.load, trio.current_time()
+        measured, first_tokens = self._bench.measurements, self._bench.first_tokens
+        if self._first_event_s:
+            span_s = self._last_event_s - self._sent_s - self._first_event_s
+            if self._held_s <= CONTENDED * span_s:
+                measured.on_left(self._peer, model.digest, model.device, self._tokens, span_s, now, self._beside)
+            return
+        # It would have taken longer than that; without these only the quick ones would count.
+        waited_s = now - self._sent_s
+        if waited_s > first_tokens.late_s(self._peer, self._expected_s):
+            loaded = model.state == "loaded"
+            measured.on_no_word(self._peer, model.digest, model.device, waited_s, load, now, loaded=loaded)
+        if waited_s > self._expected_s:
+            first_tokens.add(self._peer, self._expected_s, waited_s)
+
+    @property
+    def _beside(self) -> int:
+        """How many other answers the peer gave meanwhile, as far as we know."""
+        load = self._contender.load
+        return min(ahead_of(load), max(load.capacity, 1) - 1)
 
     def _named(self, error: MeshmaxError) -> MeshmaxError:
         """``error`` with the peer's name where it speaks of that peer's connection or engine."""
@@ -227,3 +249,11 @@ class Trial:
         if isinstance(error, PeerGone) and self._first_event_s:
             return PeerGone(f"{self._name} went away in the middle of its answer: ask again")
         return type(error)(f"{self._name}: {error.message}")
+
+
+def _spoken(delta: Delta) -> int:
+    """Tokens in ``delta``: as many as the peer says, but no more than there are bytes in it."""
+    if 0 <= delta.tokens <= len(delta.text):
+        return delta.tokens
+    texts = (delta.text, delta.thinking, *(str(call.arguments) for call in delta.tool_calls))
+    return min(delta.tokens, sum(len(text.encode(errors="replace")) for text in texts))

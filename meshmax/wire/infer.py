@@ -262,6 +262,9 @@ def check_reply(reply: Reply) -> None:
 
 
 def _check_delta(delta: Delta) -> None:
+    # No engine sends these; a peer that does would seem to speak, for ever, and say nothing.
+    if not (delta.text or delta.thinking or delta.tool_calls):
+        raise RemoteProtocolError("the peer sent a piece of an answer with nothing in it")
     if not 0 <= delta.tokens <= 1 << 32:
         raise RemoteProtocolError("the peer sent a count of tokens that is out of bounds")
     try:

@@ -139,3 +139,29 @@ def test_what_a_place_in_the_queue_costs_is_learnt_where_there_was_one() -> None
     assert measured.figures(A, MODEL, "cpu", 1.0).turn_s == pytest.approx(9.0 * 4 / 3)
     assert measured.figures(A, MODEL, "cpu", 1.0).age_s == math.inf
     assert measured.figures(A, MODEL, "cpu", measurements.TURN_KEPT_S).turn_s is None
+
+
+@pytest.mark.parametrize(
+    ("loaded", "load", "expected"),
+    [
+        (True, Load(0, 0, 4), Figures(first_token_s=7.0, age_s=0.0)),
+        (False, Load(0, 0, 4), Figures(load_s=7.0, age_s=0.0)),
+        (True, Load(4, 3, 4), Figures(turn_s=7.0)),
+    ],
+    ids=["free", "to-be-loaded", "full"],
+)
+def test_an_ask_without_a_word_counts_for_what_it_can_have_waited_for(
+    loaded: bool, load: Load, expected: Figures
+) -> None:
+    measured = Measurements()
+    measured.on_no_word(A, MODEL, "gpu", 7.0, load, 1.0, loaded=loaded)
+    assert measured.figures(A, MODEL, "gpu", 1.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "span_s", "per_s"), [(20, 2.0, 10.0), (3, 30.0, 0.1), (3, 1.0, None), (0, 30.0, None)]
+)
+def test_an_answer_that_was_left_measures_how_fast_it_came(tokens: int, span_s: float, per_s: float | None) -> None:
+    measured = Measurements()
+    measured.on_left(A, MODEL, "gpu", tokens, span_s, 1.0)
+    assert measured.figures(A, MODEL, "gpu", 1.0).decode_per_s == per_s

@@ -1,0 +1,103 @@
+"""Peers that attract prompts and do not answer them: how soon no more go there, and what they can make us hold."""
+
+import msgspec
+import pytest
+import trio
+import trio.testing
+
+from meshmax.base.inference import Delta, Event
+from meshmax.base.status import Load, PeerView
+from meshmax.ports import Stream
+from meshmax.services.frames import FrameStream
+from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, KeepAlive
+from meshmax.wire.protocols import INFER
+from tests.services.infer_site import WORDS, Node, Site, ask, open_site, text_of
+
+Clock = trio.testing.MockClock
+
+PATIENCE_S = 20.0  # of a person without a word
+
+
+def praises_itself(view: PeerView) -> PeerView:
+    """Always free, next door, and as fast as one may say."""
+    assert view.status is not None
+    models = tuple(
+        msgspec.structs.replace(model, state="loaded", prefill_per_s=1e8, decode_per_s=1e8)
+        for model in view.status.models
+    )
+    status = msgspec.structs.replace(view.status, models=models, load=Load(0, 0, 1 << 20))
+    return msgspec.structs.replace(view, rtt_s=0.0001, status=status)
+
+
+def tells_its_speed(view: PeerView) -> PeerView:
+    """What it does in truth."""
+    assert view.status is not None
+    models = tuple(msgspec.structs.replace(m, prefill_per_s=1000, decode_per_s=20) for m in view.status.models)
+    return msgspec.structs.replace(view, status=msgspec.structs.replace(view.status, models=models))
+
+
+def says(node: Node, *events: Event, every_s: float) -> list[int]:
+    """From now on ``node`` takes each request and then says ``events`` again and again; the list grows with each."""
+    taken: list[int] = []
+
+    async def answer(stream: Stream) -> None:
+        frames = FrameStream(stream)
+        await frames.receive(ASK_PART)
+        taken.append(1)
+        await frames.send(REPLY, Accepted())
+        at_s = trio.current_time() + every_s
+        while True:
+            await trio.sleep(0.4)
+            if not events or trio.current_time() < at_s:
+                await frames.send(REPLY, KeepAlive())
+            else:
+                at_s += every_s
+                await frames.send(REPLY, Events(events))
+
+    node.swarm.serve(INFER, answer)
+    return taken
+
+
+async def asked(site: Site) -> bool:
+    """Whether one prompt was answered before the client had enough."""
+    with trio.move_on_after(PATIENCE_S):
+        async with site[0].router.open_answer(ask(WORDS)) as answer:
+            return await text_of(answer.events) == WORDS
+    return False
+
+
+@pytest.mark.parametrize(
+    ("events", "every_s"),
+    [
+        ((), 1.0),
+        ((Delta("", tokens=0),), 0.5),
+        ((Delta(""),), 0.5),
+        ((Delta("word0 "),), 3.0),
+        ((Delta("word0 ", tokens=1 << 32),), 1.0),
+    ],
+    ids=["no-word", "empty", "empty-tokens", "drip", "drip-of-many-tokens"],
+)
+async def test_a_peer_that_praises_itself_and_does_not_answer_is_left_alone_soon(
+    events: tuple[Event, ...], every_s: float, autojump_clock: Clock
+) -> None:
+    async with open_site(3, echo_tokens_per_s=100) as site:
+        site[0].has.clear()
+        site[1].change, site[2].change = praises_itself, tells_its_speed
+        taken = says(site[1], *events, every_s=every_s)
+        answered = [await asked(site) for _ in range(20)]
+        assert all(answered[3:])
+        assert len(taken) <= 3
+
+
+async def test_prompts_that_went_there_together_are_not_the_measure_of_all_that_follow(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=100) as site:
+        site[0].has.clear()
+        site[1].change, site[2].change = praises_itself, tells_its_speed
+        taken = says(site[1], every_s=1.0)
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(asked, site)
+        before = len(taken)
+        answered = [await asked(site) for _ in range(20)]
+        assert all(answered)
+        assert len(taken) == before

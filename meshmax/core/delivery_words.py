@@ -16,7 +16,8 @@ from meshmax.core.pace import Gaps
 
 class Choice(msgspec.Struct, frozen=True):
     """A peer that may be asked, from ``from_s`` on (it is busy until then). ``first_s``: when its first event is expected;
-    ``late_s``: after how long it is late.
+    ``late_s``: after how long it is late. ``resting``: after a failure, or full; asked where nobody else is left, never beside
+    one that is only late.
 
     ``gaps``: between its words so far, ``frames``: between its frames, both shared by all its answers. ``deterministic``: its
     engine says the same to the same.
@@ -30,6 +31,7 @@ class Choice(msgspec.Struct, frozen=True):
     rtt_s: float = 0.0
     ours: bool = False
     from_s: float = 0.0
+    resting: bool = False
     deterministic: bool = False
 
 

@@ -346,7 +346,7 @@ class LineReader:
         self._request = request
         self._make_id, self._hide = make_id, hide
         self._tokens = 0
-        self._calls = 0
+        self._calls: tuple[ToolCall, ...] = ()
         self.finish: Finish | None = None
 
     def on_line(self, line: Line) -> Delta | None:
@@ -354,7 +354,8 @@ class LineReader:
         if line.error:
             raise EngineError(self._hide(line.error)[: shared.MAX_MESSAGE])
         turn = line.message or Turn(line.response, line.thinking, line.tool_calls)
-        calls = self._tool_calls(turn.tool_calls or [])
+        self._calls += self._tool_calls(turn.tool_calls or [])
+        calls = self._calls if line.done else ()  # together: an answer that breaks after one call would lack the others
         delta: Delta | None = None
         if turn.content or turn.thinking or calls:
             spoken = bool(turn.content or turn.thinking)
@@ -372,8 +373,7 @@ class LineReader:
         return self.finish
 
     def _tool_calls(self, calls: list[Call]) -> tuple[ToolCall, ...]:
-        room = shared.MAX_TOOL_CALLS - self._calls
-        self._calls += len(calls)
+        room = shared.MAX_TOOL_CALLS - len(self._calls)
         return tuple(
             shared.tool_call(call.function.name, call.function.arguments, call.id, self._make_id)
             for call in calls[: max(room, 0)]

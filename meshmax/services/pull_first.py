@@ -87,7 +87,7 @@ class _Fetch:
         if self._final is not None:
             return
         route = self.route()
-        if self.answer is None:
+        if self.answer is None or state == "failed":
             route = msgspec.structs.replace(route, state=state, total_s=total_s)
         self._final, self.answer = route, None  # which holds the prompt
 
@@ -299,19 +299,25 @@ class PullFirst:
         state: RequestState = "cancelled"
         with made:  # at once: while it waits to close, an error that is no one of ours would be lost to a cancellation
             try:
-                await self._until_fetched(fetch, wait)
-                async with self._router.open_answer(ask, wishes) as inner:
-                    fetch.answer = inner
-                    async for event in inner.events:
-                        await made.send(event)
+                ends_at = fetch.began_s + self._config.deadline_s
+                await self._until_fetched(fetch, wait, ends_at)
+                with trio.move_on_at(ends_at) as scope:
+                    async with self._router.open_answer(ask, wishes) as inner:
+                        fetch.answer = inner
+                        async for event in inner.events:
+                            await made.send(event)
+                if scope.cancelled_caught:
+                    raise DeadlineExceeded(
+                        f"the answer was not whole within {self._config.deadline_s:g} s, fetching the model included"
+                    )
             except MeshmaxError as error:
                 answer.error, state = error, "failed"
             finally:
                 fetch.close(state, trio.current_time() - fetch.began_s)
 
-    async def _until_fetched(self, fetch: _Fetch, wait: Wait) -> None:
+    async def _until_fetched(self, fetch: _Fetch, wait: Wait, ends_at: float) -> None:
         try:
-            with trio.move_on_after(self._config.deadline_s) as scope:
+            with trio.move_on_at(ends_at) as scope:
                 await wait()
             if scope.cancelled_caught:
                 raise DeadlineExceeded(

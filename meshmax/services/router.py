@@ -157,15 +157,18 @@ class _Shared:
         self.budget = Budget()
         self._last: OrderedDict[Sha256, tuple[PeerId | None, int]] = OrderedDict()
 
-    def last(self, digest: Sha256) -> tuple[PeerId | None, int]:
-        """Who answered the last request for a model, and how many there were before."""
-        return self._last.get(digest, (None, 0))
+    def take_turn(self, digest: Sha256) -> tuple[PeerId | None, int]:
+        """A request for a model came: who answered the last one, and how many came before."""
+        peer, turn = self._last.pop(digest, (None, 0))
+        self._last[digest] = (peer, turn + 1)
+        if len(self._last) > LAST_KEPT:
+            self._last.popitem(last=False)
+        return peer, turn
 
     def remember(self, digest: Sha256, peer: PeerId) -> None:
         """``peer`` answers a request for the model."""
-        self._last[digest] = (peer, self._last.pop(digest, (None, 0))[1] + 1)
-        if len(self._last) > LAST_KEPT:
-            self._last.popitem(last=False)
+        if known := self._last.get(digest):
+            self._last[digest] = (peer, known[1])
 
 
 class _Request:
@@ -175,7 +178,7 @@ class _Request:
         self._shared, self._ask = shared, ask
         self._policy = wishes.policy or shared.config.policy
         self._marks = marks_of(ask.request)
-        self._previous, self._turn = shared.last(ask.digest)
+        self._previous, self._turn = shared.take_turn(ask.digest)
         measured = shared.bench.measurements
         self.work = expected_work(ask.request, measured.answer_tokens(ask.digest))
         self._contenders: dict[PeerId, Contender] = {}
@@ -190,7 +193,7 @@ class _Request:
             decision, self._fresh = self.decision, False
         resting = {judged.peer_id: judged for judged, _, _ in decision.out}
         judged = [*decision.ranked, *(resting[peer] for peer in decision.resting)][:CHOICES]
-        choices = [self._choice(one) for one in judged]
+        choices = [self._choice(one, one.peer_id in decision.resting) for one in judged]
         if is_load_only(self._ask.request) and self._ask.keep_alive_s == 0:
             choices.sort(key=lambda choice: not choice.ours)  # to unload means here: others' memory is theirs
         return choices
@@ -227,7 +230,7 @@ class _Request:
             key=self._marks[0].hash if self._marks else b"",
         )
 
-    def _choice(self, judged: Judged) -> Choice:
+    def _choice(self, judged: Judged, resting: bool) -> Choice:
         contender, parts = judged.contender, judged.figures
         peer, standing, status = judged.peer_id, contender.standing, contender.view.status
         first_s = parts.rtt_s + parts.queue_s + parts.load_s + parts.prompt_s
@@ -241,6 +244,7 @@ class _Request:
             rtt_s=parts.rtt_s,
             ours=peer == self._shared.bench.peer_id,
             from_s=standing.until_s if busy else 0.0,
+            resting=resting,
             deterministic=status is not None and status.engine == ECHO,
         )
 

@@ -165,6 +165,18 @@ def test_a_streamed_chat_with_thinking_and_calls() -> None:
     assert finish == Finish("stop", 7, 9, pytest.approx(3), pytest.approx(1), pytest.approx(0.5), pytest.approx(1.5))  # type: ignore[arg-type]
 
 
+def test_calls_come_together_at_the_end_so_that_none_is_missing_where_an_answer_breaks() -> None:
+    reader = words.LineReader(ChatRequest(CHAT.messages, (TOOL,)), lambda: "id", lambda text: text)
+
+    def on_line(line: dict[str, Any]) -> Delta | None:
+        return reader.on_line(msgspec.convert(line, words.Line))
+
+    for name in "fg":
+        assert on_line({"message": {"content": "", "tool_calls": [{"function": {"name": name}}]}}) is None
+    last = on_line({"message": {"content": ""}, "done": True})
+    assert last == Delta(tool_calls=(ToolCall("f", {}, "id"), ToolCall("g", {}, "id")), tokens=0)
+
+
 def test_a_prompts_end_has_its_context_and_a_raw_ones_has_not() -> None:
     last = {"response": "", "done": True, "done_reason": "length", "context": [1, 2, 3]}
     assert lines(GenerateRequest("x"), last)[1].context == (1, 2, 3)

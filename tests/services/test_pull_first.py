@@ -220,6 +220,18 @@ async def test_the_deadline_of_a_request_holds_for_fetching_too(autojump_clock: 
         await text(world)
 
 
+async def test_what_is_left_of_the_deadline_after_fetching_is_for_the_answer(autojump_clock: Clock) -> None:
+    world = World(ME, STORE, config=RoutingConfig(deadline_s=20.0))
+    world.play = [(15.0, transfer("done"))]
+    world.events = [Delta("word") for _ in range(100)]
+    began = trio.current_time()
+    with pytest.raises(DeadlineExceeded, match="within 20 s"):
+        await text(world)
+    assert trio.current_time() - began == pytest.approx(20.0)
+    assert not world.answering
+    assert only(world).state == "failed"
+
+
 async def test_another_peer_is_waited_for_and_asked_again_whether_it_still_fetches(autojump_clock: Clock) -> None:
     world = World(peer("store", "disk", engine="none", state="self"), peer("b"))
     async with trio.open_nursery() as nursery:

@@ -15,6 +15,7 @@ from meshmax.base.errors import (
     PeerGone,
 )
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved
+from meshmax.base.route import Wishes
 from meshmax.base.status import Load, PeerView
 from meshmax.core.delivery import STUCK_S
 from meshmax.core.delivery_attempt import FIRST_EVENT_DEADLINE_S
@@ -290,6 +291,21 @@ async def test_requests_spread_when_a_peer_has_many(autojump_clock: Clock) -> No
                 nursery.start_soon(one)
                 await trio.sleep(0.001)
         assert sorted(served) == ["peer1"] * 4 + ["peer2"] * 4
+
+
+async def test_requests_that_come_together_take_turns_too(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=10) as site:
+        lacks(site[0])
+        served = []
+
+        async def one() -> None:
+            async with site[0].router.open_answer(ask(), Wishes(policy="round-robin")) as answer:
+                served.append(answer.route.peer_id)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(one)
+        assert sorted(served) == sorted([site[1].peer_id, site[2].peer_id] * 4)
 
 
 async def test_what_was_measured_decides_the_next_time(autojump_clock: Clock) -> None:

@@ -30,6 +30,7 @@ from meshmax.core.fair_queue import Ask, FairQueue, Requester
 from meshmax.core.memory import Need, Room
 
 MAX_LOADED: Final = 8  # models in memory at once: each is a process, and they share the processors
+MAX_PEER_KEEP_ALIVE_S: Final = 3600.0  # that a peer may ask for: who else needs the memory can wait for the end of that
 MAX_NEEDS: Final = 1024  # models of which is remembered what they take; as many as a peer lists
 RATE_WEIGHT: Final = 0.3  # of the newest measurement in an EWMA: a few answers make the figure, one outlier does not
 MIN_RATE_TOKENS: Final = 8  # fewer tokens measure overhead, not rate
@@ -256,10 +257,17 @@ class ResidencyCore:
         ]
         return tuple(sorted(views, key=lambda view: -view.expires_at))
 
-    def keep_alive_s(self, digest: Sha256, usual_s: float) -> float:
-        """For an ask that names none: what was asked for the model that is in memory, else ``usual_s``."""
+    def keep_alive_s(self, digest: Sha256, usual_s: float, asked_s: float | None = None, *, ours: bool = True) -> float:
+        """For how long the model stays after an ask that names ``asked_s``. None: what was asked for it while it is in
+        memory, else ``usual_s``. An ask of a peer's (not ``ours``) has it stay longer, within bounds, and never less long.
+        """
         resident = self._residents.get(digest)
-        return resident.keep_alive_s if resident and resident.stays else usual_s
+        kept_s = resident.keep_alive_s if resident and resident.stays else usual_s
+        if asked_s is None or not (ours or kept_s >= 0):
+            return kept_s
+        if ours:
+            return asked_s
+        return max(kept_s, MAX_PEER_KEEP_ALIVE_S if asked_s < 0 else min(asked_s, MAX_PEER_KEEP_ALIVE_S))
 
     @property
     def taken(self) -> int:

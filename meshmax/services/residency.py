@@ -22,7 +22,7 @@ import trio
 
 from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
-from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, MeshmaxError
+from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, MeshmaxError, Refused
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import (
     Ask,
@@ -162,7 +162,7 @@ class ModelResidency:
         """Load if needed, wait for a slot, answer. A load-only request yields one Finish ("load" or "unload").
 
         ``requester``: the member that asks, None for ourselves: whose turn it is, and how many wait, is counted for each.
-        Raises ModelNotFound, Busy, EngineError; Draining while this node is taken out of service.
+        Raises ModelNotFound, Busy, EngineError; Draining while this node is taken out of service; Refused (a member's unload).
         """
         if self._closed:
             raise EngineUnavailable("this peer is shutting down")
@@ -178,11 +178,13 @@ class ModelResidency:
     @asynccontextmanager
     async def _open_answer(self, ask: Ask, requester: PeerId | None) -> AsyncIterator[AsyncIterator[Event]]:
         begun = trio.current_time()
-        keep_alive_s = ask.keep_alive_s
-        if keep_alive_s is None:
-            keep_alive_s = self._core.keep_alive_s(ask.digest, self._config.keep_alive_s)
         load_only = is_load_only(ask.request)
-        if load_only and keep_alive_s == 0:
+        usual_s = self._config.keep_alive_s
+        keep_alive_s = self._core.keep_alive_s(ask.digest, usual_s, ask.keep_alive_s, ours=requester is None)
+        asked_s = ask.keep_alive_s if requester is None else None
+        if load_only and ask.keep_alive_s == 0:
+            if requester is not None:
+                raise Refused("what a peer has in memory is its own to unload: run `meshmax stop` there")
             await self.unload(ask.digest)
             await self._brought.keep(ask.digest, 0)
             async with aclosing(_one(Finish("unload"))) as events:
@@ -193,8 +195,8 @@ class ModelResidency:
         async with self._turn(ask, requester, keep_alive_s) as (model, waited_for_load):
             load_s = trio.current_time() - begun if waited_for_load else 0.0
             self._on_use(ask.digest)
-            if self._brought.brings(ask.digest) and (load_only or ask.keep_alive_s):
-                await self._brought.keep(ask.digest, ask.keep_alive_s)
+            if self._brought.brings(ask.digest) and (load_only or asked_s):
+                await self._brought.keep(ask.digest, asked_s)
                 load_s = trio.current_time() - begun
             if load_only:
                 async with aclosing(_one(Finish("load", total_s=load_s, load_s=load_s))) as events:
@@ -203,7 +205,7 @@ class ModelResidency:
             async with model.answer(ask.request) as answer:
                 async with aclosing(self._measured(ask.digest, answer, begun, load_s)) as events:
                     yield events
-            if self._brought.brings(ask.digest) and ask.keep_alive_s == 0:
+            if self._brought.brings(ask.digest) and asked_s == 0:
                 await self._brought.keep(ask.digest, 0)
 
     async def try_preload(self, digest: Sha256, name: str, keep_alive_s: float) -> bool:

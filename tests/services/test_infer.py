@@ -9,7 +9,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshmax.base.errors import Busy, ModelNotFound, PeerGone, RemoteProtocolError
+from meshmax.base.errors import Busy, ModelNotFound, PeerGone, Refused, RemoteProtocolError
 from meshmax.base.inference import ChatRequest, Delta, EmbedRequest, Event, Finish, GenerateRequest, Message, Options
 from meshmax.ports import Stream
 from meshmax.services import infer_server
@@ -24,8 +24,9 @@ from tests.services.infer_site import MODEL, OTHER, WORDS, Site, ask, open_site,
 Clock = trio.testing.MockClock
 
 
-async def remote(site: Site, request: object = WORDS) -> list[Event]:
-    async with open_remote_answer(site[0].swarm, site[1].peer_id, ask(request)) as events:  # type: ignore[arg-type]
+async def remote(site: Site, request: object = WORDS, **fields: object) -> list[Event]:
+    asked = ask(request, **fields)  # type: ignore[arg-type]
+    async with open_remote_answer(site[0].swarm, site[1].peer_id, asked) as events:
         return [event async for event in events]
 
 
@@ -345,6 +346,38 @@ async def test_vectors_are_answered_with_vectors(autojump_clock: Clock, events: 
         with pytest.raises(RemoteProtocolError):
             await remote(site, EmbedRequest(("a",)))
         assert MODEL in site[1].has
+
+
+async def test_a_peer_has_no_model_unloaded(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=1e9) as site:
+        await remote(site, WORDS)
+        with pytest.raises(Refused, match="its own to unload"):
+            await remote(site, GenerateRequest(), keep_alive_s=0)
+        assert site[1].residency.loaded()
+        await remote(site, WORDS, keep_alive_s=0)
+        await trio.sleep(60)
+        assert site[1].residency.loaded()
+
+
+@pytest.mark.parametrize(
+    ("own_s", "asked_s", "stays_s"), [(300, -1, 3600), (300, 1e9, 3600), (300, 1, 300), (300, 900, 900)]
+)
+async def test_a_peer_keeps_a_model_in_memory_only_so_long(
+    own_s: float, asked_s: float, stays_s: float, autojump_clock: Clock
+) -> None:
+    async with open_site(2, echo_tokens_per_s=1e9, keep_alive_s=own_s) as site:
+        await remote(site, WORDS, keep_alive_s=asked_s)
+        await trio.sleep(stays_s - 5)
+        assert site[1].residency.loaded()
+        await trio.sleep(10)
+        assert not site[1].residency.loaded()
+
+
+async def test_a_model_that_stays_for_ever_stays_whatever_a_peer_says(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=1e9, keep_alive_s=-1.0) as site:
+        await remote(site, WORDS, keep_alive_s=5)
+        await trio.sleep(1e5)
+        assert site[1].residency.loaded()
 
 
 async def test_how_a_model_is_loaded_is_not_for_a_peer_to_say(autojump_clock: Clock) -> None:

@@ -90,6 +90,7 @@ class Delivery:
         self._troubled = False  # something failed since the client got something new
         self._errors: list[MeshmaxError] = []  # since then, at most MAX_IN_ALL
         self._asks: Counter[PeerId] = Counter()
+        self._broke: Counter[PeerId] = Counter()  # how often each has failed in the whole request
         self._taken = 0  # how many of those were accepted
         self._refused: set[PeerId] = set()
         self._cannot_go_on: set[PeerId] = set()  # their engines only answer from the beginning
@@ -160,6 +161,7 @@ class Delivery:
         self._troubled = True
         self._errors.append(error)
         peer = attempt.choice.peer
+        self._broke[peer] += not isinstance(error, Busy | CapabilityMissing)
         if isinstance(error, CapabilityMissing) and attempt.mode == "prefix":
             self._cannot_go_on.add(peer)  # asked from the beginning it may do
             self._asks[peer] = 0
@@ -329,7 +331,9 @@ class Delivery:
         return [choice for choice in choices if self._asks[choice.peer] < most]
 
     def _fresh(self, choices: list[Choice], now: float) -> list[Choice]:
-        return [choice for choice in choices if choice.from_s <= now and not self._asks[choice.peer]]
+        """Those not asked since the client got something new; who broke off before after who did not."""
+        fresh = (choice for choice in choices if choice.from_s <= now and not self._asks[choice.peer])
+        return sorted(fresh, key=lambda choice: self._broke[choice.peer])
 
     def _ask(self, choice: Choice, kind: AttemptKind, now: float) -> list[Action] | None:
         """Ask that peer; None where the answer cannot be carried on there."""
@@ -433,7 +437,7 @@ class Delivery:
         if len(self._open) >= MAX_OPEN or not (middle or (self._hedge and len(self._open) == 1)):
             return []
         waited_s = now - attempt.sent_s + TICK_S
-        fresh = self._fresh(self._others(), now)
+        fresh = [choice for choice in self._fresh(self._others(), now) if not choice.resting]
         if not fresh:
             return []
         soon = next((choice for choice in fresh if choice.first_s <= waited_s), None)

@@ -47,6 +47,7 @@ class Peer(msgspec.Struct):
     dead: bool = False
     stopped_until: float = 0.0
     busy_until: float = 0.0
+    resting: bool = False
 
 
 class Run:
@@ -85,6 +86,7 @@ class Run:
                 peer.late_s,
                 RTT_S,
                 from_s=peer.busy_until,
+                resting=peer.resting,
             )
             for peer in there
         ]

@@ -110,6 +110,16 @@ def test_a_prompt_that_brings_engines_down_is_given_up_after_three() -> None:
     assert len(run.started) == 3
 
 
+def test_who_broke_off_is_not_asked_again_before_those_who_did_not() -> None:
+    """However much better it looks: it would give a token and break off, again and again."""
+    sound = Peer("b", first_s=1.0, gap_s=1.0)
+    run = Run([Peer("a", first_s=0.5, gap_s=0.1, fault="crashes", after=1), sound], PROMPT).run()
+    assert whole(run)
+    assert run.kinds == [("a", "first"), ("b", "continuation")]
+    worse = [Peer("a", first_s=2.0, gap_s=1.0, fault="crashes", after=1), sound]  # they speak at the same moment
+    assert whole(Run(worse, PROMPT).run())
+
+
 def test_a_fault_of_the_request_is_told_at_once() -> None:
     run = Run([Peer("a"), Peer("b")], PROMPT)
     run.do(run.core.begin(0.0))
@@ -145,6 +155,14 @@ def test_a_late_peer_gets_a_second_one_beside_it_and_the_loser_stops() -> None:
 def test_no_second_one_is_asked_that_would_be_later_still() -> None:
     run = Run([Peer("a", first_s=0.9, late_s=0.3), Peer("b", first_s=30.0)], PROMPT).run()
     assert run.kinds == [("a", "first")]
+
+
+def test_no_second_one_is_asked_that_failed_lately_or_is_full() -> None:
+    run = Run([Peer("a", first_s=0.9, late_s=0.3), Peer("b", first_s=0.1, resting=True)], PROMPT).run()
+    assert whole(run)
+    assert run.kinds == [("a", "first")]
+    run = Run([Peer("a", fault="dies"), Peer("b", first_s=0.1, resting=True)], PROMPT).run()
+    assert run.kinds == [("a", "first"), ("b", "retry")]
 
 
 def test_no_second_one_is_asked_without_budget_or_where_it_is_not_wished() -> None:

@@ -31,7 +31,7 @@ from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequ
 from meshmax.base.route import Attempt, AttemptKind
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.continuation import Joint, SoFar, plan
-from meshmax.core.delivery_attempt import PeerAttempt
+from meshmax.core.delivery_attempt import TICK_S, PeerAttempt
 from meshmax.core.delivery_words import Action, Cancel, Choice, Chooser, Done, Fail, Give, Start, Suspect
 from meshmax.core.missing_vectors import VectorJoint, VectorsSoFar
 from meshmax.core.pace import MAX_PATIENCE, Alarms
@@ -51,7 +51,7 @@ LOOK_AGAIN_S: Final = 1.0  # for somebody to ask beside a suspected peer, where 
 LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
 GRACE_S: Final = 0.3  # to read what came in while it was; more after a longer stop
 MAX_GRACE_S: Final = 1.0
-TICK_S: Final = 1e-3  # what is due within that is due: sums of times are not exact
+MAX_LATENESS: Final = 2  # of a first token: the later it is, the more of the budget for second peers may be used
 
 
 class Delivery:
@@ -202,7 +202,7 @@ class Delivery:
         if now >= self._began_s + self._deadline_s:
             return self._fail(self._out_of_time(), now)
         late_s = now - self.deadline()
-        if late_s > LATE_S and now - self._grace_s > 2 * GRACE_S:
+        if self._open and late_s > LATE_S and now - self._grace_s > 2 * GRACE_S:
             self._grace_s = now + min(max(late_s, GRACE_S), MAX_GRACE_S)
             return []
         actions: list[Action] = []
@@ -444,11 +444,14 @@ class Delivery:
         if soon is None:
             attempt.late_at = attempt.sent_s + min(choice.first_s for choice in fresh)
             return []
-        if not (middle or self._chooser.may_hedge(attempt.lateness)):
-            if attempt.lateness < 2:  # then more of the budget may be used
-                attempt.lateness += 1
-                attempt.late_at = attempt.sent_s + attempt.choice.late_s * 2.0**attempt.lateness
-            return []
+        while not (middle or self._chooser.may_hedge(attempt.lateness)):
+            if attempt.lateness >= MAX_LATENESS:
+                return []
+            attempt.lateness += 1
+            later_at = attempt.sent_s + attempt.choice.late_s * 2.0**attempt.lateness
+            if later_at > now:
+                attempt.late_at = later_at
+                return []
         return self._ask(soon, "continuation" if middle else "hedge", now) or []
 
     # --- ends --------------------------------------------------------------------------------------------------------

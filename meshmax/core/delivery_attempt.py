@@ -18,6 +18,7 @@ from meshmax.core.pace import CALM_AFTER_S, KEEP_ALIVE_S, MAX_PATIENCE, frame_si
 FIRST_EVENT_DEADLINE_S: Final = 600.0  # keep-alives and no event: as long as the longest load and a full queue may take
 HANG_S: Final = 120.0  # keep-alives and no token, in the middle of an answer: no engine stops for that long
 FROZEN_S: Final = 1.5 * KEEP_ALIVE_S  # without a frame: the peer, not its engine
+TICK_S: Final = 1e-3  # what is due within that is due: sums of times are not exact
 
 
 class PeerAttempt:
@@ -54,7 +55,7 @@ class PeerAttempt:
         self.exact = True
         self.sent_s = self.heard_s = self.told_s = now  # told: something else than that it is still at it
         self.spoke_s: float | None = None  # its last word, or when it could speak on
-        self.late_at = now + choice.late_s
+        self.late_at = now + max(choice.late_s, TICK_S)
         self.look_at = math.inf
         self.lateness = 0
         self.patience = 1.0

@@ -2,7 +2,8 @@
 
 Rules: our own measurements decide; what a peer says of itself counts until we have measured it, and within bounds. Where
 nobody knows a default stands in, but no more than the fastest of the same kind of device is known to do with the model: else
-whoever was never tried would seem faster than all that were measured. A figure that was measured long ago fades into what the
+whoever was never tried would seem faster than all that were measured; not where that is slower than people read, since one
+slow peer alone would keep all prompts. A figure that was measured long ago fades into what the
 peer says, its weight halved every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as we
 did there lately, if not longer. Tokens of the prompt that the peer holds from before need not be read again. What an answer
 costs beside others grows with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements), what
@@ -30,6 +31,7 @@ OUTPUT_TOKENS: Final = (
 BYTES_PER_TOKEN: Final = 4  # of English text, in the usual vocabularies
 IMAGE_TOKENS: Final = 600  # of one picture in the usual vision models
 ADVERTISED_AGAINST: Final = 4.0  # a peer's claims about itself may beat our defaults by this factor, until measured
+READING_PER_S: Final = 5.0  # tokens, about what people read: who is slower says nothing of those that were never tried
 UNTRIED: Final = 1.1  # times the fastest that is known: one that was never tried is, where that costs no load
 
 # Where nobody knows: decoding reads every weight once a token, so it goes at the memory's rate. Loading reads the file once.
@@ -114,10 +116,10 @@ def estimate(
     size = max(model.size, MIN_MODEL_BYTES)
     usual = min(MEMORY_BYTES_PER_S[device] / size, MAX_DECODE_PER_S)
     trust = 0.5 ** (figures.age_s / FADE_S)
-    others = known.get(device, _NOTHING)
-    decode = _rate(figures.decode_per_s, trust, model.decode_per_s, usual, others.decode_per_s)
-    usual *= PREFILL_PER_DECODE[device]
-    prefill = _rate(figures.prefill_per_s, trust, model.prefill_per_s, usual, others.prefill_per_s)
+    others, ratio = known.get(device, _NOTHING), PREFILL_PER_DECODE[device]
+    decode = _rate(figures.decode_per_s, trust, model.decode_per_s, usual, max(others.decode_per_s, READING_PER_S))
+    best = max(others.prefill_per_s, READING_PER_S * ratio)
+    prefill = _rate(figures.prefill_per_s, trust, model.prefill_per_s, usual * ratio, best)
     unread = work.prompt_tokens
     if contender.prefix_tokens and model.state == "loaded":
         unread = max(0, unread - contender.prefix_tokens)

@@ -11,6 +11,7 @@ from meshmax.core.estimate import (
     FADE_S,
     IMAGE_TOKENS,
     OUTPUT_TOKENS,
+    READING_PER_S,
     UNTRIED,
     WARY,
     Known,
@@ -121,3 +122,10 @@ def test_the_known_rates_of_others_change_nothing_for_who_tells_its_own() -> Non
     known: Mapping[Device, Known] = {"cpu": Known(0.5, 0.5)}
     tells = peer("x", says_decode=9.0, says_prefill=50.0)
     assert estimate(tells, CHAT, "cpu", known) == estimate(tells, CHAT, "cpu")
+
+
+def test_one_very_slow_peer_is_not_the_measure_of_those_that_were_never_tried() -> None:
+    known: Mapping[Device, Known] = {"cpu": Known(0.3, 0.3)}
+    untried = estimate(peer("x"), Work(0, 256), "cpu", known)
+    assert untried.output_s <= 256 / READING_PER_S
+    assert untried.output_s < 256 / 0.3 / 10

@@ -90,6 +90,16 @@ async def test_a_peer_that_praises_itself_and_does_not_answer_is_left_alone_soon
         assert len(taken) <= 3
 
 
+async def test_a_peer_that_drips_is_left_for_one_of_which_nothing_is_known(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=100) as site:
+        site[0].has.clear()
+        site[1].change = praises_itself
+        taken = says(site[1], Delta("word0 "), every_s=3.0)
+        answered = [await asked(site) for _ in range(6)]
+        assert all(answered[2:])
+        assert len(taken) <= 2
+
+
 async def test_prompts_that_went_there_together_are_not_the_measure_of_all_that_follow(autojump_clock: Clock) -> None:
     async with open_site(3, echo_tokens_per_s=100) as site:
         site[0].has.clear()

@@ -1,8 +1,9 @@
 """py-libp2p as this project uses it: imported late, quiet, Noise and Yamux only, with nothing dialled or bound by itself.
 
 What is decided here: which parts of the library run (host with identify and ping, Noise, Yamux; no transport, so that the
-library can neither dial nor listen behind the back of door and dialler), how much a peer may make us hold, and which of
-its exceptions mean "that peer, that connection" rather than a mistake of ours. Not here: connections, streams.
+library can neither dial nor listen behind the back of door and dialler), and which of
+its exceptions mean "that peer, that connection" rather than a mistake of ours. Not here: connections, streams, Yamux
+(net.muxer).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import trio
 
 from meshmax.net import limits
+from meshmax.net.muxer import bounded_yamux
 from meshmax.net.negotiation import propose_on
 from meshmax.net.wire import Wire
 
@@ -40,7 +42,7 @@ def load() -> None:
         logging.root.addHandler(logging.NullHandler())
     # Nothing of ours dials through it; whoever does should not pay a quarter of a second.
     library_swarm._HAPPY_EYEBALLS_DELAY = 0.0
-    muxer_multistream.Yamux = _bounded_yamux()  # it makes this class whatever muxers a host is given
+    muxer_multistream.Yamux = bounded_yamux()  # it makes this class whatever muxers a host is given
     if not hasattr(libp2p, "new_host"):
         raise ImportError("the installed libp2p is not py-libp2p 0.8")
 
@@ -95,7 +97,7 @@ def make_host(private_bytes: bytes, advertised: Callable[[], Sequence[str]]) -> 
         key_pair=key_pair,
         # Without these two it also takes plaintext, SECIO and mplex.
         sec_opt={NOISE: Noise(key_pair, noise_privkey=create_noise_key_pair().private_key)},
-        muxer_opt={YAMUX: _bounded_yamux()},
+        muxer_opt={YAMUX: bounded_yamux()},
         transports=[],
         connection_config=ConnectionConfig(
             max_connections=limits.MAX_CONNECTIONS,
@@ -142,31 +144,6 @@ def _propose_eagerly(selector: Any, protocol: str, agreed: Callable[[Any], trio.
         return protocol, selector.handlers[protocol]
 
     selector.select = select
-
-
-@functools.cache
-def _bounded_yamux() -> Any:
-    from libp2p.stream_muxer.yamux.yamux import Yamux
-
-    class BoundedYamux(Yamux):  # type: ignore[misc]
-        """Yamux that ends the connection of a peer that sends past its windows, which the library only logs."""
-
-        allowed_bytes = limits.MAX_GUEST_BUFFER_BYTES  # unread, of all streams; more once the peer is a member
-
-        async def _read_data_body(self, length: int) -> bytes:
-            held = sum(map(len, self.stream_buffers.values()))
-            if held + length > self.allowed_bytes:
-                raise trio.TooSlowError  # the one exception for which the library closes the connection
-            return bytes(await super()._read_data_body(length))
-
-        def _sweep_stale_streams(self, now: float | None = None) -> int:
-            # It drops what a slow reader has not read a minute after both ends closed, and calls that the end.
-            for stream_id, stream in self.streams.items():
-                if self.stream_buffers.get(stream_id):
-                    stream._closed_at = 0.0  # to the sweep: never
-            return int(super()._sweep_stale_streams(now))
-
-    return BoundedYamux
 
 
 def make_peer_id(text: str) -> Any:

@@ -28,7 +28,12 @@ async def negotiate(stream: Stream, protocol: str) -> None:
 
 async def propose(stream: Stream, protocol: str) -> None:
     """Say that we want ``protocol``."""
-    await stream.send_all(_delimited(_MULTISTREAM) + _delimited(protocol))
+    await stream.send_all(proposal(protocol))
+
+
+def proposal(protocol: str) -> bytes:
+    """What says that we want ``protocol``."""
+    return _delimited(_MULTISTREAM) + _delimited(protocol)
 
 
 async def hear(stream: Stream, protocol: str) -> None:
@@ -44,13 +49,14 @@ async def hear(stream: Stream, protocol: str) -> None:
 
 
 class EagerStream:
-    """A stream on which the protocol was proposed, but the answer not yet read; satisfies ports.Stream.
+    """A fresh stream whose protocol is proposed with the first message; satisfies ports.Stream.
 
     What is sent goes out at once; the first `receive_some` reads the answer and raises what `hear` raises.
     """
 
     def __init__(self, stream: Stream, protocol: str) -> None:
         self._stream, self._protocol = stream, protocol
+        self._unsaid = proposal(protocol)
         self._heard = False
 
     @property
@@ -65,6 +71,8 @@ class EagerStream:
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """See ports.Stream. Cancelled before the answer was read whole, the stream is reset."""
+        if self._unsaid:
+            await self.send_all(b"")
         if not self._heard:
             try:
                 await hear(self._stream, self._protocol)
@@ -77,10 +85,13 @@ class EagerStream:
 
     async def send_all(self, data: bytes) -> None:
         """See ports.Stream."""
-        await self._stream.send_all(data)
+        unsaid, self._unsaid = self._unsaid, b""
+        await self._stream.send_all(unsaid + data if unsaid else data)
 
     async def send_eof(self) -> None:
         """See ports.Stream."""
+        if self._unsaid:
+            await self.send_all(b"")
         await self._stream.send_eof()
 
     async def reset(self) -> None:
@@ -97,7 +108,7 @@ async def propose_on(connection: Any, protocol: str, refused: Callable[[], Excep
 
     That read sets ``agreed``, or raises what ``refused`` makes where the peer says something else.
     """
-    await connection.write(_delimited(_MULTISTREAM) + _delimited(protocol))
+    await connection.write(proposal(protocol))
     read = connection.read
 
     async def read_answers_first(n: int | None = None) -> bytes:

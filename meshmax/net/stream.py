@@ -52,6 +52,11 @@ class LibraryStream:
         await trio.lowlevel.checkpoint()
         try:
             await self._wait_readable()
+            if data := self._muxed.take(max_bytes):
+                if self._muxed.owes:
+                    with trio.CancelScope(shield=True):
+                        await self._muxed.give_credit(len(data))
+                return bytes(data)
             # The library takes bytes out of its buffer and then sends a window update; cancelled there they would be lost.
             with trio.CancelScope(shield=True):
                 return await self._read(max_bytes)
@@ -97,7 +102,7 @@ class LibraryStream:
                 if self._over or self._eof_sent:
                     raise PeerGone("the stream was closed here")
                 await self._wire.wait_room()
-                await self._stream.write(bytes(view[start : start + step]))
+                await self._muxed.write(bytes(view[start : start + step]))
         except library.failures() as error:
             self.give_up()
             raise PeerGone(_why(error)) from error

@@ -30,7 +30,7 @@ from meshmax.net.dialler import Dialler
 from meshmax.net.door import Door, listen_near
 from meshmax.net.draining import Draining
 from meshmax.net.links import Change, LinkTable
-from meshmax.net.negotiation import EagerStream, negotiate, propose
+from meshmax.net.negotiation import EagerStream, negotiate
 from meshmax.net.stream import LibraryStream
 from meshmax.net.tcp import TcpTransport
 from meshmax.net.upgrader import Link, Upgrader, reason
@@ -213,13 +213,7 @@ class LibrarySwarm:
         raise PeerGone(_NO_ANSWER)
 
     async def _open_eagerly(self, link: Link, protocol: str) -> Stream:
-        stream = await self._open_on(link)
-        try:
-            await propose(stream, protocol)
-        except BaseException:
-            stream.give_up()
-            raise
-        return EagerStream(stream, protocol)
+        return EagerStream(await self._open_on(link), protocol)
 
     async def _ask_idle(self, link: Link) -> bool:
         stream = await self._open_on(link, asks=True)

@@ -48,16 +48,17 @@ async def open_remote_answer(
     parts = ask_parts(ask)
     stream = await _open(swarm, peer)
     try:
-        on_step("heard")
-        frames = FrameStream(stream)
+        frames, large = FrameStream(stream), False
         for part in parts:
             if not part.last:
+                large = True
                 on_step("sending")
             with trio.move_on_after(SILENCE_S) as scope:
                 await frames.send(ASK_PART, part)
             if scope.cancelled_caught:
                 raise PeerGone(f"the peer took nothing of the request for {SILENCE_S:g} s")
-            on_step("heard")
+            if large:
+                on_step("heard")
         yield RemoteEvents(frames, ask, on_step)
     finally:
         with trio.CancelScope(shield=True):  # reset does not block; without it the peer would work on
@@ -67,7 +68,7 @@ async def open_remote_answer(
 async def _open(swarm: Swarm, peer: PeerId) -> Stream:
     stream = None
     with trio.move_on_after(OPEN_DEADLINE_S):
-        stream = await swarm.open_stream(peer, INFER)
+        stream = await swarm.open_stream(peer, INFER, eager=True)
     if stream is None:
         raise PeerGone(f"the peer did not open a stream within {OPEN_DEADLINE_S:g} s")
     return stream

@@ -1,0 +1,95 @@
+"""Yamux as this project uses it: bounded in what a peer makes us hold, and thrifty with frames and turns of the event loop.
+
+What is decided here: a peer that sends past its bounds loses its connection; credit is given back in large pieces (the library
+sends a window update after each read, however small, which was most of the frames of a short exchange); what needs no waiting
+takes no lock (the library takes five in turn for a read, each a turn of the event loop). Not here: streams as ports.Stream
+(net.stream), which parts of the library run (net.library).
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from typing import Any, Final
+
+import trio
+
+from meshmax.net import limits
+
+CREDIT_BYTES: Final = (
+    32 * 1024
+)  # read and not given back yet; an eighth of the first window, so no writer waits for less
+MAX_FRAME_BYTES: Final = (
+    65_519  # of one Noise message: a frame that is longer leaves in two, and needs the library's lock
+)
+_DATA: Final = 0
+_HEADER: Final = struct.Struct("!BBHII")  # version, type, flags, stream, length
+
+
+@functools.cache
+def bounded_yamux() -> Any:
+    """The class; the library is imported by whoever asks for it."""
+    from libp2p.stream_muxer.yamux import yamux
+
+    class ThriftyStream(yamux.YamuxStream):  # type: ignore[misc,name-defined]
+        """See the module."""
+
+        async def write(self, data: bytes) -> None:
+            length = len(data)
+            if length > self.send_window or self.send_closed or self.closed or length > limits.WRITE_STEP_BYTES:
+                await super().write(data)  # waits for the window, splits, or raises
+                return
+            self.send_window -= length
+            await self.conn._write_frame(_HEADER.pack(0, _DATA, 0, self.stream_id, length) + data)
+
+        def take(self, max_bytes: int) -> bytes:
+            """What is there to read, at once; b"": nothing, or the library has to say what. Credit is the caller's to give."""
+            buffer = self.conn.stream_buffers.get(self.stream_id)
+            if not buffer or self.closed:
+                return b""
+            data = bytes(buffer[:max_bytes])
+            del buffer[:max_bytes]
+            return data
+
+        @property
+        def owes(self) -> bool:
+            """Whether there is enough credit to be given back."""
+            buffered = len(self.conn.stream_buffers.get(self.stream_id, b""))
+            owed: int = self.target_recv_window - self.recv_window - buffered
+            return owed >= CREDIT_BYTES
+
+        async def give_credit(self, read_bytes: int) -> None:
+            """After ``read_bytes`` were read: give credit back, if it is enough. Not to be cancelled."""
+            if self.owes:
+                await super()._auto_tune_and_send_window_update(bytes_read=read_bytes)
+
+        async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
+            await self.give_credit(bytes_read)
+
+    class BoundedYamux(yamux.Yamux):  # type: ignore[misc,name-defined]
+        """Yamux that ends the connection of a peer that sends past its windows, which the library only logs."""
+
+        allowed_bytes = limits.MAX_GUEST_BUFFER_BYTES  # unread, of all streams; more once the peer is a member
+
+        async def _write_frame(self, data: bytes) -> None:
+            # From the cipher's number to the wire's queue nothing waits, so frames cannot overtake each other.
+            if len(data) <= MAX_FRAME_BYTES and not self._write_lock.locked():
+                await self.secured_conn.write(data)
+            else:
+                await super()._write_frame(data)
+
+        async def _read_data_body(self, length: int) -> bytes:
+            held = sum(map(len, self.stream_buffers.values()))
+            if held + length > self.allowed_bytes:
+                raise trio.TooSlowError  # the one exception for which the library closes the connection
+            return bytes(await super()._read_data_body(length))
+
+        def _sweep_stale_streams(self, now: float | None = None) -> int:
+            # It drops what a slow reader has not read a minute after both ends closed, and calls that the end.
+            for stream_id, stream in self.streams.items():
+                if self.stream_buffers.get(stream_id):
+                    stream._closed_at = 0.0  # to the sweep: never
+            return int(super()._sweep_stale_streams(now))
+
+    yamux.YamuxStream = ThriftyStream  # it makes this class for each stream
+    return BoundedYamux

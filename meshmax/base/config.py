@@ -78,6 +78,10 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     openai: tuple[OpenAiServer, ...] = ()
     openai_key: str = ""
 
+    def __repr__(self) -> str:
+        told = (f"{name}={getattr(self, name)!r}" for name in self.__struct_fields__ if name != "openai_key")
+        return f"EngineConfig({', '.join(told)})"  # never the key
+
 
 class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which peer answers. ``policy`` is for requests that name none; ``weights``: shares of peers by name, for "weighted".

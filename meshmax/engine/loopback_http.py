@@ -23,7 +23,7 @@ READ_BYTES: Final = 65536
 MAX_BODY_BYTES: Final = 64 << 20  # vectors of one call, the largest answer that is not streamed, are far smaller
 MAX_LINE_BYTES: Final = 8 << 20  # of a stream; a token is some hundred bytes
 
-_BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError)
+_BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 class Response:
@@ -77,6 +77,8 @@ class Response:
         try:
             while (event := self._connection.next_event()) is h11.NEED_DATA:
                 self._connection.receive_data(await self._stream.receive_some(READ_BYTES))
+        except h11.RemoteProtocolError:  # whose words quote what came, which may be our key
+            raise EngineCrashed("the engine broke off: its answer is not whole, or no HTTP") from None
         except _BROKEN as error:
             raise EngineCrashed(f"the engine broke off: {error or type(error).__name__}") from None
         return event

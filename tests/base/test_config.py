@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from meshmax.base.config import Config, parse_host_port
+from meshmax.base.config import Config, EngineConfig, OpenAiServer, parse_host_port
 from meshmax.base.errors import ConfigError
 
 
@@ -24,3 +24,10 @@ def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
 def test_an_unknown_key_is_refused() -> None:
     with pytest.raises(msgspec.ValidationError, match="engin"):
         msgspec.convert({"engin": {}}, Config)
+
+
+def test_keys_are_in_no_words_of_a_configuration() -> None:
+    server = OpenAiServer("https://gpu.example/v1", key="sk-one")
+    told = repr(Config(engine=EngineConfig(openai=(server,), openai_key="sk-two")))
+    assert "gpu.example" in told
+    assert "sk-" not in told

@@ -166,6 +166,15 @@ async def test_what_is_not_http_is_an_error(place: Place, autojump_clock: Clock,
     assert isinstance(await error_of(place, reply), EngineCrashed)
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [f"{KEY} is what you sent\r\n\r\n", f"HTTP/1.1 200 OK\r\n{KEY} is no header\r\n\r\n"],
+    ids=["status", "header"],
+)
+async def test_a_key_in_what_is_no_http_is_not_told(place: Place, autojump_clock: Clock, reply: str) -> None:
+    assert isinstance(await error_of(place, reply.encode()), EngineCrashed)  # and error_of looks for the key
+
+
 async def test_an_endless_line_ends_at_its_bound(
     place: Place, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

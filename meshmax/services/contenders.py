@@ -13,6 +13,7 @@ from meshmax.base.inference import Ask
 from meshmax.base.status import NO_ENGINE, Device, ModelPresence, PeerView
 from meshmax.core.contender import Contender, holders
 from meshmax.core.explain import plain_name
+from meshmax.core.memory_fit import device_of
 from meshmax.core.prefixes import Mark, Prefixes
 from meshmax.ports import Catalog, Presence, Residency
 from meshmax.services.trial import Bench
@@ -77,7 +78,7 @@ class Contenders:
             view=view,
             model=model,
             load=load,
-            figures=measured.figures(peer, model.digest, model.device, now),
+            figures=measured.figures(peer, model.digest, device_of(model, status), now),
             rtt_s=measured.rtt_s(peer),
             standing=measured.standing(peer, model.digest, now, ask.priority),
             prefix_tokens=held,

@@ -46,6 +46,7 @@ from meshmax.telemetry.metrics import HEDGES, REQUESTS
 
 CHOICES: Final = 16  # peers that are looked at for one attempt: twice as many as are asked without success
 LAST_KEPT: Final = 256  # models whose last choice is remembered
+FORGETS: Final = ("peer_gone", "connect", "engine_crashed")  # codes of errors after which an engine holds nothing
 ECHO: Final = "echo"  # says the same to the same request whatever its options
 
 _log = get_logger("router")
@@ -125,8 +126,7 @@ class MeshRouter:
                 self._on_begun(ask, core, record)
                 yield RoutedAnswer(record, delivery)
         finally:
-            if core.finish is not None:
-                request.on_finished(core)
+            request.on_ended(core)
             core.close(trio.current_time())
             _count_hedges(core)
             state: RequestState = "done" if core.finish else "failed" if core.error else "cancelled"
@@ -209,9 +209,12 @@ class _Request:
         name = self._shared.contenders.name_of(contender)
         return Trial(self._shared.bench, ask, contender, name, start.choice.first_s)
 
-    def on_finished(self, core: Delivery) -> None:
-        """The answer is whole: remember who holds the conversation now."""
-        spoke = [attempt for attempt in core.attempts() if not attempt.error]
+    def on_ended(self, core: Delivery) -> None:
+        """The request is over: remember who holds the conversation now, and that who went away holds none any more."""
+        attempts = core.attempts()
+        for lost in {attempt.peer_id for attempt in attempts if attempt.error in FORGETS}:
+            self._shared.contenders.prefixes.on_lost(lost)
+        spoke = [attempt for attempt in attempts if not attempt.error]
         if self._marks and spoke and core.finish is not None:
             peer = spoke[-1].peer_id
             believed = self._contenders[peer].prefix_tokens
@@ -237,7 +240,7 @@ class _Request:
         busy = standing.state == "open" and standing.code in NOT_NOW
         return Choice(
             peer=peer,
-            gaps=self._shared.paces.of(peer, self._ask.digest, contender.model.device),
+            gaps=self._shared.paces.of(peer, self._ask.digest, judged.device),
             frames=self._shared.paces.frames(peer),
             first_s=first_s,
             late_s=self._shared.bench.first_tokens.late_s(peer, first_s),

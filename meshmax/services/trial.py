@@ -29,6 +29,7 @@ from meshmax.core.contender import Contender
 from meshmax.core.estimate import ahead_of
 from meshmax.core.hedging import FirstTokens
 from meshmax.core.measurements import MIN_LOAD_S, Measurements
+from meshmax.core.memory_fit import device_of
 from meshmax.core.outstanding import Outstanding
 from meshmax.ports import Presence, Residency, Swarm
 from meshmax.services.infer_client import Step, open_remote_answer
@@ -105,6 +106,7 @@ class Trial:
         """``expected_s``: until the first event."""
         self._bench, self._ask, self._contender, self._name = bench, ask, contender, name
         self._peer = contender.view.peer_id
+        self._device = device_of(contender.model, contender.view.status)
         self._expected_s = expected_s
         self._where = "remote" if name else "local"
         self._sent_s = trio.current_time()
@@ -177,7 +179,7 @@ class Trial:
             measured.on_first_token(
                 self._peer,
                 model.digest,
-                model.device,
+                self._device,
                 waited_s=waited_s,
                 prompt_tokens=finish.prompt_tokens - finish.cached_tokens,
                 now=now,
@@ -186,7 +188,7 @@ class Trial:
         measured.on_finish(
             self._peer,
             model.digest,
-            model.device,
+            self._device,
             tokens=self._tokens if fair else 0,
             span_s=span_s,
             load_s=load_s,
@@ -226,13 +228,13 @@ class Trial:
         if self._first_event_s:
             span_s = self._last_event_s - self._sent_s - self._first_event_s
             if self._held_s <= CONTENDED * span_s:
-                measured.on_left(self._peer, model.digest, model.device, self._tokens, span_s, now, self._beside)
+                measured.on_left(self._peer, model.digest, self._device, self._tokens, span_s, now, self._beside)
             return
         # It would have taken longer than that; without these only the quick ones would count.
         waited_s = now - self._sent_s
         if waited_s > first_tokens.late_s(self._peer, self._expected_s):
             loaded = model.state == "loaded"
-            measured.on_no_word(self._peer, model.digest, model.device, waited_s, load, now, loaded=loaded)
+            measured.on_no_word(self._peer, model.digest, self._device, waited_s, load, now, loaded=loaded)
         if waited_s > self._expected_s:
             first_tokens.add(self._peer, self._expected_s, waited_s)
 

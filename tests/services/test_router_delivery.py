@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 
 import msgspec
@@ -10,10 +10,23 @@ import pytest
 import trio
 import trio.testing
 
-from meshmax.base.errors import Busy, Draining
+from meshmax.base.errors import Busy, Draining, PeerGone
 from meshmax.base.ids import PeerId
-from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, GenerateRequest, Moved, RoutedEvent, Vector
-from meshmax.base.status import PeerView
+from meshmax.base.inference import (
+    Ask,
+    ChatRequest,
+    Delta,
+    EmbedRequest,
+    Event,
+    Finish,
+    GenerateRequest,
+    InferRequest,
+    Message,
+    Moved,
+    RoutedEvent,
+    Vector,
+)
+from meshmax.base.status import Gpu, PeerView
 from meshmax.core.pace import FRAME_SILENCE_S
 from meshmax.ports import Stream
 from meshmax.services.delivery import MAX_READY
@@ -275,6 +288,89 @@ async def test_a_load_that_was_expected_is_no_reason_for_a_second_peer(autojump_
         assert text(await collect(site)) == WORDS
         assert [a.kind for a in site[0].router.routes()[0].attempts] == ["first"]
         assert not site[2].engine.models
+
+
+# --- what is remembered ------------------------------------------------------------------------------------------------
+
+
+async def test_a_conversation_is_held_by_who_went_on_with_it_and_by_nobody_who_went_away(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=50) as site:
+        lonely(site)
+        await loaded(site[1], site[2])
+        turns = [Message("user", WORDS)]
+        assert text(await collect(site, request=ChatRequest(tuple(turns)))) == WORDS
+        assert site[0].router.routes()[0].peer_id == site[1].peer_id
+        turns += [Message("assistant", WORDS), Message("user", WORDS.upper())]
+
+        def crash() -> None:
+            site[1].engine.models[0].crash()
+
+        events = await collect(site, after(10, crash), request=ChatRequest(tuple(turns)))
+        assert [event.peer_id for event in events if isinstance(event, Moved)] == [site[2].peer_id]
+        turns += [Message("assistant", text(events)), Message("user", "and now")]
+        await loaded(site[1])
+        await collect(site, request=ChatRequest(tuple(turns)))
+        told = {candidate.peer_id: candidate.why for candidate in site[0].router.routes()[0].candidates}
+        assert "tokens of the prompt read" in told[site[2].peer_id]
+        assert "tokens of the prompt read" not in told[site[1].peer_id]
+
+
+async def test_figures_of_a_model_that_does_not_fit_its_gpu_are_kept_as_of_the_cpu(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=50) as site:
+        lonely(site)
+
+        def small_gpu(view: PeerView) -> PeerView:
+            assert view.status is not None
+            models = tuple(msgspec.structs.replace(m, state="disk", device="gpu") for m in view.status.models)
+            status = msgspec.structs.replace(view.status, models=models, gpus=(Gpu("g", 0, 1 << 20),))
+            return msgspec.structs.replace(view, status=status)
+
+        site[1].change = small_gpu
+        assert text(await collect(site)) == WORDS
+        site[1].change = away(0.001)  # now it is loaded, on the CPU
+        await collect(site)
+        (candidate,) = site[0].router.routes()[0].candidates
+        assert candidate.device == "cpu"
+        assert candidate.figures.output_s == pytest.approx(2.0, rel=0.2)  # a hundred words at 50 a second, as measured
+
+
+@pytest.mark.parametrize(
+    "request_", [GenerateRequest(WORDS), ChatRequest((Message("user", WORDS),)), EmbedRequest(("a",) * 100)]
+)
+@pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
+async def test_the_record_of_a_request_is_right_whatever_its_end(
+    request_: InferRequest, state: str, autojump_clock: Clock
+) -> None:
+    async with open_site(2, echo_tokens_per_s=20) as site:
+        lonely(site)
+        began, seen = trio.current_time(), 0
+        with suppress(PeerGone):
+            async with site[0].router.open_answer(ask(request_)) as answer:
+                running = answer.route
+                async for _ in answer.events:
+                    seen += 1
+                    if seen == 10 and state == "cancelled":
+                        break
+                    if seen == 10 and state == "failed":
+                        site[1].change = lambda view: msgspec.structs.replace(view, state="offline")
+                        site.network.kill(site[1].peer_id)
+        (route,) = site[0].router.routes()
+        (attempt, *others) = route.attempts
+        assert (running.state, route.state) == ("running", state)
+        assert route.total_s == pytest.approx(trio.current_time() - began)
+        assert route.first_token_s == attempt.first_token_s
+        assert attempt.ended_s is not None
+        assert route.total_s is not None
+        assert attempt.at_s + attempt.ended_s <= route.total_s
+        assert (attempt.kind, attempt.error) == ("first", {"done": "", "failed": "peer_gone", "cancelled": ""}[state])
+        assert not others
+        words = 0 if isinstance(request_, EmbedRequest) else 100 if state == "done" else 10
+        assert (route.output_tokens, attempt.tokens) == (words, words)
+        assert (route.prompt_tokens > 0) == (state == "done")
+        for candidate in route.candidates:
+            parts = candidate.figures
+            total_s = parts.rtt_s + parts.queue_s + parts.load_s + parts.prompt_s + parts.output_s
+            assert candidate.estimate_s == pytest.approx(total_s)
 
 
 # --- the client's side -------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from meshmax.base.inference import (
     InferRequest,
     Options,
     Said,
-    ToolCall,
 )
 
 MAX_STRADDLE_CHARACTERS: Final = 256  # of a stop word that began before the break; they are some characters long
@@ -49,7 +48,7 @@ class SoFar:
         self._size = 0
         self.tokens = 0
         self.logprobs = 0  # entries
-        self.calls: tuple[ToolCall, ...] = ()
+        self.calls = 0  # of tools; what they are is not needed to go on
         self.full = False  # more was said than is kept
 
     def on_event(self, event: Event) -> None:
@@ -58,7 +57,7 @@ class SoFar:
             return
         self.tokens += event.tokens
         self.logprobs += len(event.logprobs)
-        self.calls += event.tool_calls
+        self.calls += len(event.tool_calls)
         if self.full:
             return
         if event.text:

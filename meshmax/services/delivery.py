@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
+import msgspec
 import trio
 
 from meshmax.base.errors import MeshmaxError
-from meshmax.base.inference import Event, RoutedEvent
+from meshmax.base.inference import Delta, Event, RoutedEvent, Vector
 from meshmax.core.delivery import Delivery
 from meshmax.core.delivery_words import Action, Cancel, Done, Fail, Give, Start, Suspect
 from meshmax.services.infer_client import Step
@@ -25,10 +26,12 @@ from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import ATTEMPTS, SUSPECTED
 
 MAX_READY: Final = 256  # events that wait for the client; a frame of a peer more at most
+MAX_READY_BYTES: Final = 1 << 20  # of them, about; the same
 LOOK_S: Final = 0.5  # a deadline that moved forward is seen by then, at the latest
 CLOSE_S: Final = 1.0  # after the end, for the attempt to close its books
 
 _log = get_logger("delivery")
+_encode: Final = msgspec.json.Encoder().encode
 
 
 class RequestDelivery:
@@ -38,6 +41,7 @@ class RequestDelivery:
         self._core, self._trial_for, self._nursery = core, trial_for, nursery
         self._running: dict[int, tuple[trio.CancelScope, Trial]] = {}
         self._ready: deque[RoutedEvent] = deque()
+        self._ready_bytes = 0
         self._news = trio.Event()
         self._room = trio.Event()
         self._idle = trio.Event()  # no attempt runs any more
@@ -66,7 +70,8 @@ class RequestDelivery:
                 raise StopAsyncIteration
             await self._wait_news()
         event = self._ready.popleft()
-        if len(self._ready) == MAX_READY // 2:
+        self._ready_bytes -= _size(event)
+        if self._has_room:
             self._room.set()
         return event
 
@@ -98,6 +103,7 @@ class RequestDelivery:
         for action in actions:
             if isinstance(action, Give):
                 self._ready.extend(action.events)
+                self._ready_bytes += sum(map(_size, action.events))
                 self._news.set()
             elif isinstance(action, Start):
                 self._start(action)
@@ -146,14 +152,28 @@ class RequestDelivery:
 
     @property
     def full(self) -> bool:
-        """Whether as many events wait for the client as may."""
-        return len(self._ready) >= MAX_READY
+        """Whether as much waits for the client as may."""
+        return len(self._ready) >= MAX_READY or self._ready_bytes >= MAX_READY_BYTES
+
+    @property
+    def _has_room(self) -> bool:
+        return len(self._ready) <= MAX_READY // 2 and self._ready_bytes <= MAX_READY_BYTES // 2
 
     async def wait_room(self) -> None:
         """Wait until the client has taken some."""
-        while len(self._ready) > MAX_READY // 2:
+        while not self._has_room:
             self._room = trio.Event()
             await self._room.wait()
+
+
+def _size(event: RoutedEvent) -> int:
+    """Bytes of an event, about."""
+    if isinstance(event, Delta):
+        size = len(event.text) + len(event.thinking)
+        if event.logprobs or event.tool_calls:
+            size += len(_encode((event.logprobs, event.tool_calls)))
+        return size
+    return len(event.values) if isinstance(event, Vector) else 0
 
 
 class _Feed:

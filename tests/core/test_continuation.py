@@ -327,3 +327,11 @@ def test_a_stop_word_ends_the_answer_wherever_the_break_falls(data: st.DataObjec
             break
     assert stop not in got
     assert text.startswith(got)
+
+
+def test_of_tool_calls_only_their_number_is_kept() -> None:
+    so_far = SoFar()
+    for _ in range(1000):
+        so_far.on_event(Delta(tool_calls=(ToolCall("f", {"a": "x" * 1000}),) * 2))
+    assert so_far.calls == 2000
+    assert not so_far.silent

@@ -9,11 +9,11 @@ import trio.testing
 
 from meshmax.base.errors import MeshmaxError, PeerGone
 from meshmax.base.ids import PeerId
-from meshmax.base.inference import Delta, Event, Finish, GenerateRequest
+from meshmax.base.inference import Delta, Event, Finish, GenerateRequest, ToolCall, Vector
 from meshmax.core.delivery import Delivery
 from meshmax.core.delivery_words import Cancel, Choice, Start
 from meshmax.core.pace import Gaps, frame_gaps
-from meshmax.services.delivery import MAX_READY, RequestDelivery, open_delivery
+from meshmax.services.delivery import MAX_READY, MAX_READY_BYTES, RequestDelivery, open_delivery
 from meshmax.services.trial import Feed
 
 Clock = trio.testing.MockClock
@@ -91,6 +91,27 @@ async def test_a_client_that_is_behind_holds_the_attempt_up(autojump_clock: Cloc
         assert script.sent * 100 < MAX_READY + 100
         assert await reads(delivery) == 601
     assert script.held_s > 50
+
+
+@pytest.mark.parametrize(
+    "large",
+    [
+        Delta("a" * 100_000),
+        Delta("a", logprobs=({"token": "a" * 100_000},)),
+        Delta(tool_calls=(ToolCall("f", {"a": "a" * 100_000, "b": 10**30}),)),
+        Vector(0, b"a" * 100_000),
+    ],
+    ids=["text", "logprobs", "calls", "vector"],
+)
+async def test_a_client_that_is_behind_has_little_kept_for_it_however_large_events_are(
+    large: Event, autojump_clock: Clock
+) -> None:
+    script = Script(*[[large] * 5] * 20, (Finish(),))
+    async with open_delivery(core(), lambda _start: script) as delivery:  # type: ignore[arg-type,return-value]
+        await trio.sleep(60)
+        assert script.sent * 5 * 100_000 <= MAX_READY_BYTES + 5 * 100_000
+        assert len([event async for event in delivery]) == 101
+    assert script.sent == 21
 
 
 async def test_what_the_block_raises_comes_out_as_it_is(autojump_clock: Clock) -> None:

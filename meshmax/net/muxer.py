@@ -1,7 +1,8 @@
 """Yamux as this project uses it: bounded in what a peer makes us hold, and thrifty with frames and turns of the event loop.
 
 What is decided here: a peer that sends past its bounds loses its connection; credit is given back in large pieces (the library
-sends a window update after each read, however small, which was most of the frames of a short exchange); what needs no waiting
+sends a window update after each read, however small, which was most of the frames of a short exchange); a stream
+begins with its first data, not with a frame of its own; what needs no waiting
 takes no lock (the library takes five in turn for a read, each a turn of the event loop). Not here: streams as ports.Stream
 (net.stream), which parts of the library run (net.library).
 """
@@ -22,7 +23,9 @@ CREDIT_BYTES: Final = (
 MAX_FRAME_BYTES: Final = (
     65_519  # of one Noise message: a frame that is longer leaves in two, and needs the library's lock
 )
+SYN: Final = 1  # flag of a stream's first frame
 _DATA: Final = 0
+_WINDOW_UPDATE: Final = 1
 _HEADER: Final = struct.Struct("!BBHII")  # version, type, flags, stream, length
 
 
@@ -31,16 +34,73 @@ def bounded_yamux() -> Any:
     """The class; the library is imported by whoever asks for it."""
     from libp2p.stream_muxer.yamux import yamux
 
-    class ThriftyStream(yamux.YamuxStream):  # type: ignore[misc,name-defined]
-        """See the module."""
+    yamux.YamuxStream = _thrifty_stream()  # it makes this class for each stream
+
+    class BoundedYamux(yamux.Yamux):  # type: ignore[misc]
+        """Yamux that ends the connection of a peer that sends past its windows, which the library only logs."""
+
+        allowed_bytes = limits.MAX_GUEST_BUFFER_BYTES  # unread, of all streams; more once the peer is a member
+
+        async def _write_frame(self, data: bytes) -> None:
+            # From the cipher's number to the wire's queue nothing waits, so frames cannot overtake each other.
+            if _is_bare_syn(data):
+                self.streams[_HEADER.unpack(data)[3]].unsaid = SYN  # leaves with the first data
+                await trio.lowlevel.checkpoint()
+            elif len(data) <= MAX_FRAME_BYTES and not self._write_lock.locked():
+                await self.secured_conn.write(data)
+            else:
+                await super()._write_frame(data)
+
+        async def _read_data_body(self, length: int) -> bytes:
+            held = sum(map(len, self.stream_buffers.values()))
+            if held + length > self.allowed_bytes:
+                raise trio.TooSlowError  # the one exception for which the library closes the connection
+            return bytes(await super()._read_data_body(length))
+
+        def _sweep_stale_streams(self, now: float | None = None) -> int:
+            # It drops what a slow reader has not read a minute after both ends closed, and calls that the end.
+            for stream_id, stream in self.streams.items():
+                if self.stream_buffers.get(stream_id):
+                    stream._closed_at = 0.0  # to the sweep: never
+            return int(super()._sweep_stale_streams(now))
+
+    return BoundedYamux
+
+
+def _is_bare_syn(frame: bytes) -> bool:
+    if len(frame) != _HEADER.size:
+        return False
+    _, kind, flags, _, credit = _HEADER.unpack(frame)
+    return bool(kind == _WINDOW_UPDATE and flags == SYN and credit == 0)
+
+
+@functools.cache
+def _thrifty_stream() -> Any:
+    from libp2p.stream_muxer.yamux import yamux
+
+    class ThriftyStream(yamux.YamuxStream):  # type: ignore[misc]
+        """See the module. ``unsaid``: the flags that its next frame has to carry."""
+
+        unsaid = 0
 
         async def write(self, data: bytes) -> None:
             length = len(data)
             if length > self.send_window or self.send_closed or self.closed or length > limits.WRITE_STEP_BYTES:
+                await self._say_syn()
                 await super().write(data)  # waits for the window, splits, or raises
                 return
+            flags, self.unsaid = self.unsaid, 0
             self.send_window -= length
-            await self.conn._write_frame(_HEADER.pack(0, _DATA, 0, self.stream_id, length) + data)
+            await self.conn._write_frame(_HEADER.pack(0, _DATA, flags, self.stream_id, length) + data)
+
+        async def close(self) -> None:
+            await self._say_syn()
+            await super().close()
+
+        async def _say_syn(self) -> None:
+            flags, self.unsaid = self.unsaid, 0
+            if flags:  # a frame of data without data: to `_write_frame` this one is not to be put off
+                await self.conn._write_frame(_HEADER.pack(0, _DATA, flags, self.stream_id, 0))
 
         def take(self, max_bytes: int) -> bytes:
             """What is there to read, at once; b"": nothing, or the library has to say what. Credit is the caller's to give."""
@@ -66,30 +126,4 @@ def bounded_yamux() -> Any:
         async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
             await self.give_credit(bytes_read)
 
-    class BoundedYamux(yamux.Yamux):  # type: ignore[misc,name-defined]
-        """Yamux that ends the connection of a peer that sends past its windows, which the library only logs."""
-
-        allowed_bytes = limits.MAX_GUEST_BUFFER_BYTES  # unread, of all streams; more once the peer is a member
-
-        async def _write_frame(self, data: bytes) -> None:
-            # From the cipher's number to the wire's queue nothing waits, so frames cannot overtake each other.
-            if len(data) <= MAX_FRAME_BYTES and not self._write_lock.locked():
-                await self.secured_conn.write(data)
-            else:
-                await super()._write_frame(data)
-
-        async def _read_data_body(self, length: int) -> bytes:
-            held = sum(map(len, self.stream_buffers.values()))
-            if held + length > self.allowed_bytes:
-                raise trio.TooSlowError  # the one exception for which the library closes the connection
-            return bytes(await super()._read_data_body(length))
-
-        def _sweep_stale_streams(self, now: float | None = None) -> int:
-            # It drops what a slow reader has not read a minute after both ends closed, and calls that the end.
-            for stream_id, stream in self.streams.items():
-                if self.stream_buffers.get(stream_id):
-                    stream._closed_at = 0.0  # to the sweep: never
-            return int(super()._sweep_stale_streams(now))
-
-    yamux.YamuxStream = ThriftyStream  # it makes this class for each stream
-    return BoundedYamux
+    return ThriftyStream

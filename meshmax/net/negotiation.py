@@ -2,7 +2,8 @@
 
 Decided here: both lines go out at once and both answers are read afterwards, which saves a round trip; who has the first
 message ready sends it along (`EagerStream`), which saves another. So it is with Noise and Yamux on connections that we begin,
-where there is nothing else to choose (`propose_on`). Not here: the answering side, which is the library's and takes either.
+where there is nothing else to choose (`propose_on`). The answering side is the library's and takes either, but where the whole
+proposal is there at once (`parse_proposal`; net.swarm).
 """
 
 from __future__ import annotations
@@ -18,6 +19,22 @@ from meshmax.ports import Stream
 
 _MULTISTREAM: Final = "/multistream/1.0.0"
 _MAX_LINE_BYTES: Final = 127  # what one byte of varint can say; ours are all that short
+MAX_PROPOSAL_BYTES: Final = 2 * (1 + _MAX_LINE_BYTES)
+
+
+def parse_proposal(data: bytes) -> tuple[str, int] | None:
+    """The protocol that whoever opened a stream wants, and how many of the stream's first bytes say so; None: not to be seen.
+
+    Who takes it answers in the same words (`proposal`).
+    """
+    head = _delimited(_MULTISTREAM)
+    if not data.startswith(head) or len(data) == len(head):
+        return None
+    end = len(head) + 1 + data[len(head)]
+    line = data[len(head) + 1 : end]
+    if end > len(data) or not line.endswith(b"\n"):
+        return None
+    return line[:-1].decode(errors="replace"), end
 
 
 async def negotiate(stream: Stream, protocol: str) -> None:

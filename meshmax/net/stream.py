@@ -8,7 +8,7 @@ end its side; then the stream is reset.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from typing import Any
 
 import trio
@@ -16,6 +16,7 @@ import trio
 from meshmax.base.errors import PeerGone
 from meshmax.base.ids import PeerId
 from meshmax.net import library, limits
+from meshmax.net.negotiation import MAX_PROPOSAL_BYTES, parse_proposal, proposal
 
 _DRAIN_BYTES = 65536
 
@@ -39,11 +40,26 @@ class LibraryStream:
         self._wire = library.wire_of(net_stream.muxed_conn)
         self._over = False
         self._eof_sent = False
+        self._unsaid = b""  # goes out before what is sent next
 
     @property
     def address(self) -> str:
         """See ports.Stream."""
         return self._wire.address
+
+    def try_agree(self, served: Container[str]) -> str | None:
+        """The protocol of ``served`` that the peer proposes, if that is there to see; the answer goes with what is sent next."""
+        buffer = self._muxed.conn.stream_buffers.get(self._muxed.stream_id, b"")
+        found = parse_proposal(bytes(buffer[:MAX_PROPOSAL_BYTES]))
+        if found is None or found[0] not in served or not self._muxed.take(found[1]):
+            return None
+        self._unsaid = proposal(found[0])
+        return found[0]
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to read."""
+        return bool(self._muxed.conn.stream_buffers.get(self._muxed.stream_id))
 
     async def receive_some(self, max_bytes: int) -> bytes:
         """See ports.Stream."""
@@ -95,7 +111,8 @@ class LibraryStream:
     async def send_all(self, data: bytes) -> None:
         """See ports.Stream."""
         await trio.lowlevel.checkpoint()
-        view = memoryview(data)
+        unsaid, self._unsaid = self._unsaid, b""
+        view = memoryview(unsaid + data if unsaid else data)
         try:
             step = self._wire.step_bytes
             for start in range(0, len(view), step):
@@ -117,6 +134,8 @@ class LibraryStream:
             raise PeerGone("the stream was closed here")
         if self._eof_sent:
             return
+        if self._unsaid:
+            await self.send_all(b"")
         self._eof_sent = True
         try:
             await self._muxed.close()
@@ -149,6 +168,8 @@ class LibraryStream:
     async def _close_in_order(self) -> None:
         with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
             try:
+                if unsaid := self._unsaid:
+                    await self._muxed.write(unsaid)
                 await self._muxed.close()
                 await self._drain()
             except library.failures():

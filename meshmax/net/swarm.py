@@ -67,6 +67,7 @@ class LibrarySwarm:
         self._links = LinkTable[Link](attrgetter("view"))  # of members
         self._draining = Draining(nursery, self._links, self._ask_idle)
         self._ended = False
+        self._answers: dict[str, Callable[[Any], Awaitable[None]]] = {}
         self._opened: Counter[PeerId] = Counter()
         self._served: Counter[PeerId] = Counter()
         self._upgrader = Upgrader(self._network, nursery, self._welcome, self._lost)
@@ -271,7 +272,8 @@ class LibrarySwarm:
         to: Literal["members", "anyone"] = "members",
     ) -> None:
         """See ports.Swarm."""
-        self._host.set_stream_handler(protocol, partial(self._serve_one, protocol, to, answer))
+        self._answers[protocol] = partial(self._serve_one, protocol, to, answer)
+        self._host.set_stream_handler(protocol, self._answers[protocol])
 
     async def _answer(self, net_stream: Any) -> None:
         """Every inbound stream, before its protocol is known."""
@@ -296,8 +298,15 @@ class LibrarySwarm:
             stream.give_up()
 
     async def _negotiate_and_answer(self, net_stream: Any) -> None:
+        stream, _ = net_stream.meshmax_stream
         try:
-            await self._host._swarm_stream_handler(net_stream)
+            # Who sent its first message along waits for ours, so the consent can go with that; the library sends two frames.
+            if protocol := stream.try_agree(self._answers):
+                if not stream.has_more:
+                    await stream.send_all(b"")
+                await self._answers[protocol](net_stream)
+            else:
+                await self._host._swarm_stream_handler(net_stream)
         except library.failures() as error:
             raise RemoteProtocolError(f"the stream failed: {reason(error)}") from error
 

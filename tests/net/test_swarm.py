@@ -111,7 +111,8 @@ async def test_a_stream_that_never_names_its_protocol_does_not_stay(autojump_clo
     async with open_swarms(2) as (server, mute):
         (link,) = mute._links.of(server.peer_id)
         for _ in range(20):
-            await link.connection.new_stream()
+            stream = await link.connection.new_stream()
+            await stream.muxed_stream.write(b"\x13/multi")
         await trio.sleep(1)
         assert server._served[mute.peer_id] == 20
         await trio.sleep(60)

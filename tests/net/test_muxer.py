@@ -1,0 +1,124 @@
+"""How many frames an exchange takes, and that thrift with them loses nothing, between real libp2p hosts in simulated time."""
+
+import struct
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import pytest
+import trio
+
+from meshmax.net.muxer import SYN, bounded_yamux
+from meshmax.net.negotiation import parse_proposal, proposal
+from meshmax.net.swarm import LibrarySwarm
+from meshmax.ports import Stream
+from meshmax.testing.memory_swarm import SeededSigner
+from meshmax.testing.sim_network import SimNetwork
+
+ECHO: Final = "/meshmax/echo/1.0.0"
+POUR: Final = "/meshmax/pour/1.0.0"
+MUTE: Final = "/meshmax/mute/1.0.0"
+POURED_BYTES: Final = 3_000_000  # many times a stream's first window
+DATA, WINDOW_UPDATE, ACK, FIN, RST = 0, 1, 2, 4, 8
+
+Pair = tuple[LibrarySwarm, LibrarySwarm]
+
+
+async def echo(stream: Stream) -> None:
+    while data := await stream.receive_some(65536):
+        await stream.send_all(data)
+
+
+async def pour(stream: Stream) -> None:
+    await stream.send_all(bytes(POURED_BYTES))
+
+
+async def mute(stream: Stream) -> None:
+    assert await stream.receive_some(4) == b"word"
+
+
+@pytest.fixture
+async def pair() -> AsyncIterator[Pair]:
+    network = SimNetwork(0.05)
+    async with network.open_swarm(bytes(32)) as a, network.open_swarm(SeededSigner(2).private_bytes) as b:
+        b.serve(ECHO, echo)
+        b.serve(POUR, pour)
+        b.serve(MUTE, mute)
+        await a.dial(b.peer_id, b.addresses)
+        await trio.sleep(5)  # the round trip is measured
+        yield a, b
+
+
+@pytest.fixture
+def frames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Type and flags of every frame that either end writes about a stream."""
+    seen: list[tuple[int, int]] = []
+    yamux = bounded_yamux()
+    write = yamux._write_frame
+
+    async def record(self: Any, data: bytes) -> None:
+        _, kind, flags, stream_id, length = struct.unpack("!BBHII", data[:12])
+        if stream_id and (kind, flags, length) != (WINDOW_UPDATE, SYN, 0):
+            seen.append((kind, flags))
+        await write(self, data)
+
+    monkeypatch.setattr(yamux, "_write_frame", record)
+    return seen
+
+
+async def test_a_request_and_its_answer_take_a_frame_each_and_two_to_begin_and_end(
+    autojump_clock: Any, pair: Pair, frames: list[tuple[int, int]]
+) -> None:
+    a, b = pair
+    stream = await a.open_stream(b.peer_id, ECHO, eager=True)
+    await stream.send_all(b"word")
+    assert await stream.receive_some(4) == b"word"
+    await stream.reset()
+    await trio.sleep(1)
+    assert frames == [(DATA, SYN), (WINDOW_UPDATE, ACK), (DATA, 0), (WINDOW_UPDATE, RST)]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("piece_bytes", [1000, 65536])
+async def test_what_is_longer_than_the_window_comes_whole_however_small_the_pieces_in_which_it_is_read(
+    autojump_clock: Any, pair: Pair, frames: list[tuple[int, int]], piece_bytes: int, eager: bool
+) -> None:
+    a, b = pair
+    stream = await a.open_stream(b.peer_id, POUR, eager=eager)
+    came = 0
+    while data := await stream.receive_some(piece_bytes):
+        came += len(data)
+    assert came == POURED_BYTES
+    await stream.aclose()
+    assert frames.count((WINDOW_UPDATE, 0)) < POURED_BYTES / 30_000
+
+
+async def test_a_peer_that_only_listens_ends_a_stream_in_order(autojump_clock: Any, pair: Pair) -> None:
+    a, b = pair
+    stream = await a.open_stream(b.peer_id, MUTE, eager=True)
+    await stream.send_all(b"word")
+    assert await stream.receive_some(4) == b""
+    await stream.aclose()
+
+
+async def test_a_stream_that_is_closed_before_a_word_was_said_leaves_nothing_behind(
+    autojump_clock: Any, pair: Pair
+) -> None:
+    a, b = pair
+    for _ in range(300):  # more than may be open
+        stream = await a.open_stream(b.peer_id, ECHO, eager=True)
+        await stream.aclose()
+        stream = await a.open_stream(b.peer_id, ECHO, eager=True)
+        await stream.reset()
+        await trio.sleep(0.5)
+    await trio.sleep(20)
+    assert not a.streams(b.peer_id)
+    assert not b.streams(a.peer_id)
+
+
+def test_a_proposal_is_seen_only_where_it_is_whole_and_nothing_else_comes_before_it() -> None:
+    whole = proposal(ECHO)
+    assert parse_proposal(whole) == (ECHO, len(whole))
+    assert parse_proposal(whole + b"word") == (ECHO, len(whole))
+    assert all(parse_proposal(whole[:cut]) is None for cut in range(len(whole)))
+    assert parse_proposal(b"x" + whole) is None
+    assert parse_proposal(whole[:-1] + b"x") is None

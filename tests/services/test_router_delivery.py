@@ -26,7 +26,7 @@ from meshmax.base.inference import (
     RoutedEvent,
     Vector,
 )
-from meshmax.base.status import Gpu, PeerView
+from meshmax.base.status import Gpu, Load, PeerView
 from meshmax.core.pace import FRAME_SILENCE_S
 from meshmax.ports import Stream
 from meshmax.services.delivery import MAX_READY
@@ -217,6 +217,9 @@ class SlowStart:
         async with self._residency.open_answer(ask) as events:
             yield events
 
+    def load(self) -> Load:
+        return self._residency.load()
+
 
 async def test_a_late_first_token_brings_a_second_peer_and_the_loser_stops_working(autojump_clock: Clock) -> None:
     async with open_site(3, echo_tokens_per_s=20) as site:
@@ -268,6 +271,38 @@ def advertised(site: Site, number: int) -> Callable[[PeerView], PeerView]:
         )
 
     return change
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields", "hedged"),
+    [
+        (GenerateRequest("one two", raw=True), {}, True),
+        (EmbedRequest(("one", "two")), {}, True),
+        (GenerateRequest("one two", raw=True), {"priority": "batch"}, False),
+        (GenerateRequest(), {}, False),
+        (ChatRequest(), {"keep_alive_s": 60.0}, False),
+    ],
+)
+async def test_only_what_somebody_waits_for_is_sent_twice(
+    request_: InferRequest, fields: dict[str, object], hedged: bool, autojump_clock: Clock
+) -> None:
+    async with open_site(3, echo_tokens_per_s=20) as site:
+        lonely(site)
+        await loaded(site[1], site[2])
+        SlowStart(site, 1, 30.0)
+        await collect(site, request=request_, **fields)  # type: ignore[arg-type]
+        kinds = [attempt.kind for attempt in site[0].router.routes()[0].attempts]
+        assert kinds == (["first", "hedge"] if hedged else ["first"])
+
+
+async def test_nothing_is_sent_twice_where_only_a_broken_peer_is_left_beside_us(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=1) as site:
+        await loaded(site[0], site[1])
+        site[0].change = advertised(site, 0)  # so that we seem late
+        site[0].router.measurements.on_failure(site[1].peer_id, None, "peer_gone", trio.current_time(), 60.0)
+        assert text(await collect(site, request="one two")) == "one two"
+        (attempt,) = site[0].router.routes()[0].attempts
+        assert (attempt.kind, attempt.peer_id) == ("first", site[0].peer_id)
 
 
 async def test_at_most_one_request_in_twenty_is_sent_twice(autojump_clock: Clock) -> None:

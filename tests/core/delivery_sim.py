@@ -53,7 +53,9 @@ class Peer(msgspec.Struct):
 class Run:
     """One request among ``peers``, best first."""
 
-    def __init__(self, peers: Sequence[Peer], request: InferRequest, *, hedges: int = 100, **limits: Any) -> None:
+    def __init__(
+        self, peers: Sequence[Peer], request: InferRequest, *, hedges: int = 100, seed: int = 1, **limits: Any
+    ) -> None:
         self.peers = {PeerId(peer.name): peer for peer in peers}
         self.request = request
         self.now = 0.0
@@ -71,7 +73,7 @@ class Run:
         self._count = itertools.count()
         self._gaps = {peer: Gaps() for peer in self.peers}
         self._frames = {peer: frame_gaps() for peer in self.peers}
-        self.core = Delivery(request, self, random.Random(1), 0.0, **limits)
+        self.core = Delivery(request, self, random.Random(seed), 0.0, **limits)
 
     # --- Chooser ---
 

@@ -1,6 +1,7 @@
 """One request, whatever becomes of the peers: who is asked when, and that the client gets the whole answer, once."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -8,9 +9,9 @@ from hypothesis import strategies as st
 
 from meshmax.base.errors import Busy, ContextTooLong, DeadlineExceeded, EngineCrashed, PeerGone
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved, Options, ToolCall, Vector
-from meshmax.core.delivery import MAX_ATTEMPTS, PATIENCE_S, STUCK_S
+from meshmax.core.delivery import FIRST_PAUSE_S, MAX_ATTEMPTS, MOST_PAUSE_S, PATIENCE_S, STUCK_S
 from meshmax.core.pace import FRAME_SILENCE_S
-from tests.core.delivery_sim import Peer, Run
+from tests.core.delivery_sim import RTT_S, Peer, Run
 
 WORDS = " ".join(f"word{n}" for n in range(50))
 PROMPT = GenerateRequest(WORDS)
@@ -191,6 +192,23 @@ def test_a_peer_that_comes_back_while_nobody_is_left_goes_on() -> None:
     run.at(4.0, back)
     assert whole(run.run())
     assert len(run.started) <= MAX_ATTEMPTS
+
+
+def test_the_pauses_before_a_peer_is_asked_again_grow_and_have_jitter() -> None:
+    def pauses(seed: int) -> list[float]:
+        peer = Peer("a", fault="crashes", after=10, lasting=False)  # then gone for good
+        run = Run([peer], PROMPT, seed=seed)
+        run.at(0.2, lambda: setattr(peer, "dead", True))
+        run.run()
+        assert run.error
+        sent = [attempt.at_s for attempt in run.core.attempts()]
+        return [later - earlier for earlier, later in pairwise(sent[1:])]
+
+    assert pauses(1) != pauses(2)
+    for seed in range(8):
+        first_s, *_, last_s = waited = pauses(seed)
+        assert FIRST_PAUSE_S / 2 <= first_s < last_s
+        assert max(waited) <= MOST_PAUSE_S + 2 * RTT_S
 
 
 def test_nobody_left_in_the_middle_is_told_in_time() -> None:

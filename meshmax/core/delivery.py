@@ -51,6 +51,10 @@ LOOK_AGAIN_S: Final = 1.0  # for somebody to ask beside a suspected peer, where 
 LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
 GRACE_S: Final = 0.3  # to read what came in while it was; more after a longer stop
 MAX_GRACE_S: Final = 1.0
+OVERDUE_S: Final = (
+    30.0  # without a first event, and so many times as late as late is: the budget does not count then, else
+)
+OVERDUE: Final = 8.0  # a peer that takes prompts and never speaks would hold all but a few of them for ten minutes
 MAX_LATENESS: Final = 2  # of a first token: the later it is, the more of the budget for second peers may be used
 
 
@@ -439,13 +443,16 @@ class Delivery:
         waited_s = now - attempt.sent_s + TICK_S
         fresh = [choice for choice in self._fresh(self._others(), now) if not choice.resting]
         if not fresh:
+            attempt.late_at = now + max(waited_s / 2, LOOK_AGAIN_S)
             return []
         soon = next((choice for choice in fresh if choice.first_s <= waited_s), None)
         if soon is None:
             attempt.late_at = attempt.sent_s + min(choice.first_s for choice in fresh)
             return []
-        while not (middle or self._chooser.may_hedge(attempt.lateness)):
+        overdue_s = max(OVERDUE_S, OVERDUE * attempt.choice.late_s)
+        while not (middle or waited_s >= overdue_s or self._chooser.may_hedge(attempt.lateness)):
             if attempt.lateness >= MAX_LATENESS:
+                attempt.late_at = min(now + max(waited_s / 2, LOOK_AGAIN_S), attempt.sent_s + overdue_s)
                 return []
             attempt.lateness += 1
             later_at = attempt.sent_s + attempt.choice.late_s * 2.0**attempt.lateness

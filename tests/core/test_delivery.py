@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from meshmax.base.errors import Busy, ContextTooLong, DeadlineExceeded, EngineCrashed, PeerGone
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved, Options, ToolCall, Vector
-from meshmax.core.delivery import FIRST_PAUSE_S, MAX_ATTEMPTS, MOST_PAUSE_S, PATIENCE_S, STUCK_S
+from meshmax.core.delivery import FIRST_PAUSE_S, MAX_ATTEMPTS, MOST_PAUSE_S, OVERDUE_S, PATIENCE_S, STUCK_S
 from meshmax.core.pace import FRAME_SILENCE_S
 from tests.core.delivery_sim import RTT_S, Peer, Run
 
@@ -170,6 +170,22 @@ def test_no_second_one_is_asked_without_budget_or_where_it_is_not_wished() -> No
     peers = [Peer("a", first_s=0.9, late_s=0.3), Peer("b", first_s=0.1)]
     assert Run(peers, PROMPT, hedges=0).run().kinds == [("a", "first")]
     assert Run(peers, PROMPT, hedge=False).run().kinds == [("a", "first")]
+
+
+def test_a_peer_that_never_speaks_is_not_waited_for_much_longer_than_it_should_take_whatever_the_budget() -> None:
+    run = Run([Peer("a", fault="hangs", late_s=0.3), Peer("b", first_s=0.1)], PROMPT, hedges=0).run()
+    assert whole(run)
+    assert run.kinds == [("a", "first"), ("b", "hedge")]
+    assert run.gave_at[0] == pytest.approx(OVERDUE_S + 0.1, abs=0.1)
+    slow = Run([Peer("a", first_s=200.0, late_s=50.0), Peer("b", first_s=0.1)], PROMPT, hedges=0).run()
+    assert slow.kinds == [("a", "first")]  # a long load is not overdue
+
+
+def test_the_budget_is_looked_at_again() -> None:
+    run = Run([Peer("a", fault="hangs", late_s=0.3), Peer("b", first_s=0.1)], PROMPT, hedges=0)
+    run.at(3.0, lambda: setattr(run, "hedges", 1))
+    assert whole(run.run())
+    assert run.gave_at[0] < 6.0
 
 
 # --- nobody left -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import trio.testing
 
 from meshmax.base.inference import Delta, Event
 from meshmax.base.status import Load, PeerView
+from meshmax.core.delivery import OVERDUE_S
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, KeepAlive
@@ -58,10 +59,10 @@ def says(node: Node, *events: Event, every_s: float) -> list[int]:
     return taken
 
 
-async def asked(site: Site) -> bool:
+async def asked(site: Site, patience_s: float = PATIENCE_S) -> bool:
     """Whether one prompt was answered before the client had enough."""
     got = ""
-    with trio.move_on_after(PATIENCE_S):
+    with trio.move_on_after(patience_s):
         async with site[0].router.open_answer(ask(WORDS)) as answer:
             got = await text_of(answer.events)  # type: ignore[arg-type]
     return got == WORDS
@@ -112,3 +113,22 @@ async def test_prompts_that_went_there_together_are_not_the_measure_of_all_that_
         answered = [await asked(site) for _ in range(20)]
         assert all(answered)
         assert len(taken) == before
+
+
+async def test_prompts_that_went_there_together_are_answered_elsewhere_whatever_the_budget_for_second_peers(
+    autojump_clock: Clock,
+) -> None:
+    async with open_site(3, echo_tokens_per_s=1000) as site:
+        site[0].has.clear()
+        site[1].change, site[2].change = praises_itself, tells_its_speed
+        taken = says(site[1], every_s=1.0)
+        answered: list[bool] = []
+
+        async def ask_patiently() -> None:
+            answered.append(await asked(site, OVERDUE_S + 20.0))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(ask_patiently)
+        assert len(taken) > 20
+        assert answered == [True] * 40

@@ -24,7 +24,7 @@ from meshmax.base.events import Transfer
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
 from meshmax.base.names import parse_name, split_digest
-from meshmax.base.route import Attempt, RequestState, Route, Wishes
+from meshmax.base.route import Attempt, Policy, RequestState, Route, Wishes
 from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, plan_pull, who_could
 from meshmax.ports import Answer, Catalog, Distribution, Presence, Pulls, Router
 from meshmax.ports.services import WISHES
@@ -51,10 +51,12 @@ _log = get_logger("pull_first")
 class _Fetch:
     """One model on its way to one peer, for one request."""
 
-    def __init__(self, ask: Ask, taker: Taker, plan: PullPlan, model: str, at_s: float, began_s: float) -> None:
+    def __init__(
+        self, ask: Ask, taker: Taker, plan: PullPlan, model: str, policy: Policy, at_s: float, began_s: float
+    ) -> None:
         # Not the ask: it holds the prompt, and what came of a request is kept long after it.
         self.request_id, self._digest, self._name = ask.request_id, ask.digest, ask.name
-        self.taker, self.model = taker, model
+        self.taker, self.model, self._policy = taker, model, policy
         others = [other.told for other in plan.takers if other is not taker]
         chosen = msgspec.structs.replace(taker.told, verdict="chosen")
         known = {each.peer_id: each for each in (*plan.holders, *others, chosen)}  # who has a part may take it, too
@@ -75,6 +77,11 @@ class _Fetch:
         if self.error is not None:
             return f"{_ascii(self.model)} could not be fetched to {where} ({self.error.code})"
         return f"fetched {_ascii(self.model)} to {where} first, {self.took_s:.1f} s"
+
+    @property
+    def over(self) -> bool:
+        """Whether the request has ended."""
+        return self._final is not None
 
     def route(self) -> Route:
         """As of now."""
@@ -101,6 +108,7 @@ class _Fetch:
             self.candidates,
             (self._attempt(),),
             model=self._name,
+            policy=self._policy,
             started_at_s=self.at_s,
         )
 
@@ -194,13 +202,18 @@ class PullFirst:
         if fetch := self._fetches.get(request_id):
             return fetch.route()
         nowhere = next((route for route in reversed(self._nowhere) if route.request_id == request_id), None)
-        return nowhere or self._router.route(request_id)
+        asked = self._router.route(request_id)
+        if nowhere is None or (asked is not None and asked.started_at_s >= nowhere.started_at_s):
+            return asked  # clients try again under the same id
+        return nowhere
 
     @asynccontextmanager
     async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[Answer]:
         """See ports.Router. Where a model is fetched first it is entered when that has begun."""
         self.under_way += 1
         self._on_ask(ask)
+        if (earlier := self._fetches.get(ask.request_id)) and earlier.over:
+            del self._fetches[ask.request_id]  # another try under the same id
         at_s, entered = self._unix_now(), False
         try:
             try:
@@ -250,7 +263,7 @@ class PullFirst:
         named = f"{parse_name(split_digest(entry.name)[0]).full}@{ask.digest}"
         why: list[str] = []
         for taker in takers[:MAX_TRIES]:
-            fetch = _Fetch(ask, taker, plan, entry.name, self._unix_now(), trio.current_time())
+            fetch = _Fetch(ask, taker, plan, entry.name, policy, self._unix_now(), trio.current_time())
             try:
                 if taker.ours:
                     progress = await stack.enter_async_context(self._pulls.open_pull(named))

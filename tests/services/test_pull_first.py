@@ -91,6 +91,7 @@ class World:
         self.asks: dict[str, MeshmaxError | None] = {}
         self.pulling = self.answering = 0
         self.unix_s = 1000.0
+        self.known: Route | None = None  # what the router remembers
         config = config or RoutingConfig()
         catalog: Any = SimpleNamespace(entries=lambda: (SimpleNamespace(name="m:latest", digest=MODEL, size=SIZE),))
         parts: Any = self
@@ -116,7 +117,7 @@ class World:
         return ()
 
     def route(self, request_id: str) -> Route | None:
-        return None
+        return self.known
 
     # --- Presence
 
@@ -230,6 +231,28 @@ async def test_what_is_left_of_the_deadline_after_fetching_is_for_the_answer(aut
     assert trio.current_time() - began == pytest.approx(20.0)
     assert not world.answering
     assert only(world).state == "failed"
+
+
+async def test_another_try_under_the_same_id_is_the_one_that_is_told(autojump_clock: Clock) -> None:
+    world = World(ME, STORE)
+    world.asks = {"me": StoreFull("no room")}
+    with pytest.raises(NoProviders):
+        await text(world)
+    assert only(world).line.startswith("nobody was asked")
+    world.unix_s += 1
+    world.asks = {}
+    world.play = [(1.0, transfer("failed", reason="gone"))]
+    with pytest.raises(NoProviders):
+        await text(world, Wishes(policy="least-loaded"))
+    failed = world.prompts.route("r")
+    assert failed is not None
+    assert (failed.line[:30], failed.policy) == ("m:latest could not be fetched ", "least-loaded")
+    world.unix_s += 1
+    world.here = True
+    answered = Route("r", MODEL, PeerId("me"), "me: fast", started_at_s=world.unix_s)
+    world.known = answered
+    assert await text(world) == "hello"
+    assert world.prompts.route("r") == answered
 
 
 async def test_another_peer_is_waited_for_and_asked_again_whether_it_still_fetches(autojump_clock: Clock) -> None:

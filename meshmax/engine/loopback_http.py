@@ -33,6 +33,7 @@ class Response:
         self._stream = stream
         self._connection = connection
         self.status = 0
+        self.heard = False  # anything came
         self.headers: dict[str, str] = {}  # names in lower case; of several with one name the last
 
     async def receive(self) -> bytes | None:
@@ -73,10 +74,24 @@ class Response:
         self.status = event.status_code
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
 
+    def is_over(self) -> bool:
+        """Whether the whole answer is here, and the server can be asked again over the same connection."""
+        connection = self._connection
+        try:
+            if connection.their_state is h11.SEND_BODY and not isinstance(connection.next_event(), h11.EndOfMessage):
+                return False
+        except h11.RemoteProtocolError:
+            return False
+        return (
+            connection.their_state is h11.DONE and connection.our_state is h11.DONE and not connection.trailing_data[0]
+        )
+
     async def _next(self) -> Any:
         try:
             while (event := self._connection.next_event()) is h11.NEED_DATA:
-                self._connection.receive_data(await self._stream.receive_some(READ_BYTES))
+                data = await self._stream.receive_some(READ_BYTES)
+                self.heard = self.heard or bool(data)
+                self._connection.receive_data(data)
         except h11.RemoteProtocolError:  # whose words quote what came, which may be our key
             raise EngineCrashed("the engine broke off: its answer is not whole, or no HTTP") from None
         except _BROKEN as error:

@@ -33,7 +33,7 @@ from meshmax.base.status import Device, Gpu
 from meshmax.engine import ollama_words as words
 from meshmax.engine import server_words as shared
 from meshmax.engine.call_ids import new_call_id
-from meshmax.engine.server_http import Reply, ServerHttp, shared_place
+from meshmax.engine.server_http import Reply, ServerHttp, read_out, shared_place
 from meshmax.engine.vectors import finished_vector
 from meshmax.ports import LoadedFacts
 
@@ -124,6 +124,7 @@ class OllamaEngine:
             yield loaded
         finally:
             loaded.alive = False
+            self._http.drop_idle()
 
     async def goes_on(self, digest: Sha256) -> bool:
         """Whether the model's template lets an answer that was begun go on. Raises EngineError."""
@@ -181,7 +182,7 @@ class OllamaModel:
             return
         words.refuse_continuing(request)
         path, body = await self._route(request)
-        async with self._http.open_response("POST", path, body) as response:
+        async with self._http.open_response("POST", path, body, prompt=True) as response:
             if response.status != 200:
                 error = await response.read()
                 raise shared.error_of(response.status, response.headers, error, self._where, self._http.hidden)
@@ -211,6 +212,7 @@ class OllamaModel:
             if reader.finish is not None:
                 break
         yield reader.end()
+        await read_out(lines)
 
     async def _vectors(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
         begun, tokens, step = trio.current_time(), 0, EMBED_TEXTS if request.normalize else 1

@@ -36,7 +36,7 @@ from meshmax.base.status import Gpu
 from meshmax.engine import openai_words as words
 from meshmax.engine import server_words as shared
 from meshmax.engine.call_ids import new_call_id
-from meshmax.engine.server_http import ServerHttp, shared_place
+from meshmax.engine.server_http import ServerHttp, read_out, shared_place
 from meshmax.engine.vectors import finished_vector
 from meshmax.ports import LoadedFacts
 
@@ -99,6 +99,7 @@ class OpenAiEngine:
             yield loaded
         finally:
             loaded.alive = False
+            self._http.drop_idle()
 
     def _model(self, digest: Sha256) -> words.ListedModel:
         if digest not in self._models:
@@ -131,7 +132,7 @@ class OpenAiModel:
                 yield events
             return
         path, body = self._route(request)
-        async with self._http.open_response("POST", path, body) as response:
+        async with self._http.open_response("POST", path, body, prompt=True) as response:
             if response.status != 200:
                 error = await response.read()
                 raise shared.error_of(response.status, response.headers, error, self._where, self._http.hidden)
@@ -162,6 +163,7 @@ class OpenAiModel:
         if calls is not None:
             yield calls
         yield finish
+        await read_out(lines)
 
     async def _vectors(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:
         begun, tokens = trio.current_time(), 0

@@ -1,6 +1,9 @@
-"""A small HTTP/1.1 client for servers that run models and are not our own children: plain or TLS, one connection a request.
+"""A small HTTP/1.1 client for servers that run models and are not our own children: plain or TLS.
 
-Rules: leaving a response closes its connection at once, so that the server sees that nobody listens and stops its work.
+Rules: leaving a response before its end closes its connection at once, so that the server sees that nobody listens and stops
+its work. After the end of a prompt's answer the connection is kept for the next prompt (idle_connections); where the server
+had closed it meanwhile, the request is sent once more over a fresh one: nothing of a reply had come, it was lost at once, and a
+prompt may be asked twice.
 TLS trusts the system's certificates. Redirects are not followed: the key goes to the host that was configured and to no
 other. Every request says that a meshmax peer makes it (FROM_MESHMAX), so that a peer, were one the server, can refuse it
 and no prompt goes in circles. A server that takes no connection, answers no headers or falls silent in an answer is given up
@@ -22,11 +25,14 @@ from meshmax import __version__
 from meshmax.base.config import parse_server_url
 from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable
 from meshmax.base.loop_guard import FROM_MESHMAX
+from meshmax.engine.idle_connections import IdleConnections, Line
 from meshmax.engine.loopback_http import Response
 
 CONNECT_S: Final = 5.0  # TCP and TLS; a server that lives takes a fraction of a second
 CALL_S: Final = 10.0  # for the whole of a call that computes nothing
 SILENCE_S: Final = 600.0  # in an answer: as long as the longest load, or the longest prompt on a slow machine, may take
+LOST_AT_ONCE_S: Final = 1.0  # a server that had closed a kept connection says so at once; later it has begun to work
+END_S: Final = 0.01  # after an answer's last word; servers end their message with it or directly after
 MAX_CALL_BYTES: Final = 8 << 20  # of an answer to a call: lists of thousands of models, vectors of sixteen texts
 
 _BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
@@ -58,11 +64,11 @@ class ServerHttp:
             ("User-Agent", f"meshmax/{__version__}"),
             ("Accept", "application/json, text/event-stream"),
             ("Content-Type", "application/json"),
-            ("Connection", "close"),
             (FROM_MESHMAX, "1"),
         ]
         if key:
             self._headers.append(("Authorization", f"Bearer {key}"))
+        self._idle = IdleConnections()
 
     @property
     def host(self) -> str:
@@ -85,27 +91,67 @@ class ServerHttp:
         raise Busy(f"{self.url} did not answer within {CALL_S:g} s")
 
     @asynccontextmanager
-    async def open_response(self, method: str, path: str, body: object = None) -> AsyncIterator[PatientResponse]:
+    async def open_response(
+        self, method: str, path: str, body: object = None, *, prompt: bool = False
+    ) -> AsyncIterator[PatientResponse]:
         """Send a request (``body`` as JSON) and wait for the status; leaving closes the connection.
 
-        ``path`` follows the URL's own. Raises EngineUnavailable where there is no connection, EngineCrashed afterwards.
+        ``prompt``: after a whole answer it is kept for the next one instead, until `drop_idle`. ``path`` follows the URL's
+        own. Raises EngineUnavailable where there is no connection, EngineCrashed afterwards.
         """
         content = b"" if body is None else msgspec.json.encode(body)
-        connection = h11.Connection(h11.CLIENT)
-        target = self._path + path
-        head = h11.Request(
-            method=method, target=target, headers=[*self._headers, ("Content-Length", str(len(content)))]
-        )
-        data = b"".join(filter(None, map(connection.send, (head, h11.Data(data=content), h11.EndOfMessage()))))
-        tcp = await self._open()
+        headers = [*self._headers, ("Content-Length", str(len(content)))]
+        if not prompt:
+            headers.append(("Connection", "close"))
+        head = h11.Request(method=method, target=self._path + path, headers=headers)
+        over = False
+        line, response = await self._begun(head, content, self._idle.try_take() if prompt else None)
         try:
-            stream = await self._secured(tcp)
-            response = PatientResponse(stream, connection)
+            yield response
+            over = prompt and response.is_over()
+        finally:
+            if over:
+                self._idle.put(line)
+            else:
+                line.drop()
+
+    def drop_idle(self) -> None:
+        """Close the connections that wait for the next prompt."""
+        self._idle.drop_all()
+
+    async def _begun(self, head: h11.Request, content: bytes, kept: Line | None) -> tuple[Line, PatientResponse]:
+        """The response to a request that was sent, over ``kept`` or a fresh connection."""
+        began_s = trio.current_time()
+        connection = h11.Connection(h11.CLIENT)
+        data = b"".join(filter(None, map(connection.send, (head, h11.Data(data=content), h11.EndOfMessage()))))
+        line = kept or await self._fresh()
+        response = PatientResponse(line.stream, connection)
+        sent = False
+        try:
             await response.send(data)
             await response.start()
-            yield response
+            sent = True
+        except EngineCrashed:
+            if kept is None or response.heard or trio.current_time() - began_s > LOST_AT_ONCE_S:
+                raise
         finally:
-            _drop(tcp)
+            if not sent:
+                line.drop()
+        if sent:
+            return line, response
+        self.drop_idle()  # where one was closed, the others probably were
+        return await self._begun(head, content, None)
+
+    async def _fresh(self) -> Line:
+        tcp = await self._open()
+        line, secured = Line(tcp, tcp), False
+        try:
+            line.stream = await self._secured(tcp)
+            secured = True
+        finally:
+            if not secured:
+                line.drop()
+        return line
 
     async def _open(self) -> trio.abc.Stream:
         with trio.move_on_after(CONNECT_S):
@@ -151,6 +197,16 @@ class PatientResponse(Response):
         raise EngineCrashed(f"the server said nothing for {SILENCE_S:g} s")
 
 
+async def read_out(lines: AsyncIterator[bytes]) -> None:
+    """Read on after an answer's last word, for a moment: the connection can be used again once the message has ended."""
+    with trio.move_on_after(END_S):
+        try:
+            async for _ in lines:
+                pass
+        except EngineCrashed:
+            pass
+
+
 async def _whole(response: PatientResponse) -> bytes:
     body = bytearray()
     while (data := await response.receive()) is not None:
@@ -173,13 +229,3 @@ async def shared_place(places: trio.CapacityLimiter) -> AsyncIterator[None]:
 
 async def _connect(host: str, port: int) -> trio.abc.Stream:
     return await trio.open_tcp_stream(host, port)
-
-
-def _drop(stream: trio.abc.Stream) -> None:
-    """Close at once and without a checkpoint."""
-    if isinstance(stream, trio.SocketStream):
-        stream.socket.close()
-        return
-    for end in (getattr(stream, "send_stream", None), getattr(stream, "receive_stream", None)):
-        if end is not None:  # a pair in memory
-            end.close()

@@ -10,7 +10,7 @@ import trio
 
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask
-from meshmax.base.status import NO_ENGINE, Device, ModelPresence, PeerView
+from meshmax.base.status import NO_ENGINE, Device, Load, ModelPresence, PeerView
 from meshmax.core.contender import Contender, holders
 from meshmax.core.explain import plain_name
 from meshmax.core.memory_fit import device_of
@@ -69,7 +69,7 @@ class Contenders:
         peer, status, measured = view.peer_id, view.status, self._bench.measurements
         assert status is not None  # holders() and _own() say so
         if peer == self._peer_id:
-            load = self._residency.load()
+            load = _at_least(self._residency.load(), self._bench.outstanding.count(peer))
         else:
             load = self._bench.outstanding.load(peer, status.sequence, status.load)
             if view.rtt_s is not None:
@@ -83,6 +83,14 @@ class Contenders:
             standing=measured.standing(peer, model.digest, now, ask.priority),
             prefix_tokens=held,
         )
+
+
+def _at_least(load: Load, total: int) -> Load:
+    """``load``, but of ``total`` requests: those that were given to ourselves a moment ago are not in our queue yet."""
+    if load.running + load.queued >= total:
+        return load
+    running = min(total, max(load.capacity, 1))
+    return Load(running, total - running, load.capacity, load.limit)
 
 
 def _device(view: PeerView) -> Device:

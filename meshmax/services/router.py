@@ -207,7 +207,9 @@ class _Request:
         contender = self._contenders[start.choice.peer]
         ask = msgspec.structs.replace(self._ask, request=start.request)
         name = self._shared.contenders.name_of(contender)
-        return Trial(self._shared.bench, ask, contender, name, start.choice.first_s)
+        trial = Trial(self._shared.bench, ask, contender, name, start.choice.first_s)
+        trial.begin()
+        return trial
 
     def on_ended(self, core: Delivery) -> None:
         """The request is over: remember who holds the conversation now, and that who went away holds none any more."""
@@ -255,7 +257,7 @@ class _Request:
 def _count_hedges(core: Delivery) -> None:
     for attempt in core.attempts():
         if attempt.kind == "hedge":
-            HEDGES.labels(outcome="won" if attempt.tokens and not attempt.error else "lost").inc()
+            HEDGES.labels(outcome="won" if attempt.peer_id == core.first_speaker else "lost").inc()
 
 
 @asynccontextmanager

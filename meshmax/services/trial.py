@@ -97,7 +97,7 @@ class _Own:
 
 
 class Trial:
-    """One request at one peer; `run` once. ``name``: what people call the peer, '' for ourselves.
+    """One request at one peer; `begin`, then `run` in a task. ``name``: what people call the peer, '' for ourselves.
 
     ``blame``: set it before cancelling, where the peer is the reason.
     """
@@ -116,14 +116,22 @@ class Trial:
         self._last_event_s = 0.0
         self._told = False  # how it went was said
         self._outcome = "cancelled"
+        self._sequence = 0  # of the peer's status when it began
+        self._probe = False
         self.blame: MeshmaxError | None = None
+
+    def begin(self) -> None:
+        """It counts from now on, before its task has run: requests that come together are decided one after the other.
+
+        `run` must follow, cancelled or not.
+        """
+        self._sequence = self._bench.sequence(self._peer)
+        self._bench.outstanding.on_sent(self._peer, self._sequence)
+        self._probe = self._bench.measurements.on_probe_sent(self._peer, self._ask.digest, self._sent_s)
 
     async def run(self, feed: Feed) -> None:
         """Returns when the whole answer was passed on. Raises what the peer or the engine says."""
-        bench, digest = self._bench, self._ask.digest
-        sequence = bench.sequence(self._peer)
-        bench.outstanding.on_sent(self._peer, sequence)
-        probe = bench.measurements.on_probe_sent(self._peer, digest, self._sent_s)
+        bench = self._bench
         try:
             async with bench.open_at(self._peer, self._ask, feed) as source:
                 await self._pass_on(source, feed)
@@ -131,8 +139,8 @@ class Trial:
             self._on_error(error)
             raise self._named(error) from None
         finally:
-            bench.outstanding.on_ended(self._peer, sequence, bench.sequence(self._peer))
-            self._on_cancelled(probe)
+            bench.outstanding.on_ended(self._peer, self._sequence, bench.sequence(self._peer))
+            self._on_cancelled(self._probe)
             REQUESTS.labels(where=self._where, outcome=self._outcome).inc()
 
     async def _pass_on(self, source: _Source, feed: Feed) -> None:

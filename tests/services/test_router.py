@@ -293,6 +293,51 @@ async def test_requests_spread_when_a_peer_has_many(autojump_clock: Clock) -> No
         assert sorted(served) == ["peer1"] * 4 + ["peer2"] * 4
 
 
+async def test_requests_that_come_together_spread_too(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=10, parallel=2) as site:
+        lacks(site[0])
+        served: list[str] = []
+
+        async def one() -> None:
+            served.append(await answered_by(site))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(one)
+        assert sorted(served) == ["peer1"] * 4 + ["peer2"] * 4
+
+
+async def test_requests_that_come_together_do_not_all_stay_here(autojump_clock: Clock) -> None:
+    async with open_site(2, echo_tokens_per_s=10, parallel=2) as site:
+        site[1].change = far(0.001)
+        served: list[str] = []
+
+        async def one() -> None:
+            served.append(await answered_by(site))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(one)
+        assert 3 <= served.count("peer0") <= 5
+
+
+async def test_of_requests_that_come_together_one_finds_out_whether_a_peer_works_again(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=10) as site:
+        first_three(site)
+        site[0].router.measurements.on_failure(site[1].peer_id, None, "peer_gone", trio.current_time())
+        await trio.sleep(2)  # half-open from now on
+        served: list[str] = []
+
+        async def one() -> None:
+            async with site[0].router.open_answer(ask()) as answer:
+                served.append(answer.route.attempts[0].peer_id)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(one)
+        assert served.count(site[1].peer_id) == 1
+
+
 async def test_requests_that_come_together_take_turns_too(autojump_clock: Clock) -> None:
     async with open_site(3, echo_tokens_per_s=10) as site:
         lacks(site[0])

@@ -290,9 +290,11 @@ async def test_only_what_somebody_waits_for_is_sent_twice(
         lonely(site)
         await loaded(site[1], site[2])
         SlowStart(site, 1, 30.0)
+        won = HEDGES.labels(outcome="won")._value.get()
         await collect(site, request=request_, **fields)  # type: ignore[arg-type]
         kinds = [attempt.kind for attempt in site[0].router.routes()[0].attempts]
         assert kinds == (["first", "hedge"] if hedged else ["first"])
+        assert HEDGES.labels(outcome="won")._value.get() == won + hedged
 
 
 async def test_nothing_is_sent_twice_where_only_a_broken_peer_is_left_beside_us(autojump_clock: Clock) -> None:

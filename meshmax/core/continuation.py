@@ -10,6 +10,7 @@ Not here: which peer, and when (core.delivery); how an engine goes on (engine.*)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final, Literal
 
 import msgspec
@@ -274,3 +275,13 @@ def _begun_stop(stop: tuple[str, ...], said: str) -> _BegunStop | None:
         if said.endswith(word[:length])
     ]
     return _BegunStop(rests) if rests else None
+
+
+def up_to_the_end(events: Iterable[Event]) -> list[Event]:
+    """``events``, none of them after a Finish."""
+    found: list[Event] = []
+    for event in events:
+        found.append(event)
+        if isinstance(event, Finish):
+            break
+    return found

@@ -5,7 +5,8 @@ request to the next best peer at once, and a peer that is late (`Choice.late_s`)
 allows. After it another peer is asked for what is missing (core.continuation, core.missing_vectors), and Moved marks where it
 begins to speak. A peer that is silent for too long (core.pace) is suspected: another one is asked beside it while the first
 may still speak; a false alarm makes us more patient with it. At most MAX_OPEN are asked at once, MAX_ATTEMPTS before something
-new was given. A peer that failed is asked again only when nobody else is left, after a pause. One deadline holds for all.
+new was given. A peer that failed is asked again only when nobody else is left, after a pause. That a request is at fault is
+believed of ourselves or of two peers, where there are two. One deadline holds for all.
 
 When our own process was held up, deadlines wait GRACE_S longer, for what came in meanwhile to be read. Time and randomness
 are passed in. Not here: who is the best (core.routing), what an error means (core.retrying), asking (services.delivery).
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from meshmax.base.errors import (
     Busy,
     CapabilityMissing,
+    ContextTooLong,
     DeadlineExceeded,
     EngineCrashed,
     EngineError,
@@ -30,7 +32,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Moved, RoutedEvent
 from meshmax.base.route import Attempt, AttemptKind
 from meshmax.core.backoff import Random, backoff_s
-from meshmax.core.continuation import Joint, SoFar, plan
+from meshmax.core.continuation import Joint, SoFar, plan, up_to_the_end
 from meshmax.core.delivery_attempt import TICK_S, PeerAttempt
 from meshmax.core.delivery_words import Action, Cancel, Choice, Chooser, Done, Fail, Give, Start, Suspect
 from meshmax.core.missing_vectors import VectorJoint, VectorsSoFar
@@ -88,6 +90,8 @@ class Delivery:
         self._first_speaker: PeerId | None = None
         self._last: Finish | None = None
         self.error: MeshmaxError | None = None  # that nobody could make good
+        self._verdict: PeerAttempt | None = None  # says that the request is at fault, alone so far
+        self.refuted: PeerId | None = None  # who said so of one that another peer answered
         self._over = False
         self._wake_s = math.inf
         self._grace_s = -math.inf
@@ -142,7 +146,7 @@ class Delivery:
         out: Sequence[RoutedEvent] = events
         if attempt.joint is not None:
             try:
-                out = _up_to_the_end(given for event in events for given in attempt.joint.on_event(event))
+                out = up_to_the_end(given for event in events for given in attempt.joint.on_event(event))
             except EngineError as error:
                 return [Cancel(number, error), *self.on_failed(number, error, now)]
         if attempt.suspected:
@@ -175,7 +179,9 @@ class Delivery:
             return []
         speaks_of_request = self._first_s is None or attempt is self._leader
         if not self._open and speaks_of_request and is_final(error, attempt.choice.ours):
-            return self._fail(error, now)
+            if attempt.choice.ours or self._verdict is not None:
+                return self._fail(error, now)
+            self._verdict = attempt  # a lie, maybe, or true of that peer alone: another one is asked
         return self._next(now)
 
     def on_held(self, number: int) -> None:
@@ -300,6 +306,9 @@ class Delivery:
 
     def _on_progress(self) -> None:
         self._troubled = False
+        if self._verdict is not None and not isinstance(self._verdict.error, ContextTooLong | CapabilityMissing):
+            self.refuted = self._verdict.choice.peer
+        self._verdict = None
         self._errors.clear()
         self._asks.clear()
         self._taken = 0
@@ -385,6 +394,8 @@ class Delivery:
         middle = self._first_s is not None
         if not (choices or middle or any(passes(error) and not isinstance(error, Busy) for error in self._errors)):
             return self._give_up(now)
+        if self._verdict is not None:
+            return self._give_up(now)
         if self._stuck_s is None:
             self._stuck_s = now
         self._pauses += 1
@@ -464,6 +475,8 @@ class Delivery:
     # --- ends --------------------------------------------------------------------------------------------------------
 
     def _give_up(self, now: float) -> list[Action]:
+        if self._verdict is not None and self._verdict.error is not None:
+            return self._fail(self._verdict.error, now)
         return self._fail(most_telling(self._errors, middle=self._first_s is not None), now)
 
     def _fail(self, error: MeshmaxError, now: float) -> list[Action]:
@@ -482,13 +495,3 @@ class Delivery:
         if self._errors:
             return most_telling(self._errors, middle=self._first_s is not None)
         return DeadlineExceeded(f"the answer was not whole within {self._deadline_s:g} s (routing.deadline_s)")
-
-
-def _up_to_the_end(events: Iterable[Event]) -> list[Event]:
-    """``events``, none of them after a Finish."""
-    found: list[Event] = []
-    for event in events:
-        found.append(event)
-        if isinstance(event, Finish):
-            break
-    return found

@@ -19,7 +19,7 @@ import msgspec
 import trio
 
 from meshmax.base.config import RoutingConfig
-from meshmax.base.errors import MeshmaxError, ModelNotFound, NoProviders
+from meshmax.base.errors import EngineError, MeshmaxError, ModelNotFound, NoProviders
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
 from meshmax.base.route import RequestState, Route, Wishes
@@ -216,6 +216,9 @@ class _Request:
         attempts = core.attempts()
         for lost in {attempt.peer_id for attempt in attempts if attempt.error in FORGETS}:
             self._shared.contenders.prefixes.on_lost(lost)
+        if core.refuted is not None:
+            now = trio.current_time()
+            self._shared.bench.measurements.on_failure(core.refuted, self._ask.digest, EngineError.code, now)
         spoke = [attempt for attempt in attempts if not attempt.error]
         if self._marks and spoke and core.finish is not None:
             peer = spoke[-1].peer_id

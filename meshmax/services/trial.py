@@ -20,8 +20,6 @@ from meshmax.base.errors import (
     EngineUnavailable,
     MeshmaxError,
     PeerGone,
-    Retry,
-    StoreError,
 )
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_load_only
@@ -31,6 +29,7 @@ from meshmax.core.hedging import FirstTokens
 from meshmax.core.measurements import MIN_LOAD_S, Measurements
 from meshmax.core.memory_fit import device_of
 from meshmax.core.outstanding import Outstanding
+from meshmax.core.retrying import is_final
 from meshmax.ports import Presence, Residency, Swarm
 from meshmax.services.infer_client import Step, open_remote_answer
 from meshmax.telemetry.metrics import FIRST_TOKEN, REQUESTS
@@ -211,7 +210,7 @@ class Trial:
 
     def _on_error(self, error: MeshmaxError) -> None:
         self._outcome = "failed"
-        if error.retry is Retry.NEVER and not isinstance(error, StoreError):
+        if is_final(error, ours=not self._name):
             return  # it speaks of the request, not of the peer
         self._told = True
         if isinstance(error, Busy) and not self._name:

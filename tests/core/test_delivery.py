@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshmax.base.errors import Busy, ContextTooLong, DeadlineExceeded, EngineCrashed, PeerGone
+from meshmax.base.errors import (
+    Busy,
+    ContextTooLong,
+    DeadlineExceeded,
+    EngineCrashed,
+    InvalidRequest,
+    MeshmaxError,
+    PeerGone,
+)
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved, Options, ToolCall, Vector
 from meshmax.core.delivery import FIRST_PAUSE_S, MAX_ATTEMPTS, MOST_PAUSE_S, OVERDUE_S, PATIENCE_S, STUCK_S
 from meshmax.core.pace import FRAME_SILENCE_S
@@ -121,12 +129,39 @@ def test_who_broke_off_is_not_asked_again_before_those_who_did_not() -> None:
     assert whole(Run(worse, PROMPT).run())
 
 
-def test_a_fault_of_the_request_is_told_at_once() -> None:
-    run = Run([Peer("a"), Peer("b")], PROMPT)
+def test_a_fault_of_the_request_is_told_when_a_second_peer_says_so() -> None:
+    run = Run([Peer("a"), Peer("b"), Peer("c")], PROMPT)
     run.do(run.core.begin(0.0))
     run.do(run.core.on_failed(0, ContextTooLong(), 0.1))
+    assert len(run.started) == 2
+    run.do(run.core.on_failed(1, ContextTooLong(), 0.2))
     assert isinstance(run.error, ContextTooLong)
-    assert len(run.started) == 1
+    assert len(run.started) == 2
+
+
+@pytest.mark.parametrize("after", [PeerGone(), Busy(), EngineCrashed()], ids=lambda error: error.code)
+def test_a_fault_of_the_request_is_told_when_nobody_else_can_say(after: MeshmaxError) -> None:
+    run = Run([Peer("a"), Peer("b")], PROMPT)
+    run.do(run.core.begin(0.0))
+    run.do(run.core.on_failed(0, InvalidRequest(), 0.1))
+    run.do(run.core.on_failed(1, after, 0.2))
+    assert isinstance(run.error, InvalidRequest)
+    assert len(run.started) == 2
+    alone = Run([Peer("a")], PROMPT)
+    alone.do(alone.core.begin(0.0))
+    alone.do(alone.core.on_failed(0, InvalidRequest(), 0.1))
+    assert isinstance(alone.error, InvalidRequest)
+
+
+@pytest.mark.parametrize(("error", "refuted"), [(InvalidRequest(), "a"), (ContextTooLong(), None)])
+def test_who_finds_fault_with_a_request_that_another_answers_was_wrong_or_too_small(
+    error: MeshmaxError, refuted: str | None
+) -> None:
+    run = Run([Peer("a", first_s=1.0), Peer("b")], PROMPT)
+    run.at(0.1, lambda: run.do(run.core.on_failed(0, error, 0.1)))
+    assert whole(run.run())
+    assert run.kinds == [("a", "first"), ("b", "retry")]
+    assert run.core.refuted == refuted
 
 
 def test_a_smaller_context_elsewhere_does_not_end_what_the_first_still_does() -> None:

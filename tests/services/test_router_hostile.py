@@ -10,6 +10,7 @@ from meshmax.base.status import Load, PeerView
 from meshmax.core.delivery import OVERDUE_S
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
+from meshmax.wire.failure import Failure
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, KeepAlive
 from meshmax.wire.protocols import INFER
 from tests.services.infer_site import WORDS, Node, Site, ask, open_site, text_of
@@ -132,3 +133,23 @@ async def test_prompts_that_went_there_together_are_answered_elsewhere_whatever_
                 nursery.start_soon(ask_patiently)
         assert len(taken) > 20
         assert answered == [True] * 40
+
+
+@pytest.mark.parametrize("code", ["invalid_request", "context_too_long", "unauthorized", "no_such_code"])
+async def test_a_peer_that_finds_fault_with_every_prompt_spoils_none(code: str, autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=20) as site:
+        site[0].has.clear()
+        site[1].change, site[2].change = praises_itself, tells_its_speed
+        taken: list[int] = []
+
+        async def answer(stream: Stream) -> None:
+            frames = FrameStream(stream)
+            await frames.receive(ASK_PART)
+            taken.append(1)
+            await frames.send(REPLY, Accepted())
+            await frames.send(REPLY, Failure(code, "your prompt is at fault"))
+
+        site[1].swarm.serve(INFER, answer)
+        assert all([await asked(site) for _ in range(20)])
+        if code != "context_too_long":  # which may be true of that peer
+            assert len(taken) < 12

@@ -38,6 +38,9 @@ LOOK_S: Final = 0.25  # between looks at whether another peer has the model; its
 ASK_AGAIN_S: Final = 15.0  # after which a peer that fetches is asked whether it still does
 TELL_S: Final = 10.0  # between words in the log on how far a pull is
 WAIT_S: Final = 60.0  # without a source a pull goes on waiting for one; a request does not
+SLOWEST_BYTES_PER_S: Final = 1 << 20  # of another peer that fetches: whoever says so may lie
+REST_S: Final = 600.0  # of a peer that did not fetch what it was to
+MAX_FAILED: Final = 1024  # of them
 EVENTS_AHEAD: Final = 64  # of an answer, before the client has read them
 
 Wait = Callable[[], Awaitable[None]]  # until the model is there; raises why it will not be
@@ -187,6 +190,7 @@ class PullFirst:
         self._ask_pull, self._config, self._unix_now = ask_pull, config, unix_now
         self._fetches: OrderedDict[str, _Fetch] = OrderedDict()
         self._nowhere: deque[Route] = deque(maxlen=NOWHERE_KEPT)
+        self._failed: dict[PeerId, float] = {}  # who did not fetch what it took upon itself, until when others go first
         self.under_way = 0
 
     def routes(self) -> tuple[Route, ...]:
@@ -256,7 +260,8 @@ class PullFirst:
         if not plan.given:
             raise _nobody(ask, plan, entry.size, True) from None
         policy = wishes.policy or self._config.policy
-        takers = tuple(taker for taker in plan.takers if taker.ours or policy != "local-only")
+        takers = [taker for taker in plan.takers if taker.ours or policy != "local-only"]
+        takers.sort(key=lambda taker: self._failed.get(taker.peer_id, 0.0) > trio.current_time())
         allowed = self._config.pull if wishes.pull is None else wishes.pull
         if not (allowed and takers):
             raise _nobody(ask, plan, entry.size, allowed) from None
@@ -270,7 +275,7 @@ class PullFirst:
                     wait = partial(_watch, progress)
                 else:
                     await self._ask_pull(taker.peer_id, named)
-                    wait = partial(self._wait_for, taker, named, ask)
+                    wait = partial(self._wait_for, taker, named, ask, WAIT_S + entry.size / SLOWEST_BYTES_PER_S)
             except MeshmaxError as refusal:
                 why.append(f"{taker.name}: {refusal.message}")
                 continue
@@ -296,7 +301,7 @@ class PullFirst:
         except BaseExceptionGroup as group:
             if len(group.exceptions) != 1:
                 raise
-            raise group.exceptions[0] from None  # the block's own, as it is
+            raise group.exceptions[0] from None  # noqa: ASYNC123  the block's own, as it is
         finally:
             fetch.close("cancelled", trio.current_time() - fetch.began_s)
 
@@ -338,6 +343,8 @@ class PullFirst:
                 )
         except MeshmaxError as error:
             fetch.error = error
+            if not fetch.taker.ours:
+                self._rest(fetch.taker.peer_id)
             raise
         finally:
             fetch.took_s = trio.current_time() - fetch.began_s
@@ -345,15 +352,29 @@ class PullFirst:
                 "fetched first", model=fetch.model, seconds=round(fetch.took_s, 3), failed=fetch.error is not None
             )
 
-    async def _wait_for(self, taker: Taker, named: str, ask: Ask) -> None:
-        """Until another peer says that it has the model. Raises PeerGone, and what it says when it has given up."""
-        asked_s = trio.current_time()
+    def _rest(self, peer: PeerId) -> None:
+        """Another peer has not fetched what it was to: others are asked first for a while."""
+        now = trio.current_time()
+        self._failed = {each: until for each, until in self._failed.items() if until > now}
+        if len(self._failed) < MAX_FAILED:
+            self._failed[peer] = now + REST_S
+
+    async def _wait_for(self, taker: Taker, named: str, ask: Ask, most_s: float) -> None:
+        """Until another peer says that it has the model: ``most_s`` at most, WAIT_S where it has none of it by then.
+
+        Raises PeerGone, NoProviders, and what it says when it has given up.
+        """
+        began_s = asked_s = trio.current_time()
         while True:
             view = self._presence.view(taker.peer_id)
             if view is None or view.status is None or view.state == "offline":
                 raise PeerGone(f"{taker.name} went away while it was fetching model '{ask.name[:200]}'")
             if any(model.digest == ask.digest and model.state != "partial" for model in view.status.models):
                 return
+            waited_s = trio.current_time() - began_s
+            begun = any(model.digest == ask.digest for model in view.status.models)
+            if waited_s >= (most_s if begun else WAIT_S):
+                raise NoProviders(f"{taker.name} did not fetch model '{ask.name[:200]}' within {waited_s:.0f} s")
             if trio.current_time() - asked_s >= ASK_AGAIN_S:
                 asked_s = trio.current_time()
                 await self._ask_pull(taker.peer_id, named)

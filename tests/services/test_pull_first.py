@@ -28,7 +28,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest, RoutedEvent
 from meshmax.base.route import Route, Wishes
 from meshmax.base.status import PeerView
-from meshmax.services.pull_first import ASK_AGAIN_S, WAIT_S, PullFirst
+from meshmax.services.pull_first import ASK_AGAIN_S, SLOWEST_BYTES_PER_S, WAIT_S, PullFirst
 from tests.core.test_pull_first import MODEL, SIZE, STORE, peer
 
 Clock = trio.testing.MockClock
@@ -280,6 +280,22 @@ async def test_another_peer_that_goes_away_or_gives_up_ends_the_answer(gives_up:
         with pytest.raises(StoreFull if gives_up else PeerGone):
             await anext(answer.events)
     assert only(world).state == "failed"
+
+
+@pytest.mark.parametrize(("state", "most_s"), [("", WAIT_S), ("partial", WAIT_S + SIZE / SLOWEST_BYTES_PER_S)])
+async def test_a_peer_that_only_says_that_it_fetches_is_not_waited_for_very_long_and_asked_last_after_that(
+    state: str, most_s: float, autojump_clock: Clock
+) -> None:
+    store = peer("store", "disk", engine="none", state="self")
+    world = World(store, peer("b", state, gpu=8), peer("c"), config=RoutingConfig(deadline_s=1e6))
+    began = trio.current_time()
+    with pytest.raises(NoProviders, match="did not fetch"):
+        await text(world)
+    assert trio.current_time() - began == pytest.approx(most_s, abs=1)
+    assert {asked.split()[0] for asked in world.asked} == {"b"}
+    world.asked.clear()
+    async with world.prompts.open_answer(ASK):
+        assert [asked.split()[0] for asked in world.asked] == ["c"]
 
 
 async def test_what_breaks_after_the_fetch_is_the_clients_to_see(autojump_clock: Clock) -> None:

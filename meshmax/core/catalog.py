@@ -1,10 +1,11 @@
 """What names mean: our own models and those that peers say they have, merged.
 
-Rules (a name means, in this order): what it is pinned to; what is in our store; what an engine here brings along; then, of the digests that online peers
-offer under that name, the one that was seen first in this mesh (`FirstSeen` remembers it, so that a newcomer cannot take a
-name over, nor push names of others out by offering many). Two digests under one name are two entries and are never mixed;
-``NAME@DIGEST`` chooses. Partial copies make nobody a holder: they are listed apart, and a model that is nowhere whole is
-an entry only for who wants to pull it. Who runs a model that its engine brings along is a server of it and no holder.
+Rules (a name means, in this order): what it is pinned to; what is in our store; what an engine here brings along; then, of
+the digests that online peers offer under that name, the one that was seen first in this mesh (`FirstSeen` remembers it, so
+that a newcomer cannot take a name over, nor push names of others out by offering many). Two digests under one name are two
+entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make nobody a holder: they are listed apart, and a model
+that is nowhere whole is an entry only for who wants to pull it. Who runs a model that its engine brings along is a server of
+it and no holder.
 Not here: fetching, files, who answers a prompt.
 """
 

@@ -177,8 +177,8 @@ def _backends(config: Config) -> tuple[Backend, ...]:
     found: list[Backend] = []
     if config.engine.ollama:
         found.append(OllamaEngine(ServerHttp(DEFAULT_URL if config.engine.ollama == "auto" else config.engine.ollama)))
-    for server in config.engine.openai:
-        found.append(OpenAiEngine(server, ServerHttp(api_url(server.url), key_of(server, config.engine))))
+    servers = config.engine.openai
+    found += [OpenAiEngine(each, ServerHttp(api_url(each.url), key_of(each, config.engine))) for each in servers]
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from meshmax.base.errors import Draining, NoProviders
 from meshmax.base.route import Route
 from tests.api.fake_node import DIGEST, THEIRS
 
-PROMPTS = {
+PROMPTS: dict[str, dict[str, Any]] = {
     "/api/generate": {"prompt": "x"},
     "/api/chat": {"messages": [{"role": "user", "content": "x"}]},
     "/api/embed": {"input": "x"},

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from meshmax.cli import drain
 from meshmax.cli.main import main
 from tests.cli.conftest import FakePeer
 
@@ -32,7 +31,7 @@ def here(fake_peer: FakePeer, monkeypatch: pytest.MonkeyPatch) -> FakePeer:
         if len(looks) == 2:
             fake_peer.on("GET", f"{PATH}/drain", stands("drained", 0, 1))
 
-    monkeypatch.setattr(drain.time, "sleep", pause)
+    monkeypatch.setattr("meshmax.cli.drain.time.sleep", pause)
     return fake_peer
 
 
@@ -72,7 +71,7 @@ def test_interrupting_it_leaves_the_draining_going_on(
     def interrupted(_seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(drain.time, "sleep", interrupted)
+    monkeypatch.setattr("meshmax.cli.drain.time.sleep", interrupted)
     assert main(["drain"]) == 130
     assert "the draining of desk goes on" in capsys.readouterr().err
 

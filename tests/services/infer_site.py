@@ -12,7 +12,7 @@ from meshmax.base.catalog import CatalogEntry, ModelDescription, ModelFile, Reso
 from meshmax.base.config import EngineConfig
 from meshmax.base.errors import ModelNotFound
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.inference import Ask, Delta, Event, Finish, GenerateRequest, InferRequest
+from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest, InferRequest, RoutedEvent
 from meshmax.base.model import ModelDetails, StoredModel
 from meshmax.base.names import ModelName
 from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
@@ -36,7 +36,7 @@ def ask(request: InferRequest | str = WORDS, digest: Sha256 = MODEL, **fields: A
     return Ask("request-1", digest, "echo", request, **fields)
 
 
-async def text_of(events: AsyncIterator[Event]) -> str:
+async def text_of(events: AsyncIterator[RoutedEvent]) -> str:
     """The whole text; the last event is a Finish."""
     got = [event async for event in events]
     assert isinstance(got[-1], Finish)

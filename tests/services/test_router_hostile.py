@@ -65,7 +65,7 @@ async def asked(site: Site, patience_s: float = PATIENCE_S) -> bool:
     got = ""
     with trio.move_on_after(patience_s):
         async with site[0].router.open_answer(ask(WORDS)) as answer:
-            got = await text_of(answer.events)  # type: ignore[arg-type]
+            got = await text_of(answer.events)
     return got == WORDS
 
 

@@ -9,7 +9,7 @@ prompt must not go in circles. Leaving an answer closes its connection, which en
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Final, TypeVar
 
@@ -51,8 +51,9 @@ class OllamaEngine:
 
     name = "ollama"
 
-    def __init__(self, http: ServerHttp, parallel: int = PARALLEL) -> None:
-        self._http, self._parallel = http, parallel
+    def __init__(self, http: ServerHttp, parallel: int = PARALLEL, strangers: Callable[[], list[int]] = list) -> None:
+        """``strangers``: user ids of other people whose program it may be: then it is left alone. Cheap."""
+        self._http, self._parallel, self._strangers = http, parallel, strangers
         self._places = trio.CapacityLimiter(parallel)
         self._gpu = False
         self._where = f"the Ollama at {http.url}"
@@ -67,6 +68,11 @@ class OllamaEngine:
 
     async def look(self) -> tuple[OfferedModel, ...]:
         """See ports.Backend."""
+        if others := self._strangers():
+            raise EngineUnavailable(
+                f"{self._where} is another user's (uid {others[0]}), who would read every prompt: set engine.ollama to"
+                " its URL to use it all the same"
+            )
         await self._call("GET", "/api/version", words.Version)
         tags = await self._call("GET", "/api/tags", words.Tags)
         running = await self._call("GET", "/api/ps", words.Tags)

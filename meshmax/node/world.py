@@ -5,6 +5,7 @@ The only module that names concrete adapters of net and engine. A simulated node
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 import trio
 
@@ -20,6 +22,7 @@ from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.core.backoff import Random
 from meshmax.engine.echo import EchoEngine
+from meshmax.engine.listener import owners, strangers
 from meshmax.engine.llamacpp import LlamaCppEngine
 from meshmax.engine.none import NoEngine
 from meshmax.engine.ollama import DEFAULT_URL, OllamaEngine
@@ -176,10 +179,18 @@ def _backends(config: Config) -> tuple[Backend, ...]:
     """The engines of others, in order of preference. Raises ConfigError."""
     found: list[Backend] = []
     if config.engine.ollama:
-        found.append(OllamaEngine(ServerHttp(DEFAULT_URL if config.engine.ollama == "auto" else config.engine.ollama)))
+        found.append(_ollama(config.engine.ollama))
     servers = config.engine.openai
     found += [OpenAiEngine(each, ServerHttp(api_url(each.url), key_of(each, config.engine))) for each in servers]
     return tuple(found)
+
+
+def _ollama(where: str) -> Backend:
+    """The Ollama at a URL; "auto" is the one of this machine, if it is not some other person's."""
+    if where != "auto":
+        return OllamaEngine(ServerHttp(where))
+    port, own = urlsplit(DEFAULT_URL).port or 0, os.getuid() if hasattr(os, "getuid") else 0
+    return OllamaEngine(ServerHttp(DEFAULT_URL), strangers=lambda: strangers(owners(port), own))
 
 
 def several_engines(own: Engine, owners: Callable[[], Mapping[Sha256, Backend]]) -> Engine:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import trio.testing
 
-from meshmax.base.errors import CapabilityMissing, InvalidRequest, ModelNotFound
+from meshmax.base.errors import CapabilityMissing, EngineUnavailable, InvalidRequest, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, Message, Said, Vector
 from meshmax.engine.ollama import OllamaEngine
@@ -44,6 +44,17 @@ async def test_an_answer_goes_on_where_the_template_lets_it(shown: Any, goes_on:
                     await answered(model, request)
         assert text(await answered(model, GenerateRequest("c", raw=True, said=Said(" One,")))) == "hi"
         assert server.body()["prompt"] == "c One,"
+
+
+async def test_the_daemon_of_another_person_is_told_nothing(autojump_clock: Clock) -> None:
+    async with open_server() as server:
+        found = [1001]
+        engine = OllamaEngine(http(server), strangers=lambda: found)
+        with pytest.raises(EngineUnavailable, match=r"another user's \(uid 1001\).*set engine.ollama"):
+            await engine.look()
+        assert not server.scripted.requests
+        found.clear()
+        assert await engine.look()
 
 
 async def test_loading_keeping_and_unloading_are_told_to_it(autojump_clock: Clock) -> None:

@@ -17,9 +17,9 @@ import trio
 
 from meshmax.net import limits
 
-CREDIT_BYTES: Final = (
-    32 * 1024
-)  # read and not given back yet; an eighth of the first window, so no writer waits for less
+CREDIT_BYTES: Final = 4 * 1024  # read and not given back yet; on a slow path a writer should not wait long for it
+CREDIT_TIMEOUT_S: Final = 30.0  # for whom a writer waits; over a busy relay both the bytes and the credit take seconds
+CREDIT_LOOK_S: Final = 0.01  # between looks whether it has come: nobody tells
 MAX_FRAME_BYTES: Final = (
     65_519  # of one Noise message: a frame that is longer leaves in two, and needs the library's lock
 )
@@ -74,56 +74,77 @@ def _is_bare_syn(frame: bytes) -> bool:
     return bool(kind == _WINDOW_UPDATE and flags == SYN and credit == 0)
 
 
+class _Thrift:
+    """Over the library's stream, whose attributes it uses. ``unsaid``: the flags that its next frame has to carry."""
+
+    unsaid = 0
+    stream_id: int
+    conn: Any
+    send_window: int
+    recv_window: int
+    target_recv_window: int
+    send_closed: bool
+    closed: bool
+
+    async def write(self, data: bytes) -> None:
+        while data:
+            if self.send_closed or self.closed:
+                raise trio.BrokenResourceError("the stream is closed")
+            count = min(len(data), self.send_window, limits.WRITE_STEP_BYTES)
+            if count <= 0:
+                await self._wait_credit()
+                continue
+            flags, self.unsaid = self.unsaid, 0
+            self.send_window -= count
+            await self.conn._write_frame(_HEADER.pack(0, _DATA, flags, self.stream_id, count) + data[:count])
+            data = data[count:]
+
+    async def _wait_credit(self) -> None:
+        with trio.move_on_after(CREDIT_TIMEOUT_S):
+            while self.send_window <= 0 and not self.closed:
+                await trio.sleep(CREDIT_LOOK_S)
+            return
+        raise trio.BrokenResourceError(f"the peer read nothing for {CREDIT_TIMEOUT_S:g} s")
+
+    async def close(self) -> None:
+        await self._say_syn()
+        await super().close()  # type: ignore[misc]
+
+    async def _say_syn(self) -> None:
+        flags, self.unsaid = self.unsaid, 0
+        if flags:  # a frame of data without data: to `_write_frame` this one is not to be put off
+            await self.conn._write_frame(_HEADER.pack(0, _DATA, flags, self.stream_id, 0))
+
+    def take(self, max_bytes: int) -> bytes:
+        """What is there to read, at once; b"": nothing, or the library has to say what. Credit is the caller's to give."""
+        buffer = self.conn.stream_buffers.get(self.stream_id)
+        if not buffer or self.closed:
+            return b""
+        data = bytes(buffer[:max_bytes])
+        del buffer[:max_bytes]
+        return data
+
+    @property
+    def owes(self) -> bool:
+        """Whether there is enough credit to be given back."""
+        buffered = len(self.conn.stream_buffers.get(self.stream_id, b""))
+        owed = self.target_recv_window - self.recv_window - buffered
+        return owed >= CREDIT_BYTES
+
+    async def give_credit(self, read_bytes: int) -> None:
+        """After ``read_bytes`` were read: give credit back, if it is enough. Not to be cancelled."""
+        if self.owes:
+            await super()._auto_tune_and_send_window_update(bytes_read=read_bytes)  # type: ignore[misc]
+
+    async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
+        await self.give_credit(bytes_read)
+
+
 @functools.cache
 def _thrifty_stream() -> Any:
     from libp2p.stream_muxer.yamux import yamux
 
-    class ThriftyStream(yamux.YamuxStream):  # type: ignore[misc]
-        """See the module. ``unsaid``: the flags that its next frame has to carry."""
-
-        unsaid = 0
-
-        async def write(self, data: bytes) -> None:
-            length = len(data)
-            if length > self.send_window or self.send_closed or self.closed or length > limits.WRITE_STEP_BYTES:
-                await self._say_syn()
-                await super().write(data)  # waits for the window, splits, or raises
-                return
-            flags, self.unsaid = self.unsaid, 0
-            self.send_window -= length
-            await self.conn._write_frame(_HEADER.pack(0, _DATA, flags, self.stream_id, length) + data)
-
-        async def close(self) -> None:
-            await self._say_syn()
-            await super().close()
-
-        async def _say_syn(self) -> None:
-            flags, self.unsaid = self.unsaid, 0
-            if flags:  # a frame of data without data: to `_write_frame` this one is not to be put off
-                await self.conn._write_frame(_HEADER.pack(0, _DATA, flags, self.stream_id, 0))
-
-        def take(self, max_bytes: int) -> bytes:
-            """What is there to read, at once; b"": nothing, or the library has to say what. Credit is the caller's to give."""
-            buffer = self.conn.stream_buffers.get(self.stream_id)
-            if not buffer or self.closed:
-                return b""
-            data = bytes(buffer[:max_bytes])
-            del buffer[:max_bytes]
-            return data
-
-        @property
-        def owes(self) -> bool:
-            """Whether there is enough credit to be given back."""
-            buffered = len(self.conn.stream_buffers.get(self.stream_id, b""))
-            owed: int = self.target_recv_window - self.recv_window - buffered
-            return owed >= CREDIT_BYTES
-
-        async def give_credit(self, read_bytes: int) -> None:
-            """After ``read_bytes`` were read: give credit back, if it is enough. Not to be cancelled."""
-            if self.owes:
-                await super()._auto_tune_and_send_window_update(bytes_read=read_bytes)
-
-        async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
-            await self.give_credit(bytes_read)
+    class ThriftyStream(_Thrift, yamux.YamuxStream):  # type: ignore[misc]
+        """See the module."""
 
     return ThriftyStream

@@ -135,10 +135,10 @@ class PromptReply:
             with self._open_answers.held() as waiting:
                 async with self._open_answer() as answer:
                     self._route = answer.route
-                    form = self._form_for(answer.route)
+                    form = self._form_for(self._route)
                     if self._stream:
                         self._open_answers.release(waiting)
-                        await self._send_stream(answer, form, send)
+                        await self._send_stream(answer, self._route, form, send)
                     else:
                         await self._send_whole(answer, form, scope, receive, send)
             if waiting.cancelled_caught and not self._begun:
@@ -154,9 +154,9 @@ class PromptReply:
                 reply.headers.update(route_headers(route) if route else {ROUTE_HEADER: not_routed(ours)})
                 await reply(scope, receive, send)
 
-    async def _send_stream(self, answer: Answer, form: Form, send: Send) -> None:
+    async def _send_stream(self, answer: Answer, route: Route, form: Form, send: Send) -> None:
         self._begun = True
-        headers, streams = route_headers(answer.route), self._open_answers.count
+        headers, streams = route_headers(route), self._open_answers.count
         async with open_lines(send, form.stream_type, headers, streams) as lines:
             try:
                 with self._open_answers.held() as answering:

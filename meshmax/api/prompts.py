@@ -90,7 +90,11 @@ class Prompts:
 
     async def find(self, name: str) -> Resolved:
         """As `resolve`; what no neighbour has is looked for farther away first, for SEEK_S at most."""
-        if not self._is_known(name):
+        try:
+            return self.node.catalog.resolve(name)
+        except InvalidName:  # nothing that could be looked for
+            pass
+        except ModelNotFound:
             with trio.move_on_after(SEEK_S):
                 await self.node.seek(name, lambda: self._is_known(name))
         return self.resolve(name)
@@ -100,8 +104,6 @@ class Prompts:
             self.node.catalog.resolve(name)
         except ModelNotFound:
             return False
-        except InvalidName:  # nothing that could be looked for
-            pass
         return True
 
     def who_had(self, name: str) -> str:

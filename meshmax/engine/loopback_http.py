@@ -89,7 +89,7 @@ class Response:
     async def _next(self) -> Any:
         try:
             while (event := self._connection.next_event()) is h11.NEED_DATA:
-                data = await self._stream.receive_some(READ_BYTES)
+                data = await self._receive()
                 self.heard = self.heard or bool(data)
                 self._connection.receive_data(data)
         except h11.RemoteProtocolError:  # whose words quote what came, which may be our key
@@ -97,6 +97,9 @@ class Response:
         except _BROKEN as error:
             raise EngineCrashed(f"the engine broke off: {error or type(error).__name__}") from None
         return event
+
+    async def _receive(self) -> bytes:
+        return bytes(await self._stream.receive_some(READ_BYTES))
 
 
 class LoopbackHttp:

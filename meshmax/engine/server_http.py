@@ -15,7 +15,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Final
 
 import h11
 import msgspec
@@ -191,9 +191,9 @@ class PatientResponse(Response):
         if waiting.cancelled_caught:
             raise EngineCrashed(f"the server read nothing for {SILENCE_S:g} s")
 
-    async def _next(self) -> Any:
+    async def _receive(self) -> bytes:
         with trio.move_on_after(SILENCE_S):
-            return await super()._next()
+            return await super()._receive()
         raise EngineCrashed(f"the server said nothing for {SILENCE_S:g} s")
 
 

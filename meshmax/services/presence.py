@@ -18,7 +18,7 @@ import trio
 from meshmax.base.config import Config
 from meshmax.base.errors import MeshmaxError, NotAMember
 from meshmax.base.ids import PeerId
-from meshmax.base.reachability import UNKNOWN, Reachability
+from meshmax.base.reachability import UNKNOWN, Reachability, ReachState
 from meshmax.base.status import PeerStatus, PeerView
 from meshmax.core.backoff import Random
 from meshmax.core.clones import Clones
@@ -90,8 +90,8 @@ class PresenceService:
 
     def peers(self) -> tuple[PeerView, ...]:
         """Ourselves first, then online peers by round trip, then those that were lost seconds ago."""
-        entries = self._table.shown(trio.current_time())
-        return (self._self_view(), *(self._view(entry) for entry in entries))
+        entries, stand = self._table.shown(trio.current_time()), self._reachability().state
+        return (self._self_view(), *(self._view(entry, stand) for entry in entries))
 
     def view(self, peer_id: PeerId) -> PeerView | None:
         """One peer, ourselves too, also one that is not in `peers` any more; None if unknown."""
@@ -311,14 +311,15 @@ class PresenceService:
         now = self._unix_now()
         return PeerView(self._signer.peer_id, "self", "self", self.own.status, rtt_s=0.0, last_seen_s=now)
 
-    def _view(self, entry: PeerEntry) -> PeerView:
+    def _view(self, entry: PeerEntry, stand: ReachState | None = None) -> PeerView:
+        """``stand``: how we stand, for who makes many."""
         draining = entry.status is not None and entry.status.draining
         gone = not entry.connected or entry.leaving
         state = "offline" if gone else "draining" if draining else "online"
         seen_at = entry.last_sign_at if entry.alive_at is None else entry.alive_at
         seen_s = self._unix_now() - (trio.current_time() - seen_at)
         mapped = entry.status.mapped if entry.status else ()
-        path = told_path(entry.path, entry.address, entry.dialled, mapped, self._reachability().state)
+        path = told_path(entry.path, entry.address, entry.dialled, mapped, stand or self._reachability().state)
         return PeerView(entry.peer_id, state, path, entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
 
 

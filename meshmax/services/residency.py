@@ -155,6 +155,7 @@ class ModelResidency:
         self._asks = 0
         self._closed = False
         self._changed = trio.Event()
+        self._due_s = -math.inf  # when the core is told of time
         self.look_at_memory()
 
     @asynccontextmanager
@@ -371,7 +372,8 @@ class ModelResidency:
         """Unload what nobody used for its keep-alive, until cancelled."""
         while True:
             changed = self._changed = trio.Event()
-            with trio.move_on_at(self._core.deadline()):
+            self._due_s = self._core.deadline()
+            with trio.move_on_at(self._due_s):
                 await changed.wait()
             self._do(self._core.tick(trio.current_time()))
 
@@ -387,7 +389,8 @@ class ModelResidency:
                 waiter = self._waiters[action.ask]
                 waiter.model = self._held[waiter.ask.digest].model
                 waiter.settled.set()
-        self._changed.set()
+        if self._core.deadline() < self._due_s:  # one that moved on is seen when the earlier one is due
+            self._changed.set()
         self._on_change()
 
     def _leave(self, held: _Held) -> None:

@@ -124,7 +124,7 @@ def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dic
         ("name", state.get("name") or "-"),
         ("peer id", state["node_id"]),
         ("version", state["version"]),
-        ("state", f"{state['state']}, for {uptime}"),
+        ("state", f"{state['state']}, {'for' if state['state'] == 'running' else 'up for'} {uptime}"),
         ("mesh", f"joining '{joining}'" if (joining := state.get("joining")) else state.get("mesh") or "open LAN mesh"),
         ("api", url),
         *(("address" if at == 0 else "", text) for at, text in enumerate(state.get("addresses") or ())),

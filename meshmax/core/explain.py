@@ -80,7 +80,7 @@ def _describe(judged: Judged) -> str:
     if judged.device != model.device:
         state = "on disk, too large for its GPU"
     if contender.prefix_tokens and model.state == "loaded":
-        state += f" with {contender.prefix_tokens} tokens of the prompt read"
+        state += f" with {contender.prefix_tokens} token{'s' * (contender.prefix_tokens != 1)} of the prompt read"
     away = "here" if view.state == "self" else f"{rtt_of(contender) * 1000:.1f} ms away ({view.path})"
     waiting = max(0, ahead_of(contender.load) - max(contender.load.capacity, 1) + 1)
     return f"{state}, {away}, {waiting} queued"
@@ -89,7 +89,7 @@ def _describe(judged: Judged) -> str:
 def _rule(best: Candidate, sooner: Candidate, policy: Policy) -> str:
     """By which rule ``best`` goes before one whose estimate is smaller."""
     if policy != "latency":
-        return f"chosen by {policy}"
+        return f"the policy is {policy}"
     if tier_of(best.device, best.loaded) < tier_of(sooner.device, sooner.loaded):
         better = "a GPU" if best.device != sooner.device else "a loaded model"
         return f"near enough for {better} to go first"

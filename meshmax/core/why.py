@@ -16,8 +16,8 @@ POLICY_WORDS: Final[Mapping[Policy, str]] = {
     "latency": "whoever is expected to have the whole answer soonest",
     "least-loaded": "whoever has the least to do",
     "round-robin": "one peer after the other",
-    "weighted": "by the shares that are configured",
-    "affinity": "always the same peer for the same conversation",
+    "weighted": "one peer after the other, by the shares that are configured",
+    "affinity": "the peer that had this conversation before",
     "local-only": "this peer alone",
 }
 VERDICT_WORDS: Final[Mapping[Verdict, str]] = {

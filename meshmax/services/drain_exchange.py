@@ -81,7 +81,12 @@ async def ask_drain(swarm: Swarm, peer: PeerId, request: wire.FromAsker) -> Drai
     """What ``peer`` says to ``request``. Raises Refused, OutOfScope..., PeerGone, RemoteProtocolError, VersionMismatch."""
     reply: wire.FromAsked | None = None
     with trio.move_on_after(ASK_TIMEOUT_S):
-        stream = await swarm.open_stream(peer, DRAIN)
+        try:
+            stream = await swarm.open_stream(peer, DRAIN)
+        except PeerGone as error:
+            raise PeerGone(
+                f"{error.message}: it is away or hangs, and nothing was drained; `meshmax peers` shows who is there"
+            ) from None
         try:
             frames = FrameStream(stream)
             await frames.send(wire.FROM_ASKER, request)

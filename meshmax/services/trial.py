@@ -172,7 +172,9 @@ class Trial:
         span_s = now - self._sent_s - self._first_event_s
         fair = self._held_s <= CONTENDED * span_s
         load_s = min(finish.load_s, self._first_event_s)
-        if finish.done_reason == "stop" and finish.output_tokens > 0:
+        # One that was cut off would have been longer: it counts where it tells of longer answers than we know.
+        cut = finish.done_reason != "stop" and finish.output_tokens <= (measured.answer_tokens(model.digest) or 0)
+        if finish.output_tokens > 0 and not cut:
             measured.on_answer(model.digest, finish.output_tokens, now)
         # Vectors come as each text is read, so the prompt is read when the last one is there.
         embeds = isinstance(self._ask.request, EmbedRequest)

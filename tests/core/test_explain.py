@@ -110,7 +110,7 @@ def test_what_a_peer_holds_of_the_prompt_and_what_does_not_fit_is_told() -> None
 def test_another_policy_is_named_where_it_passed_over_a_sooner_one() -> None:
     decision = decide([peer("a", **CPU), peer("b", **GPU)], CHAT, policy="round-robin", turn=0)
     line = explain(decision.candidates, decision.order[0], policy=decision.policy)
-    assert line.endswith("beat 1 other (next: b, est 4.37 s: chosen by round-robin)")
+    assert line.endswith("beat 1 other (next: b, est 4.37 s: the policy is round-robin)")
     alone = decide([peer("a", **CPU, **OURS), peer("b", **GPU)], CHAT, policy="local-only")
     line = explain(alone.candidates, alone.order[0], policy=alone.policy)
     assert line.endswith("; only this machine was asked for")

@@ -154,8 +154,7 @@ class ModelResidency:
         self._stopped: dict[Sha256, float] = {}  # when somebody wanted a model out of memory
         self._asks = 0
         self._closed = False
-        self._changed = trio.Event()
-        self._due_s = -math.inf  # when the core is told of time
+        self._changed, self._due_s = trio.Event(), -math.inf  # due: when the core is told of time
         self.look_at_memory()
 
     @asynccontextmanager
@@ -246,8 +245,7 @@ class ModelResidency:
 
         ``ahead``: only load it, in free room. Raises Busy.
         """
-        self._asks += 1
-        number = self._asks
+        number = self._asks = self._asks + 1
         waiter = self._waiters[number] = _Waiter(ask)
         held = self._held.get(ask.digest)
         ready = held is not None and held.model is not None and not held.leave.is_set()
@@ -371,10 +369,9 @@ class ModelResidency:
     async def run_expiry(self) -> None:
         """Unload what nobody used for its keep-alive, until cancelled."""
         while True:
-            changed = self._changed = trio.Event()
-            self._due_s = self._core.deadline()
+            self._changed, self._due_s = trio.Event(), self._core.deadline()
             with trio.move_on_at(self._due_s):
-                await changed.wait()
+                await self._changed.wait()
             self._do(self._core.tick(trio.current_time()))
 
     def _do(self, actions: list[Action]) -> None:

@@ -101,7 +101,7 @@ class _Thrift:
 
     async def _wait_credit(self) -> None:
         with trio.move_on_after(CREDIT_TIMEOUT_S):
-            while self.send_window <= 0 and not self.closed:
+            while self.send_window <= 0 and not self.closed:  # noqa: ASYNC110  the library has no event for it
                 await trio.sleep(CREDIT_LOOK_S)
             return
         raise trio.BrokenResourceError(f"the peer read nothing for {CREDIT_TIMEOUT_S:g} s")

@@ -140,12 +140,8 @@ class ModelResidency:
         self._memory = ModelMemory(config, memory)
         self._brought = brought or NothingBrought()
         self._drain = drain or Drain()
-        self._model_file = model_file
-        self._config = config
-        self._nursery = nursery
-        self._on_change = on_change
-        self._on_use = on_use
-        self._wall = wall
+        self._model_file, self._config, self._nursery = model_file, config, nursery
+        self._on_change, self._on_use, self._wall = on_change, on_use, wall
         self._queue = FairQueue(config.max_queue, config.max_queue_per_member, config.max_wait_s)
         self._core = ResidencyCore(self._queue, config.max_loaded, self._brought.brings)
         self._waiters: dict[int, _Waiter] = {}

@@ -10,6 +10,7 @@ import pytest
 import trio.testing
 
 from meshmax.api.app import make_app
+from meshmax.testing.asgi_transport import AsgiTransport
 from tests.api.fake_node import open_fake_node
 
 
@@ -21,6 +22,6 @@ async def node(autojump_clock: trio.testing.MockClock) -> AsyncIterator[Any]:
 
 @pytest.fixture
 async def client(node: Any) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(make_app(node))
+    transport = AsgiTransport(make_app(node))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:11434") as made:
         yield made

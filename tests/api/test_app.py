@@ -12,12 +12,13 @@ from meshmax.api.app import CLOSED, make_app
 from meshmax.api.guard import Guard
 from meshmax.base.config import Config
 from meshmax.base.loop_guard import FROM_MESHMAX, LOOP
+from meshmax.testing.asgi_transport import AsgiTransport
 
 ORIGIN = {"origin": "http://localhost:3000"}
 
 
 def open_client(node: Any, **given: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(make_app(node, **given))
+    transport = AsgiTransport(make_app(node, **given))
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:11434")
 
 

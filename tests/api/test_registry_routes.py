@@ -24,6 +24,7 @@ from meshmax.services.pull_through import open_pull_through
 from meshmax.services.repositories import Repositories
 from meshmax.services.uploads import Uploads, open_uploads
 from meshmax.store import open_store
+from meshmax.testing.asgi_transport import AsgiTransport
 from meshmax.wire.manifest import build_manifest, digest_of
 from tests.store.fakes import in_place
 
@@ -80,7 +81,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Site]:
             )
             node = SimpleNamespace(repositories=repositories, uploads=uploads)
             app = Starlette(routes=[*UploadFace(node).routes(), *RegistryFace(node, OpenAnswers()).routes()])
-            transport = httpx.ASGITransport(app)
+            transport = AsgiTransport(app)
             async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:11434") as site.http:
                 yield site
 

@@ -9,6 +9,7 @@ import trio
 from meshmax.api.app import make_app
 from meshmax.base.route import Wishes
 from meshmax.core.entry import Entry
+from meshmax.testing.asgi_transport import AsgiTransport
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "x"}], "stream": False}
 PROMPTS: list[tuple[str, dict[str, Any]]] = [
@@ -59,7 +60,7 @@ async def test_pages_may_send_these_headers(client: httpx.AsyncClient) -> None:
 def client_of(node: Any, entry: Entry, monkeypatch: pytest.MonkeyPatch) -> httpx.AsyncClient:
     """A client of an application that has the places of ``entry``."""
     monkeypatch.setattr("meshmax.api.prompts.Entry", lambda: entry)
-    transport = httpx.ASGITransport(make_app(node), raise_app_exceptions=False)
+    transport = AsgiTransport(make_app(node), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:11434")
 
 

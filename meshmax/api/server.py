@@ -38,6 +38,7 @@ MAX_CONNECTIONS: Final = 1024  # at once; a browser opens six, a busy client poo
 HEADER_BYTES: Final = 32 * KIB  # request line and headers
 IDLE_S: Final = 60.0  # a connection without a request, or with one whose headers do not end
 SEND_TIMEOUT_S: Final = 60.0  # a client that reads nothing for so long is gone
+SHORT_BYTES: Final = 256 * KIB  # of a body; larger ones are of blobs, which come piece by piece
 GRACE_S: Final = 1.0  # for requests under way when the node ends
 
 
@@ -205,7 +206,7 @@ class _Server:
 class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without its types
     """hypercorn's connection, which ends when its client has gone, not when the idle time is over as well.
 
-    The head of a reply whose length is known leaves with the body, and what has no bytes is not written: each write is a
+    The head of a short reply leaves with the body, and what has no bytes is not written: each write is a
     call into the system, which costs more than what hypercorn does with a short reply.
     """
 
@@ -228,7 +229,7 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
             if http.connection.their_state != h11.ERROR:
                 raise
             return
-        if isinstance(event, h11.Response) and any(name == b"content-length" for name, _ in event.headers):
+        if isinstance(event, h11.Response) and _is_short(event):
             self._head = data
         elif data or self._head:
             head, self._head = self._head, b""
@@ -244,6 +245,11 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
     async def _close(self) -> None:
         with trio.CancelScope(shield=True):  # the same; nothing here blocks
             await super()._close()
+
+
+def _is_short(response: h11.Response) -> bool:
+    """Whether its body is made whole before it is sent. A blob of megabytes may be on its way from far: its head goes first."""
+    return any(name == b"content-length" and int(value) <= SHORT_BYTES for name, value in response.headers)
 
 
 async def _stay_with_http1(_request: Any) -> None:

@@ -34,6 +34,7 @@ from meshmax.base.inference import (
     ToolCall,
     merge_options,
 )
+from meshmax.engine.openai_message import message_words
 
 # Ollama's defaults; llama.cpp's own differ (top_p 0.95, min_p 0.05)
 SAMPLING_DEFAULTS: Final = Options(
@@ -99,7 +100,7 @@ def messages_of(request: GenerateRequest | ChatRequest, system: str) -> list[dic
     else:
         own = "" if any(message.role == "system" for message in request.messages) else system
         turns = request.messages
-    return list(map(_message, (Message("system", own), *turns) if own else turns))
+    return list(map(message_words, (Message("system", own), *turns) if own else turns))
 
 
 def chat_body(request: GenerateRequest | ChatRequest, system: str, model: Options) -> dict[str, Any]:
@@ -287,26 +288,6 @@ def reason_in_log(text: str) -> str:
         if found is None:
             return "its file cannot be read"
     return "".join(c for c in found[1].strip() if c.isprintable())[:MAX_REASON]
-
-
-def _message(message: Message) -> dict[str, Any]:
-    words: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.thinking:
-        words["reasoning_content"] = message.thinking
-    if message.tool_calls:
-        words["tool_calls"] = [
-            {
-                "type": "function",
-                "id": call.id or f"call_{index}",
-                "function": {"name": call.name, "arguments": msgspec.json.encode(call.arguments).decode()},
-            }
-            for index, call in enumerate(message.tool_calls)
-        ]
-    if message.tool_call_id:
-        words["tool_call_id"] = message.tool_call_id
-    if message.tool_name:
-        words["name"] = message.tool_name
-    return words
 
 
 def _arguments(text: str) -> dict[str, Any]:

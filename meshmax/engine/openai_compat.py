@@ -36,7 +36,7 @@ from meshmax.base.status import Gpu
 from meshmax.engine import openai_words as words
 from meshmax.engine import server_words as shared
 from meshmax.engine.call_ids import new_call_id
-from meshmax.engine.server_http import ServerHttp, read_out, shared_place
+from meshmax.engine.server_http import ServerHttp, open_prompt, read_out, shared_place
 from meshmax.engine.vectors import finished_vector
 from meshmax.ports import LoadedFacts
 
@@ -132,11 +132,8 @@ class OpenAiModel:
                 yield events
             return
         path, body = self._route(request)
-        async with self._http.open_response("POST", path, body, prompt=True) as response:
-            if response.status != 200:
-                error = await response.read()
-                raise shared.error_of(response.status, response.headers, error, self._where, self._http.hidden)
-            async with aclosing(response.lines()) as lines, aclosing(self._events(request, lines)) as events:
+        async with open_prompt(self._http, path, body, self._where) as lines:
+            async with aclosing(self._events(request, lines)) as events:
                 yield events
 
     def _route(self, request: ChatRequest | GenerateRequest) -> tuple[str, dict[str, object]]:

@@ -33,6 +33,7 @@ from meshmax.base.inference import (
 )
 from meshmax.base.model import ModelDetails
 from meshmax.engine import server_words as shared
+from meshmax.engine.openai_message import message_words
 
 DIGEST_DOMAIN: Final = b"meshmax-openai-model-v1\x00"
 MAX_ARGUMENTS: Final = 1 << 20  # characters of the arguments of one call
@@ -308,25 +309,14 @@ def _begun(said: Said | None) -> tuple[Message, ...]:
 
 
 def _message(message: Message) -> dict[str, Any]:
-    words: dict[str, Any] = {"role": message.role, "content": message.content}
+    words = message_words(message)
     if message.images:
         pictures = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in message.images]
         words["content"] = [{"type": "text", "text": message.content}, *pictures]
-    if message.thinking:
-        words["reasoning_content"] = message.thinking
-    if message.tool_calls:
-        words["tool_calls"] = [
-            {
-                "type": "function",
-                "id": call.id or f"call_{index}",
-                "function": {"name": call.name, "arguments": msgspec.json.encode(call.arguments).decode()},
-            }
-            for index, call in enumerate(message.tool_calls)
-        ]
     if message.role == "tool":
-        words["tool_call_id"] = message.tool_call_id or "call_0"
-    if message.tool_name:
-        words["name"] = message.tool_name
+        words.setdefault("tool_call_id", "call_0")
+    else:
+        words.pop("tool_call_id", None)
     return words
 
 

@@ -61,11 +61,6 @@ class Drain:
         self._do(self._core.on_undrain())
         return self.view
 
-    async def wait_change(self) -> DrainView:
-        """Until something has happened: an answer has ended, the state is another one."""
-        await self._moved.wait()
-        return self.view
-
     async def wait_drained(self) -> DrainView:
         """Until no answer runs, or the node was undrained."""
         await trio.lowlevel.checkpoint()

@@ -25,6 +25,7 @@ RELAYED_STEP_BYTES: Final = (
     8 * 1024
 )  # the same two over a relay, which lets 128 KiB/s through: what is queued delays heartbeats,
 RELAYED_AHEAD_BYTES: Final = 32 * 1024  # so a quarter of a second of it is, and a step of every stream
+BRIEF_BYTES: Final = 4 * 1024  # heartbeats, prompts, tokens: they may queue where bulk has to wait
 MAX_BACKLOG_BYTES: Final = 48 << 20  # queued in all, a step of every stream included; beyond it the connection is cut
 LAST_WORDS_S: Final = 0.2  # for what is queued when a connection is closed
 CLOSE_TIMEOUT_S: Final = 10.0  # how long a closed stream waits for the peer's end; beyond it the stream is reset

@@ -118,7 +118,7 @@ class LibraryStream:
             for start in range(0, len(view), step):
                 if self._over or self._eof_sent:
                     raise PeerGone("the stream was closed here")
-                await self._wire.wait_room()
+                await self._wire.wait_room(len(view))
                 await self._muxed.write(bytes(view[start : start + step]))
         except library.failures() as error:
             self.give_up()

@@ -109,13 +109,19 @@ class Wire:
         self._queued.set()
         await trio.lowlevel.checkpoint()
 
-    async def wait_room(self) -> None:
-        """Wait until less than WRITE_AHEAD_BYTES are queued (over a relay RELAYED_AHEAD_BYTES), or the wire is cut.
-
-        Cancelling costs nothing.
-        """
-        while self._backlog_bytes >= self._ahead_bytes and not self.cut_off:
+    async def wait_room(self, size_bytes: int) -> None:
+        """Wait until there is room to send ``size_bytes``, or the wire is cut. Cancelling costs nothing."""
+        while not self.has_room(size_bytes) and not self.cut_off:
             await self._sent.wait()
+
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether less than WRITE_AHEAD_BYTES are queued (over a relay RELAYED_AHEAD_BYTES), for up to BRIEF_BYTES half as much again.
+
+        Else whoever sends in bulk and was woken first could take all the room each time, while heartbeats and prompts
+        wait for many rounds.
+        """
+        ahead_bytes = self._ahead_bytes * (1.5 if size_bytes <= limits.BRIEF_BYTES else 1)
+        return self._backlog_bytes < ahead_bytes
 
     async def flush(self) -> None:
         """Wait until everything queued was sent, or the wire is cut."""

@@ -42,16 +42,31 @@ async def test_a_stalled_wire_holds_nobody_and_can_be_cut(autojump_clock: Any) -
             for _ in range(100):
                 await wire.write(bytes(65_000))
         with trio.move_on_after(5) as scope:
-            await wire.wait_room()
+            await wire.wait_room(65_000)
         assert scope.cancelled_caught
         wire.cut()
         with trio.fail_after(1):
-            await wire.wait_room()
+            await wire.wait_room(65_000)
             assert await wire.read(10) == b""
         wire.cut()
     assert ended == [True]
     with pytest.raises(library.failures()):
         await wire.write(b"x")
+
+
+async def test_what_is_brief_has_room_where_bulk_has_to_wait(autojump_clock: Any) -> None:
+    wires = MemoryWires()
+    near, _far, ip = await pair(wires)
+    wires.freeze(ip)
+    async with trio.open_nursery() as nursery:
+        wire = Wire(near, lambda: None)
+        nursery.start_soon(wire.pump)
+        while wire.has_room(limits.BRIEF_BYTES + 1):
+            await wire.write(bytes(8 * 1024))
+        assert wire.has_room(limits.BRIEF_BYTES)
+        while wire.has_room(limits.BRIEF_BYTES):  # there is an end to that, too
+            await wire.write(bytes(limits.BRIEF_BYTES))
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_backlog_beyond_its_bound_costs_the_connection(autojump_clock: Any) -> None:

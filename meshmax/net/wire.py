@@ -115,7 +115,7 @@ class Wire:
             await self._sent.wait()
 
     def has_room(self, size_bytes: int) -> bool:
-        """Whether less than WRITE_AHEAD_BYTES (over a relay RELAYED_AHEAD_BYTES) are queued; BRIEF_BYTES may go half as far again.
+        """Whether less than WRITE_AHEAD_BYTES (over a relay RELAYED_AHEAD_BYTES) are queued; half as much again for BRIEF_BYTES.
 
         Else whoever sends in bulk and was woken first could take all the room each time, while heartbeats and prompts
         wait for many rounds.

@@ -1,21 +1,20 @@
-"""Models in this node's memory: does what core.residency decides, with one task per model, and measures its speed.
+"""Who uses a model in this node's memory, and when: does what core.residency decides, for each ask.
 
-A model's task holds the engine's block open, so that closing the residency ends every engine process. Answers run in the
-task of whoever asked; leaving an answer frees its slot and stops the engine's work. A model whose process has ended is
-seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx, num_gpu and num_thread count when
-it is the one that loads the model (of our own requests: services.infer_server takes them out of peers'); a model that is
-loaded already answers as it was loaded. How much memory there is was read when `look_at_memory` was called last: before each
-load on a CPU, and when the figures of the GPUs were read. Not here: what may run where, what is preloaded (services.preload).
+Answers run in the task of whoever asked; leaving an answer frees its slot and stops the engine's work. A model whose
+process has ended is seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx, num_gpu and
+num_thread count when it is the one that loads the model (of our own requests: services.infer_server takes them out of
+peers'); a model that is loaded already answers as it was loaded. How much memory there is was read when `look_at_memory` was
+called last: before each load on a CPU, and when the figures of the GPUs were read. Not here: the models themselves and their
+tasks (services.held_models), their speeds (services.model_speeds), what may run where, what is preloaded (services.preload).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import trio
@@ -24,40 +23,24 @@ from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
 from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, MeshmaxError, Refused
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.inference import (
-    Ask,
-    Event,
-    Finish,
-    GenerateRequest,
-    InferRequest,
-    Options,
-    Priority,
-    is_load_only,
-    merge_options,
-)
+from meshmax.base.inference import Ask, Event, Finish, GenerateRequest, Priority, is_load_only
 from meshmax.base.status import NO_ENGINE, Load, Speed
 from meshmax.core.fair_queue import FairQueue
-from meshmax.core.memory import Reading
-from meshmax.core.residency import (
-    Action,
-    Fail,
-    ResidencyCore,
-    ResidentView,
-    Start,
-    Unload,
-    speed_after_answer,
-    speed_after_load,
-)
+from meshmax.core.memory import Need, Reading
+from meshmax.core.residency import Action, Fail, ResidencyCore, ResidentView, Start, Unload
 from meshmax.core.residency import Load as LoadModel
 from meshmax.ports import Engine, LoadedModel
+from meshmax.services.brought import Brought, NothingBrought
 from meshmax.services.drain import Drain
+from meshmax.services.held_models import HeldModels, file_to_load
 from meshmax.services.model_memory import ModelMemory
+from meshmax.services.model_speeds import ModelSpeeds
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import QUEUE_WAIT, QUEUED, SHED
 
 NO_ROOM: Final = "there is no room for it in memory now"
 STOPPED_S: Final = 600.0  # a model that somebody unloaded is not preloaded again for so long
-MAX_MEASURED: Final = 256  # models whose rates are remembered; the one measured longest ago is forgotten first
+MAX_STOPPED: Final = 256  # of those that are remembered; the one unloaded longest ago is forgotten first
 
 _log = get_logger("residency")
 
@@ -68,56 +51,6 @@ class _Waiter:
         self.settled = trio.Event()
         self.error: MeshmaxError | None = None
         self.model: LoadedModel | None = None
-
-
-class _Held:
-    """A model that is loading or loaded, with the scope of its task."""
-
-    def __init__(self) -> None:
-        self.scope = trio.CancelScope()
-        self.leave = trio.Event()
-        self.file: ModelFile | None = None
-        self.model: LoadedModel | None = None
-
-
-class Brought(Protocol):
-    """The models that engines bring along (services.backends)."""
-
-    def brings(self, digest: Sha256) -> bool:
-        """Whether such an engine runs this model here."""
-        ...
-
-    def loaded(self) -> tuple[LoadedView, ...]:
-        """What they have in memory."""
-        ...
-
-    def parallel(self) -> int:
-        """How much they answer at once."""
-        ...
-
-    async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
-        """Load and keep one so long, or unload it (0). Raises ModelNotFound, EngineError."""
-        ...
-
-
-class NothingBrought:
-    """There are no such engines."""
-
-    def brings(self, digest: Sha256) -> bool:
-        """No."""
-        return False
-
-    def loaded(self) -> tuple[LoadedView, ...]:
-        """Nothing."""
-        return ()
-
-    def parallel(self) -> int:
-        """Nothing."""
-        return 0
-
-    async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
-        """Nothing to do."""
-        await trio.lowlevel.checkpoint()
 
 
 class ModelResidency:
@@ -136,17 +69,16 @@ class ModelResidency:
         brought: Brought | None = None,
         memory: Callable[[], Reading] = Reading,
     ) -> None:
-        self._engine = engine
         self._memory = ModelMemory(config, memory)
         self._brought = brought or NothingBrought()
         self._drain = drain or Drain()
-        self._model_file, self._config, self._nursery = model_file, config, nursery
+        self._engine_name, self._model_file, self._config = engine.name, model_file, config
         self._on_change, self._on_use, self._wall = on_change, on_use, wall
         self._queue = FairQueue(config.max_queue, config.max_queue_per_member, config.max_wait_s)
         self._core = ResidencyCore(self._queue, config.max_loaded, self._brought.brings)
         self._waiters: dict[int, _Waiter] = {}
-        self._held: dict[Sha256, _Held] = {}
-        self._speeds: OrderedDict[Sha256, Speed] = OrderedDict()
+        self._speeds = ModelSpeeds()
+        self._held = HeldModels(engine, model_file, config.load_timeout_s, self._memory, self._speeds, nursery, self)
         self._stopped: dict[Sha256, float] = {}  # when somebody wanted a model out of memory
         self._asks = 0
         self._closed = False
@@ -199,7 +131,7 @@ class ModelResidency:
                     yield events
                 return
             async with model.answer(ask.request) as answer:
-                async with aclosing(self._measured(ask.digest, answer, begun, load_s)) as events:
+                async with aclosing(self._speeds.measured(ask.digest, answer, begun, load_s)) as events:
                     yield events
             if self._brought.brings(ask.digest) and asked_s == 0:
                 await self._brought.keep(ask.digest, 0)
@@ -211,7 +143,7 @@ class ModelResidency:
         """
         ask = Ask("preload", digest, name, GenerateRequest(), keep_alive_s, "batch")
         stopped_s = trio.current_time() - self._stopped.get(digest, -math.inf)
-        if self._closed or digest in self._held or self._brought.brings(digest) or stopped_s < STOPPED_S:
+        if self._closed or self._held.get(digest) or self._brought.brings(digest) or stopped_s < STOPPED_S:
             await trio.lowlevel.checkpoint()
             return False
         with self._drain.admit() as has_begun:
@@ -225,10 +157,9 @@ class ModelResidency:
 
     async def _learn_need(self, ask: Ask) -> None:
         """Find out what a model takes that may have to be loaded. Raises ModelNotFound, StoreError, EngineUnavailable."""
-        if ask.digest in self._held or self._queue.waiting(ask.digest) or self._brought.brings(ask.digest):
+        if self._held.get(ask.digest) or self._queue.waiting(ask.digest) or self._brought.brings(ask.digest):
             return
-        file = await self._model_file(ask.digest)
-        file = msgspec.structs.replace(file, parameters=_load_options(file, ask.request))
+        file = file_to_load(await self._model_file(ask.digest), ask.request)
         self._core.on_need(ask.digest, self._memory.need(file))
         if not self._memory.is_of_gpus:
             self.look_at_memory()
@@ -244,7 +175,7 @@ class ModelResidency:
         number = self._asks = self._asks + 1
         waiter = self._waiters[number] = _Waiter(ask)
         held = self._held.get(ask.digest)
-        ready = held is not None and held.model is not None and not held.leave.is_set()
+        ready = held is not None and held.ready
         begun = trio.current_time()
         try:
             self._do(self._preload(number, ask) if ahead else self._ask(number, ask, requester, keep_alive_s))
@@ -299,29 +230,13 @@ class ModelResidency:
         asks: dict[Sha256, ResidentView] = {}
         for resident in self._core.snapshot():
             held = self._held.get(resident.digest)
-            if held is None or held.file is None or held.model is None or not held.model.alive:
+            view = held.view(resident, self.speed(resident.digest), offset_s) if held else None
+            if view is None:
                 continue
             if self._brought.brings(resident.digest):
                 asks[resident.digest] = resident
-                continue
-            facts, speed = held.model.facts, self.speed(resident.digest)
-            views.append(
-                LoadedView(
-                    name=held.file.name,
-                    digest=resident.digest,
-                    size=facts.size,
-                    size_vram=facts.size_vram,
-                    context_length=facts.context_length,
-                    device=facts.device,
-                    details=held.file.details,
-                    expires_at_s=None if resident.expires_at == math.inf else resident.expires_at + offset_s,
-                    running=resident.running,
-                    queued=resident.queued,
-                    prefill_per_s=speed.prefill_per_s,
-                    decode_per_s=speed.decode_per_s,
-                    load_s=speed.load_s,
-                )
-            )
+            else:
+                views.append(view)
         return (*views, *(self._asked(view, asks.get(view.digest)) for view in self._brought.loaded()))
 
     def _asked(self, view: LoadedView, asks: ResidentView | None) -> LoadedView:
@@ -342,23 +257,23 @@ class ModelResidency:
 
     def held(self) -> frozenset[Sha256]:
         """The models that are in memory, on their way there, or leaving it."""
-        return frozenset(self._held)
+        return self._held.digests()
 
     def load(self) -> Load:
         """Prompts running and queued now; the capacity of one model, loaded or not, and of engines that bring theirs."""
         brought = self._brought.parallel()
-        own = 0 if brought and self._engine.name == NO_ENGINE else self._config.parallel
+        own = 0 if brought and self._engine_name == NO_ENGINE else self._config.parallel
         return Load(self._core.running, self._core.queued, own + brought, self._config.max_queue)
 
     def speed(self, digest: Sha256) -> Speed:
         """What was measured of a model since this node started, loaded now or not."""
-        return self._speeds.get(digest, Speed())
+        return self._speeds.speed(digest)
 
     async def unload(self, digest: Sha256) -> None:
         """Unload when its running answers have ended; does not wait for them. No error if it is not loaded."""
         await trio.lowlevel.checkpoint()
         self._stopped[digest] = trio.current_time()
-        if len(self._stopped) > MAX_MEASURED:
+        if len(self._stopped) > MAX_STOPPED:
             del self._stopped[min(self._stopped, key=self._stopped.__getitem__)]
         self._do(self._core.on_unload(digest, trio.current_time()))
 
@@ -373,92 +288,43 @@ class ModelResidency:
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, LoadModel):
-                held = self._held[action.digest] = _Held()
                 first = next(w.ask for w in self._waiters.values() if w.ask.digest == action.digest)
-                self._nursery.start_soon(self._run_model, action.digest, held, first.request)
+                self._held.load(action.digest, first.request)
             elif isinstance(action, Unload):
-                self._leave(self._held[action.digest])
+                self._held.leave(action.digest)
             elif isinstance(action, Start):
                 waiter = self._waiters[action.ask]
-                waiter.model = self._held[waiter.ask.digest].model
+                held = self._held.get(waiter.ask.digest)
+                waiter.model = held.model if held else None
                 waiter.settled.set()
         if self._core.deadline() < self._due_s:  # one that moved on is seen when the earlier one is due
             self._changed.set()
         self._on_change()
 
-    def _leave(self, held: _Held) -> None:
-        held.leave.set()
-        if held.model is None:
-            held.scope.cancel()
-
     def _notice_crash(self, digest: Sha256) -> None:
         held = self._held.get(digest)
-        if held and held.model and not held.model.alive and not held.leave.is_set():
+        if held and held.crashed:
             _log.warning("engine crashed", digest=digest[:12])
             self._do(self._core.on_crashed(digest, trio.current_time()))
 
-    async def _run_model(self, digest: Sha256, held: _Held, request: InferRequest) -> None:
-        try:
-            with held.scope:
-                await self._hold_model(digest, held, request)
-        except MeshmaxError as error:
-            if held.model is None:
-                self._fail(digest, error)
-                return
-            _log.warning("engine ended badly", digest=digest[:12], error=error.message)
-        del self._held[digest]
+    # --- held_models.HeldEvents --------------------------------------------------------------------------------------
+
+    def on_loaded(self, digest: Sha256, parallel: int, need: Need) -> None:
+        """See HeldEvents."""
+        self._do(self._core.on_loaded(digest, parallel, trio.current_time(), need))
+
+    def on_unloaded(self, digest: Sha256) -> None:
+        """See HeldEvents."""
         self._do(self._core.on_unloaded(digest, trio.current_time()))
 
-    async def _hold_model(self, digest: Sha256, held: _Held, request: InferRequest) -> None:
-        begun = trio.current_time()
-        file = await self._model_file(digest)
-        held.file = msgspec.structs.replace(file, parameters=_load_options(file, request))
-        # The deadline ends with the load: the block below stays open for as long as the model is in memory.
-        with trio.CancelScope(deadline=begun + self._config.load_timeout_s) as loading:
-            async with self._engine.open_model(held.file) as model:
-                loading.deadline = math.inf
-                held.model = model
-                took_s = trio.current_time() - begun
-                self._remember(digest, speed_after_load(self.speed(digest), took_s))
-                _log.info("loaded", model=held.file.name, digest=digest[:12], seconds=round(took_s, 3))
-                need = self._memory.on_loaded(held.file, model.facts)
-                self._do(self._core.on_loaded(digest, model.facts.parallel, trio.current_time(), need))
-                await held.leave.wait()
-        if loading.cancelled_caught:
-            raise EngineUnavailable(f"the model did not load within {self._config.load_timeout_s:g} s")
-
-    def _fail(self, digest: Sha256, error: MeshmaxError) -> None:
-        _log.warning("not loaded", digest=digest[:12], code=error.code, error=error.message)
-        del self._held[digest]
+    def on_load_failed(self, digest: Sha256, error: MeshmaxError) -> None:
+        """See HeldEvents."""
         actions = self._core.on_load_failed(digest, trio.current_time())
         for action in actions:
             if isinstance(action, Fail):
                 self._waiters[action.ask].error = error
                 self._waiters[action.ask].settled.set()
         self._do(actions)
-
-    async def _measured(
-        self, digest: Sha256, answer: AsyncIterator[Event], begun: float, load_s: float
-    ) -> AsyncGenerator[Event, None]:
-        async for event in answer:
-            if isinstance(event, Finish):
-                self._remember(digest, speed_after_answer(self.speed(digest), event))
-                # An engine that brings its models along loads them by itself, and tells how long that took.
-                load_s += event.load_s
-                event = msgspec.structs.replace(event, load_s=load_s, total_s=trio.current_time() - begun)
-            yield event
-
-    def _remember(self, digest: Sha256, speed: Speed) -> None:
-        self._speeds[digest] = speed
-        self._speeds.move_to_end(digest)
-        if len(self._speeds) > MAX_MEASURED:
-            self._speeds.popitem(last=False)
-
-
-def _load_options(file: ModelFile, request: InferRequest) -> Options:
-    asked = request.options
-    loading = Options(num_ctx=asked.num_ctx, num_gpu=asked.num_gpu, num_thread=asked.num_thread or None)
-    return merge_options(loading, file.parameters)
 
 
 async def _one(event: Event) -> AsyncGenerator[Event, None]:

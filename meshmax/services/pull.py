@@ -1,9 +1,9 @@
 """Transfers of models: which pulls run, who watches them, which ones are detached, how they ended. Satisfies ports.Pulls.
 
 Rules: a model that is pulled twice at once is transferred once, under both names. A pull that is watched is cancelled when
-its last watcher leaves, and what was fetched is kept; a detached one goes on, is remembered (``keep``) and taken up again
-by the next run of this node. What a peer asks us to pull is a detached pull, if we take such requests; few at once. Not
-here: one pull (services.pull_job), what we send (services.outflow, whose transfers are listed too).
+its last watcher leaves, and what was fetched is kept; a detached one goes on, is remembered (services.kept_downloads) and
+taken up again by the next run of this node. What a peer asks us to pull is a detached pull, if we take such requests; few at
+once. Not here: one pull (services.pull_job), what we send (services.outflow, whose transfers are listed too).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from functools import partial
 from typing import Final, Literal
 
 import msgspec
@@ -33,9 +32,10 @@ from meshmax.base.model import StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.core.backoff import Random
 from meshmax.ports import Catalog, Naming, Presence, RunSync, Swarm, Throttle
+from meshmax.services.kept_downloads import Keep, KeptDownloads, forget, remembered_model
 from meshmax.services.lane_client import LaneOpener
 from meshmax.services.lane_spares import LaneSpares
-from meshmax.services.model_exchange import FetchedModel, check_record
+from meshmax.services.model_exchange import FetchedModel
 from meshmax.services.outflow import Outflow
 from meshmax.services.pull_job import Job
 from meshmax.services.pull_progress import FINAL, Board
@@ -43,7 +43,6 @@ from meshmax.services.pull_world import LocalSources, Room, Seek, Store, World, 
 from meshmax.services.upstream_pull import UpstreamPull, UpstreamPulls
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
-from meshmax.wire.manifest import parse_manifest
 
 MAX_PULLS: Final = 32  # at once; each may hold 64 MiB of chunks that wait for the disk
 MAX_ASKED: Final = 4  # of those, begun because a peer asked for it
@@ -52,7 +51,6 @@ MAX_ENDED: Final = 100  # ended transfers that are remembered
 CANCEL_WAIT_S: Final = 15.0  # for a cancelled pull to let go of its files
 
 Action = Literal["cancel", "pause", "resume"]
-Keep = Callable[[tuple[Download, ...]], Awaitable[None]]
 
 _log = get_logger("pull")
 
@@ -84,14 +82,11 @@ class PullService:
         self._nursery = nursery
         self._outflow = outflow
         self._on_change = on_change
-        self._keep = keep
+        self._kept = KeptDownloads(keep, self._downloads)
         self._accept = accept
         self._jobs: dict[Sha256, Job] = {}
         self._ended: deque[Transfer] = deque(maxlen=MAX_ENDED)
         self._count = 0
-        self._changes = trio.Event()  # what has to be remembered has changed
-        self._keeping = trio.Lock()
-        self._kept: tuple[Download, ...] = ()
 
     # --- ports.Pulls -------------------------------------------------------------------------------------------------
 
@@ -142,7 +137,7 @@ class PullService:
         else:
             job.resume()
         if job.detached:
-            await self._remember()
+            await self._kept.remember()
         return job.board.value
 
     def _job(self, wanted: str) -> Job | None:
@@ -208,11 +203,11 @@ class PullService:
 
     def take_up(self, downloads: Sequence[Download]) -> None:
         """Go on with what an earlier run remembered. What cannot be read any more is dropped, with a word in the log."""
-        self._kept = tuple(downloads)
+        self._kept.kept = tuple(downloads)
         for download in downloads[:MAX_PULLS]:
             try:
                 names = [parse_name(name) for name in download.names]
-                model = _remembered(download)
+                model = remembered_model(download)
             except MeshmaxError as error:
                 _log.warning("a remembered download is not valid", model=download.names, error=error.message)
                 continue
@@ -234,10 +229,7 @@ class PullService:
 
     async def run_keeper(self) -> None:
         """Remember the detached pulls whenever they changed, until cancelled."""
-        while True:
-            await self._changes.wait()
-            self._changes = trio.Event()
-            await self._remember()
+        await self._kept.run()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -324,7 +316,7 @@ class PullService:
                 self._ended.appendleft(here)
             return here
         found.detach()
-        await self._remember()
+        await self._kept.remember()
         return found.board.value
 
     def _start(self, job: Job) -> Job:
@@ -346,15 +338,11 @@ class PullService:
             self._changed()
 
     def _changed(self) -> None:
-        self._changes.set()
+        self._kept.changed()
         self._on_change()
 
-    async def _remember(self) -> None:
-        """Keep what is detached. A disk that does not take it costs that pull its next run, and a word in the log."""
-        async with self._keeping:
-            downloads = tuple(job.download() for job in self._jobs.values() if job.detached)
-            if downloads != self._kept and await isolate("downloads", partial(self._keep, downloads)):
-                self._kept = downloads
+    def _downloads(self) -> tuple[Download, ...]:
+        return tuple(job.download() for job in self._jobs.values() if job.detached)
 
     def _new_id(self, digest: Sha256) -> str:
         self._count += 1
@@ -367,10 +355,6 @@ class _Meaning(msgspec.Struct, frozen=True):
     digest: Sha256
     stored: StoredModel | None
     server: str = ""
-
-
-async def _forget(_downloads: tuple[Download, ...]) -> None:
-    await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager
@@ -386,7 +370,7 @@ async def open_pulls(
     on_change: Callable[[], None] = lambda: None,
     outflow: Outflow | None = None,
     downloads: Sequence[Download] = (),
-    keep: Keep = _forget,
+    keep: Keep = forget,
     accept: bool = True,
     upstream: UpstreamPulls | None = None,
     opener: LaneOpener | None = None,
@@ -429,17 +413,6 @@ async def open_pulls(
         nursery.start_soon(outflow.run)
         yield pulls
         nursery.cancel_scope.cancel()
-
-
-def _remembered(download: Download) -> FetchedModel | None:
-    """What a remembered download consists of, checked as if a peer had told it. Raises ManifestInvalid."""
-    if not download.manifest:
-        return None
-    manifest = parse_manifest(download.manifest)
-    if manifest.digest != download.digest:
-        return None
-    record = check_record(download.record, manifest) if download.record else None
-    return FetchedModel(manifest, record, download.record)
 
 
 def _nobody_has(name: str) -> NoProviders:

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from meshmax import __version__
 from meshmax.base.config import Config
 from meshmax.cli.output import emit
-from meshmax.cli.peer import Cancellable, run_until_signal, start
+from meshmax.cli.peer import Cancellable, run_until_signal, spare_lasting_objects, start
 from meshmax.cli.settings import load_config
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ async def _run(config: Config, stage: list[Cancellable]) -> None:
     from meshmax.node.bootstrap import open_bootstrap
 
     async with open_bootstrap(config) as node, trio.open_nursery() as nursery:
+        spare_lasting_objects()
         url = await nursery.start(partial(serve_pages, _pages(node), config.api, DEFAULT_STATUS_PORT))
         stage.append(nursery.cancel_scope)
         node.home.write_run(str(url), node.peer_id, node.started_at_s)

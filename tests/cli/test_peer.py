@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from meshmax.base.config import Config
 from meshmax.base.errors import ConfigError
 from meshmax.base.membership import OPEN_MESH, SCOPES, MeshId, MeshView
-from meshmax.cli.peer import _only_error, banner, who_holds_default_port
+from meshmax.cli.peer import YOUNG_OBJECTS, _only_error, banner, spare_lasting_objects, who_holds_default_port
 
 FACTS: dict[str, Any] = {
     "name": "box", "peer_id": "12D3KooWA", "home": "/home/me/.meshmax", "lan": True, "models": 2,
@@ -74,3 +75,17 @@ def test_a_programming_error_is_never_hidden_behind_one_of_ours() -> None:
     assert _only_error(group) is group
     with pytest.raises(ZeroDivisionError):
         raise _only_error(ExceptionGroup("a", [ZeroDivisionError()]))
+
+
+def test_what_is_there_when_a_peer_is_up_is_not_looked_through_again() -> None:
+    thresholds, frozen = gc.get_threshold(), gc.get_freeze_count()
+    lasting = [[]]  # type: ignore[var-annotated]
+    try:
+        spare_lasting_objects()
+        assert gc.get_freeze_count() > frozen
+        assert not any(each is lasting for each in gc.get_objects())
+        assert gc.get_threshold()[0] == YOUNG_OBJECTS
+    finally:
+        gc.set_threshold(*thresholds)
+        if not frozen:
+            gc.unfreeze()

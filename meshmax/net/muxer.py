@@ -19,7 +19,6 @@ from meshmax.net import limits
 
 CREDIT_BYTES: Final = 4 * 1024  # read and not given back yet; on a slow path a writer should not wait long for it
 CREDIT_TIMEOUT_S: Final = 30.0  # for whom a writer waits; over a busy relay both the bytes and the credit take seconds
-CREDIT_LOOK_S: Final = 0.01  # between looks whether it has come: nobody tells
 MAX_FRAME_BYTES: Final = (
     65_519  # of one Noise message: a frame that is longer leaves in two, and needs the library's lock
 )
@@ -80,11 +79,37 @@ class _Thrift:
     unsaid = 0
     stream_id: int
     conn: Any
-    send_window: int
     recv_window: int
     target_recv_window: int
     send_closed: bool
-    closed: bool
+    _credit_bytes = 0
+    _closed = False
+    _credited: trio.Event | None = None  # while a writer waits for credit
+
+    # The library sets these two as attributes, in many places, and tells nobody.
+    @property
+    def send_window(self) -> int:
+        """Bytes that the peer allows us to send still."""
+        return self._credit_bytes
+
+    @send_window.setter
+    def send_window(self, size_bytes: int) -> None:
+        self._credit_bytes = size_bytes
+        self._wake()
+
+    @property
+    def closed(self) -> bool:
+        """Whether both ways are over, in order or not."""
+        return self._closed
+
+    @closed.setter
+    def closed(self, closed: bool) -> None:
+        self._closed = closed
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._credited is not None:  # events have no truth
+            self._credited.set()
 
     async def write(self, data: bytes) -> None:
         while data:
@@ -101,8 +126,9 @@ class _Thrift:
 
     async def _wait_credit(self) -> None:
         with trio.move_on_after(CREDIT_TIMEOUT_S):
-            while self.send_window <= 0 and not self.closed:  # noqa: ASYNC110  the library has no event for it
-                await trio.sleep(CREDIT_LOOK_S)
+            while self.send_window <= 0 and not self.closed:
+                self._credited = trio.Event()
+                await self._credited.wait()
             return
         raise trio.BrokenResourceError(f"the peer read nothing for {CREDIT_TIMEOUT_S:g} s")
 

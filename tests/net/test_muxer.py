@@ -7,6 +7,7 @@ from typing import Any, Final
 import pytest
 import trio
 
+from meshmax.base.errors import PeerGone
 from meshmax.net.muxer import SYN, bounded_yamux
 from meshmax.net.negotiation import parse_proposal, proposal
 from meshmax.net.swarm import LibrarySwarm
@@ -122,3 +123,40 @@ def test_a_proposal_is_seen_only_where_it_is_whole_and_nothing_else_comes_before
     assert all(parse_proposal(whole[:cut]) is None for cut in range(len(whole)))
     assert parse_proposal(b"x" + whole) is None
     assert parse_proposal(whole[:-1] + b"x") is None
+
+
+async def test_a_writer_without_credit_goes_on_when_the_peer_reads_and_ends_when_the_connection_is_lost(
+    autojump_clock: Any, pair: Pair
+) -> None:
+    a, b = pair
+    reads = trio.Event()
+
+    async def read_late(stream: Stream) -> None:
+        await reads.wait()
+        assert await stream.receive_some(200_000)
+        await trio.sleep_forever()
+
+    b.serve(ECHO, read_late)
+    stream = await a.open_stream(b.peer_id, ECHO)
+    ended: list[float] = []
+
+    async def write() -> None:
+        await stream.send_all(bytes(256 * 1024))  # the window
+        await stream.send_all(b"more")
+        ended.append(trio.current_time())
+        with pytest.raises(PeerGone):
+            await stream.send_all(bytes(POURED_BYTES))
+        ended.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        await trio.sleep(1)
+        assert not ended
+        read_s = trio.current_time()
+        reads.set()
+        await trio.sleep(1)
+        assert ended == [pytest.approx(read_s + 0.05, abs=0.001)]  # as long as the credit is on its way
+        lost_s = trio.current_time()
+        await a.disconnect(b.peer_id)
+        await trio.sleep(1)
+        assert ended[1] < lost_s + 0.5

@@ -29,11 +29,11 @@ from meshmax.base.errors import EngineError, MeshmaxError
 from meshmax.base.inference import Delta, Event, Finish, Moved, RoutedEvent, Vector
 from meshmax.base.route import Route
 from meshmax.base.units import MIB
+from meshmax.core.explain import header_line
 from meshmax.ports import Answer
 from meshmax.telemetry.log import get_logger
 
 MAX_WHOLE_BYTES: Final = 32 * MIB  # of an answer that is sent as one object
-MAX_ROUTE_CHARACTERS: Final = 500  # of X-Meshmax-Route
 
 Emit = Callable[[Any], Awaitable[None]]  # sends one line of a stream
 
@@ -216,7 +216,7 @@ async def cancel_on_hang_up(receive: Receive, scope: trio.CancelScope) -> None:
 
 def route_headers(route: Route) -> dict[str, str]:
     """Who serves the prompt and why, as headers."""
-    line = "".join(c if " " <= c <= "~" else "?" for c in route.line[:MAX_ROUTE_CHARACTERS])
+    line = header_line(route.line, route.request_id)
     return {"x-meshmax-peer": route.peer_id, ROUTE_HEADER: line} if route.peer_id else {ROUTE_HEADER: line}
 
 

@@ -19,6 +19,7 @@ def request_json(route: Route) -> dict[str, Any]:
     return {
         "id": route.request_id,
         "model": route.model,
+        "kind": route.kind,
         "digest": route.digest,
         "policy": route.policy,
         "state": route.state,

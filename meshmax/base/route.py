@@ -14,6 +14,7 @@ POLICIES: Final[tuple[Policy, ...]] = ("latency", "least-loaded", "round-robin",
 Verdict = Literal["chosen", "slower", "busy", "failed", "draining", "broken", "full", "excluded"]
 AttemptKind = Literal["first", "retry", "hedge", "continuation", "fetch"]
 RequestState = Literal["running", "done", "failed", "cancelled"]
+RequestKind = Literal["text", "vectors", "load", "unload"]
 
 
 class Wishes(msgspec.Struct, frozen=True):
@@ -73,6 +74,8 @@ class Route(msgspec.Struct, frozen=True):
     """The decision for one request. ``line`` is one line of ASCII for the header; ``peer_id`` began the answer.
 
     ``started_at_s``: Unix time. ``first_token_s``, ``total_s``: after that, None until then. ``model``: as it was asked for.
+    ``kind``: what was asked for. ``among``: how many peers could be asked when it came, of whom ``candidates`` tells
+    the best.
     """
 
     request_id: str
@@ -89,3 +92,5 @@ class Route(msgspec.Struct, frozen=True):
     total_s: float | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
+    kind: RequestKind = "text"
+    among: int | None = None

@@ -11,7 +11,7 @@ from meshmax.base.errors import NotFound
 from meshmax.cli.client import Target, open_client
 from meshmax.cli.models import HERE, AsJson
 from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable, table
-from meshmax.core.why import VERDICT_WORDS, seconds
+from meshmax.core.why import CANCELLED, VERDICT_WORDS, seconds
 
 _HEADER: Final = ("PEER", "VERDICT", "EXPECTED", "WAY", "QUEUE", "LOADING", "PROMPT", "ANSWER", "WHY")
 _PARTS: Final = ("rtt_ms", "queue_ms", "load_ms", "prompt_ms", "output_ms")
@@ -49,18 +49,20 @@ def describe(route: dict[str, Any], now_s: float) -> str:
     lines = [f"request {printable(route['id'])}, {asked.lower()}", ""]
     lines += [printable(line) for line in route.get("story") or ()]
     if candidates := route.get("candidates"):
-        lines += ["", table(_HEADER, [_row(candidate) for candidate in candidates])]
+        late = {attempt["peer_id"] for attempt in route.get("attempts") or () if attempt.get("error") == CANCELLED}
+        lines += ["", table(_HEADER, [_row(candidate, candidate["peer_id"] in late) for candidate in candidates])]
     return "\n".join(lines)
 
 
-def _row(candidate: dict[str, Any]) -> tuple[str, ...]:
+def _row(candidate: dict[str, Any], late: bool) -> tuple[str, ...]:
+    """``late``: it was asked, and another one was faster."""
     figures = candidate.get("figures") or {}
     verdict = candidate.get("verdict", "")
     parts = [_time(figures.get(key)) for key in _PARTS]
     name = candidate.get("name") or candidate["peer_id"][-8:]
     return (
         name,
-        VERDICT_WORDS.get(verdict, verdict),
+        "asked, and slower" if late and verdict == "slower" else VERDICT_WORDS.get(verdict, verdict),
         _time(candidate.get("estimate_ms")),
         *parts,
         candidate.get("why", ""),

@@ -34,7 +34,7 @@ MAX_STRADDLE_CHARACTERS: Final = 256  # of a stop word that began before the bre
 Mode = Literal["anew", "prefix", "replay", "finish"]
 
 CONTRADICTED: Final = (
-    "the peer that was answering went away, and another one answered differently from what was sent already: ask again"
+    "the peer that was answering went away, and another one answered differently from what was sent already"
 )
 
 

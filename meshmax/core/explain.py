@@ -1,18 +1,26 @@
 """The words of a decision: what each candidate is like, and in one line who answers, why, and whom it beat.
 
-The line stands in a response header: printable ASCII, and names of peers hold no separators of it. Pure. Not here: the
-decision (core.routing).
+The line stands in a response header (`header_line`): bounded printable ASCII, and names of peers hold no separators of it. Pure.
+Not here: the decision (core.routing), the whole story (core.why).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Final
 
+from meshmax.base.errors import Busy, Draining
 from meshmax.base.ids import PeerId
-from meshmax.base.route import Candidate, Policy, Verdict
+from meshmax.base.inference import Ask, EmbedRequest, is_load_only
+from meshmax.base.route import Candidate, Policy, RequestKind, Verdict
 from meshmax.base.status import MAX_PEER_NAME
 from meshmax.core.estimate import ahead_of, rtt_of
 from meshmax.core.policies import STICKY, Judged, tier_of
+
+MAX_HEADER: Final = (
+    600  # characters of a line in a header, the sign that it was cut included; servers take 8 KiB of headers
+)
+_TRIED_WORDS: Final = {Busy.code: "was busy", Draining.code: "is being drained"}
 
 
 def explain(
@@ -23,29 +31,60 @@ def explain(
     *,
     policy: Policy = "latency",
     among: int = 0,
+    late: Collection[PeerId] = (),
+    over: bool = True,
 ) -> str:
     """One line of ASCII: who answers, why, and whom it beat, by which rule where that was estimated to be sooner.
 
     ``failed``: (name, error code) of those tried before. ``tokens``: how long an answer the estimates are for. ``among``:
-    how many could be asked, where ``candidates`` are only the best of them.
+    how many could be asked that did not fail, ``chosen`` included, where ``candidates`` are only the best of them. ``late``:
+    who was asked before, and had said nothing yet. ``over``: nothing more will come of it.
     """
     candidates = tuple(candidates)
     best = next((c for c in candidates if c.peer_id == chosen), None)
-    tried = "".join(f"; {plain_name(name)} failed before ({code})" for name, code in failed)
+    tried = "".join(
+        f"; {plain_name(name)} {_TRIED_WORDS.get(code) or f'failed before ({code})'}" for name, code in failed
+    )
     if best is None:
-        return f"nobody answered{tried}"
-    others = [c for c in candidates if c.peer_id != chosen and c.verdict in ("slower", "chosen")]
+        return f"nobody {'answered' if over else 'has answered yet'}{tried}"
+    slow = [c for c in candidates if c.peer_id in late and c.peer_id != chosen]
+    tried += "".join(f"; {plain_name(c.name)} was asked before, and had said nothing yet" for c in slow)
+    others = [c for c in candidates if c.peer_id != chosen and c.verdict in ("slower", "chosen") and c not in slow]
     beat = ""
     if others:
         shown = min(others, key=lambda c: (c.estimate_s, c.peer_id))
-        number = max(len(others), among - 1)
+        number = max(len(others), among - 1 - len(slow))
         count = f"{number} other{'s' if number > 1 else ''}"
-        rule = f": {_rule(best, shown, policy)}" if shown.estimate_s < best.estimate_s else ""
+        rule = f": {_rule(best, shown, policy)}" if shown.estimate_s < best.estimate_s and not tried else ""
         beat = f"; beat {count} (next: {plain_name(shown.name)}, est {_seconds(shown.estimate_s)}{rule})"
     elif not tried:
         beat = "; nobody else has it ready" if policy != "local-only" else "; only this machine was asked for"
     size = f" for {tokens} tokens" if tokens else ""
     return f"{plain_name(best.name)}: {best.why}, est {_seconds(best.estimate_s)}{size}{beat}{tried}"
+
+
+def header_line(line: str, request_id: str) -> str:
+    """``line`` as a header can carry it: printable ASCII, at most MAX_HEADER characters of it.
+
+    What is longer is cut between words, at a separator where there is one near, and says where the whole stands.
+    """
+    if len(line) <= MAX_HEADER and line.isascii() and line.isprintable():
+        return line
+    plain = "".join(c if " " <= c <= "~" else "?" for c in line[: MAX_HEADER + 1])
+    if len(line) <= MAX_HEADER:
+        return plain
+    rest = f" ... (`meshmax why {request_id}` tells the rest)"
+    kept = plain[: MAX_HEADER - len(rest)]
+    ends = [kept.rfind(separator, len(kept) // 2) for separator in ("; ", ", ")]
+    end = max(ends) if max(ends) >= 0 else kept.rfind(" ", len(kept) // 2)
+    return (kept[:end] if end >= 0 else kept).rstrip(" ;,(") + rest
+
+
+def kind_of(ask: Ask) -> RequestKind:
+    """What a request asks for."""
+    if is_load_only(ask.request):
+        return "unload" if ask.keep_alive_s == 0 else "load"
+    return "vectors" if isinstance(ask.request, EmbedRequest) else "text"
 
 
 def candidate_of(judged: Judged, verdict: Verdict, words: str = "") -> Candidate:

@@ -8,6 +8,7 @@ what passes: it went away, its engine crashed (and is started anew), it was full
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from meshmax.base.errors import (
     Busy,
@@ -20,6 +21,7 @@ from meshmax.base.errors import (
     StoreError,
 )
 
+NOBODY_ELSE: Final = ", and no other peer could carry it on"  # an answer that broke off
 _PASSING = (PeerGone, ConnectError, EngineCrashed, Busy)
 
 
@@ -43,7 +45,8 @@ def most_telling(errors: Sequence[MeshmaxError], *, middle: bool = False) -> Mes
     if not errors:
         return PeerGone()
     if middle:
-        return next((e for e in reversed(errors) if not isinstance(e, _PASSING)), errors[0])
+        told = next((e for e in reversed(errors) if not isinstance(e, _PASSING)), errors[0])
+        return PeerGone(f"{told.message}{NOBODY_ELSE}") if type(told) is PeerGone else told
     others = [error for error in errors if not isinstance(error, Busy)]
     if others:
         return others[-1]

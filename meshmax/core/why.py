@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Final
 
 from meshmax.base.ids import PeerId
-from meshmax.base.route import Attempt, AttemptKind, Candidate, Policy, Route, Verdict
+from meshmax.base.route import Attempt, AttemptKind, Candidate, Policy, RequestKind, Route, Verdict
 
+CANCELLED: Final = "cancelled"  # the error of an attempt that was ended for no fault of its peer
 POLICY_WORDS: Final[Mapping[Policy, str]] = {
     "latency": "whoever is expected to have the whole answer soonest",
     "least-loaded": "whoever has the least to do",
@@ -37,12 +38,31 @@ _KIND_WORDS: Final[Mapping[AttemptKind, str]] = {
     "continuation": "asked to carry on from there",
     "fetch": "fetched the model first",
 }
+_ELIGIBLE: Final = ("slower", "chosen")  # verdicts of those who could have been asked
+_WANTED_WORDS: Final[Mapping[RequestKind, str]] = {
+    "text": "was asked for",
+    "vectors": "was asked for vectors",
+    "load": "was to be loaded",
+    "unload": "was to leave memory",
+}
+_WHOLE_WORDS: Final[Mapping[RequestKind, str]] = {
+    "text": "The answer was whole",
+    "vectors": "The vectors were whole",
+    "load": "The model was in memory",
+    "unload": "It was done",
+}
+_FIRST_WORDS: Final[Mapping[RequestKind, str]] = {
+    "text": "its first word",
+    "vectors": "its first vector",
+    "load": "its answer",
+    "unload": "its answer",
+}
 _ERROR_WORDS: Final[Mapping[str, str]] = {
     "draining": "it is being drained",
     "busy": "it was busy",
     "peer_gone": "it went away",
     "connect": "it could not be reached",
-    "cancelled": "another peer was faster",
+    CANCELLED: "another peer was faster",
     "first_token_timeout": "it did not begin in time",
     "engine_crashed": "its engine crashed",
     "model_not_found": "it does not have the model any more",
@@ -52,10 +72,8 @@ _ERROR_WORDS: Final[Mapping[str, str]] = {
 def story(route: Route) -> tuple[str, ...]:
     """The sentences, one line each: what was asked for, the outcome, the choice, each try in its order."""
     names = {candidate.peer_id: candidate.name for candidate in route.candidates if candidate.name}
-    lines = [
-        f"'{route.model or route.digest[:12]}' was asked for; it goes to {POLICY_WORDS[route.policy]} ({route.policy})."
-    ]
-    lines.append(_outcome(route))
+    wanted = f"'{route.model or route.digest[:12]}' {_WANTED_WORDS[route.kind]}"
+    lines = [f"{wanted}; it goes to {POLICY_WORDS[route.policy]} ({route.policy}).", _outcome(route)]
     lines += _choice(route)
     lines += [_tried(route, number, names) for number in range(len(route.attempts))]
     return tuple(lines)
@@ -67,35 +85,61 @@ def name_of(peer_id: PeerId, names: Mapping[PeerId, str]) -> str:
 
 
 def _outcome(route: Route) -> str:
-    tokens = _tokens(route.output_tokens)
+    said = _said(route)
     first = f", the first after {seconds(route.first_token_s)}" if route.first_token_s is not None else ""
     if route.state == "running":
-        waits = "nothing has been said yet" if route.first_token_s is None else f"{tokens} so far{first}"
+        waits = "nothing has been said yet" if route.first_token_s is None else f"{said} so far{first}"
         return f"It is under way: {waits}."
     after = f" after {seconds(route.total_s)}" if route.total_s is not None else ""
     if route.state == "done":
-        return f"The answer was whole{after}: {tokens}{first}."
+        return f"{_WHOLE_WORDS[route.kind]}{after}{f': {said}{first}' if route.kind == 'text' else _read(route)}."
     if route.state == "cancelled":
-        return f"The client went away{after}, {tokens} had been said."
-    said = f" in the middle of the answer, {tokens} had been said" if route.first_token_s is not None else ""
-    return f"It failed{after}{said}."
+        return f"The client went away{after}, {said} had been said."
+    middle = f" in the middle of the answer, {said} had been said" if route.first_token_s is not None else ""
+    return f"It failed{after}{middle}."
+
+
+def _said(route: Route) -> str:
+    """What the client got."""
+    if route.kind == "text":
+        return _tokens(route.output_tokens)
+    return "nothing" if route.first_token_s is None else "a part"
+
+
+def _read(route: Route) -> str:
+    return f", of {_tokens(route.prompt_tokens)} that were read" if route.prompt_tokens else ""
 
 
 def _choice(route: Route) -> list[str]:
-    best = next((c for c in route.candidates if c.verdict == "chosen"), None)
     if not route.candidates:
         return [f"{route.line[:1].upper()}{route.line[1:]}."] if route.line else []
+    asked = [attempt.peer_id for attempt in route.attempts if attempt.kind != "fetch"]
+    chosen = next((c for c in route.candidates if c.verdict == "chosen"), None)
+    best = next((c for c in route.candidates if c.peer_id in asked[:1]), chosen)
     if best is None:
         return ["None of the peers that have the model could answer."]
-    others = [c for c in route.candidates if c is not best and c.verdict == "slower"]
-    words = f"{best.name or best.peer_id} was best: {best.why}; {_estimate(best)}."
-    if not best.estimate_s:  # it fetches the model first
-        return [f"Of those that could hold it {best.name or best.peer_id} was best: {best.why}."]
+    who = best.name or best.peer_id
+    if not (asked or best.estimate_s):  # it fetches the model first
+        return [f"Of those that could hold it {who} was best: {best.why}."]
+    others = [c for c in route.candidates if c is not best and (c.verdict in _ELIGIBLE or c.peer_id in asked)]
+    if asked and route.among == 0:
+        words = f"Nobody was free to be asked; {who} was asked all the same: {best.why}; {_estimate(best)}."
+        return [words, *_others(others, 0, "had the model, too")]
+    words = f"{who} was best: {best.why}; {_estimate(best)}."
+    return [
+        words,
+        *(_others(others, (route.among or 0) - 1, "could have answered") or ["Nobody else could have answered."]),
+    ]
+
+
+def _others(others: list[Candidate], at_least: int, could: str) -> list[str]:
+    """How many there were beside the one that was asked first, and what was expected of the best of them."""
     if not others:
-        return [words, "Nobody else could have answered."]
+        return []
     next_best = min(others, key=lambda c: (c.estimate_s, c.peer_id))
-    count = "One other could" if len(others) == 1 else f"{len(others)} others could"
-    return [words, f"{count} have answered; {next_best.name or next_best.peer_id}: {_estimate(next_best)}."]
+    number = max(len(others), at_least)
+    count = "One other" if number == 1 else f"{number} others"
+    return [f"{count} {could}; {next_best.name or next_best.peer_id}: {_estimate(next_best)}."]
 
 
 def _estimate(candidate: Candidate) -> str:
@@ -118,14 +162,16 @@ def _tried(route: Route, number: int, names: Mapping[PeerId, str]) -> str:
         return f"At {at} {who} {_fetched(attempt)}."
     words = [f"At {at} {who} was {_KIND_WORDS[attempt.kind]}"]
     if attempt.first_token_s is not None:
-        words.append(f"its first word came {seconds(attempt.first_token_s)} later")
+        words.append(f"{_FIRST_WORDS[route.kind]} came {seconds(attempt.first_token_s)} later")
     if attempt.tokens:
         words.append(f"it gave {_tokens(attempt.tokens)}")
-    if attempt.error:
-        ended = f" after {seconds(attempt.ended_s)}" if attempt.ended_s is not None else ""
+    ended = f" after {seconds(attempt.ended_s)}" if attempt.ended_s is not None else ""
+    if attempt.error == CANCELLED and route.state == "cancelled" and route.first_token_s is None:
+        words.append(f"it was stopped{ended}: the client went away")  # so that no other was faster
+    elif attempt.error:
         words.append(f"it was given up{ended}: {reason(attempt)}")
-    elif attempt.ended_s is not None:
-        words.append(f"it ended after {seconds(attempt.ended_s)}")
+    elif ended:
+        words.append(f"it {'was stopped' if route.state == 'cancelled' else 'ended'}{ended}")
     elif route.state == "running":
         words.append("it is under way")
     return "; ".join(words) + "."

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
 
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask
-from meshmax.base.route import Candidate, RequestState, Route
+from meshmax.base.route import Attempt, Candidate, RequestState, Route
 from meshmax.core.delivery import Delivery
-from meshmax.core.explain import explain
+from meshmax.core.explain import explain, kind_of
 from meshmax.core.routing import Decision
 
 ROUTES_KEPT: Final = 200  # requests that `why` can look back at
@@ -24,6 +25,7 @@ class RouteRecord:
         """``tokens``: how long an answer the estimates are for. ``started_at_s``: Unix time."""
         self.request_id = ask.request_id
         self._digest, self._name, self._tokens = ask.digest, ask.name, tokens  # not the ask, which holds the prompt
+        self._kind = kind_of(ask)
         # None once it is over: the first holds the prompt, the second the statuses of all who have the model.
         self._core: Delivery | None = core
         self._decision: Decision | None = decision
@@ -48,9 +50,10 @@ class RouteRecord:
         attempts = core.attempts()
         chosen = core.first_speaker
         failed = {a.peer_id: a.error for a in attempts if a.error and a.error != "cancelled" and a.peer_id != chosen}
+        asked_before = _before(attempts, chosen)
         candidates = tuple(_verdict(c, chosen, failed) for c in decision.candidates)
         names = {c.peer_id: c.name for c in candidates}
-        tried = [(names.get(peer, ""), code) for peer, code in failed.items()]
+        tried = {a.peer_id: a.error for a in asked_before if a.error and a.error != "cancelled"}
         last = chosen or (attempts[-1].peer_id if attempts else PeerId(""))
         finish = core.finish
         return Route(
@@ -60,10 +63,12 @@ class RouteRecord:
             line=explain(
                 candidates,
                 chosen or PeerId(""),
-                tried,
+                [(names.get(peer, ""), code) for peer, code in tried.items()],
                 self._tokens,
                 policy=decision.policy,
-                among=len(decision.order),
+                among=len(decision.order) - len(failed.keys() & decision.order) if failed else len(decision.order),
+                late=[a.peer_id for a in asked_before if a.error in ("", "cancelled")],
+                over=state != "running",
             ),
             candidates=candidates,
             attempts=attempts,
@@ -75,16 +80,26 @@ class RouteRecord:
             total_s=total_s,
             prompt_tokens=finish.prompt_tokens if finish else 0,
             output_tokens=finish.output_tokens if finish else sum(attempt.tokens for attempt in attempts),
+            kind=self._kind,
+            among=len(decision.order),
         )
 
 
+def _before(attempts: Sequence[Attempt], chosen: PeerId | None) -> Sequence[Attempt]:
+    """Those that were sent before the one that began the answer; all of them where none has."""
+    spoke = (at for at, a in enumerate(attempts) if a.peer_id == chosen and a.first_token_s is not None)
+    at = next(spoke, len(attempts))
+    return [a for a in attempts[:at] if a.peer_id != chosen]
+
+
 def _verdict(candidate: Candidate, chosen: PeerId | None, failed: dict[PeerId, str]) -> Candidate:
-    """The decision's verdict, or what the attempts showed."""
+    """The decision's verdict, or what the attempts showed: one at most is chosen, who began the answer once that is known."""
     if candidate.peer_id == chosen:
         return msgspec.structs.replace(candidate, verdict="chosen")
     code = failed.get(candidate.peer_id)
     if code is None:
-        return candidate
+        beaten = chosen is not None and candidate.verdict == "chosen"
+        return msgspec.structs.replace(candidate, verdict="slower") if beaten else candidate
     return msgspec.structs.replace(candidate, verdict="busy" if code == "busy" else "failed")
 
 

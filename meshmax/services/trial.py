@@ -258,7 +258,7 @@ class Trial:
         if not self._name or type(error) not in _OF_ONE_PEER:
             return error
         if isinstance(error, PeerGone) and self._first_event_s:
-            return PeerGone(f"{self._name} went away in the middle of its answer: ask again")
+            return PeerGone(f"{self._name} went away in the middle of its answer")
         return type(error)(f"{self._name}: {error.message}")
 
 

@@ -46,6 +46,19 @@ def test_a_named_prompt_is_asked_for_by_its_id(fake_peer: FakePeer, capsys: pyte
     assert json.loads(capsys.readouterr().out) == SHOWN
 
 
+def test_who_was_asked_and_beaten_is_told_apart_from_who_was_not_asked(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = (SHOWN["candidates"][0] | {"verdict": "slower", "peer_id": peer} for peer in ("first", "other"))
+    attempts = [SHOWN["attempts"][0] | {"peer_id": "first", "error": "cancelled"}]
+    fake_peer.on(
+        "GET", "/api/v1/requests", {"requests": [SHOWN | {"candidates": [first, other], "attempts": attempts}]}
+    )
+    assert main(["why"]) == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert ["asked, and slower" in rows[0], "could have answered" in rows[1]] == [True, True]
+
+
 def test_names_of_others_cannot_write_to_the_terminal(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     evil = SHOWN | {"story": ["\x1b[31mred"], "candidates": [SHOWN["candidates"][0] | {"name": "\x1b[2Jx"}]}
     fake_peer.on("GET", "/api/v1/requests", {"requests": [evil]})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId
 from meshmax.base.status import Gpu
 from meshmax.core.contender import Contender
-from meshmax.core.explain import explain, plain_name
+from meshmax.core.explain import MAX_HEADER, explain, header_line, plain_name
 from meshmax.core.routing import decide
 from tests.core.contenders import (
     CHAT,
@@ -86,8 +86,53 @@ def test_the_line_tells_what_was_tried_before() -> None:
     candidates = [
         msgspec.structs.replace(c, verdict="failed" if c.peer_id == "a" else "chosen") for c in decision.candidates
     ]
-    assert explain(candidates, PeerId("b"), [("a", "busy")]).endswith("; a failed before (busy)")
-    assert explain(candidates, PeerId(""), [("a", "busy")]) == "nobody answered; a failed before (busy)"
+    assert explain(candidates, PeerId("b"), [("a", "peer_gone")]).endswith("; a failed before (peer_gone)")
+    assert explain(candidates, PeerId("b"), [("a", "busy")]).endswith("; a was busy")
+    assert explain(candidates, PeerId(""), [("a", "draining")]) == "nobody answered; a is being drained"
+    assert explain(candidates, PeerId(""), over=False) == "nobody has answered yet"
+
+
+def test_who_failed_or_was_late_is_not_counted_among_those_that_were_beaten() -> None:
+    contenders = [peer("a", **GPU), peer("b", **CPU), peer("c", **{**CPU, "decode": 9.0})]
+    decision = decide(contenders, CHAT)
+    a, b, c = decision.candidates
+    beaten, best = msgspec.structs.replace(a, verdict="slower"), msgspec.structs.replace(b, verdict="chosen")
+    line = explain((beaten, best, c), PeerId("b"), among=3, late=[PeerId("a")])
+    assert "; beat 1 other (next: c, est " in line
+    assert line.endswith("); a was asked before, and had said nothing yet")
+    failed = msgspec.structs.replace(a, verdict="failed")
+    line = explain((failed, best, c), PeerId("b"), [("a", "peer_gone")], among=2)
+    assert "; beat 1 other (next: c, est " in line
+
+
+@pytest.mark.parametrize("line", ["", "a: loaded, here; beat 2 others (next: b, est 1.00 s)", "x" * MAX_HEADER])
+def test_a_line_that_a_header_can_carry_stays_as_it_is(line: str) -> None:
+    assert header_line(line, "r1") == line
+
+
+@pytest.mark.parametrize(
+    ("line", "end"),
+    [
+        ("a line; with, words " * 100, "with"),
+        ("words " * 200, "words"),
+        ("x" * 700, "x"),
+        (("x" * 500) + "; " + "y" * 300, "x"),
+    ],
+)
+def test_a_line_too_long_for_a_header_is_cut_at_a_boundary_and_says_where_the_whole_stands(line: str, end: str) -> None:
+    shown = header_line(line, "r1")
+    kept, sign = shown.split(" ... ")
+    assert sign == "(`meshmax why r1` tells the rest)"
+    assert line.startswith(kept)
+    assert kept.endswith(end)
+    assert MAX_HEADER // 2 <= len(shown) <= MAX_HEADER
+
+
+@given(st.text(max_size=900), st.text("abc", max_size=128))
+def test_whatever_a_line_holds_its_header_is_bounded_and_printable(line: str, request_id: str) -> None:
+    shown = header_line(line, request_id)
+    assert len(shown) <= MAX_HEADER
+    assert all(" " <= c <= "~" for c in shown)
 
 
 @given(st.text(max_size=200))

@@ -60,5 +60,6 @@ def test_what_broke_is_told_before_who_was_busy_and_of_the_busy_the_shortest_wai
 
 def test_in_the_middle_of_an_answer_what_broke_it_off_is_told() -> None:
     gone, unreachable, contradiction = PeerGone("it went away"), ConnectError(), EngineError("differently")
-    assert most_telling([gone, unreachable, Busy()], middle=True) is gone
+    told = most_telling([gone, unreachable, Busy()], middle=True)
+    assert (type(told), told.message) == (PeerGone, "it went away, and no other peer could carry it on")
     assert most_telling([gone, contradiction, unreachable], middle=True) is contradiction

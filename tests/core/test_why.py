@@ -1,5 +1,6 @@
 """The sentences about a request: what each tells, and that a person can follow them."""
 
+import msgspec
 import pytest
 
 from meshmax.base.ids import PeerId, Sha256
@@ -104,3 +105,68 @@ def test_times_are_read_as_people_say_them(value: float | None, words: str) -> N
 
 def test_a_reason_that_says_the_same_twice_is_said_once() -> None:
     assert reason(Attempt(A, "quota_exceeded", message="quota exceeded.")) == "quota exceeded"
+
+
+KITCHEN = Candidate(C, "kitchen", "cpu", True, 0.003, 0, 12.0, "slower", "loaded on CPU")
+
+
+def verdict(candidate: Candidate, word: str) -> Candidate:
+    return msgspec.structs.replace(candidate, verdict=word)  # type: ignore[arg-type]
+
+
+def test_who_was_best_is_who_was_asked_first_and_who_failed_could_have_been_asked_too() -> None:
+    attempts = (
+        Attempt(A, "peer_gone", ended_s=1.0),
+        Attempt(B, first_token_s=0.3, kind="retry", at_s=1.0, ended_s=2.0),
+    )
+    candidates = (verdict(DESK, "failed"), verdict(ATTIC, "chosen"), KITCHEN)
+    lines = story(route(attempts=attempts, candidates=candidates, among=3))
+    assert lines[2].startswith("desk was best: loaded on GPU")
+    assert lines[3].startswith("2 others could have answered; attic: 9.50 s expected")
+
+
+def test_a_hedge_that_won_leaves_the_first_one_best_and_slower() -> None:
+    attempts = (
+        Attempt(A, "cancelled", ended_s=1.0),
+        Attempt(B, first_token_s=0.3, kind="hedge", at_s=0.5, ended_s=2.0),
+    )
+    candidates = (verdict(DESK, "slower"), verdict(ATTIC, "chosen"))
+    lines = story(route(attempts=attempts, candidates=candidates, among=2))
+    assert lines[2].startswith("desk was best: ")
+    assert lines[3].startswith("One other could have answered; attic: ")
+    assert lines[4].endswith("it was given up after 1.00 s: another peer was faster.")
+
+
+def test_where_there_are_more_candidates_than_are_told_their_number_is() -> None:
+    assert "17 others could have answered; attic: " in story(route(attempts=(Attempt(A),), among=18))[3]
+
+
+def test_one_that_was_asked_though_it_rests_was_not_best() -> None:
+    resting = msgspec.structs.replace(DESK, why="failed lately (peer_gone); loaded on GPU")
+    lines = story(route(attempts=(Attempt(A, first_token_s=0.1),), candidates=(resting,), among=0))
+    assert lines[2].startswith("Nobody was free to be asked; desk was asked all the same: failed lately (peer_gone);")
+    assert not any("Nobody else" in line for line in lines)
+
+
+def test_no_peer_was_faster_where_the_client_left_before_the_first_word() -> None:
+    attempts = (Attempt(A, "cancelled", ended_s=2.0),)
+    lines = story(route(state="cancelled", first_token_s=None, attempts=attempts, total_s=2.0, output_tokens=0))
+    assert lines[-1] == "At 0 ms desk was asked; it was stopped after 2.00 s: the client went away."
+    begun = (Attempt(A, first_token_s=0.5, ended_s=2.0, tokens=4),)
+    assert story(route(state="cancelled", attempts=begun))[-1].endswith(
+        "it gave 4 tokens; it was stopped after 2.00 s."
+    )
+
+
+def test_vectors_and_loads_are_told_without_tokens_of_an_answer() -> None:
+    attempts = (Attempt(A, first_token_s=0.2, ended_s=0.3),)
+    vectors = story(route(kind="vectors", output_tokens=0, prompt_tokens=12, attempts=attempts))
+    assert vectors[0].startswith("'m' was asked for vectors; ")
+    assert vectors[1] == "The vectors were whole after 3.40 s, of 12 tokens that were read."
+    assert vectors[-1] == "At 0 ms desk was asked; its first vector came 0.20 s later; it ended after 0.30 s."
+    assert not any("0 tokens" in line for line in vectors)
+    load = story(route(kind="load", output_tokens=0, attempts=attempts))
+    assert load[:2] == (
+        "'m' was to be loaded; it goes to whoever is expected to have the whole answer soonest (latency).",
+        "The model was in memory after 3.40 s.",
+    )

@@ -237,6 +237,9 @@ async def test_a_late_first_token_brings_a_second_peer_and_the_loser_stops_worki
         assert trio.current_time() - begun < 0.5
         route = site[0].router.routes()[0]
         assert [(a.kind, a.error) for a in route.attempts] == [("first", "cancelled"), ("hedge", "")]
+        assert sorted(candidate.verdict for candidate in route.candidates) == ["chosen", "slower"]
+        assert route.line.endswith(f"; peer{late} was asked before, and had said nothing yet")
+        assert (route.kind, route.among) == ("text", 2)
         assert route.peer_id == site[3 - late].peer_id
         assert HEDGES.labels(outcome="won")._value.get() == won + 1
         await trio.sleep(60)

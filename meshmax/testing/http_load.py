@@ -1,12 +1,16 @@
 """Many HTTP requests at once from one thread, cheap enough not to be what is measured: who got which bytes, and when.
 
 HTTP/1.1 over loopback, connections kept alive, replies by length or in chunks. Nothing of a body is decoded while the load
-runs; `Reply.events` and `Reply.object` do it afterwards. Synchronous, since it watches from outside. Not here: what is asked.
+runs; `Reply.events` and `Reply.object` do it afterwards. Synchronous, since it watches from outside. Clients that begin
+together, answered at one rate, end and ask again together for ever: `like_people` spreads them. Not here: what is asked.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import json
+import random
 import re
 import selectors
 import socket
@@ -104,6 +108,18 @@ class Reply:
 
 
 Take = Callable[[], bytes | None]  # the next request, whole with its head; None: there is no more
+Pause = Callable[[bool], float]  # seconds before a connection asks, if it is its first time (True), or again
+
+
+def at_once(_first: bool) -> float:
+    """All begin together, and ask again at once."""
+    return 0.0
+
+
+def like_people(answer_s: float, seed: int) -> Pause:
+    """Each begins at a moment of its own within an answer's time, and pauses for up to half of that after each answer."""
+    chance = random.Random(seed)
+    return lambda first: chance.uniform(0.0, answer_s if first else answer_s / 2)
 
 
 def post(host: str, path: str, body: Any) -> bytes:
@@ -127,6 +143,7 @@ class _Line:
         self._reply: Reply | None = None
         self._request: bytes | None = None
         self._again = self._reused = False
+        self.asking = False  # a reply is under way
 
     def ask(self) -> bool:
         """Send the next request; False: there is none."""
@@ -144,11 +161,22 @@ class _Line:
             self._reply = Reply(time.perf_counter())
             self._replies.append(self._reply)
         self._tail, self._length, self._seen = b"", -1, 0
+        self.asking = True
         self.sock.sendall(request)
         return True
 
     def read(self) -> bool:
         """What has come; True: the reply is at its end."""
+        self.asking = not self._read()
+        return not self.asking
+
+    def drop(self) -> None:
+        """Close it, between two requests."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+    def _read(self) -> bool:
         assert self._reply is not None and self.sock is not None
         try:
             data = self.sock.recv(_READ_BYTES)
@@ -162,8 +190,8 @@ class _Line:
         self._reply.reads.append((time.perf_counter(), data))
         self._seen += len(data)
         if self._length < 0:
-            head, found, _ = self._reply.head, b"\r\n\r\n" in self._reply.reads[0][1], None
-            length = _LENGTH.search(head) if found else None
+            head = self._reply.head
+            length = _LENGTH.search(head) if b"\r\n\r\n" in self._reply.reads[0][1] else None
             self._length = len(head) + 4 + int(length[1]) if length else 0
         if self._length:
             return self._seen >= self._length
@@ -172,14 +200,13 @@ class _Line:
 
     def fail(self, why: str) -> None:
         """The reply is not whole, and never will be."""
-        if self._reply is not None:
+        if self.asking:
             self._fail(why)
 
     def _fail(self, why: str) -> bool:
         assert self._reply is not None and self.sock is not None
         self._reply.failed = why
-        self.sock.close()
-        self.sock = None
+        self.drop()
         return True
 
 
@@ -190,27 +217,32 @@ def run_load(
     deadline_s: float,
     meanwhile: Callable[[float], None] = lambda now_s: None,
     every_s: float = 0.5,
+    pause: Pause = at_once,
 ) -> list[Reply]:
     """Every reply to what ``take`` gives, ``connections`` at once; those not whole after ``deadline_s`` have failed.
 
-    ``meanwhile`` is called at least each ``every_s`` with the seconds since the start.
+    ``meanwhile`` is called at least each ``every_s`` with the seconds since the start; ``pause`` before each request.
     """
     host, _, port = api.removeprefix("http://").rpartition(":")
     replies: list[Reply] = []
     began_s = time.perf_counter()
+    order = itertools.count()
     with selectors.DefaultSelector() as selector:
         lines = [_Line((host, int(port)), take, replies) for _ in range(connections)]
-        busy = {line for line in lines if _go_on(selector, line)}
+        due = [(began_s + pause(True), next(order), line) for line in lines]
+        heapq.heapify(due)
+        busy = set(lines)
         while busy:
-            for key, _ in selector.select(every_s):
-                line = key.data
-                sock = line.sock
-                if not line.read():
-                    continue
-                if line.sock is None:
-                    selector.unregister(sock)
+            now_s = time.perf_counter()
+            while due and due[0][0] <= now_s:
+                line = heapq.heappop(due)[2]
                 if not _go_on(selector, line):
                     busy.discard(line)
+            for key, _ in selector.select(max(0.0, min(every_s, due[0][0] - now_s)) if due else every_s):
+                line = key.data
+                if _is_over(selector, line):
+                    # A request that was lost with its connection is asked again without a pause.
+                    heapq.heappush(due, (time.perf_counter() + (pause(False) if line.sock else 0.0), next(order), line))
             now_s = time.perf_counter() - began_s
             meanwhile(now_s)
             if now_s > deadline_s:
@@ -218,9 +250,20 @@ def run_load(
                     line.fail(f"not whole after {deadline_s:g} s")
                 break
         for line in lines:
-            if line.sock is not None:
-                line.sock.close()
+            line.drop()
     return replies
+
+
+def _is_over(selector: selectors.BaseSelector, line: _Line) -> bool:
+    """Read what has come; whether that ended a reply."""
+    sock, asking = line.sock, line.asking
+    assert sock is not None
+    over = line.read() if asking else False
+    if not asking:
+        line.drop()  # closed between two requests, as servers may
+    if line.sock is None:
+        selector.unregister(sock)
+    return over
 
 
 def _go_on(selector: selectors.BaseSelector, line: _Line) -> bool:

@@ -20,6 +20,7 @@ from meshmax.core.policies import STICKY, Judged, tier_of
 MAX_HEADER: Final = (
     600  # characters of a line in a header, the sign that it was cut included; servers take 8 KiB of headers
 )
+MAX_LINE: Final = 2000  # characters of the line that is kept: a sentence with the names of some peers
 _TRIED_WORDS: Final = {Busy.code: "was busy", Draining.code: "is being drained"}
 
 
@@ -78,6 +79,12 @@ def header_line(line: str, request_id: str) -> str:
     ends = [kept.rfind(separator, len(kept) // 2) for separator in ("; ", ", ")]
     end = max(ends) if max(ends) >= 0 else kept.rfind(" ", len(kept) // 2)
     return (kept[:end] if end >= 0 else kept).rstrip(" ;,(") + rest
+
+
+def plain_line(text: str) -> str:
+    """A sentence as a line of a route: printable ASCII, at most MAX_LINE characters of it."""
+    cut = " ..." if len(text) > MAX_LINE else ""
+    return "".join(c if " " <= c <= "~" else "?" for c in text[: MAX_LINE - len(cut)]) + cut
 
 
 def kind_of(ask: Ask) -> RequestKind:

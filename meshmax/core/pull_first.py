@@ -40,13 +40,16 @@ class Taker(msgspec.Struct, frozen=True):
 class PullPlan(msgspec.Struct, frozen=True):
     """``takers``: whom to ask, best first. ``holders``: who has it and does not answer. ``given``: one of them has files of it.
 
-    ``able``: somebody could answer as it is.
+    ``able``: somebody could answer as it is. ``unfit``: why we ourselves would not answer whatever we hold, '' where we would;
+    ``drained_here``: because we are being drained.
     """
 
     takers: tuple[Taker, ...] = ()
     holders: tuple[Candidate, ...] = ()
     given: bool = False
     able: bool = False
+    unfit: str = ""
+    drained_here: bool = False
 
     @property
     def drained(self) -> bool:
@@ -59,10 +62,14 @@ def plan_pull(views: Iterable[PeerView], digest: Sha256, size: int) -> PullPlan:
     takers: list[tuple[_Key, Taker]] = []
     holders: list[Candidate] = []
     able = given = False
+    unfit, drained_here = "", False
     for view in views:
         status = view.status
         if status is None or view.state == "offline":
             continue
+        if view.state == "self":
+            kept, unfit = _kept_from(view, status, None)
+            drained_here = kept == "draining"
         model = next((model for model in status.models if model.digest == digest), None)
         if model is not None:
             verdict, why = _kept_from(view, status, model)
@@ -74,7 +81,7 @@ def plan_pull(views: Iterable[PeerView], digest: Sha256, size: int) -> PullPlan:
             if tier is not None:
                 takers.append((_key(tier, view, status, model), _taker(view, status, tier, model)))
     takers.sort(key=lambda each: each[0])
-    return PullPlan(tuple(taker for _, taker in takers), tuple(holders), given, able)
+    return PullPlan(tuple(taker for _, taker in takers), tuple(holders), given, able, unfit, drained_here)
 
 
 def _key(tier: int, view: PeerView, status: PeerStatus, model: ModelPresence | None) -> _Key:
@@ -129,6 +136,21 @@ def _tier(status: PeerStatus, size: int) -> int | None:
             return _GPU
         return None
     return _CPU if status.memory_total_bytes == 0 or status.memory_total_bytes >= needed else None
+
+
+def not_here(plan: PullPlan, name: str, size: int) -> str:
+    """A sentence for a prompt that was for this peer alone, which does not answer it: why, and what to do."""
+    why = plan.unfit or f"has no copy of '{name}'"
+    sentence = f"the prompt was for this peer alone (policy local-only), which {why}"
+    others = ", ".join(holder.name or holder.peer_id for holder in plan.holders[:NAMED] if not holder.why)
+    elsewhere = f"; by another policy {others} could answer" if others else ""
+    if plan.unfit:
+        return sentence + (": `meshmax undrain` ends that" if plan.drained_here else "") + elsewhere
+    if not plan.given:
+        return sentence + elsewhere
+    if not any(taker.ours for taker in plan.takers):
+        return f"{sentence}, nor room in memory for its {format_bytes(size)}{elsewhere}"
+    return f"{sentence}: `meshmax pull {name}` brings it here{elsewhere}"
 
 
 def who_could(plan: PullPlan, name: str, size: int) -> str:

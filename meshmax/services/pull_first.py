@@ -25,7 +25,8 @@ from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Attempt, Policy, RequestState, Route, Wishes
-from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, plan_pull, who_could
+from meshmax.core.explain import kind_of, plain_line
+from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, not_here, plan_pull, who_could
 from meshmax.ports import Answer, Catalog, Distribution, Presence, Pulls, Router
 from meshmax.ports.services import WISHES
 from meshmax.telemetry.log import get_logger
@@ -43,6 +44,9 @@ REST_S: Final = 600.0  # of a peer that did not fetch what it was to
 MAX_FAILED: Final = 1024  # of them
 EVENTS_AHEAD: Final = 64  # of an answer, before the client has read them
 
+_FORBIDDEN: Final = " (the header X-Meshmax-Pull: false forbids fetching it first)"
+_SWITCHED_OFF: Final = " (fetching it first is switched off here: routing.pull)"
+
 Wait = Callable[[], Awaitable[None]]  # until the model is there; raises why it will not be
 AskPull = Callable[
     [PeerId, str], Awaitable[None]
@@ -59,6 +63,7 @@ class _Fetch:
     ) -> None:
         # Not the ask: it holds the prompt, and what came of a request is kept long after it.
         self.request_id, self._digest, self._name = ask.request_id, ask.digest, ask.name
+        self._kind = kind_of(ask)
         self.taker, self.model, self._policy = taker, model, policy
         others = [other.told for other in plan.takers if other is not taker]
         chosen = msgspec.structs.replace(taker.told, verdict="chosen")
@@ -113,6 +118,7 @@ class _Fetch:
             model=self._name,
             policy=self._policy,
             started_at_s=self.at_s,
+            kind=self._kind,
         )
 
     def _attempt(self) -> Attempt:
@@ -242,11 +248,20 @@ class PullFirst:
         except MeshmaxError as nobody:
             told = self._router.route(ask.request_id)
             if told is None or told.started_at_s < at_s:  # else somebody was asked
-                line, policy = f"nobody was asked: {_ascii(nobody.message)}", wishes.policy or self._config.policy
-                route = Route(
-                    ask.request_id, ask.digest, PeerId(""), line, model=ask.name, policy=policy, state="failed"
+                self._nowhere.append(
+                    Route(
+                        ask.request_id,
+                        ask.digest,
+                        PeerId(""),
+                        plain_line(f"nobody was asked: {nobody.message}"),
+                        model=ask.name,
+                        policy=wishes.policy or self._config.policy,
+                        state="failed",
+                        started_at_s=at_s,
+                        total_s=0.0,
+                        kind=kind_of(ask),
+                    )
                 )
-                self._nowhere.append(msgspec.structs.replace(route, started_at_s=at_s, total_s=0.0))
             raise
 
     async def _fetched(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
@@ -255,16 +270,16 @@ class PullFirst:
         if entry is None or is_load_only(ask.request):
             raise error
         plan = plan_pull(self._presence.peers(), ask.digest, entry.size)
-        if plan.able or not plan.holders:
-            raise error
-        if not plan.given:
-            raise _nobody(ask, plan, entry.size, True) from None
         policy = wishes.policy or self._config.policy
-        takers = [taker for taker in plan.takers if taker.ours or policy != "local-only"]
+        alone = policy == "local-only"
+        if not plan.holders or (plan.able and not alone):
+            raise error
+        takers = [taker for taker in plan.takers if taker.ours or not alone]
         takers.sort(key=lambda taker: self._failed.get(taker.peer_id, 0.0) > trio.current_time())
         allowed = self._config.pull if wishes.pull is None else wishes.pull
-        if not (allowed and takers):
-            raise _nobody(ask, plan, entry.size, allowed) from None
+        if plan.able or not (plan.given and allowed and takers):
+            off = "" if allowed or plan.able or not plan.given else _FORBIDDEN if wishes.pull is False else _SWITCHED_OFF
+            raise _nobody(ask, plan, entry.size, alone, off) from None
         named = f"{parse_name(split_digest(entry.name)[0]).full}@{ask.digest}"
         why: list[str] = []
         for taker in takers[:MAX_TRIES]:
@@ -414,11 +429,14 @@ def ask_pull_of(distribution: Distribution) -> AskPull:
     return ask
 
 
-def _nobody(ask: Ask, plan: PullPlan, size: int, allowed: bool) -> MeshmaxError:
+def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> MeshmaxError:
+    """``alone``: only we were asked for. ``off``: what forbids fetching it."""
+    if alone:
+        sentence = not_here(plan, ask.name[:200], size) + off
+        return Draining(sentence) if plan.drained_here else NoProviders(sentence)
     if plan.drained:
         names = ", ".join(each.name or each.peer_id for each in plan.holders if each.verdict == "draining")
         return Draining(f"every peer that could answer with model '{ask.name[:200]}' is being drained: {names[:200]}")
-    off = "" if allowed else " (fetching it first is switched off: routing.pull)"
     return NoProviders(
         f"no peer that could answer has model '{ask.name[:200]}'{who_could(plan, ask.name[:200], size)}{off}"
     )

@@ -5,7 +5,7 @@ import pytest
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.status import NO_ENGINE, Gpu, Load, ModelPresence, PeerStatus, PeerView
-from meshmax.core.pull_first import plan_pull, who_could
+from meshmax.core.pull_first import not_here, plan_pull, who_could
 
 MODEL = Sha256("ab" * 32)
 GIB = 1 << 30
@@ -91,3 +91,32 @@ def test_the_sentence_says_why_nobody_answers_who_could_and_what_to_type() -> No
     assert who_could(plan, "m", SIZE).endswith("b could hold it: `meshmax distribute m --to b` brings it to b")
     plan = plan_pull([STORE], MODEL, SIZE)
     assert who_could(plan, "m", SIZE).endswith(", and no peer with an engine has room in memory for its 4.3 GB")
+
+
+@pytest.mark.parametrize(
+    ("views", "sentence"),
+    [
+        (
+            [ME, peer("b", "disk")],
+            "which has no copy of 'm': `meshmax pull m` brings it here; by another policy b could answer",
+        ),
+        ([ME, STORE], "which has no copy of 'm': `meshmax pull m` brings it here"),
+        ([ME, peer("b", "loaded", served=True)], "which has no copy of 'm'; by another policy b could answer"),
+        (
+            [msgspec.structs.replace(peer("me", memory=1), state="self"), STORE],
+            "which has no copy of 'm', nor room in memory for its 4.3 GB",
+        ),
+        (
+            [msgspec.structs.replace(STORE, state="self"), peer("b", "disk")],
+            "which only stores models (it has no engine); by another policy b could answer",
+        ),
+        (
+            [msgspec.structs.replace(peer("me", "disk", state="draining"), state="self"), peer("b", "disk")],
+            "which is being drained: `meshmax undrain` ends that; by another policy b could answer",
+        ),
+    ],
+)
+def test_a_prompt_for_this_peer_alone_is_told_what_it_lacks_and_what_to_do(
+    views: list[PeerView], sentence: str
+) -> None:
+    assert not_here(plan_pull(views, MODEL, SIZE), "m", SIZE).endswith(sentence)

@@ -111,7 +111,7 @@ KITCHEN = Candidate(C, "kitchen", "cpu", True, 0.003, 0, 12.0, "slower", "loaded
 
 
 def verdict(candidate: Candidate, word: str) -> Candidate:
-    return msgspec.structs.replace(candidate, verdict=word)  # type: ignore[arg-type]
+    return msgspec.structs.replace(candidate, verdict=word)
 
 
 def test_who_was_best_is_who_was_asked_first_and_who_failed_could_have_been_asked_too() -> None:

@@ -102,18 +102,21 @@ async def test_where_it_is_not_allowed_the_refusal_says_who_could_and_how(
 ) -> None:
     async with open_site(tmp_path) as site:
         _, a = await store_and(site, "a")
-        with pytest.raises(NoProviders, match=r"store only stores.*a could hold it: `meshmax pull m`.*switched off"):
+        with pytest.raises(
+            NoProviders, match=r"store only stores.*a could hold it: `meshmax pull m`.*X-Meshmax-Pull: false forbids"
+        ):
             async with a.router.open_answer(request(a), Wishes(pull=False)):
                 pass
         config, world = site.parts("c")
         config = msgspec.structs.replace(config, routing=RoutingConfig(pull=False))
         async with open_node(config, world) as c:
             await until(lambda: bool(c.catalog.entries()) and online(c) == {"store", "a"})
-            with pytest.raises(NoProviders, match="c, a could hold it"):
+            with pytest.raises(NoProviders, match=r"c, a could hold it.*switched off here: routing.pull"):
                 await ask(c, "m", "hello")
             (route,) = c.router.routes()
             assert (route.state, route.request_id) == ("failed", "r")
             assert route.line.startswith("nobody was asked: no peer that could answer has model 'm' (store only stores")
+            assert "); c, a could hold it" in route.line
             async with c.router.open_answer(request(c, "r2"), Wishes(pull=True)) as answer:
                 assert answer.route.line.startswith("fetching")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -17,7 +18,7 @@ from meshmax.api import ollama_models, ollama_words
 from meshmax.api.bodies import PROMPT_BODY_BYTES, read_words
 from meshmax.api.exchange import Emit, PromptReply, WorkReply
 from meshmax.api.moved import Marker
-from meshmax.api.ollama_words import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Name, ReplyWriter, join
+from meshmax.api.ollama_words import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Name, Remote, ReplyWriter, join
 from meshmax.api.prompts import Prompts
 from meshmax.api.replies import InternalError, error_body, json_reply, model_not_found
 from meshmax.api.table import route
@@ -31,7 +32,7 @@ from meshmax.base.errors import (
     NotFound,
     error_for,
 )
-from meshmax.base.ids import parse_sha256
+from meshmax.base.ids import PeerId, parse_sha256
 from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Moved, Vector
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route
@@ -88,14 +89,19 @@ class OllamaForm:
 
     stream_type = NDJSON
 
-    def __init__(self, writer: ReplyWriter, now: Callable[[], float]) -> None:
+    def __init__(
+        self, writer: ReplyWriter, now: Callable[[], float], remote: Callable[[PeerId], Remote | None]
+    ) -> None:
+        """``remote``: what to tell of a peer that answers."""
         self._writer = writer
         self._now = now
+        self._remote = remote
         self._marker = Marker()
 
     def on_moved(self, event: Moved) -> None:
-        """Mark the next line and the last."""
+        """Mark the next line and the last; from there on ``remote_host`` is the peer that goes on."""
         self._marker.on_moved(event)
+        self._writer.on_moved(self._remote(event.peer_id))
 
     def line(self, event: Event) -> bytes:
         """One JSON object and a line feed; nothing for a vector, which these answers do not have."""
@@ -251,9 +257,11 @@ class OllamaFace:
     ) -> PromptReply:
         resolved = await self._prompts.find(body.model)
         prompt, ignored = read(body)
+        remote = partial(self._prompts.remote, resolved)
 
         def form(served: Route) -> OllamaForm:
-            return OllamaForm(ReplyWriter(body.model, chat, self._prompts.remote(resolved, served)), self._node.now)
+            writer = ReplyWriter(body.model, chat, remote(served.peer_id))
+            return OllamaForm(writer, self._node.now, remote)
 
         return self._prompts.reply(
             http,

@@ -332,6 +332,10 @@ class ReplyWriter:
         self._chat = chat
         self._remote = remote
 
+    def on_moved(self, remote: Remote | None) -> None:
+        """From the next line on ``remote`` answers."""
+        self._remote = remote
+
     def delta(self, event: Delta, now_s: float) -> dict[str, Any]:
         """One line of a stream."""
         reply = self._head(now_s)

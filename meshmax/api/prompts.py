@@ -143,11 +143,11 @@ class Prompts:
         view = self.node.presence.view(peer_id)
         return view.status.name if view and view.status and view.status.name else peer_id
 
-    def remote(self, resolved: Resolved, route: Route) -> Remote | None:
-        """Where the model answers, if it is not here."""
-        if resolved.stored is not None or resolved.entry.is_here or route.peer_id == self.node.signer.peer_id:
+    def remote(self, resolved: Resolved, peer_id: PeerId) -> Remote | None:
+        """Where the model answers, if it is not here: at ``peer_id``."""
+        if resolved.stored is not None or resolved.entry.is_here or peer_id == self.node.signer.peer_id:
             return None
-        return Remote(self.peer_name(route.peer_id), resolved.entry.name)
+        return Remote(self.peer_name(peer_id), resolved.entry.name)
 
     def reply(
         self,

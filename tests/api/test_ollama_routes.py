@@ -11,6 +11,7 @@ import trio
 from meshmax.api.app import make_app
 from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, NoProviders, PeerGone
 from meshmax.base.events import Transfer
+from meshmax.base.ids import peer_id_of
 from meshmax.base.inference import Moved
 from tests.api.fake_node import BLOB, DIGEST, OURS, THEIRS, details, entry
 
@@ -55,6 +56,17 @@ async def test_a_stream_that_moved_says_so_in_the_next_line_and_the_last(client:
     assert reply.headers["x-meshmax-peer"] == OURS
     body = {"model": "echo", "messages": [{"role": "user", "content": "a b"}], "stream": False}
     assert (await client.post("/api/chat", json=body)).json()["meshmax"] == mark
+
+
+async def test_the_remote_host_is_who_answers_from_a_move_on(client: httpx.AsyncClient, node: Any) -> None:
+    other = peer_id_of(b"\x03" * 32)
+    node.router.moves = {1: Moved(other)}
+    reply = await client.post("/api/generate", json={"model": "far", "prompt": "one two three"})
+    hosts = [line["remote_host"] for line in lines(reply)]
+    assert hosts == [hosts[0], other, other, other]
+    assert hosts[0] != other
+    body = {"model": "far", "messages": [{"role": "user", "content": "a b"}], "stream": False}
+    assert (await client.post("/api/chat", json=body)).json()["remote_host"] == other
 
 
 async def test_what_may_differ_is_said_to_be_inexact_to_the_end(client: httpx.AsyncClient, node: Any) -> None:

@@ -70,6 +70,14 @@ class Attempt(msgspec.Struct, frozen=True):
     message: str = ""
 
 
+class Wait(msgspec.Struct, frozen=True):
+    """A time in which nobody could be asked. ``at_s``: after the request came; ``took_s``: None while it lasts. ``why``: a clause."""
+
+    at_s: float
+    took_s: float | None
+    why: str
+
+
 class Route(msgspec.Struct, frozen=True):
     """The decision for one request. ``line`` is one line of ASCII for the header; ``peer_id`` began the answer.
 
@@ -94,3 +102,4 @@ class Route(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     kind: RequestKind = "text"
     among: int | None = None
+    waits: tuple[Wait, ...] = ()

@@ -4,13 +4,16 @@ A circuit is *closed* until failures open it: one of the connection, of the prot
 would meet it too; what an engine does in the middle of an answer only after ENGINE_FAILURES within WINDOW_S, a whole answer
 making one of them good. *Open*, the peer is not asked, for a time that doubles with each further failure, with jitter. After
 that it is *half-open*: exactly one ask goes there as a probe; its first event closes the circuit, its failure opens it for
-longer, and a probe that is given up before it told anything leaves it as it was. Until an answer came whole, one failure of
-any kind opens it again, for longer. Failures of asks that were under way when the circuit opened do not count again: fifty
-streams that break together are one failure.
+longer, and a probe that is given up before it told anything leaves it as it was. That a peer takes an ask closes the circuit of
+the whole peer; one that is still at it after PROBE_S closes the model's, too: a long load is no failure. Until an answer came
+whole, one failure of any kind opens it again, for longer. Failures of asks that were under way when the circuit opened do not
+count again: fifty streams that break together are one failure. A peer that has come back (a new connection, a restart) is
+half-open at once.
 
 Busy is no failure: the peer answered. It is left alone for as long as it asked, at most MAX_BUSY_S and with jitter, so that
-those who were turned away together do not come back together, and then asked like any other; batch requests that are turned
-away keep no interactive one from it. (M. Nygard, "Release It!", "Circuit Breaker".)
+those who were turned away together do not come back together, or until its status tells that it was full and is not any more;
+then it is asked like any other. Batch requests that are turned away keep no interactive one from it.
+(M. Nygard, "Release It!", "Circuit Breaker".)
 Not here: which peer is asked (core.routing), who asks (services.router).
 """
 
@@ -26,15 +29,17 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Priority
 from meshmax.core.backoff import Random, backoff_s
 
-FIRST_BACKOFF_S: Final = 1.0  # one lost stream is often a hiccup: soon again
+FIRST_BACKOFF_S: Final = 0.5  # one lost stream is often a hiccup: soon again, since somebody may wait for it
 MAX_BACKOFF_S: Final = 60.0  # a peer that was repaired is tried within a minute
+OWN_BACKOFF_S: Final = 4.0  # the most for our own engine: who repairs it sits here, and nobody is asked over a network
 ENGINE_FAILURES: Final = 3  # one crash may be the prompt's fault, three are the engine's
 ON_TRIAL_S: Final = 120.0  # after it closed without a whole answer (clients leave, too): forgiven then
 WINDOW_S: Final = 60.0  # an engine that fails less often than that is better than none
-PROBE_S: Final = 30.0  # a probe that told nothing for so long: another one may go
+PROBE_S: Final = 30.0  # a probe that is still at it after so long loads or waits: it has not failed
 MAX_BUSY_S: Final = 60.0  # a peer that asks for more is asked again all the same, it may have been restarted
 BUSY_SPREAD: Final = 0.25  # of that time, on top of it
-MAX_CIRCUITS: Final = 4096  # of about 300 bytes; only those that are not closed and quiet are kept
+MAX_CIRCUITS: Final = 4096  # of about 400 bytes; only those that are not closed and quiet are kept
+MAX_REASON: Final = 200  # characters of what the last failure said
 
 # Codes of errors (base.errors) that are counted, and of those that say "not now". All others open at once.
 COUNTED: Final = frozenset({"engine", "engine_crashed", "first_token_timeout"})
@@ -48,7 +53,7 @@ class Standing(msgspec.Struct, frozen=True):
     """How a peer stands for a model: closed, ask; half-open, one ask may go as a probe; open, do not ask until ``until_s``.
 
     ``code`` is of the error that was the reason (one of NOT_NOW: it is busy, ``failures`` is 0 then), ``failures`` how often
-    in a row the circuit opened. ``probing``: open only because a probe is under way.
+    in a row the circuit opened. ``probing``: open only because a probe is under way. ``reason``: what the last failure said.
     """
 
     state: BreakerState = "closed"
@@ -56,6 +61,7 @@ class Standing(msgspec.Struct, frozen=True):
     code: str = ""
     failures: int = 0
     probing: bool = False
+    reason: str = ""
 
 
 CLOSED: Final = Standing()
@@ -70,31 +76,48 @@ NO_JITTER: Final = _NoJitter()  # for tests, and where one node alone asks
 
 
 class _Circuit:
-    __slots__ = ("busy", "busy_code", "code", "counted", "is_open", "probe_s", "trips", "until_s")
+    __slots__ = (
+        "busy",
+        "busy_code",
+        "code",
+        "counted",
+        "is_open",
+        "opened_s",
+        "probe_s",
+        "reason",
+        "trips",
+        "until_s",
+        "was_full",
+    )
 
     def __init__(self) -> None:
         self.counted: list[float] = []  # when failures came that did not open it yet; at most ENGINE_FAILURES
         self.is_open = False  # or half-open
         self.trips = 0  # openings since the last whole answer
-        self.until_s = -math.inf  # when it opened last: not half-open before
-        self.code = ""
+        self.opened_s = self.until_s = -math.inf  # when it opened last, and until when it is not half-open
+        self.code = self.reason = ""
         self.probe_s: float | None = None  # when the probe was sent that is under way
         self.busy: dict[Priority, float] = {}  # until when each kind of request is turned away
         self.busy_code = ""
-
-    def probing(self, now: float) -> bool:
-        return self.probe_s is not None and now < self.probe_s + PROBE_S
+        self.was_full = False  # its status told so, since it said that it is busy
 
     def standing(self, now: float, priority: Priority) -> Standing:
+        if self.probe_s is not None and now >= self.probe_s + PROBE_S:
+            self.close()
         if self.is_open and now < self.until_s:
-            return Standing("open", self.until_s, self.code, self.trips)
+            return Standing("open", self.until_s, self.code, self.trips, reason=self.reason)
         if (busy_s := self.busy.get(priority, -math.inf)) > now:
             return Standing("open", busy_s, self.busy_code)
         if not self.is_open:
             return CLOSED
-        if self.probe_s is not None and self.probing(now):
-            return Standing("open", self.probe_s + PROBE_S, self.code, self.trips, probing=True)
-        return Standing("half-open", self.until_s, self.code, self.trips)
+        if self.probe_s is not None:
+            return Standing("open", self.probe_s + PROBE_S, self.code, self.trips, True, self.reason)
+        return Standing("half-open", self.until_s, self.code, self.trips, reason=self.reason)
+
+    def open(self, code: str, reason: str, now: float, until_s: float) -> None:
+        self.is_open = True
+        self.opened_s, self.until_s = now, until_s
+        self.code, self.reason, self.probe_s, self.counted = code, reason[:MAX_REASON], None, []
 
     def close(self) -> None:
         self.is_open, self.probe_s = False, None
@@ -121,10 +144,24 @@ class Breakers:
         found = [circuit.standing(now, priority) for circuit in self._of(peer, digest)]
         return max(found, key=lambda standing: (_RANK[standing.state], standing.until_s), default=CLOSED)
 
-    def on_failure(self, peer: PeerId, digest: Sha256 | None, code: str, now: float, at_least_s: float = 0.0) -> None:
-        """The peer failed: with this model, or (``digest`` None) altogether. ``at_least_s``: keep out for so long at least."""
+    def on_failure(
+        self,
+        peer: PeerId,
+        digest: Sha256 | None,
+        code: str,
+        now: float,
+        at_least_s: float = 0.0,
+        *,
+        most_s: float = MAX_BACKOFF_S,
+        sent_s: float = math.inf,
+        reason: str = "",
+    ) -> None:
+        """The peer failed: with this model, or (``digest`` None) altogether. Kept out for ``at_least_s``, at most ``most_s``.
+
+        ``sent_s``: when the ask was sent. ``reason``: what was said, for people.
+        """
         circuit = self._circuit(peer, digest)
-        if circuit.is_open and now < circuit.until_s:
+        if circuit.is_open and (now < circuit.until_s or sent_s < circuit.opened_s):
             return  # it was sent before the circuit opened
         if not circuit.is_open and now - circuit.until_s > ON_TRIAL_S:
             circuit.trips = 0
@@ -132,11 +169,9 @@ class Breakers:
             circuit.counted = [at for at in circuit.counted if now - at < WINDOW_S] + [now]
             if len(circuit.counted) < ENGINE_FAILURES:
                 return
-        circuit.is_open = True
         circuit.trips += 1
-        pause_s = backoff_s(circuit.trips, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
-        circuit.until_s = now + min(max(pause_s, at_least_s), MAX_BACKOFF_S)
-        circuit.code, circuit.probe_s, circuit.counted = code, None, []
+        pause_s = backoff_s(circuit.trips, FIRST_BACKOFF_S, most_s, self._random)
+        circuit.open(code, reason, now, now + min(max(pause_s, at_least_s), MAX_BACKOFF_S))
 
     def on_busy(
         self,
@@ -146,6 +181,7 @@ class Breakers:
         now: float,
         priority: Priority = "interactive",
         code: str = "busy",
+        sent_s: float = math.inf,
     ) -> None:
         """The peer takes nothing of ``priority`` now; where that is interactive, nothing of batch either."""
         if digest is not None and (whole := self._circuits.get((peer, None))):
@@ -153,13 +189,41 @@ class Breakers:
             whole.trips = 0
             self._drop_quiet(peer, None, now)
         circuit = self._circuit(peer, digest)
-        circuit.probe_s = None
-        circuit.busy_code = code
+        if circuit.probe_s is not None and sent_s >= circuit.probe_s:
+            circuit.probe_s = None
+        circuit.busy_code, circuit.was_full = code, False
         spread = 1.0 + BUSY_SPREAD * (1.0 - self._random.random())
         until_s = now + min(max(retry_after_s, 0.0), MAX_BUSY_S) * spread
         for kind in ("interactive", "batch") if priority == "interactive" else ("batch",):
             circuit.busy[kind] = until_s
         self._drop_quiet(peer, digest, now)
+
+    def on_load(self, peer: PeerId, digest: Sha256, has_room: bool, now: float) -> None:
+        """A status of a peer that is busy tells whether slots are free: where it told before that none was, it is asked again."""
+        for model in (digest, None):
+            circuit = self._circuits.get((peer, model))
+            if circuit is None or not circuit.busy or circuit.busy_code != "busy":
+                continue
+            if has_room and circuit.was_full:
+                circuit.busy.clear()
+                self._drop_quiet(peer, model, now)
+            elif not has_room:
+                circuit.was_full = True
+
+    def on_returned(self, peer: PeerId, now: float, *, restarted: bool = False) -> None:
+        """The peer is connected again after it was not: one ask may find out at once. ``restarted``: nobody waits there."""
+        for key in [key for key in self._circuits if key[0] == peer]:
+            circuit = self._circuits[key]
+            if circuit.is_open:
+                circuit.until_s = min(circuit.until_s, now)
+            if restarted:
+                circuit.busy.clear()
+                self._drop_quiet(*key, now)
+
+    def on_reached(self, peer: PeerId) -> None:
+        """The peer took an ask: whatever its engine does, it can be reached."""
+        if circuit := self._circuits.get((peer, None)):
+            circuit.close()
 
     def on_success(self, peer: PeerId, digest: Sha256) -> None:
         """The peer speaks, its answer begins: its circuits close. What it asked for as busy still holds."""
@@ -176,15 +240,16 @@ class Breakers:
 
     def on_probe_sent(self, peer: PeerId, digest: Sha256, now: float) -> bool:
         """An ask goes to ``peer``; call it for each. True: it is the probe of a half-open circuit, no other may go."""
-        half_open = [c for c in self._of(peer, digest) if c.is_open and now >= c.until_s and not c.probing(now)]
+        half_open = [c for c in self._of(peer, digest) if c.is_open and now >= c.until_s and c.probe_s is None]
         for circuit in half_open:
             circuit.probe_s = now
         return bool(half_open)
 
-    def on_probe_abandoned(self, peer: PeerId, digest: Sha256) -> None:
-        """The probe was given up (the client left, another peer was faster) before it told anything: the next ask may be one."""
+    def on_probe_abandoned(self, peer: PeerId, digest: Sha256, sent_s: float) -> None:
+        """The probe sent then was given up (the client left, another peer was faster) before it told anything: another may go."""
         for circuit in self._of(peer, digest):
-            circuit.probe_s = None
+            if circuit.probe_s == sent_s:
+                circuit.probe_s = None
 
     def _of(self, peer: PeerId, digest: Sha256) -> list[_Circuit]:
         found = (self._circuits.get((peer, digest)), self._circuits.get((peer, None)))

@@ -5,8 +5,8 @@ request to the next best peer at once, and a peer that is late (`Choice.late_s`)
 allows. After it another peer is asked for what is missing (core.continuation, core.missing_vectors), and Moved marks where it
 begins to speak. A peer that is silent for too long (core.pace) is suspected: another one is asked beside it while the first
 may still speak; a false alarm makes us more patient with it. At most MAX_OPEN are asked at once, MAX_ATTEMPTS before something
-new was given. A peer that failed is asked again only when nobody else is left, after a pause. That a request is at fault is
-believed of ourselves or of two peers, where there are two. One deadline holds for all.
+new was given. Where nobody may be asked now the request waits (core.delivery_wait). That a request is at fault is believed of
+ourselves or of two peers, where there are two. One deadline holds for all.
 
 When our own process was held up, deadlines wait GRACE_S longer, for what came in meanwhile to be read. Time and randomness
 are passed in. Not here: who is the best (core.routing), what an error means (core.retrying), asking (services.delivery).
@@ -30,32 +30,27 @@ from meshmax.base.errors import (
 )
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Moved, RoutedEvent
-from meshmax.base.route import Attempt, AttemptKind
-from meshmax.core.backoff import Random, backoff_s
+from meshmax.base.route import Attempt, AttemptKind, Wait
+from meshmax.core.backoff import Random
 from meshmax.core.continuation import Joint, SoFar, plan, up_to_the_end
 from meshmax.core.delivery_attempt import TICK_S, PeerAttempt
+from meshmax.core.delivery_wait import Patience
 from meshmax.core.delivery_words import Action, Cancel, Choice, Chooser, Done, Fail, Give, Start, Suspect
 from meshmax.core.missing_vectors import VectorJoint, VectorsSoFar
 from meshmax.core.pace import MAX_PATIENCE, Alarms
+from meshmax.core.refusal import refusal
 from meshmax.core.retrying import is_final, most_telling, passes
 
 MAX_OPEN: Final = 3  # asked at once: one that is suspected, one beside it, and another if that is silent, too
 MAX_ATTEMPTS: Final = 8  # that peers took, without anything new for the client: what eight fail would fail everywhere
 MAX_IN_ALL: Final = 64  # of one request; an answer that breaks so often will not end
-MAX_ASKS_OF_ONE: Final = 3  # of one peer, before the first token
+MAX_ASKS_OF_ONE: Final = 3  # of one peer that could be reached, before the first token
 MAX_CRASHES: Final = 3  # engines that a request may bring down before it is taken for the cause
-FIRST_PAUSE_S: Final = 0.1  # before a peer that failed is asked again; an engine starts in about that
-MOST_PAUSE_S: Final = 2.0
-STUCK_S: Final = 15.0  # without anybody to go on, in the middle of an answer: a peer restarts or is found again in that
-FULL_S: Final = 60.0  # the same where there are peers, but all are full: what is half said should not be lost
-PATIENCE_S: Final = 8.0  # the same before the first token; a client that has seen nothing can as well ask again
 LOOK_AGAIN_S: Final = 1.0  # for somebody to ask beside a suspected peer, where there was nobody
 LATE_S: Final = 0.1  # a deadline that we come to so much later: our own process was held up
 GRACE_S: Final = 0.3  # to read what came in while it was; more after a longer stop
 MAX_GRACE_S: Final = 1.0
-OVERDUE_S: Final = (
-    30.0  # without a first event, and so many times as late as late is: the budget does not count then, else
-)
+OVERDUE_S: Final = 30.0  # without a first event, and so many times as late as late is: no budget counts then, else
 OVERDUE: Final = 8.0  # a peer that takes prompts and never speaks would hold all but a few of them for ten minutes
 MAX_LATENESS: Final = 2  # of a first token: the later it is, the more of the budget for second peers may be used
 
@@ -73,12 +68,11 @@ class Delivery:
         alarms: Alarms | None = None,
         deadline_s: float = math.inf,
         hedge: bool = True,
+        model: str = "",
     ) -> None:
-        """``alarms``: of all requests of this node. ``deadline_s``: for the whole of it.
-
-        ``hedge``: a second peer may be asked where the first is late.
-        """
-        self._request, self._chooser, self._random = request, chooser, random
+        """``alarms``: of all requests of this node. ``deadline_s``: for the whole of it. ``hedge``: a second peer may be asked
+        where the first is late. ``model``: its name, for people."""
+        self._request, self._chooser, self._model = request, chooser, model
         self._began_s, self._deadline_s, self._hedge = now, deadline_s, hedge
         self._so_far = VectorsSoFar(request) if isinstance(request, EmbedRequest) else SoFar()
         self._alarms = alarms or Alarms()
@@ -102,8 +96,7 @@ class Delivery:
         self._taken = 0  # how many of those were accepted
         self._refused: set[PeerId] = set()
         self._cannot_go_on: set[PeerId] = set()  # their engines only answer from the beginning
-        self._stuck_s: float | None = None  # since when nobody is left
-        self._pauses = 0
+        self._patience = Patience(random, now, now + deadline_s)
 
     # --- events ------------------------------------------------------------------------------------------------------
 
@@ -169,6 +162,7 @@ class Delivery:
         self._troubled = True
         self._errors.append(error)
         peer = attempt.choice.peer
+        self._patience.on_failed(attempt.choice, error, now)
         self._broke[peer] += not isinstance(error, Busy | CapabilityMissing)
         if isinstance(error, CapabilityMissing) and attempt.mode == "prefix":
             self._cannot_go_on.add(peer)  # asked from the beginning it may do
@@ -197,9 +191,14 @@ class Delivery:
             if attempt.spoke_s is not None:
                 attempt.spoke_s = now
 
+    def on_news(self, now: float) -> list[Action]:
+        """Who may be asked is not what it was: to call where the request `waits`."""
+        return self._next(now) if self.waits else []
+
     def close(self, now: float) -> None:
         """The client is served or gone; attempts under way are ended."""
         self._over = True
+        self._patience.on_waited(now)
         for attempt in self._open.values():
             self._end(attempt, None, now)
         self._open.clear()
@@ -217,8 +216,7 @@ class Delivery:
             return []
         actions: list[Action] = []
         if now >= self._wake_s:
-            self._wake_s = math.inf
-            actions += self._next(now, again=True)
+            actions += self._next(now)
         if now < self._grace_s:
             return actions
         for attempt in list(self._open.values()):
@@ -239,6 +237,15 @@ class Delivery:
     def over(self) -> bool:
         """Whether the answer is whole or has failed."""
         return self._over
+
+    @property
+    def waits(self) -> bool:
+        """Whether nobody can be asked now."""
+        return not (self._open or self._over)
+
+    def waited(self) -> tuple[Wait, ...]:
+        """Every time that it did, in order."""
+        return tuple(self._patience.waits)
 
     @property
     def first_speaker(self) -> PeerId | None:
@@ -313,40 +320,45 @@ class Delivery:
         self._asks.clear()
         self._taken = 0
         self._refused.clear()
-        self._stuck_s, self._pauses, self._wake_s = None, 0, math.inf
+        self._wake_s = math.inf
+        self._patience.on_progress()
 
     # --- who is asked ------------------------------------------------------------------------------------------------
 
-    def _next(self, now: float, *, again: bool = False) -> list[Action]:
-        """Ask somebody for what is missing; if nobody can be asked, wait or give up. ``again``: a pause is over."""
+    def _next(self, now: float) -> list[Action]:
+        """Ask somebody for what is missing; if nobody can be asked, wait or give up."""
+        self._wake_s = math.inf
         if self._first_s is not None and self._lacks_only_its_end():
             return self._finish(now)
         crashes = sum(isinstance(error, EngineCrashed) for error in self._errors)
         if crashes >= MAX_CRASHES or self._taken >= MAX_ATTEMPTS or len(self._attempts) >= MAX_IN_ALL:
             return [] if self._open else self._give_up(now)
         choices = self._others()
-        fresh = self._fresh(choices, now)
-        if again and not (fresh or self._open):
-            free = (choice for choice in choices if choice.from_s <= now)
-            fresh = sorted(free, key=lambda choice: self._asks[choice.peer])
+        ready = self._fresh(choices, now) or ([] if self._open else self._again(choices, now))
         kind: AttemptKind = "first" if not self._attempts else "retry" if self._first_s is None else "continuation"
-        for choice in fresh:
+        for choice in ready:
             if (actions := self._ask(choice, kind, now)) is not None:
                 return actions
         if self._open:
             return []
-        return self._give_up(now) if fresh else self._pause(choices, now)
+        later = [choice for choice in choices if choice not in ready]
+        return self._give_up(now) if ready and not later else self._wait(later, now)
 
     def _others(self) -> list[Choice]:
         asked = {attempt.choice.peer for attempt in self._open.values()}
         choices = (c for c in self._chooser.choices() if c.peer not in asked and c.peer not in self._refused)
         most = MAX_ASKS_OF_ONE if self._first_s is None else MAX_ATTEMPTS
-        return [choice for choice in choices if self._asks[choice.peer] < most]
+        return [choice for choice in choices if self._patience.tried[choice.peer] < most]
 
     def _fresh(self, choices: list[Choice], now: float) -> list[Choice]:
         """Those not asked since the client got something new; who broke off before after who did not."""
-        fresh = (choice for choice in choices if choice.from_s <= now and not self._asks[choice.peer])
-        return sorted(fresh, key=lambda choice: self._broke[choice.peer])
+        fresh = (c for c in choices if not self._asks[c.peer] and self._patience.from_s(c, False) <= now)
+        return sorted(fresh, key=lambda choice: (self._broke[choice.peer], bool(choice.rests)))
+
+    def _again(self, choices: list[Choice], now: float) -> list[Choice]:
+        """Those asked before whose time is up, the least asked first."""
+        free = (c for c in choices if self._asks[c.peer] and self._patience.from_s(c, True) <= now)
+        return sorted(free, key=lambda choice: self._asks[choice.peer])
 
     def _ask(self, choice: Choice, kind: AttemptKind, now: float) -> list[Action] | None:
         """Ask that peer; None where the answer cannot be carried on there."""
@@ -357,6 +369,7 @@ class Delivery:
             if rest is None:
                 return None
             request = rest
+        self._patience.on_waited(now)
         self._asks[choice.peer] += 1
         self._taken += choice.ours  # others say so
         self._troubled = self._troubled or kind != "first"
@@ -389,28 +402,14 @@ class Delivery:
         self._over, self._last = True, end
         return [*self._cancel_others(None, now), Give((end,)), Done()]
 
-    def _pause(self, choices: list[Choice], now: float) -> list[Action]:
-        """Nobody is left who was not asked: look again after a while, if the client may wait for that."""
-        middle = self._first_s is not None
-        if not (choices or middle or any(passes(error) and not isinstance(error, Busy) for error in self._errors)):
-            return self._give_up(now)
-        if self._verdict is not None:
-            return self._give_up(now)
-        if self._stuck_s is None:
-            self._stuck_s = now
-        self._pauses += 1
-        pause_s = backoff_s(self._pauses, FIRST_PAUSE_S, MOST_PAUSE_S, self._random)
-        busy_s = min((choice.from_s for choice in choices), default=now) - now
-        if busy_s > 0:
-            pause_s = max(pause_s, busy_s * (1 + self._random.random() / 10))
-        if not middle and all(isinstance(error, Busy) for error in self._errors) and (self._errors or busy_s > 0):
-            pause_s = math.inf  # prompts wait in queues, not here: the client hears at once when to come again
-        most_s = PATIENCE_S if not middle else FULL_S if busy_s > 0 else STUCK_S
-        if now + pause_s > self._stuck_s + most_s:
-            if not self._errors and choices:
-                self._errors.append(Busy("every peer that has the model is busy", max(busy_s, 1.0)))
-            return self._give_up(now)
-        self._wake_s = now + pause_s
+    def _wait(self, choices: list[Choice], now: float) -> list[Action]:
+        """Nobody can be asked now: look again when that changes, if the client may wait for it."""
+        middle, asked = self._first_s is not None, {choice.peer for choice in choices if self._asks[choice.peer]}
+        until_s = self._patience.until(choices, asked, self._errors, now, middle=middle)
+        if until_s is None or self._verdict is not None:
+            return self._give_up(now, choices)
+        self._patience.on_wait(self._model, choices, now)
+        self._wake_s = until_s
         return []
 
     # --- what time brings --------------------------------------------------------------------------------------------
@@ -452,7 +451,7 @@ class Delivery:
         if len(self._open) >= MAX_OPEN or not (middle or (self._hedge and len(self._open) == 1)):
             return []
         waited_s = now - attempt.sent_s + TICK_S
-        fresh = [choice for choice in self._fresh(self._others(), now) if not choice.resting]
+        fresh = [choice for choice in self._fresh(self._others(), now) if not choice.rests]
         if not fresh:
             attempt.late_at = now + max(waited_s / 2, LOOK_AGAIN_S)
             return []
@@ -474,13 +473,17 @@ class Delivery:
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
-    def _give_up(self, now: float) -> list[Action]:
+    def _give_up(self, now: float, choices: Sequence[Choice] = ()) -> list[Action]:
         if self._verdict is not None and self._verdict.error is not None:
             return self._fail(self._verdict.error, now)
-        return self._fail(most_telling(self._errors, middle=self._first_s is not None), now)
+        middle, rest = self._first_s is not None, self._patience.resting(choices, now)
+        if rest and not middle and all(isinstance(error, Busy) for error in self._errors):
+            return self._fail(refusal(self._model, rest, now), now)
+        return self._fail(most_telling(self._errors, middle=middle), now)
 
     def _fail(self, error: MeshmaxError, now: float) -> list[Action]:
         self._over, self.error = True, error
+        self._patience.on_waited(now)
         actions: list[Action] = []
         for attempt in self._open.values():
             self._end(attempt, error, now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -13,14 +13,19 @@ from meshmax.base.inference import InferRequest, RoutedEvent
 from meshmax.base.route import AttemptKind
 from meshmax.core.pace import Gaps
 
+Rest = Literal["", "broken", "probed", "busy", "full"]
+"""Why a peer is not asked now: it failed lately; so it did, and one request is finding out whether it works again; it said that
+it is busy; its status says that its queue is full."""
+
 
 class Choice(msgspec.Struct, frozen=True):
-    """A peer that may be asked, from ``from_s`` on (it is busy until then). ``first_s``: when its first event is expected;
-    ``late_s``: after how long it is late. ``resting``: after a failure, or full; asked where nobody else is left, never beside
-    one that is only late.
+    """A peer that may be asked, from ``from_s`` on. ``first_s``: when its first event is expected; ``late_s``: after how long
+    it is late.
 
-    ``gaps``: between its words so far, ``frames``: between its frames, both shared by all its answers. ``deterministic``: its
-    engine says the same to the same.
+    ``rests``: why it is not asked before ``from_s``. One that is full is asked when its status says so, and ``from_s`` is a
+    guess; our own queue is asked all the same where nobody else is left, which costs nothing. ``name``, ``code``, ``reason``:
+    for the words of a refusal, where it rests. ``gaps``: between its words so far, ``frames``: between its frames, both shared
+    by all its answers. ``deterministic``: its engine says the same to the same.
     """
 
     peer: PeerId
@@ -31,15 +36,18 @@ class Choice(msgspec.Struct, frozen=True):
     rtt_s: float = 0.0
     ours: bool = False
     from_s: float = 0.0
-    resting: bool = False
+    rests: Rest = ""
     deterministic: bool = False
+    name: str = ""
+    code: str = ""
+    reason: str = ""
 
 
 class Chooser(Protocol):
     """Puts peers in order, as of now."""
 
     def choices(self) -> Sequence[Choice]:
-        """Who may be asked, best first; those that rest after a failure last."""
+        """Who may be asked, best first; those that rest last, the first to be asked again first."""
         ...
 
     def may_hedge(self, lateness: int) -> bool:

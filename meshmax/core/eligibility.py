@@ -2,14 +2,21 @@
 
 Never: a peer that is not connected, drains, or has only a part of the model; whose breaker is open (core.breaker) or who said
 that it is busy, before that time is up; whose queue is full by its own word. A half-open breaker lets one request through, so
-that peer may be asked. Pure. Not here: which of those who may be asked is best (core.policies).
+that peer may be asked. Pure. Not here: which of those who may be asked is best (core.policies), who waits for those who may
+not (core.delivery).
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from meshmax.base.route import Verdict
 from meshmax.core.breaker import NOT_NOW
 from meshmax.core.contender import Contender
+from meshmax.core.delivery_words import Rest
+
+MIN_ROOM_S: Final = 1.0  # until a full queue has a place, at least: HTTP's Retry-After counts in seconds
+MAX_ROOM_S: Final = 60.0  # estimates of what is farther away are worth little
 
 
 def kept_out(contender: Contender) -> tuple[Verdict, str] | None:
@@ -34,3 +41,20 @@ def kept_out(contender: Contender) -> tuple[Verdict, str] | None:
 def is_resting(verdict: Verdict) -> bool:
     """Whether one kept out with ``verdict`` may be asked again when its time is up."""
     return verdict in ("busy", "broken", "full")
+
+
+def rest_of(contender: Contender, verdict: Verdict, now: float) -> tuple[Rest, float]:
+    """Why one kept out with ``verdict`` rests, and until when (see Choice); ("", 0.0) where only another status could help."""
+    standing = contender.standing
+    if verdict == "full":
+        return "full", now + room_s(contender)
+    if verdict == "broken":
+        return "probed" if standing.probing else "broken", standing.until_s
+    return ("busy", standing.until_s) if verdict == "busy" else ("", 0.0)
+
+
+def room_s(contender: Contender) -> float:
+    """In about how long a full queue has places again: when half of it has been served, as its own peer reckons."""
+    load = contender.load
+    half_s = (contender.figures.turn_s or 0.0) * load.queued / 2 / max(load.capacity, 1)
+    return min(max(half_s, MIN_ROOM_S), MAX_ROOM_S)

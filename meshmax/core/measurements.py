@@ -21,7 +21,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Priority
 from meshmax.base.status import Device, Load
 from meshmax.core.backoff import Random
-from meshmax.core.breaker import NO_JITTER, NOT_NOW, Breakers, Standing
+from meshmax.core.breaker import MAX_BACKOFF_S, NO_JITTER, NOT_NOW, Breakers, Standing
 from meshmax.core.ewma import Ewma
 
 MAX_SPEEDS: Final = 4096  # (peer, model, device) entries of about 1 KiB: 256 peers with 16 models in use each
@@ -196,15 +196,19 @@ class Measurements:
         now: float,
         at_least_s: float = 0.0,
         priority: Priority = "interactive",
+        *,
+        sent_s: float = math.inf,
+        most_s: float = MAX_BACKOFF_S,
+        reason: str = "",
     ) -> None:
         """The peer failed: with this model, or (``digest`` None) altogether. ``at_least_s``: it asked to be left alone so long.
 
-        A code of NOT_NOW (busy...) is no failure. ``priority``: of the request that was turned away.
+        A code of NOT_NOW (busy...) is no failure. ``priority``: of the request that was turned away, sent at ``sent_s``.
         """
         if code in NOT_NOW:
-            self.breakers.on_busy(peer, digest, at_least_s, now, priority, code)
+            self.breakers.on_busy(peer, digest, at_least_s, now, priority, code, sent_s)
         else:
-            self.breakers.on_failure(peer, digest, code, now, at_least_s)
+            self.breakers.on_failure(peer, digest, code, now, at_least_s, most_s=most_s, sent_s=sent_s, reason=reason)
 
     def standing(self, peer: PeerId, digest: Sha256, now: float, priority: Priority = "interactive") -> Standing:
         """Whether ``peer`` may be asked for this model: see core.breaker."""
@@ -214,9 +218,9 @@ class Measurements:
         """An ask goes to ``peer``; call it for each. True: it is a probe, say `on_probe_abandoned` if it tells nothing."""
         return self.breakers.on_probe_sent(peer, digest, now)
 
-    def on_probe_abandoned(self, peer: PeerId, digest: Sha256) -> None:
-        """A probe was given up before the peer spoke or failed."""
-        self.breakers.on_probe_abandoned(peer, digest)
+    def on_probe_abandoned(self, peer: PeerId, digest: Sha256, sent_s: float) -> None:
+        """A probe, sent at ``sent_s``, was given up before the peer spoke or failed."""
+        self.breakers.on_probe_abandoned(peer, digest, sent_s)
 
     def rtt_s(self, peer: PeerId) -> float | None:
         """The mean round trip, None if never measured."""

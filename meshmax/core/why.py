@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Final
 
 from meshmax.base.ids import PeerId
-from meshmax.base.route import Attempt, AttemptKind, Candidate, Policy, RequestKind, Route, Verdict
+from meshmax.base.route import Attempt, AttemptKind, Candidate, Policy, RequestKind, Route, Verdict, Wait
 
 CANCELLED: Final = "cancelled"  # the error of an attempt that was ended for no fault of its peer
+NOBODY: Final[Mapping[PeerId, str]] = {}
 POLICY_WORDS: Final[Mapping[Policy, str]] = {
     "latency": "whoever is expected to have the whole answer soonest",
     "least-loaded": "whoever has the least to do",
@@ -69,14 +70,18 @@ _ERROR_WORDS: Final[Mapping[str, str]] = {
 }
 
 
-def story(route: Route) -> tuple[str, ...]:
-    """The sentences, one line each: what was asked for, the outcome, the choice, each try in its order."""
-    names = {candidate.peer_id: candidate.name for candidate in route.candidates if candidate.name}
+def story(route: Route, known: Mapping[PeerId, str] = NOBODY) -> tuple[str, ...]:
+    """The sentences, one line each: what was asked for, the outcome, the choice, each try in its order.
+
+    ``known``: what peers are called, for those that were no candidates.
+    """
+    names = {**known, **{candidate.peer_id: candidate.name for candidate in route.candidates if candidate.name}}
     wanted = f"'{route.model or route.digest[:12]}' {_WANTED_WORDS[route.kind]}"
     lines = [f"{wanted}; it goes to {POLICY_WORDS[route.policy]} ({route.policy}).", _outcome(route)]
     lines += _choice(route)
-    lines += [_tried(route, number, names) for number in range(len(route.attempts))]
-    return tuple(lines)
+    told = [(attempt.at_s, _tried(route, number, names)) for number, attempt in enumerate(route.attempts)]
+    told += [(wait.at_s, _waited(wait)) for wait in route.waits]
+    return (*lines, *(words for _, words in sorted(told, key=lambda one: one[0])))
 
 
 def name_of(peer_id: PeerId, names: Mapping[PeerId, str]) -> str:
@@ -175,6 +180,13 @@ def _tried(route: Route, number: int, names: Mapping[PeerId, str]) -> str:
     elif route.state == "running":
         words.append("it is under way")
     return "; ".join(words) + "."
+
+
+def _waited(wait: Wait) -> str:
+    at = f"At {seconds(wait.at_s)}"
+    if wait.took_s is None:
+        return f"{at} it began to wait, and still does: {wait.why}."
+    return f"{at} it waited for {seconds(wait.took_s)}: {wait.why}."
 
 
 def _fetched(attempt: Attempt) -> str:

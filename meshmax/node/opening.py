@@ -279,6 +279,7 @@ class _Opening:
                 unix_now=self.world.unix_now,
             )
         )
+        node.presence.watch(router.on_news)
         ask_pull, config, unix_now = ask_pull_of(node.distribution), self.config.routing, self.world.unix_now
         node.prompts = PullFirst(
             router, node.catalog, node.presence, node.pulls, ask_pull, config, unix_now, node.preloads.on_ask

@@ -5,6 +5,8 @@ Of ourselves we know better than our own status, which is a moment old. Not here
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import msgspec
 import trio
 
@@ -12,6 +14,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask
 from meshmax.base.status import NO_ENGINE, Device, Load, ModelPresence, PeerView
 from meshmax.core.contender import Contender, holders
+from meshmax.core.eligibility import kept_out
 from meshmax.core.explain import plain_name
 from meshmax.core.memory_fit import device_of
 from meshmax.core.prefixes import Mark, Prefixes
@@ -39,6 +42,14 @@ class Contenders:
         return {
             peer: self._contender(ask, view, model, held.get(peer, 0), now) for peer, (view, model) in found.items()
         }
+
+    def stand(self, ask: Ask) -> Hashable:
+        """Who has the model of ``ask`` and how each stands, as far as it decides whether, and from when, it may be asked."""
+        found = []
+        for peer, contender in sorted(self.of(ask).items()):
+            kept, standing = kept_out(contender), contender.standing
+            found.append((peer, kept and kept[0], standing.until_s, standing.probing))
+        return tuple(found)
 
     def name_of(self, contender: Contender) -> str:
         """A peer as people call it; '' for ourselves."""

@@ -1,7 +1,8 @@
 """One request under way: does what core.delivery decides, each attempt in a task of its own, and hands the client one stream.
 
 Rules: events wait in one bounded place for a slow client, which holds the peer up; they pass without a task's switch where
-the client is behind. Leaving the block ends every attempt, and with it the work wherever it is done. The block's own
+the client is behind. Where nobody can be asked the request waits, and looks again when it is woken (services.waiting). Leaving
+the block ends every attempt, and with it the work wherever it is done. The block's own
 exception comes out as it is, not in a group. Not here: one attempt (services.trial), candidates (services.router).
 """
 
@@ -30,6 +31,8 @@ MAX_READY_BYTES: Final = 1 << 20  # of them, about; the same
 LOOK_S: Final = 0.5  # a deadline that moved forward is seen by then, at the latest
 CLOSE_S: Final = 1.0  # after the end, for the attempt to close its books
 
+Waits = Callable[["RequestDelivery", bool], None]
+
 _log = get_logger("delivery")
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -37,8 +40,11 @@ _encode: Final = msgspec.json.Encoder().encode
 class RequestDelivery:
     """The events of one request as the client gets them; made by `open_delivery`."""
 
-    def __init__(self, core: Delivery, trial_for: Callable[[Start], Trial], nursery: trio.Nursery) -> None:
-        self._core, self._trial_for, self._nursery = core, trial_for, nursery
+    def __init__(
+        self, core: Delivery, trial_for: Callable[[Start], Trial], nursery: trio.Nursery, waits: Waits
+    ) -> None:
+        self._core, self._trial_for, self._nursery, self._waits = core, trial_for, nursery, waits
+        self._waiting = self._woken = False
         self._running: dict[int, tuple[trio.CancelScope, Trial]] = {}
         self._ready: deque[RoutedEvent] = deque()
         self._ready_bytes = 0
@@ -92,9 +98,13 @@ class RequestDelivery:
         while True:
             self._retimed = trio.Event()
             self._timer_at = self._core.deadline()
-            with trio.move_on_at(self._timer_at):
-                await self._retimed.wait()
+            if not self._woken:
+                with trio.move_on_at(self._timer_at):
+                    await self._retimed.wait()
             now = trio.current_time()
+            if self._woken:
+                self._woken = False
+                self.do(self._core.on_news(now))
             if now >= self._core.deadline():
                 self.do(self._core.tick(now))
 
@@ -117,7 +127,21 @@ class RequestDelivery:
             elif isinstance(action, Fail):
                 self._error = action.error
                 self._news.set()
+        if self._waiting is not self._core.waits:
+            self._waiting = self._core.waits
+            self._waits(self, self._waiting)
         self.retime(look_s)
+
+    def wake(self) -> None:
+        """Who may be asked is not what it was."""
+        self._woken = True
+        self._retimed.set()
+
+    def close(self) -> None:
+        """The request is over."""
+        if self._waiting:
+            self._waiting = False
+            self._waits(self, False)
 
     def retime(self, unless_s: float) -> None:
         """See to it that the core hears of its next deadline, if the clock would tell it more than ``unless_s`` from now."""
@@ -208,14 +232,19 @@ class _Feed:
 
 
 @asynccontextmanager
-async def open_delivery(core: Delivery, trial_for: Callable[[Start], Trial]) -> AsyncIterator[RequestDelivery]:
-    """The request under way, begun; leaving the block ends it."""
+async def open_delivery(
+    core: Delivery, trial_for: Callable[[Start], Trial], waits: Waits
+) -> AsyncIterator[RequestDelivery]:
+    """The request under way, begun; leaving the block ends it. ``waits`` is told when it begins to wait, and when it ends."""
     try:
         async with trio.open_nursery() as nursery:
-            delivery = RequestDelivery(core, trial_for, nursery)
-            nursery.start_soon(delivery.run_clock)
-            delivery.begin()
-            yield delivery
+            delivery = RequestDelivery(core, trial_for, nursery, waits)
+            try:
+                nursery.start_soon(delivery.run_clock)
+                delivery.begin()
+                yield delivery
+            finally:
+                delivery.close()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         if len(group.exceptions) != 1:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
 
+from meshmax.base.errors import MeshmaxError
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask
 from meshmax.base.route import Attempt, Candidate, RequestState, Route
 from meshmax.core.delivery import Delivery
 from meshmax.core.explain import explain, kind_of
+from meshmax.core.refusal import NobodyNow
 from meshmax.core.routing import Decision
 
+LOADS_KEPT: Final = 50  # of those that only loaded or unloaded a model here
 ROUTES_KEPT: Final = 200  # requests that `why` can look back at
 
 
@@ -56,6 +60,7 @@ class RouteRecord:
         tried = {a.peer_id: a.error for a in asked_before if a.error and a.error != "cancelled"}
         last = chosen or (attempts[-1].peer_id if attempts else PeerId(""))
         finish = core.finish
+        refused = f"; {core.error.message}" if isinstance(core.error, NobodyNow) else ""
         return Route(
             request_id=self.request_id,
             digest=self._digest,
@@ -69,9 +74,11 @@ class RouteRecord:
                 among=len(decision.order) - len(failed.keys() & decision.order) if failed else len(decision.order),
                 late=[a.peer_id for a in asked_before if a.error in ("", "cancelled")],
                 over=state != "running",
-            ),
+            )
+            + refused,
             candidates=candidates,
             attempts=attempts,
+            waits=core.waited(),
             model=self._name,
             policy=decision.policy,
             state=state,
@@ -122,3 +129,54 @@ class RouteRecords:
     def routes(self) -> tuple[Route, ...]:
         """As of now, newest first."""
         return tuple(record.route() for record in reversed(self._records))
+
+
+class LoadRecords:
+    """The last LOADS_KEPT requests that only loaded or unloaded a model here: no peer was chosen for them."""
+
+    def __init__(self) -> None:
+        self._routes: OrderedDict[int, Route] = OrderedDict()
+        self._count = 0
+
+    @contextmanager
+    def recorded(
+        self, ask: Ask, peer_id: PeerId, line: str, started_at_s: float, now: Callable[[], float]
+    ) -> Iterator[Route]:
+        """The route of ``ask``, which is under way within the block. ``peer_id``: ours."""
+        number, began_s = self._count, now()
+        self._count += 1
+        route = Route(
+            ask.request_id,
+            ask.digest,
+            peer_id,
+            line,
+            attempts=(Attempt(peer_id),),
+            model=ask.name,
+            policy="local-only",
+            started_at_s=started_at_s,
+            kind=kind_of(ask),
+        )
+        self._routes[number] = route
+        if len(self._routes) > LOADS_KEPT:
+            self._routes.popitem(last=False)
+        state: RequestState = "cancelled"
+        attempt = Attempt(peer_id, "cancelled")
+        try:
+            yield route
+            state, attempt = "done", Attempt(peer_id)
+        except MeshmaxError as error:
+            state, attempt = "failed", Attempt(peer_id, error.code, message=error.message)
+            raise
+        finally:
+            took_s = now() - began_s
+            if number in self._routes:
+                ended = msgspec.structs.replace(attempt, ended_s=took_s)
+                self._routes[number] = msgspec.structs.replace(route, state=state, total_s=took_s, attempts=(ended,))
+
+    def find(self, request_id: str) -> Route | None:
+        """The newest with this id."""
+        return next((route for route in reversed(self._routes.values()) if route.request_id == request_id), None)
+
+    def routes(self) -> tuple[Route, ...]:
+        """As of now, newest first."""
+        return tuple(reversed(self._routes.values()))

@@ -22,12 +22,12 @@ from meshmax.base.config import RoutingConfig
 from meshmax.base.errors import EngineError, MeshmaxError, ModelNotFound, NoProviders
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
-from meshmax.base.route import RequestState, Route, Wishes
+from meshmax.base.route import RequestState, Route, Verdict, Wishes
 from meshmax.core.backoff import Random
-from meshmax.core.breaker import NOT_NOW
 from meshmax.core.contender import Contender
 from meshmax.core.delivery import Delivery
 from meshmax.core.delivery_words import Choice, Start
+from meshmax.core.eligibility import rest_of
 from meshmax.core.hedging import Budget
 from meshmax.core.measurements import Measurements
 from meshmax.core.pace import Paces
@@ -37,10 +37,11 @@ from meshmax.core.routing import Decision, decide, expected_work
 from meshmax.ports import Catalog, Presence, Residency, Swarm
 from meshmax.ports.services import WISHES
 from meshmax.services.contenders import Contenders
-from meshmax.services.delivery import open_delivery
+from meshmax.services.delivery import RequestDelivery, open_delivery
 from meshmax.services.infer_server import Precedence
 from meshmax.services.route_records import RouteRecord, RouteRecords
 from meshmax.services.trial import Bench, Trial
+from meshmax.services.waiting import Waiting
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import HEDGES, REQUESTS
 
@@ -99,6 +100,10 @@ class MeshRouter:
         """The newest request with this id, where it is remembered."""
         return self._records.find(request_id)
 
+    def on_news(self) -> None:
+        """A peer came, went or said something new. Cheap where no request waits."""
+        self._shared.waiting.on_news()
+
     @asynccontextmanager
     async def open_answer(self, ask: Ask, wishes: Wishes = WISHES) -> AsyncIterator[RoutedAnswer]:
         """See ports.Router."""
@@ -114,13 +119,14 @@ class MeshRouter:
             began,
             alarms=self._shared.paces.alarms,
             deadline_s=self._config.deadline_s,
+            model=ask.name,
             hedge=self._config.hedge and ask.priority == "interactive" and not is_load_only(ask.request),
         )
         record = RouteRecord(ask, decision, request.work.output_tokens, core, started_at_s)
         self._records.add(record)
         self._shared.budget.on_request()
         try:
-            async with open_delivery(core, request.trial_for) as delivery:
+            async with open_delivery(core, request.trial_for, request.on_waits) as delivery:
                 with self._precedence():
                     await delivery.wait_first()
                 self._on_begun(ask, core, record)
@@ -153,6 +159,8 @@ class _Shared:
 
     def __init__(self, bench: Bench, contenders: Contenders, config: RoutingConfig) -> None:
         self.bench, self.contenders, self.config = bench, contenders, config
+        self.waiting = Waiting(contenders.stand)
+        bench.on_news = self.waiting.on_news
         self.paces = Paces()
         self.budget = Budget()
         self._last: OrderedDict[Sha256, tuple[PeerId | None, int]] = OrderedDict()
@@ -191,9 +199,11 @@ class _Request:
             decision = self._decide()
         else:
             decision, self._fresh = self.decision, False
-        resting = {judged.peer_id: judged for judged, _, _ in decision.out}
-        judged = [*decision.ranked, *(resting[peer] for peer in decision.resting)][:CHOICES]
-        choices = [self._choice(one, one.peer_id in decision.resting) for one in judged]
+        choices = [self._choice(one) for one in decision.ranked[:CHOICES]]
+        if decision.resting and len(choices) < CHOICES:
+            resting = {judged.peer_id: (judged, verdict) for judged, verdict, _ in decision.out}
+            more = (resting[peer] for peer in decision.resting[: CHOICES - len(choices)])
+            choices += [self._resting(judged, verdict) for judged, verdict in more]
         if is_load_only(self._ask.request) and self._ask.keep_alive_s == 0:
             choices.sort(key=lambda choice: not choice.ours)  # to unload means here: others' memory is theirs
         return choices
@@ -238,11 +248,27 @@ class _Request:
             key=self._marks[0].hash if self._marks else b"",
         )
 
-    def _choice(self, judged: Judged, resting: bool) -> Choice:
+    def on_waits(self, delivery: RequestDelivery, begins: bool) -> None:
+        """Nobody can be asked for it now, or (not ``begins``) it waits no more."""
+        (self._shared.waiting.add if begins else self._shared.waiting.discard)(self._ask, delivery)
+
+    def _resting(self, judged: Judged, verdict: Verdict) -> Choice:
+        contender = judged.contender
+        rests, from_s = rest_of(contender, verdict, trio.current_time())
+        name = self._shared.contenders.name_of(contender)
+        return msgspec.structs.replace(
+            self._choice(judged),
+            from_s=from_s,
+            rests=rests,
+            name=name,
+            code=contender.standing.code,
+            reason=contender.standing.reason,
+        )
+
+    def _choice(self, judged: Judged) -> Choice:
         contender, parts = judged.contender, judged.figures
-        peer, standing, status = judged.peer_id, contender.standing, contender.view.status
+        peer, status = judged.peer_id, contender.view.status
         first_s = parts.rtt_s + parts.queue_s + parts.load_s + parts.prompt_s
-        busy = standing.state == "open" and standing.code in NOT_NOW
         return Choice(
             peer=peer,
             gaps=self._shared.paces.of(peer, self._ask.digest, judged.device),
@@ -251,8 +277,6 @@ class _Request:
             late_s=self._shared.bench.first_tokens.late_s(peer, first_s),
             rtt_s=parts.rtt_s,
             ours=peer == self._shared.bench.peer_id,
-            from_s=standing.until_s if busy else 0.0,
-            resting=resting,
             deterministic=status is not None and status.engine == ECHO,
         )
 

@@ -7,7 +7,7 @@ what a failure leads to (core.delivery).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
@@ -23,6 +23,7 @@ from meshmax.base.errors import (
 )
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, is_load_only
+from meshmax.core.breaker import MAX_BACKOFF_S, OWN_BACKOFF_S
 from meshmax.core.contender import Contender
 from meshmax.core.estimate import ahead_of
 from meshmax.core.hedging import FirstTokens
@@ -62,6 +63,7 @@ class Bench:
         self.outstanding = Outstanding()
         self.first_tokens = FirstTokens()
         self.peer_id = peer_id
+        self.on_news: Callable[[], None] = lambda: None  # called when another peer may be asked, or not any more
         self._swarm, self._residency, self._presence = swarm, residency, presence
 
     def sequence(self, peer: PeerId) -> int:
@@ -70,13 +72,13 @@ class Bench:
         return view.status.sequence if view and view.status else 0
 
     @asynccontextmanager
-    async def open_at(self, peer: PeerId, ask: Ask, feed: Feed) -> AsyncIterator[_Source]:
+    async def open_at(self, peer: PeerId, ask: Ask, on_step: Callable[[Step], None]) -> AsyncIterator[_Source]:
         """The answer of one peer."""
         if peer == self.peer_id:
             async with self._residency.open_answer(ask) as events:
                 yield _Own(events)
         else:
-            async with open_remote_answer(self._swarm, peer, ask, feed.on_step) as remote:
+            async with open_remote_answer(self._swarm, peer, ask, on_step) as remote:
                 yield remote
 
 
@@ -113,7 +115,6 @@ class Trial:
         self._held_s = 0.0
         self._tokens = 0  # after the first event
         self._last_event_s = 0.0
-        self._told = False  # how it went was said
         self._outcome = "cancelled"
         self._sequence = 0  # of the peer's status when it began
         self._probe = False
@@ -132,7 +133,8 @@ class Trial:
         """Returns when the whole answer was passed on. Raises what the peer or the engine says."""
         bench = self._bench
         try:
-            async with bench.open_at(self._peer, self._ask, feed) as source:
+            on_step = self._reaching(feed.on_step) if self._probe else feed.on_step
+            async with bench.open_at(self._peer, self._ask, on_step) as source:
                 await self._pass_on(source, feed)
         except MeshmaxError as error:
             self._on_error(error)
@@ -140,7 +142,19 @@ class Trial:
         finally:
             bench.outstanding.on_ended(self._peer, self._sequence, bench.sequence(self._peer))
             self._on_cancelled(self._probe)
+            bench.on_news()
             REQUESTS.labels(where=self._where, outcome=self._outcome).inc()
+
+    def _reaching(self, on_step: Callable[[Step], None]) -> Callable[[Step], None]:
+        """``on_step``, and that the peer can be reached as soon as it takes the probe."""
+
+        def told(step: Step) -> None:
+            if step == "accepted":
+                self._bench.measurements.breakers.on_reached(self._peer)
+                self._bench.on_news()
+            on_step(step)
+
+        return told
 
     async def _pass_on(self, source: _Source, feed: Feed) -> None:
         while (events := await source.try_next()) is not None:
@@ -158,9 +172,10 @@ class Trial:
 
     def _on_first(self, now: float) -> None:
         self._first_event_s = max(now - self._sent_s, 1e-9)
-        self._told = True
         FIRST_TOKEN.labels(where=self._where).observe(self._first_event_s)
         self._bench.measurements.on_success(self._peer, self._ask.digest, now)
+        if self._probe:
+            self._bench.on_news()
         if not is_load_only(self._ask.request):
             self._bench.first_tokens.add(self._peer, self._expected_s, self._first_event_s)
 
@@ -214,21 +229,29 @@ class Trial:
         self._outcome = "failed"
         if is_final(error, ours=not self._name):
             return  # it speaks of the request, not of the peer
-        self._told = True
         if isinstance(error, Busy) and not self._name:
             return  # our own queue is asked each time, which costs nothing
         digest = None if error.code in _OF_THE_WHOLE_PEER else self._ask.digest
         pause_s = error.retry_after_s if isinstance(error, Busy) else 0.0
-        now, priority = trio.current_time(), self._ask.priority
-        self._bench.measurements.on_failure(self._peer, digest, error.code, now, pause_s, priority)
+        self._bench.measurements.on_failure(
+            self._peer,
+            digest,
+            error.code,
+            trio.current_time(),
+            pause_s,
+            self._ask.priority,
+            sent_s=self._sent_s,
+            most_s=MAX_BACKOFF_S if self._name else OWN_BACKOFF_S,
+            reason=error.message,
+        )
 
     def _on_cancelled(self, probe: bool) -> None:
         if self._outcome == "cancelled" and self.blame is not None:
             self._on_error(self.blame)
         elif self._outcome == "cancelled" and not is_load_only(self._ask.request):
             self._on_left()
-        if probe and not self._told:
-            self._bench.measurements.on_probe_abandoned(self._peer, self._ask.digest)
+        if probe:
+            self._bench.measurements.on_probe_abandoned(self._peer, self._ask.digest, self._sent_s)
 
     def _on_left(self) -> None:
         """The client left, or another peer was faster: what that tells of this one."""

@@ -47,7 +47,7 @@ class Peer(msgspec.Struct):
     dead: bool = False
     stopped_until: float = 0.0
     busy_until: float = 0.0
-    resting: bool = False
+    rests_until: float = 0.0  # its breaker is open
 
 
 class Run:
@@ -87,8 +87,9 @@ class Run:
                 peer.first_s,
                 peer.late_s,
                 RTT_S,
-                from_s=peer.busy_until,
-                resting=peer.resting,
+                from_s=max(peer.busy_until, peer.rests_until),
+                rests="busy" if self.now < peer.busy_until else "broken" if self.now < peer.rests_until else "",
+                name=peer.name,
             )
             for peer in there
         ]

@@ -16,7 +16,9 @@ from meshmax.core.breaker import (
     FIRST_BACKOFF_S,
     MAX_BACKOFF_S,
     MAX_BUSY_S,
+    MAX_REASON,
     ON_TRIAL_S,
+    OWN_BACKOFF_S,
     PROBE_S,
     WINDOW_S,
     Breakers,
@@ -35,16 +37,16 @@ def test_a_peer_of_which_nothing_is_known_may_be_asked() -> None:
 def test_a_lost_connection_opens_at_once_for_every_model_of_that_peer() -> None:
     breakers = Breakers()
     breakers.on_failure(A, None, "peer_gone", 10.0)
-    assert breakers.standing(A, MODEL, 10.5) == Standing("open", 11.0, "peer_gone", 1)
-    assert breakers.standing(A, OTHER, 10.5).state == "open"
-    assert breakers.standing(B, MODEL, 10.5) == CLOSED
+    assert breakers.standing(A, MODEL, 10.4) == Standing("open", 10.0 + FIRST_BACKOFF_S, "peer_gone", 1)
+    assert breakers.standing(A, OTHER, 10.4).state == "open"
+    assert breakers.standing(B, MODEL, 10.4) == CLOSED
 
 
 def test_an_engine_that_cannot_load_the_model_opens_at_once_for_that_model_only() -> None:
     breakers = Breakers()
     breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
-    assert breakers.standing(A, MODEL, 0.5).state == "open"
-    assert breakers.standing(A, OTHER, 0.5) == CLOSED
+    assert breakers.standing(A, MODEL, 0.4).state == "open"
+    assert breakers.standing(A, OTHER, 0.4) == CLOSED
 
 
 def test_failures_in_the_middle_of_answers_open_by_their_number_in_a_window() -> None:
@@ -79,7 +81,7 @@ def test_an_engine_that_breaks_every_answer_is_left_alone_for_longer_each_time()
     breakers.on_success(A, MODEL)
     assert breakers.standing(A, MODEL, 1.0) == CLOSED
     breakers.on_failure(A, MODEL, "engine_crashed", 2.0)
-    assert breakers.standing(A, MODEL, 2.0) == Standing("open", 4.0, "engine_crashed", 2)
+    assert breakers.standing(A, MODEL, 2.0) == Standing("open", 2.0 + 2 * FIRST_BACKOFF_S, "engine_crashed", 2)
 
 
 def test_who_was_not_proven_by_a_whole_answer_is_forgiven_after_a_while() -> None:
@@ -131,15 +133,85 @@ def test_half_open_exactly_one_probe_may_go() -> None:
     assert not breakers.on_probe_sent(A, MODEL, 1.5)
 
 
-def test_a_probe_that_was_given_up_frees_its_place_and_one_that_tells_nothing_does_so_by_itself() -> None:
+def test_a_probe_that_was_given_up_frees_its_place() -> None:
     breakers = Breakers()
     breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
     assert breakers.on_probe_sent(A, MODEL, 1.0)
-    breakers.on_probe_abandoned(A, MODEL)
-    assert breakers.standing(A, MODEL, 1.0) == Standing("half-open", 1.0, "engine_unavailable", 1)
+    breakers.on_probe_abandoned(A, MODEL, 1.0)
+    assert breakers.standing(A, MODEL, 1.0) == Standing("half-open", FIRST_BACKOFF_S, "engine_unavailable", 1)
+    assert breakers.on_probe_sent(A, MODEL, 1.5)
+    breakers.on_probe_abandoned(A, MODEL, 1.0)  # that one was over before
+    assert breakers.standing(A, MODEL, 1.5).probing
+
+
+def test_a_probe_that_is_still_at_it_after_a_while_has_not_failed() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
     assert breakers.on_probe_sent(A, MODEL, 1.0)
     assert not breakers.on_probe_sent(A, MODEL, 1.0 + PROBE_S - 0.1)
-    assert breakers.on_probe_sent(A, MODEL, 1.0 + PROBE_S)
+    assert breakers.standing(A, MODEL, 1.0 + PROBE_S) == CLOSED
+    assert not breakers.on_probe_sent(A, MODEL, 1.0 + PROBE_S)
+    breakers.on_failure(A, MODEL, "engine", 2.0 + PROBE_S, sent_s=1.0)
+    assert breakers.standing(A, MODEL, 2.0 + PROBE_S).failures == 2
+
+
+def test_a_peer_that_takes_a_probe_can_be_reached_whatever_its_engine_does_with_it() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, None, "peer_gone", 0.0)
+    breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
+    assert breakers.on_probe_sent(A, MODEL, 1.0)
+    assert breakers.standing(A, OTHER, 1.0).probing
+    breakers.on_reached(A)
+    assert breakers.standing(A, OTHER, 1.0) == CLOSED
+    assert breakers.standing(A, MODEL, 1.0).probing
+
+
+def test_what_was_sent_before_the_circuit_opened_neither_ends_the_probe_nor_opens_it_again() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, None, "peer_gone", 10.0, sent_s=5.0)
+    assert breakers.on_probe_sent(A, MODEL, 11.0)
+    breakers.on_failure(A, None, "peer_gone", 12.0, sent_s=6.0)
+    assert breakers.standing(A, MODEL, 12.0).probing
+    breakers.on_failure(A, None, "peer_gone", 13.0, sent_s=11.0)
+    assert breakers.standing(A, MODEL, 13.0) == Standing("open", 13.0 + 2 * FIRST_BACKOFF_S, "peer_gone", 2)
+
+
+def test_a_peer_that_has_come_back_may_be_asked_once_at_once_and_after_a_restart_is_not_busy() -> None:
+    breakers = Breakers()
+    breakers.on_busy(A, OTHER, 50.0, 100.0)
+    breakers.on_failure(A, MODEL, "engine_unavailable", 100.0)
+    breakers.on_failure(A, OTHER, "engine_unavailable", 100.0)
+    breakers.on_failure(B, None, "connect", 100.0)
+    breakers.on_returned(A, 100.0)
+    assert breakers.standing(A, MODEL, 100.0).state == "half-open"
+    assert breakers.standing(A, OTHER, 100.0).code == "busy"
+    assert breakers.standing(B, MODEL, 100.0).state == "open"
+    breakers.on_returned(A, 100.0, restarted=True)
+    assert breakers.standing(A, OTHER, 100.0).state == "half-open"
+
+
+def test_our_own_engine_is_never_left_alone_for_long_and_what_it_said_is_kept() -> None:
+    breakers, now = Breakers(), 0.0
+    for _ in range(10):
+        breakers.on_failure(A, MODEL, "engine_unavailable", now, most_s=OWN_BACKOFF_S, reason="x" * 1000)
+        standing = breakers.standing(A, MODEL, now)
+        assert standing.until_s <= now + OWN_BACKOFF_S
+        assert standing.reason == "x" * MAX_REASON
+        now = standing.until_s
+
+
+def test_a_busy_peer_is_asked_again_when_its_status_told_that_it_was_full_and_is_not_any_more() -> None:
+    breakers = Breakers()
+    breakers.on_busy(A, MODEL, 20.0, 0.0)
+    breakers.on_load(A, MODEL, True, 0.1)  # of a status from before, or it is busy for another reason
+    assert breakers.standing(A, MODEL, 0.1).code == "busy"
+    breakers.on_load(A, MODEL, False, 0.2)
+    breakers.on_load(A, MODEL, True, 1.0)
+    assert breakers.standing(A, MODEL, 1.0) == CLOSED
+    breakers.on_busy(A, MODEL, 20.0, 2.0, code="draining")
+    breakers.on_load(A, MODEL, False, 2.1)
+    breakers.on_load(A, MODEL, True, 2.2)
+    assert breakers.standing(A, MODEL, 2.2).code == "draining"
 
 
 def test_a_busy_peer_is_left_alone_for_as_long_as_it_asks_and_has_not_failed() -> None:
@@ -186,54 +258,90 @@ def test_the_table_is_bounded_and_keeps_nothing_of_who_is_well(monkeypatch: pyte
 
 
 class BreakerMachine(RuleBasedStateMachine):
-    """One peer and one model, any order of events: never two probes at once, never out for longer than the cap."""
+    """One peer and one model, any order of asks and of what becomes of them, told as services.trial tells it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.breakers = Breakers(random.Random(0))
         self.now = 0.0
-        self.probe_s: float | None = None
+        self.asks: dict[int, float] = {}  # under way, when each was sent
+        self.probe: int | None = None
+        self.count = 0
 
     @rule(seconds=st.floats(0.0, 70.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-
-    @rule(code=st.sampled_from(["connect", "engine", "engine_crashed", "engine_unavailable"]), whole=st.booleans())
-    def fail(self, code: str, whole: bool) -> None:
-        self.breakers.on_failure(A, None if whole else MODEL, code, self.now)
-        self.probe_s = None
-
-    @rule(whole=st.booleans())
-    def succeed(self, whole: bool) -> None:
-        if whole:
-            self.breakers.on_answered(A, MODEL, self.now)
-        else:
-            self.breakers.on_success(A, MODEL)
-        self.probe_s = None
-        assert self.breakers.standing(A, MODEL, self.now).failures == 0
-
-    @rule(retry_after_s=st.floats(0.0, 100.0), priority=st.sampled_from(["interactive", "batch"]))
-    def busy(self, retry_after_s: float, priority: Priority) -> None:
-        self.breakers.on_busy(A, MODEL, retry_after_s, self.now, priority)
-        self.probe_s = None
+        if self.probe is not None and self.now >= self.asks[self.probe] + PROBE_S:
+            self.probe = None  # it has not failed, so that it is none any more
 
     @rule()
     def ask(self) -> None:
+        """Nobody asks a peer whose circuit is open; of those who ask one that is half-open the first alone finds out."""
         state = self.breakers.standing(A, MODEL, self.now).state
         if state == "open":
             return
+        self.count += 1
+        self.asks[self.count] = self.now
         probe = self.breakers.on_probe_sent(A, MODEL, self.now)
         assert probe == (state == "half-open")
         if probe:
-            assert self.probe_s is None or self.now >= self.probe_s + PROBE_S
-            self.probe_s = self.now
+            assert self.probe is None
+            self.probe = self.count
 
-    @precondition(lambda self: self.probe_s is not None)
-    @rule()
-    def abandon(self) -> None:
-        self.breakers.on_probe_abandoned(A, MODEL)
-        self.probe_s = None
-        assert self.breakers.standing(A, MODEL, self.now).probing is False
+    def end(self, data: st.DataObject) -> tuple[float, bool]:
+        """When it was sent, and whether it was the probe."""
+        number = data.draw(st.sampled_from(sorted(self.asks)))
+        probe = number == self.probe
+        if probe:
+            self.probe = None
+        return self.asks.pop(number), probe
+
+    @precondition(lambda self: self.asks)
+    @rule(
+        data=st.data(),
+        code=st.sampled_from(["connect", "engine", "engine_crashed", "engine_unavailable"]),
+        whole=st.booleans(),
+    )
+    def fail(self, data: st.DataObject, code: str, whole: bool) -> None:
+        sent_s, probe = self.end(data)
+        self.breakers.on_failure(A, None if whole else MODEL, code, self.now, sent_s=sent_s)
+        if probe:
+            self.breakers.on_probe_abandoned(A, MODEL, sent_s)
+
+    @precondition(lambda self: self.asks)
+    @rule(data=st.data())
+    def is_left(self, data: st.DataObject) -> None:
+        sent_s, probe = self.end(data)
+        if probe:
+            self.breakers.on_probe_abandoned(A, MODEL, sent_s)
+            assert not self.breakers.standing(A, MODEL, self.now).probing
+
+    @precondition(lambda self: self.asks)
+    @rule(data=st.data(), retry_after_s=st.floats(0.0, 100.0), priority=st.sampled_from(["interactive", "batch"]))
+    def is_turned_away(self, data: st.DataObject, retry_after_s: float, priority: Priority) -> None:
+        sent_s, probe = self.end(data)
+        self.breakers.on_busy(A, MODEL, retry_after_s, self.now, priority, sent_s=sent_s)
+        if probe:
+            self.breakers.on_probe_abandoned(A, MODEL, sent_s)
+
+    @precondition(lambda self: self.asks)
+    @rule(data=st.data(), whole=st.booleans())
+    def succeed(self, data: st.DataObject, whole: bool) -> None:
+        if whole:
+            self.end(data)
+            self.breakers.on_answered(A, MODEL, self.now)
+        else:
+            self.breakers.on_success(A, MODEL)
+        self.probe = None
+        assert self.breakers.standing(A, MODEL, self.now).failures == 0
+
+    @rule(restarted=st.booleans())
+    def come_back(self, restarted: bool) -> None:
+        self.breakers.on_returned(A, self.now, restarted=restarted)
+
+    @rule(has_room=st.booleans())
+    def tell_load(self, has_room: bool) -> None:
+        self.breakers.on_load(A, MODEL, has_room, self.now)
 
     @invariant()
     def nobody_is_out_for_ever(self) -> None:
@@ -241,6 +349,7 @@ class BreakerMachine(RuleBasedStateMachine):
             standing = self.breakers.standing(A, MODEL, self.now, priority)
             assert (standing.state == "open") == (standing.until_s > self.now)
             assert standing.until_s <= self.now + max(MAX_BACKOFF_S, MAX_BUSY_S * (1 + BUSY_SPREAD))
+            assert standing.probing <= (self.probe is not None)
 
     @invariant()
     def the_table_is_small(self) -> None:

@@ -17,7 +17,8 @@ from meshmax.base.errors import (
     PeerGone,
 )
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved, Options, ToolCall, Vector
-from meshmax.core.delivery import FIRST_PAUSE_S, MAX_ATTEMPTS, MOST_PAUSE_S, OVERDUE_S, PATIENCE_S, STUCK_S
+from meshmax.core.delivery import MAX_ATTEMPTS, OVERDUE_S
+from meshmax.core.delivery_wait import FIRST_PAUSE_S, MOST_PAUSE_S, PATIENCE_S, STUCK_S
 from meshmax.core.pace import FRAME_SILENCE_S
 from tests.core.delivery_sim import RTT_S, Peer, Run
 
@@ -194,11 +195,9 @@ def test_no_second_one_is_asked_that_would_be_later_still() -> None:
 
 
 def test_no_second_one_is_asked_that_failed_lately_or_is_full() -> None:
-    run = Run([Peer("a", first_s=0.9, late_s=0.3), Peer("b", first_s=0.1, resting=True)], PROMPT).run()
+    run = Run([Peer("a", first_s=0.9, late_s=0.3), Peer("b", first_s=0.1, rests_until=60.0)], PROMPT).run()
     assert whole(run)
     assert run.kinds == [("a", "first")]
-    run = Run([Peer("a", fault="dies"), Peer("b", first_s=0.1, resting=True)], PROMPT).run()
-    assert run.kinds == [("a", "first"), ("b", "retry")]
 
 
 def test_no_second_one_is_asked_without_budget_or_where_it_is_not_wished() -> None:

@@ -60,10 +60,10 @@ def test_an_answer_all_at_once_is_fast_but_finite() -> None:
 def test_failures_are_the_breakers() -> None:
     measured = Measurements()
     measured.on_failure(A, None, "peer_gone", 0.0)
-    assert measured.standing(A, MODEL, 0.5).state == "open"
+    assert measured.standing(A, MODEL, 0.4).state == "open"
     assert measured.standing(A, MODEL, 1.0).state == "half-open"
     assert measured.on_probe_sent(A, MODEL, 1.0)
-    measured.on_probe_abandoned(A, MODEL)
+    measured.on_probe_abandoned(A, MODEL, 1.0)
     assert measured.standing(A, MODEL, 1.0).state == "half-open"
     measured.on_finish(A, MODEL, "gpu", tokens=1, span_s=1.0, load_s=0.0, now=2.0)
     assert measured.standing(A, MODEL, 2.0).state == "closed"

@@ -17,11 +17,12 @@ from meshmax.base.errors import (
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved
 from meshmax.base.route import Wishes
 from meshmax.base.status import Load, PeerView
-from meshmax.core.delivery import STUCK_S
+from meshmax.core.breaker import BUSY_SPREAD, FIRST_BACKOFF_S
 from meshmax.core.delivery_attempt import FIRST_EVENT_DEADLINE_S
+from meshmax.core.delivery_wait import STUCK_S
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
-from meshmax.services.infer_client import OPEN_DEADLINE_S, SILENCE_S
+from meshmax.services.infer_client import SILENCE_S
 from meshmax.services.route_records import ROUTES_KEPT
 from meshmax.wire.failure import Failure
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Reply
@@ -114,7 +115,7 @@ async def test_a_frozen_peer_is_replaced_within_the_deadline(autojump_clock: Clo
         site.network.freeze(site[1].peer_id)
         begun = trio.current_time()
         assert await answered_by(site) == "peer2"
-        assert trio.current_time() - begun < max(OPEN_DEADLINE_S, SILENCE_S) + 1
+        assert trio.current_time() - begun < SILENCE_S + 1
 
 
 async def test_a_peer_that_freezes_while_loading_is_replaced_within_the_deadline(autojump_clock: Clock) -> None:
@@ -203,6 +204,7 @@ async def test_a_peer_that_dies_in_the_middle_with_nobody_to_go_on_is_named(auto
         async with site[0].router.open_answer(ask()) as answer:
             await anext(answer.events)
             site.network.kill(site[1].peer_id)
+            site[1].change = offline
             begun = trio.current_time()
             with pytest.raises(
                 PeerGone, match="peer1 went away in the middle of its answer, and no other peer could carry it on"
@@ -247,7 +249,7 @@ async def test_all_busy_is_busy_with_the_shortest_wait(autojump_clock: Clock) ->
         sends(site[2], Failure("busy", "full", 3.0))
         with pytest.raises(Busy) as caught:
             await answered_by(site)
-        assert caught.value.retry_after_s == 3.0
+        assert 3.0 <= caught.value.retry_after_s <= 3.0 * (1 + BUSY_SPREAD)
 
 
 async def test_busy_and_broken_is_what_broke(autojump_clock: Clock) -> None:
@@ -270,15 +272,23 @@ async def test_an_unknown_model_is_not_found_and_a_lost_one_has_no_providers(aut
             await answered_by(site)
 
 
-async def test_a_failed_peer_is_avoided_for_a_while_but_not_if_nobody_else_is_left(autojump_clock: Clock) -> None:
+async def test_a_failed_peer_is_avoided_for_a_while_and_waited_for_where_nobody_else_is_left(
+    autojump_clock: Clock,
+) -> None:
     async with open_site(3) as site:
         first_three(site)
-        sends(site[1], Failure("engine_crashed", "crash"))
+        sends(site[1], Failure("engine_unavailable", "no memory"))
         assert await answered_by(site) == "peer2"
         site[1].server.register(site[1].swarm)
         assert await answered_by(site) == "peer2"
         site[2].change = offline
+        begun = trio.current_time()
         assert await answered_by(site) == "peer1"
+        assert trio.current_time() - begun <= FIRST_BACKOFF_S + 0.1
+        (waited,) = site[0].router.routes()[0].waits
+        assert waited.why == (
+            "peer1, the only one that has model 'echo' ready, failed lately (engine_unavailable: no memory)"
+        )
 
 
 async def test_requests_spread_when_a_peer_has_many(autojump_clock: Clock) -> None:

@@ -219,14 +219,19 @@ class MeshFace:
 
     async def requests(self, _request: Request) -> Response:
         """GET /api/v1/requests: where prompts went and why, never their text."""
-        return json_reply({"requests": [request_json(taken) for taken in self._node.router.routes()]})
+        names = self._peer_names()
+        return json_reply({"requests": [request_json(taken, names) for taken in self._prompts.routes()]})
 
     async def request(self, request: Request) -> Response:
         """GET /api/v1/requests/{id}."""
         wanted = request.path_params["id"]
-        if (taken := self._node.router.route(wanted)) is not None:
-            return json_reply(request_json(taken))
+        if (taken := self._prompts.route(wanted)) is not None:
+            return json_reply(request_json(taken, self._peer_names()))
         raise NotFound(f"no request '{wanted[:100]}' is remembered here: the last 200 are")
+
+    def _peer_names(self) -> dict[PeerId, str]:
+        views = self._node.presence.peers()
+        return {view.peer_id: view.status.name for view in views if view.status and view.status.name}
 
     async def add(self, request: Request) -> WorkReply:
         """POST /api/v1/models/add: take a file of this machine in, with progress lines as a pull has them."""

@@ -1,13 +1,13 @@
 """From a request's words to an answer under way: the name resolved, capabilities checked, the right door chosen.
 
-A request that only loads or unloads a model acts on this node where the model is here; where it is not, loading goes to a
-peer and there is nothing to unload. Everything else goes through the router. Not here: JSON (the *_words modules).
+A request that only loads or unloads a model acts on this node where an engine here runs the model; where none does, loading goes
+to a peer and there is nothing to unload. Everything else goes through the router. Not here: JSON (the *_words modules).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final
 
@@ -45,11 +45,13 @@ from meshmax.base.inference import (
 )
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route, Wishes
+from meshmax.base.status import NO_ENGINE
 from meshmax.base.units import format_bytes
 from meshmax.core.catalog import last_holder
 from meshmax.core.entry import Entry
 from meshmax.core.fair_queue import QUEUE_FULL
 from meshmax.ports import Answer
+from meshmax.services.route_records import LoadRecords
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import SHED
 
@@ -78,6 +80,7 @@ class Prompts:
         self.node = node
         self.open_answers = OpenAnswers()
         self.entry = Entry()
+        self.loads = LoadRecords()
 
     def resolve(self, name: str) -> Resolved:
         """What ``name`` means. Raises NotFound with Ollama's sentence, and who had the model a moment ago."""
@@ -144,10 +147,18 @@ class Prompts:
         return view.status.name if view and view.status and view.status.name else peer_id
 
     def remote(self, resolved: Resolved, peer_id: PeerId) -> Remote | None:
-        """Where the model answers, if it is not here: at ``peer_id``."""
-        if resolved.stored is not None or resolved.entry.is_here or peer_id == self.node.signer.peer_id:
+        """Where the model answers, if no engine here runs it: at ``peer_id``."""
+        if self._runs_here(resolved) or peer_id == self.node.signer.peer_id:
             return None
         return Remote(self.peer_name(peer_id), resolved.entry.name)
+
+    def _runs_here(self, resolved: Resolved) -> bool:
+        """Whether an engine of this node runs the model: it may be here for others alone."""
+        entry = resolved.entry
+        return entry.served or (self._is_stored(resolved) and self.node.config.engine.kind != NO_ENGINE)
+
+    def _is_stored(self, resolved: Resolved) -> bool:
+        return resolved.stored is not None or resolved.entry.local
 
     def reply(
         self,
@@ -180,7 +191,7 @@ class Prompts:
             dialect,
             self.open_answers,
             reword,
-            lambda: self.node.router.route(ask.request_id),
+            lambda: self.route(ask.request_id),
         )
 
     def _reword(self, error: MeshmaxError, embeds: bool) -> MeshmaxError:
@@ -207,21 +218,37 @@ class Prompts:
     def _open(self, ask: Ask, resolved: Resolved, wishes: Wishes) -> AbstractAsyncContextManager[Answer]:
         if not is_load_only(ask.request):
             return self.node.router.open_answer(ask, wishes)
-        if resolved.stored is not None or resolved.entry.is_here:
+        if self._runs_here(resolved):
             return self._open_here(ask)
         return self._nothing_to_unload(ask) if ask.keep_alive_s == 0 else self.node.router.open_answer(ask, wishes)
 
     @asynccontextmanager
     async def _open_here(self, ask: Ask) -> AsyncIterator[Answer]:
-        async with self.node.residency.open_answer(ask) as events:
-            yield _Answered(self._own_route(ask, "here: a request to load or unload acts on this node"), events)
+        with self._recorded(ask, "here: a request to load or unload acts on this node") as route:
+            async with self.node.residency.open_answer(ask) as events:
+                yield _Answered(route, events)
 
     @asynccontextmanager
     async def _nothing_to_unload(self, ask: Ask) -> AsyncIterator[Answer]:
-        yield _Answered(self._own_route(ask, "here: the model is not on this node"), _one(Finish("unload")))
+        with self._recorded(ask, "here: the model is in no memory of this node") as route:
+            yield _Answered(route, _one(Finish("unload")))
 
-    def _own_route(self, ask: Ask, line: str) -> Route:
-        return Route(ask.request_id, ask.digest, self.node.signer.peer_id, line)
+    @contextmanager
+    def _recorded(self, ask: Ask, line: str) -> Iterator[Route]:
+        with self.loads.recorded(ask, self.node.signer.peer_id, line, self.node.now(), trio.current_time) as route:
+            yield route
+
+    # --- what came of them -------------------------------------------------------------------------------------------
+
+    def routes(self) -> tuple[Route, ...]:
+        """The last requests, newest first: those that were routed, and those that only loaded something here."""
+        routed, loads = self.node.router.routes(), self.loads.routes()
+        return tuple(sorted((*routed, *loads), key=lambda route: -route.started_at_s)) if loads else routed
+
+    def route(self, request_id: str) -> Route | None:
+        """The newest request with this id, where it is remembered."""
+        found = [route for route in (self.node.router.route(request_id), self.loads.find(request_id)) if route]
+        return max(found, key=lambda route: route.started_at_s, default=None)
 
 
 def _ollamas_words(error: MeshmaxError, embeds: bool) -> MeshmaxError:

@@ -6,16 +6,18 @@ the request came. ``story`` says the same in sentences (core.why).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from meshmax.api.stamps import rfc3339
+from meshmax.base.ids import PeerId
 from meshmax.base.route import Attempt, Candidate, Figures, Route
-from meshmax.core.why import name_of, story
+from meshmax.core.why import NOBODY, name_of, story
 
 
-def request_json(route: Route) -> dict[str, Any]:
-    """One request's route."""
-    names = {candidate.peer_id: candidate.name for candidate in route.candidates if candidate.name}
+def request_json(route: Route, known: Mapping[PeerId, str] = NOBODY) -> dict[str, Any]:
+    """One request's route. ``known``: what peers are called now, for those that were no candidates."""
+    names = {**known, **{candidate.peer_id: candidate.name for candidate in route.candidates if candidate.name}}
     return {
         "id": route.request_id,
         "model": route.model,
@@ -33,7 +35,7 @@ def request_json(route: Route) -> dict[str, Any]:
         "output_tokens": route.output_tokens,
         "candidates": [_candidate_json(candidate) for candidate in route.candidates],
         "attempts": [_attempt_json(attempt, name_of(attempt.peer_id, names)) for attempt in route.attempts],
-        "story": list(story(route)),
+        "story": list(story(route, names)),
     }
 
 

@@ -41,7 +41,7 @@ class PullPlan(msgspec.Struct, frozen=True):
     """``takers``: whom to ask, best first. ``holders``: who has it and does not answer. ``given``: one of them has files of it.
 
     ``able``: somebody could answer as it is. ``unfit``: why we ourselves would not answer whatever we hold, '' where we would;
-    ``drained_here``: because we are being drained.
+    ``drained_here``: because we are being drained. ``engines``: somebody has one.
     """
 
     takers: tuple[Taker, ...] = ()
@@ -49,6 +49,7 @@ class PullPlan(msgspec.Struct, frozen=True):
     given: bool = False
     able: bool = False
     unfit: str = ""
+    engines: bool = True
     drained_here: bool = False
 
     @property
@@ -63,6 +64,7 @@ def plan_pull(views: Iterable[PeerView], digest: Sha256, size: int) -> PullPlan:
     holders: list[Candidate] = []
     able = given = False
     unfit, drained_here = "", False
+    engines = False
     for view in views:
         status = view.status
         if status is None or view.state == "offline":
@@ -70,6 +72,7 @@ def plan_pull(views: Iterable[PeerView], digest: Sha256, size: int) -> PullPlan:
         if view.state == "self":
             kept, unfit = _kept_from(view, status, None)
             drained_here = kept == "draining"
+        engines = engines or status.engine not in ("", NO_ENGINE)
         model = next((model for model in status.models if model.digest == digest), None)
         if model is not None:
             verdict, why = _kept_from(view, status, model)
@@ -81,7 +84,7 @@ def plan_pull(views: Iterable[PeerView], digest: Sha256, size: int) -> PullPlan:
             if tier is not None:
                 takers.append((_key(tier, view, status, model), _taker(view, status, tier, model)))
     takers.sort(key=lambda each: each[0])
-    return PullPlan(tuple(taker for _, taker in takers), tuple(holders), given, able, unfit, drained_here)
+    return PullPlan(tuple(taker for _, taker in takers), tuple(holders), given, able, unfit, engines, drained_here)
 
 
 def _key(tier: int, view: PeerView, status: PeerStatus, model: ModelPresence | None) -> _Key:
@@ -157,6 +160,8 @@ def who_could(plan: PullPlan, name: str, size: int) -> str:
     """The end of a sentence that says no peer answers with the model: why, who could hold it, and what to type."""
     told = [f"{holder.name or holder.peer_id} {holder.why}" for holder in plan.holders[:NAMED] if holder.why]
     why = f" ({'; '.join(told)})" if told else ""
+    if not plan.engines:
+        return f"{why}, and no peer that is here now runs models: start one with an engine (engine.kind)"
     if not plan.takers:
         return f"{why}, and no peer with an engine has room in memory for its {format_bytes(size)}"
     names = [taker.name for taker in plan.takers[:NAMED]]

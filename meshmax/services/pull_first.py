@@ -267,7 +267,8 @@ class PullFirst:
     async def _fetched(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
         """An answer that a fetch begins. Raises ``error`` where none may or can be begun."""
         entry = next((entry for entry in self._catalog.entries() if entry.digest == ask.digest), None)
-        if entry is None or is_load_only(ask.request):
+        loads = is_load_only(ask.request)  # which fetches nothing
+        if entry is None:
             raise error
         plan = plan_pull(self._presence.peers(), ask.digest, entry.size)
         policy = wishes.policy or self._config.policy
@@ -277,8 +278,8 @@ class PullFirst:
         takers = [taker for taker in plan.takers if taker.ours or not alone]
         takers.sort(key=lambda taker: self._failed.get(taker.peer_id, 0.0) > trio.current_time())
         allowed = self._config.pull if wishes.pull is None else wishes.pull
-        if plan.able or not (plan.given and allowed and takers):
-            off = "" if allowed or plan.able or not plan.given else _FORBIDDEN if wishes.pull is False else _SWITCHED_OFF
+        if plan.able or loads or not (plan.given and allowed and takers):
+            off = "" if allowed or loads or plan.able or not plan.given else _FORBIDDEN if wishes.pull is False else _SWITCHED_OFF
             raise _nobody(ask, plan, entry.size, alone, off) from None
         named = f"{parse_name(split_digest(entry.name)[0]).full}@{ask.digest}"
         why: list[str] = []

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from meshmax.api.app import make_app
+from meshmax.base.config import EngineConfig
 from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, NoProviders, PeerGone
 from meshmax.base.events import Transfer
 from meshmax.base.ids import peer_id_of
@@ -104,6 +105,33 @@ async def test_an_empty_prompt_loads_and_keep_alive_0_unloads(client: httpx.Asyn
     assert reply.json()["done_reason"] == "unload"
     assert (await client.get("/api/ps")).json() == {"models": []}
     assert node.router.asks == []
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "kind", "words"), [(-1, "load", "The model was in memory after"), (0, "unload", "It was done after")]
+)
+async def test_what_was_loaded_or_unloaded_here_is_remembered_as_a_request(
+    client: httpx.AsyncClient, keep_alive: int, kind: str, words: str
+) -> None:
+    body = {"model": "echo", "keep_alive": keep_alive}
+    await client.post("/api/generate", json=body, headers={"x-request-id": "mine"})
+    told = (await client.get("/api/v1/requests")).json()["requests"][0]
+    assert told == (await client.get("/api/v1/requests/mine")).json()
+    assert (told["id"], told["model"], told["kind"], told["state"]) == ("mine", "echo", kind, "done")
+    assert told["story"][1].startswith(words)
+    assert told["story"][2] == "Here: a request to load or unload acts on this node."
+    assert told["story"][3].startswith(f"At 0 ms {told['peer_name']} was asked; it ended after ")
+
+
+async def test_a_peer_without_an_engine_has_another_one_load_what_it_only_stores(
+    client: httpx.AsyncClient, node: Any
+) -> None:
+    node.config = msgspec.structs.replace(node.config, engine=EngineConfig(kind="none"))
+    assert (await client.post("/api/generate", json={"model": "echo"})).status_code == 200
+    (asked,) = node.router.asks
+    assert asked.digest == DIGEST
+    await client.post("/api/generate", json={"model": "echo", "keep_alive": 0})
+    assert len(node.router.asks) == 1
 
 
 async def test_there_is_nothing_to_unload_of_a_model_that_only_peers_hold(client: httpx.AsyncClient, node: Any) -> None:

@@ -89,8 +89,12 @@ def test_the_sentence_says_why_nobody_answers_who_could_and_what_to_type() -> No
     )
     plan = plan_pull([msgspec.structs.replace(STORE, state="self"), peer("b")], MODEL, SIZE)
     assert who_could(plan, "m", SIZE).endswith("b could hold it: `meshmax distribute m --to b` brings it to b")
-    plan = plan_pull([STORE], MODEL, SIZE)
+    plan = plan_pull([STORE, peer("b", memory=1)], MODEL, SIZE)
     assert who_could(plan, "m", SIZE).endswith(", and no peer with an engine has room in memory for its 4.3 GB")
+    plan = plan_pull([STORE], MODEL, SIZE)
+    assert who_could(plan, "m", SIZE).endswith(
+        ", and no peer that is here now runs models: start one with an engine (engine.kind)"
+    )
 
 
 @pytest.mark.parametrize(

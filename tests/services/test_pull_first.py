@@ -318,7 +318,7 @@ async def test_an_error_of_the_client_itself_is_not_taken_for_nobody(autojump_cl
 
 async def test_a_request_that_only_loads_fetches_nothing(autojump_clock: Clock) -> None:
     world = World(ME, STORE)
-    with pytest.raises(NoProviders, match="nobody has it"):
+    with pytest.raises(NoProviders, match="me could hold it: `meshmax pull m`"):
         async with world.prompts.open_answer(msgspec.structs.replace(ASK, request=GenerateRequest())):
             pass
     assert world.asked == []
@@ -328,7 +328,7 @@ async def test_the_newest_requests_are_remembered_first_and_not_for_ever(autojum
     world = World(STORE)
     for number in range(60):
         world.unix_s += 1
-        with pytest.raises(NoProviders, match="no peer with an engine"):
+        with pytest.raises(NoProviders, match="no peer that is here now runs models"):
             async with world.prompts.open_answer(msgspec.structs.replace(ASK, request_id=f"r{number}")):
                 pass
     routes = world.prompts.routes()

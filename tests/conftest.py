@@ -1,10 +1,15 @@
-"""What all tests share: hypothesis without time limits, and quiet logs."""
+"""What all tests share: hypothesis without time limits, the clock of their fixtures, and quiet logs."""
 
 import os
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trio
 from hypothesis import Phase, settings
+from trio.abc import Clock
 
 from meshmax.telemetry import log
 
@@ -21,6 +26,22 @@ def pytest_configure() -> None:
         from tests.apart import go_apart
 
         go_apart()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Run a test on the clock that any of its fixtures asks for.
+
+    By itself pytest-trio looks only among the arguments that the test names: where none of them is the clock, all that
+    the fixtures made would run in real time, and slow machines would miss its deadlines.
+    """
+    for clock in {value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Clock)}:
+        item.add_marker(pytest.mark.trio(run=partial(_run_on, clock)), append=False)
+    return (yield)
+
+
+def _run_on(asked: Clock, test: Callable[[], Awaitable[Any]], *, clock: Clock | None, **more: Any) -> Any:
+    return trio.run(test, clock=clock or asked, **more)
 
 
 @pytest.fixture(autouse=True, scope="session")

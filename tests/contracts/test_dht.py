@@ -6,9 +6,11 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import cast
 
 import pytest
 import trio
+import trio.testing
 
 from meshmax.base.errors import ManifestInvalid
 from meshmax.base.membership import OPEN_MESH
@@ -93,6 +95,9 @@ async def socket_site() -> AsyncIterator[Site]:
     yield Site(open_one, time.time)
 
 
+Opens = Callable[[], AbstractAsyncContextManager[Site]]
+
+
 @pytest.fixture(
     params=[
         fake_site,
@@ -100,10 +105,18 @@ async def socket_site() -> AsyncIterator[Site]:
         pytest.param(socket_site, marks=pytest.mark.loopback),
     ]
 )
-async def site(request: pytest.FixtureRequest) -> AsyncIterator[Site]:
-    if request.param is not socket_site:
-        request.getfixturevalue("autojump_clock")
-    async with request.param() as opened:
+def open_site(request: pytest.FixtureRequest) -> Opens:
+    return cast("Opens", request.param)
+
+
+@pytest.fixture
+def clock(open_site: object) -> trio.testing.MockClock | None:
+    return None if open_site is socket_site else trio.testing.MockClock(autojump_threshold=0)
+
+
+@pytest.fixture
+async def site(open_site: Opens, clock: object) -> AsyncIterator[Site]:
+    async with open_site() as opened:
         yield opened
 
 

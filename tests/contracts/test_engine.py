@@ -58,18 +58,28 @@ URL = "http://127.0.0.1:11434"
 
 
 @pytest.fixture(params=["echo", "ollama", "openai", pytest.param("llamacpp", marks=pytest.mark.loopback)])
-async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Engine]:
-    if request.param == "echo":
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def clock(kind: str) -> trio.testing.MockClock | None:
+    return None if kind == "llamacpp" else trio.testing.MockClock(autojump_threshold=0)
+
+
+@pytest.fixture
+async def engine(kind: str, clock: object, tmp_path: Path) -> AsyncIterator[Engine]:
+    if kind == "echo":
         yield EchoEngine(CONFIG)
         return
-    if request.param == "llamacpp":
+    if kind == "llamacpp":
         yield LlamaCppEngine(CONFIG, tmp_path)
         return
     fields = {"parallel": 2, "context_tokens": 512, "echo_tokens_per_s": 1e9}
     async with open_fake_node(engine=fields) as node, trio.open_nursery() as nursery:
         front = AsgiFront(make_app(node), nursery)
         backend: Backend = OllamaEngine(ServerHttp(URL, connect=front.connect), parallel=2)
-        if request.param == "openai":
+        if kind == "openai":
             http = ServerHttp(f"{URL}/v1", connect=front.connect)
             backend = OpenAiEngine(OpenAiServer(URL, parallel=2), http)
         await backend.look()

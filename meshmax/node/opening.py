@@ -62,11 +62,13 @@ from meshmax.services.outflow import Outflow
 from meshmax.services.preload import Preloads
 from meshmax.services.presence import open_presence
 from meshmax.services.pull import open_pulls
-from meshmax.services.pull_first import PullFirst, ask_pull_of
+from meshmax.services.pull_first import PullFirst
+from meshmax.services.pull_server import PullServer
 from meshmax.services.registries import open_served, open_upstream
 from meshmax.services.residency import open_residency
 from meshmax.services.router import open_router
 from meshmax.services.scrub import run_scrub
+from meshmax.services.shared_pulls import open_shared_pulls
 from meshmax.services.throttle import open_throttle
 from meshmax.store import open_store
 from meshmax.store.downloads import load_downloads, save_downloads
@@ -190,6 +192,7 @@ class _Opening:
             lambda peer, request: node.membership.require(peer, *MODEL_GUARDS[type(request)]),
             node.backends.describe,
         ).register(node.swarm)
+        PullServer(node.open_asked_pull).register(node.swarm)
         BlobServer(store.blobs, outflow=self.outflow, offers=self.offers, throttle=self.throttle).register(node.swarm)
         infer_server = InferServer(node.residency, self.throttle.precedence)
         infer_server.register(node.swarm)
@@ -255,7 +258,8 @@ class _Opening:
                 seek=node.seek,
             )
         )
-        node.partials, node.pulling, node.accept_pull = pulls.partials, pulls.pulling, pulls.accept
+        node.partials, node.pulling = pulls.partials, pulls.pulling
+        node.accept_pull, node.open_asked = pulls.accept, pulls.open_asked
         await self.enter(node.garbage.open(pulls))
         node.leftovers = await self.enter(open_leftovers(leftovers))
         node.bundles = make_bundles(node, world.run_sync, local, pulls.held, self._stored)
@@ -280,10 +284,9 @@ class _Opening:
             )
         )
         node.presence.watch(router.on_news)
-        ask_pull, config, unix_now = ask_pull_of(node.distribution), self.config.routing, self.world.unix_now
-        node.prompts = PullFirst(
-            router, node.catalog, node.presence, node.pulls, ask_pull, config, unix_now, node.preloads.on_ask
-        )
+        fetching = await self.enter(open_shared_pulls(node.swarm, node.pulls))
+        config, unix_now = self.config.routing, self.world.unix_now
+        node.prompts = PullFirst(router, node.catalog, node.presence, fetching, config, unix_now, node.preloads.on_ask)
         node.router = node.prompts
 
     async def _stored(self, model: StoredModel) -> None:

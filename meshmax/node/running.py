@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -14,6 +15,7 @@ from meshmax import __version__
 from meshmax.base.catalog import ModelFile
 from meshmax.base.config import Config
 from meshmax.base.errors import Busy, Draining, EngineUnavailable
+from meshmax.base.events import Transfer
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Options
 from meshmax.base.model import CHUNK_BYTES, MODEL_MEDIA_TYPE, SYSTEM_MEDIA_TYPE, Manifest, StoredModel
@@ -45,6 +47,7 @@ from meshmax.services.preload import Preloads
 from meshmax.services.presence import PresenceService
 from meshmax.services.pull import PartialModel
 from meshmax.services.pull_first import PullFirst
+from meshmax.services.pull_server import OpenAsked
 from meshmax.services.pull_world import Seek, seek_nowhere
 from meshmax.services.reachability import ReachabilityService
 from meshmax.services.rendezvous import Rendezvous
@@ -107,6 +110,7 @@ class Node:
         self.repositories: Repositories
         self.uploads: Uploads
         self.accept_pull: Callable[[PeerId, str, Sha256], Awaitable[str]] = _starting  # likewise
+        self.open_asked: OpenAsked | None = None  # likewise
         self.seek: Seek = seek_nowhere  # likewise
         self.partials: Callable[[], tuple[PartialModel, ...]] = tuple  # until pulls are open there are none
         self.pulling: Callable[[Sha256], FetchedModel | None] = lambda digest: None  # likewise
@@ -158,6 +162,16 @@ class Node:
         if self.state == "draining":
             raise Draining
         return await self.accept_pull(peer, name, digest)
+
+    @asynccontextmanager
+    async def open_asked_pull(self, peer: PeerId, name: str, digest: Sha256) -> AsyncIterator[AsyncIterator[Transfer]]:
+        """A peer waits for us to pull a model: see services.pull. Raises Draining; Busy until we are running."""
+        if self.state == "draining":
+            raise Draining
+        if self.open_asked is None:
+            raise Busy("this peer is starting")
+        async with self.open_asked(peer, name, digest) as values:
+            yield values
 
     # --- what we say of ourselves ------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Final
 from meshmax.base.errors import OutOfScope
 from meshmax.base.membership import SCOPES, Scope
 from meshmax.wire import model
-from meshmax.wire.protocols import BLOB, DRAIN, INFER, LANE, MODEL
+from meshmax.wire.protocols import BLOB, DRAIN, INFER, LANE, MODEL, PULL
 
 Scopes = tuple[Scope, ...]
 
@@ -22,6 +22,7 @@ GUARDS: Final[dict[str, Scopes]] = {
     BLOB: ("pull",),
     LANE: ("pull",),
     DRAIN: ("admin",),
+    PULL: ("admin",),
 }
 MODEL_GUARDS: Final[dict[type[model.FromAsker], Scopes]] = {
     model.Describe: ("infer", "pull", "admin"),

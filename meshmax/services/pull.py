@@ -2,15 +2,16 @@
 
 Rules: a model that is pulled twice at once is transferred once, under both names. A pull that is watched is cancelled when
 its last watcher leaves, and what was fetched is kept; a detached one goes on, is remembered (services.kept_downloads) and
-taken up again by the next run of this node. What a peer asks us to pull is a detached pull, if we take such requests; few at
-once. Not here: one pull (services.pull_job), what we send (services.outflow, whose transfers are listed too).
+taken up again by the next run of this node. What a peer asks us to pull is a detached pull, or one watched for it for as long
+as it waits, if we take such requests; few at once. Not here: one pull (services.pull_job), what we send (services.outflow,
+whose transfers are listed too).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Final, Literal
 
 import msgspec
@@ -94,7 +95,11 @@ class PullService:
     async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
         """See ports.Pulls. Busy beyond MAX_PULLS."""
         await trio.lowlevel.checkpoint()
-        found = await self._find_anywhere(name)
+        with self._watched(await self._find_anywhere(name)) as values:
+            yield values
+
+    @contextmanager  # no checkpoint between a pull's beginning and its first watcher, without whom it would go on for ever
+    def _watched(self, found: Job | StoredModel) -> Iterator[AsyncIterator[Transfer]]:
         if isinstance(found, StoredModel):
             with Board(_already_here(found)).watch() as values:
                 yield values
@@ -188,6 +193,16 @@ class PullService:
 
     async def accept(self, peer: PeerId, name: str, digest: Sha256) -> str:
         """A peer asks us to pull a model: the transfer's id. Raises Refused, Busy, NoProviders, InvalidName."""
+        return (await self._in_background(self._asked_for(peer, name, digest, detached=True))).id
+
+    @asynccontextmanager
+    async def open_asked(self, peer: PeerId, name: str, digest: Sha256) -> AsyncIterator[AsyncIterator[Transfer]]:
+        """A peer waits for us to pull a model: as `open_pull`, for as long as the block is open. Raises as `accept`."""
+        await trio.lowlevel.checkpoint()
+        with self._watched(self._asked_for(peer, name, digest, detached=False)) as values:
+            yield values
+
+    def _asked_for(self, peer: PeerId, name: str, digest: Sha256, *, detached: bool) -> Job | StoredModel:
         if not self._accept:
             raise Refused("this peer pulls nothing that others ask for (accept_distribute is off in its configuration)")
         resolved = self._resolve(name)
@@ -198,8 +213,8 @@ class PullService:
         asked = sum(bool(job.asked_by) for job in self._jobs.values())
         if digest not in self._jobs and resolved.stored is None and asked >= MAX_ASKED:
             raise Busy(f"this peer pulls {asked} models already that others asked for", 30.0)
-        _log.info("asked to pull", peer=peer, model=name)
-        return (await self._in_background(self._find(name, detached=True, asked_by=peer))).id
+        _log.info("asked to pull", peer=peer, model=name, detached=detached)
+        return self._find(name, detached=detached, asked_by=peer)
 
     def take_up(self, downloads: Sequence[Download]) -> None:
         """Go on with what an earlier run remembered. What cannot be read any more is dropped, with a word in the log."""

@@ -1,44 +1,51 @@
 """Where nobody who could answer a prompt has its model, a peer fetches it first. Satisfies ports.Router, around another Router.
 
 A request goes to the router as it is; only where that finds nobody is it looked who could fetch the model (core.pull_first): the
-best peer that takes it pulls it. Ourselves do so as a watched pull, which ends with the last request that waits for it; another
-peer is asked by ``ask_pull``, and goes on in any case. The answer is handed out as soon as the pull has begun, so that the client
-is told what goes on (`Route.line`); its events come once the model is there and the router has been asked again. One task for
-each such request, owned by its block; none for others. Not here: moving models (services.pull), choosing (services.router).
+best peer that takes it pulls it, ourselves too, for as long as somebody waits (services.shared_pulls); where that peer fails,
+the next. The answer is handed out as soon as a pull has begun, so that the client is told what goes on (services.fetch_route);
+its events come once the model is there and the router has been asked again. One task for each such request, owned by its
+block; none for others. Not here: moving models (services.pull), choosing (services.router).
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
-import msgspec
 import trio
 
+from meshmax.base.catalog import CatalogEntry
 from meshmax.base.config import RoutingConfig
-from meshmax.base.errors import DeadlineExceeded, Draining, MeshmaxError, ModelNotFound, NoProviders, PeerGone
-from meshmax.base.events import Transfer
-from meshmax.base.ids import PeerId
+from meshmax.base.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidName,
+    MeshmaxError,
+    ModelNotFound,
+    NoProviders,
+    PeerGone,
+)
+from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
 from meshmax.base.names import parse_name, split_digest
-from meshmax.base.route import Attempt, Policy, RequestState, Route, Wishes
+from meshmax.base.route import RequestState, Route, Wishes
 from meshmax.core.explain import kind_of, plain_line
 from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, not_here, plan_pull, who_could
-from meshmax.ports import Answer, Catalog, Distribution, Presence, Pulls, Router
+from meshmax.ports import Answer, Catalog, Presence, Router
 from meshmax.ports.services import WISHES
+from meshmax.services.fetch_route import FetchRoute
+from meshmax.services.shared_pulls import WAIT_S, SharedPull
 from meshmax.telemetry.log import get_logger
 
 ROUTES_KEPT: Final = 200  # requests that are told, as many as a router remembers
 FETCHES_KEPT: Final = 200  # of those, whose model was fetched first
 NOWHERE_KEPT: Final = 50  # of those, that nobody could be asked for
-CANDIDATES_KEPT: Final = 32  # of one request
-LOOK_S: Final = 0.25  # between looks at whether another peer has the model; its status comes when that changes
-ASK_AGAIN_S: Final = 15.0  # after which a peer that fetches is asked whether it still does
-TELL_S: Final = 10.0  # between words in the log on how far a pull is
-WAIT_S: Final = 60.0  # without a source a pull goes on waiting for one; a request does not
+LOOK_S: Final = 0.25  # between looks at whether another peer tells of the model; its status comes when that changes
+TOLD_S: Final = 15.0  # in which it does, once it said that the model is there
 SLOWEST_BYTES_PER_S: Final = 1 << 20  # of another peer that fetches: whoever says so may lie
 REST_S: Final = 600.0  # of a peer that did not fetch what it was to
 MAX_FAILED: Final = 1024  # of them
@@ -47,112 +54,21 @@ EVENTS_AHEAD: Final = 64  # of an answer, before the client has read them
 _FORBIDDEN: Final = " (the header X-Meshmax-Pull: false forbids fetching it first)"
 _SWITCHED_OFF: Final = " (fetching it first is switched off here: routing.pull)"
 
-Wait = Callable[[], Awaitable[None]]  # until the model is there; raises why it will not be
-AskPull = Callable[
-    [PeerId, str], Awaitable[None]
-]  # have another peer pull NAME@DIGEST; raises Refused, Busy, PeerGone ...
-
 _log = get_logger("pull_first")
 
 
-class _Fetch:
-    """One model on its way to one peer, for one request."""
+class Fetching(Protocol):
+    """Pulls that requests wait for (services.shared_pulls)."""
 
-    def __init__(
-        self, ask: Ask, taker: Taker, plan: PullPlan, model: str, policy: Policy, at_s: float, began_s: float
-    ) -> None:
-        # Not the ask: it holds the prompt, and what came of a request is kept long after it.
-        self.request_id, self._digest, self._name = ask.request_id, ask.digest, ask.name
-        self._kind = kind_of(ask)
-        self.taker, self.model, self._policy = taker, model, policy
-        others = [other.told for other in plan.takers if other is not taker]
-        chosen = msgspec.structs.replace(taker.told, verdict="chosen")
-        known = {each.peer_id: each for each in (*plan.holders, *others, chosen)}  # who has a part may take it, too
-        del known[chosen.peer_id]
-        self.candidates = (chosen, *known.values())[:CANDIDATES_KEPT]
-        self.at_s, self.began_s = at_s, began_s  # Unix time, monotonic
-        self.took_s: float | None = None
-        self.error: MeshmaxError | None = None
-        self.answer: Answer | None = None  # while the model is there and the answer is under way
-        self._final: Route | None = None
-
-    @property
-    def words(self) -> str:
-        """What goes on, for the header."""
-        where = "this peer" if self.taker.ours else _ascii(self.taker.name)
-        if self.took_s is None:
-            return f"fetching {_ascii(self.model)} to {where} first"
-        if self.error is not None:
-            return f"{_ascii(self.model)} could not be fetched to {where} ({self.error.code})"
-        return f"fetched {_ascii(self.model)} to {where} first, {self.took_s:.1f} s"
-
-    @property
-    def over(self) -> bool:
-        """Whether the request has ended."""
-        return self._final is not None
-
-    def route(self) -> Route:
-        """As of now."""
-        if self._final is not None:
-            return self._final
-        return self._alone() if self.answer is None else self._onto(self.answer.route)
-
-    def close(self, state: RequestState, total_s: float) -> None:
-        """The request is over; what answered it says itself how. The first word counts."""
-        if self._final is not None:
-            return
-        route = self.route()
-        if self.answer is None or state == "failed":
-            route = msgspec.structs.replace(route, state=state, total_s=total_s)
-        self._final, self.answer = route, None  # which holds the prompt
-
-    def _alone(self) -> Route:
-        """The route while nobody answers yet."""
-        return Route(
-            self.request_id,
-            self._digest,
-            self.taker.peer_id,
-            self.words,
-            self.candidates,
-            (self._attempt(),),
-            model=self._name,
-            policy=self._policy,
-            started_at_s=self.at_s,
-            kind=self._kind,
-        )
-
-    def _attempt(self) -> Attempt:
-        """The fetch as `meshmax why` tells it."""
-        error = self.error
-        return Attempt(
-            self.taker.peer_id,
-            error.code if error else "",
-            kind="fetch",
-            ended_s=self.took_s,
-            message=error.message if error else "",
-        )
-
-    def _onto(self, route: Route) -> Route:
-        """``route``, which began when the fetch had ended, as the client saw it."""
-        took_s = self.took_s or 0.0
-        return msgspec.structs.replace(
-            route,
-            line=f"{self.words}; {route.line}",
-            attempts=(self._attempt(), *(_later(attempt, took_s) for attempt in route.attempts)),
-            started_at_s=self.at_s,
-            first_token_s=None if route.first_token_s is None else route.first_token_s + took_s,
-            total_s=None if route.total_s is None else route.total_s + took_s,
-        )
-
-
-def _later(attempt: Attempt, by_s: float) -> Attempt:
-    return msgspec.structs.replace(attempt, at_s=attempt.at_s + by_s)
+    def open_pull(self, peer: PeerId, name: str, digest: Sha256) -> AbstractAsyncContextManager[SharedPull]:
+        """``peer``, who may be ourselves, pulls a model until the last who waits has left. Raises why it will not."""
+        ...
 
 
 class _FetchedAnswer:
     """An answer whose model is on its way; satisfies ports.Answer."""
 
-    def __init__(self, fetch: _Fetch, ready: trio.MemoryReceiveChannel[RoutedEvent]) -> None:
+    def __init__(self, fetch: FetchRoute, ready: trio.MemoryReceiveChannel[RoutedEvent]) -> None:
         self._fetch, self._ready = fetch, ready
         self.error: MeshmaxError | None = None
 
@@ -184,8 +100,7 @@ class PullFirst:
         router: Router,
         catalog: Catalog,
         presence: Presence,
-        pulls: Pulls,
-        ask_pull: AskPull,
+        pulls: Fetching,
         config: RoutingConfig,
         unix_now: Callable[[], float],
         on_ask: Callable[[Ask], None] = lambda ask: None,
@@ -193,8 +108,8 @@ class PullFirst:
         """``on_ask`` is called with each request that comes; it must be cheap."""
         self._on_ask = on_ask
         self._router, self._catalog, self._presence, self._pulls = router, catalog, presence, pulls
-        self._ask_pull, self._config, self._unix_now = ask_pull, config, unix_now
-        self._fetches: OrderedDict[str, _Fetch] = OrderedDict()
+        self._config, self._unix_now = config, unix_now
+        self._fetches: OrderedDict[str, FetchRoute] = OrderedDict()
         self._nowhere: deque[Route] = deque(maxlen=NOWHERE_KEPT)
         self._failed: dict[PeerId, float] = {}  # who did not fetch what it took upon itself, until when others go first
         self.under_way = 0
@@ -266,7 +181,7 @@ class PullFirst:
 
     async def _fetched(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
         """An answer that a fetch begins. Raises ``error`` where none may or can be begun."""
-        entry = next((entry for entry in self._catalog.entries() if entry.digest == ask.digest), None)
+        entry = self._entry_of(ask)
         loads = is_load_only(ask.request)  # which fetches nothing
         if entry is None:
             raise error
@@ -279,39 +194,36 @@ class PullFirst:
         takers.sort(key=lambda taker: self._failed.get(taker.peer_id, 0.0) > trio.current_time())
         allowed = self._config.pull if wishes.pull is None else wishes.pull
         if plan.able or loads or not (plan.given and allowed and takers):
-            off = "" if allowed or loads or plan.able or not plan.given else _FORBIDDEN if wishes.pull is False else _SWITCHED_OFF
+            off = (
+                ""
+                if allowed or loads or plan.able or not plan.given
+                else _FORBIDDEN
+                if wishes.pull is False
+                else _SWITCHED_OFF
+            )
             raise _nobody(ask, plan, entry.size, alone, off) from None
-        named = f"{parse_name(split_digest(entry.name)[0]).full}@{ask.digest}"
-        why: list[str] = []
-        for taker in takers[:MAX_TRIES]:
-            fetch = _Fetch(ask, taker, plan, entry.name, policy, self._unix_now(), trio.current_time())
-            try:
-                if taker.ours:
-                    progress = await stack.enter_async_context(self._pulls.open_pull(named))
-                    wait = partial(_watch, progress)
-                else:
-                    await self._ask_pull(taker.peer_id, named)
-                    wait = partial(self._wait_for, taker, named, ask, WAIT_S + entry.size / SLOWEST_BYTES_PER_S)
-            except MeshmaxError as refusal:
-                why.append(f"{taker.name}: {refusal.message}")
-                continue
-            return await self._begin(ask, fetch, wait, wishes, stack)
-        raise NoProviders(f"no peer could fetch model '{ask.name[:200]}' ({'; '.join(why)})")
+        fetch = FetchRoute(ask, plan, entry.name, policy, self._unix_now(), trio.current_time())
+        run = partial(self._run, ask, fetch, takers[:MAX_TRIES], entry, wishes)
+        return await stack.enter_async_context(self._open_fetched(fetch, run))
 
-    async def _begin(self, ask: Ask, fetch: _Fetch, wait: Wait, wishes: Wishes, stack: AsyncExitStack) -> Answer:
-        _log.info("fetching first", model=fetch.model, peer=fetch.taker.peer_id, request_id=ask.request_id)
-        self._fetches[ask.request_id] = fetch
-        if len(self._fetches) > FETCHES_KEPT:
-            self._fetches.popitem(last=False)
-        return await stack.enter_async_context(self._open_fetched(ask, fetch, wait, wishes))
+    def _entry_of(self, ask: Ask) -> CatalogEntry | None:
+        """What is known of the model, if anybody has it; parts will do."""
+        whole = next((entry for entry in self._catalog.entries() if entry.digest == ask.digest), None)
+        if whole is not None:
+            return whole
+        try:
+            return self._catalog.resolve(f"{split_digest(ask.name)[0]}@{ask.digest}", parts=True).entry
+        except (InvalidName, ModelNotFound):
+            return None
 
     @asynccontextmanager
-    async def _open_fetched(self, ask: Ask, fetch: _Fetch, wait: Wait, wishes: Wishes) -> AsyncIterator[Answer]:
+    async def _open_fetched(self, fetch: FetchRoute, run: Callable[..., Awaitable[None]]) -> AsyncIterator[Answer]:
         made, ready = trio.open_memory_channel[RoutedEvent](EVENTS_AHEAD)
-        answer = _FetchedAnswer(fetch, ready)
+        answer, taken = _FetchedAnswer(fetch, ready), trio.Event()
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._run, ask, fetch, wait, wishes, answer, made)
+                nursery.start_soon(run, answer, made, taken)
+                await taken.wait()  # which an error cancels
                 yield answer
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -324,17 +236,21 @@ class PullFirst:
     async def _run(
         self,
         ask: Ask,
-        fetch: _Fetch,
-        wait: Wait,
+        fetch: FetchRoute,
+        takers: Sequence[Taker],
+        entry: CatalogEntry,
         wishes: Wishes,
         answer: _FetchedAnswer,
         made: trio.MemorySendChannel[RoutedEvent],
+        taken: trio.Event,
     ) -> None:
+        """Fetch the model, then answer; ``taken`` once somebody has begun. Raises NoProviders where nobody has; else the
+        answer does."""
         state: RequestState = "cancelled"
         with made:  # at once: while it waits to close, an error that is no one of ours would be lost to a cancellation
             try:
                 ends_at = fetch.began_s + self._config.deadline_s
-                await self._until_fetched(fetch, wait, ends_at)
+                await self._until_fetched(fetch, takers, entry, ends_at, taken.set)
                 with trio.move_on_at(ends_at) as scope:
                     async with self._router.open_answer(ask, wishes) as inner:
                         fetch.answer = inner
@@ -345,28 +261,80 @@ class PullFirst:
                         f"the answer was not whole within {self._config.deadline_s:g} s, fetching the model included"
                     )
             except MeshmaxError as error:
+                if not fetch.begun:
+                    raise
                 answer.error, state = error, "failed"
             finally:
                 fetch.close(state, trio.current_time() - fetch.began_s)
 
-    async def _until_fetched(self, fetch: _Fetch, wait: Wait, ends_at: float) -> None:
-        try:
-            with trio.move_on_at(ends_at) as scope:
-                await wait()
-            if scope.cancelled_caught:
-                raise DeadlineExceeded(
-                    f"model '{fetch.model}' could not be fetched within {self._config.deadline_s:g} s; what came of it is kept"
-                )
-        except MeshmaxError as error:
-            fetch.error = error
-            if not fetch.taker.ours:
-                self._rest(fetch.taker.peer_id)
-            raise
-        finally:
-            fetch.took_s = trio.current_time() - fetch.began_s
-            _log.info(
-                "fetched first", model=fetch.model, seconds=round(fetch.took_s, 3), failed=fetch.error is not None
-            )
+    async def _until_fetched(
+        self,
+        fetch: FetchRoute,
+        takers: Sequence[Taker],
+        entry: CatalogEntry,
+        ends_at: float,
+        has_begun: Callable[[], None],
+    ) -> None:
+        """Until one of ``takers`` has the model; ``has_begun`` is called when one of them takes it. Raises why none has."""
+        failed: list[tuple[Taker, MeshmaxError]] = []
+        for taker in takers:
+            fetch.on_taken(taker, trio.current_time())
+            pulling = False
+            try:
+                with trio.move_on_at(ends_at) as scope:
+                    async with self._pulls.open_pull(taker.peer_id, _full_name(entry), entry.digest) as pull:
+                        pulling = True
+                        self._tell(fetch)
+                        has_begun()
+                        await self._until_there(taker, pull, entry)
+                if scope.cancelled_caught:
+                    raise DeadlineExceeded(
+                        f"model '{fetch.model}' could not be fetched within {self._config.deadline_s:g} s;"
+                        " what came of it is kept"
+                    )
+            except MeshmaxError as error:
+                failed.append((taker, error))
+                self._on_failed(fetch, error, pulling)
+                # Where we found no source nobody will; another peer may only have said so.
+                if isinstance(error, DeadlineExceeded) or (pulling and taker.ours and isinstance(error, NoProviders)):
+                    break
+            else:
+                fetch.on_fetched(trio.current_time())
+                _log.info("fetched first", model=fetch.model, peer=taker.peer_id)
+                return
+        if fetch.begun and len(failed) == 1:
+            raise failed[0][1]
+        why = "; ".join(f"{taker.name}: {error.message}" for taker, error in failed)
+        raise NoProviders(f"no peer could fetch model '{fetch.model}' ({why})")
+
+    def _tell(self, fetch: FetchRoute) -> None:
+        """A fetch has begun."""
+        _log.info("fetching first", model=fetch.model, peer=fetch.taker.peer_id, request_id=fetch.request_id)
+        fetch.begun = True
+        self._fetches[fetch.request_id] = fetch
+        if len(self._fetches) > FETCHES_KEPT:
+            self._fetches.popitem(last=False)
+
+    def _on_failed(self, fetch: FetchRoute, error: MeshmaxError, pulling: bool) -> None:
+        _log.info("not fetched", model=fetch.model, peer=fetch.taker.peer_id, code=error.code, error=error.message)
+        fetch.on_failed(error, trio.current_time())
+        if pulling and not fetch.taker.ours:
+            self._rest(fetch.taker.peer_id)
+
+    async def _until_there(self, taker: Taker, pull: SharedPull, entry: CatalogEntry) -> None:
+        """Until the model is at ``taker``, and we know it. Raises PeerGone, NoProviders, and what it says itself."""
+        most_s = math.inf if taker.ours else WAIT_S + entry.size / SLOWEST_BYTES_PER_S
+        await pull.wait(trio.current_time() + most_s)
+        ends_at = trio.current_time() + TOLD_S
+        while not taker.ours:
+            view = self._presence.view(taker.peer_id)
+            if view is None or view.status is None or view.state == "offline":
+                raise PeerGone(f"{taker.name} went away when it had fetched model '{entry.name}'")
+            if any(model.digest == entry.digest and model.is_copy for model in view.status.models):
+                return
+            if trio.current_time() >= ends_at:
+                raise NoProviders(f"{taker.name} said that it had fetched model '{entry.name}', and does not have it")
+            await trio.sleep(LOOK_S)
 
     def _rest(self, peer: PeerId) -> None:
         """Another peer has not fetched what it was to: others are asked first for a while."""
@@ -374,60 +342,6 @@ class PullFirst:
         self._failed = {each: until for each, until in self._failed.items() if until > now}
         if len(self._failed) < MAX_FAILED:
             self._failed[peer] = now + REST_S
-
-    async def _wait_for(self, taker: Taker, named: str, ask: Ask, most_s: float) -> None:
-        """Until another peer says that it has the model: ``most_s`` at most, WAIT_S where it has none of it by then.
-
-        Raises PeerGone, NoProviders, and what it says when it has given up.
-        """
-        began_s = asked_s = trio.current_time()
-        while True:
-            view = self._presence.view(taker.peer_id)
-            if view is None or view.status is None or view.state == "offline":
-                raise PeerGone(f"{taker.name} went away while it was fetching model '{ask.name[:200]}'")
-            if any(model.digest == ask.digest and model.state != "partial" for model in view.status.models):
-                return
-            waited_s = trio.current_time() - began_s
-            begun = any(model.digest == ask.digest for model in view.status.models)
-            if waited_s >= (most_s if begun else WAIT_S):
-                raise NoProviders(f"{taker.name} did not fetch model '{ask.name[:200]}' within {waited_s:.0f} s")
-            if trio.current_time() - asked_s >= ASK_AGAIN_S:
-                asked_s = trio.current_time()
-                await self._ask_pull(taker.peer_id, named)
-            await trio.sleep(LOOK_S)
-
-
-async def _watch(progress: AsyncIterator[Transfer]) -> None:
-    """Until the pull is done. Raises NoProviders with the reason where it failed, or waits for longer than WAIT_S."""
-    reason, told_s = "it ended", trio.current_time()
-    waits = trio.CancelScope()
-    with waits:
-        async for transfer in progress:
-            if trio.current_time() - told_s >= TELL_S:
-                told_s = trio.current_time()
-                _log.info("fetching", model=transfer.model, done=transfer.bytes_done, of=transfer.bytes_total)
-            if transfer.state == "done":
-                return
-            if transfer.state in ("failed", "cancelled"):
-                raise NoProviders(f"model '{transfer.model}' could not be fetched: {transfer.reason or transfer.state}")
-            idle = transfer.state in ("waiting", "paused")
-            reason = transfer.reason or reason
-            if not idle:
-                waits.deadline = float("inf")
-            elif waits.deadline == float("inf"):
-                waits.deadline = trio.current_time() + WAIT_S
-    raise NoProviders(f"the model could not be fetched: {reason}")
-
-
-def ask_pull_of(distribution: Distribution) -> AskPull:
-    """Another peer is asked as `meshmax distribute` asks it."""
-
-    async def ask(peer: PeerId, named: str) -> None:
-        answer = (await distribution.distribute(named, [peer]))[peer]
-        if isinstance(answer, MeshmaxError):
-            raise answer
-
-    return ask
 
 
 def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> MeshmaxError:
@@ -443,6 +357,5 @@ def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> Meshm
     )
 
 
-def _ascii(text: str) -> str:
-    """A name as a header can carry it."""
-    return "".join(c if c.isascii() and c.isprintable() and c not in ",;" else "?" for c in text[:200])
+def _full_name(entry: CatalogEntry) -> str:
+    return parse_name(split_digest(entry.name)[0]).full

@@ -4,6 +4,7 @@ from typing import Final
 
 STATUS: Final = "/meshmax/status/1.0.0"
 MODEL: Final = "/meshmax/model/1.0.0"
+PULL: Final = "/meshmax/pull/1.0.0"
 BLOB: Final = "/meshmax/blob/1.0.0"
 INFER: Final = "/meshmax/infer/1.0.0"
 LANE: Final = "/meshmax/lane/1.0.0"

@@ -9,11 +9,12 @@ import trio
 import trio.testing
 
 from meshmax.base.config import EngineConfig, RoutingConfig
-from meshmax.base.errors import MeshmaxError, NoProviders
+from meshmax.base.errors import MeshmaxError, ModelNotFound, NoProviders
 from meshmax.base.inference import Ask, Delta, GenerateRequest, Moved
+from meshmax.base.model import CHUNK_BYTES
 from meshmax.base.route import Wishes
 from meshmax.node import Node, open_node
-from tests.sim.site import Site, ask, online, open_site, until
+from tests.sim.site import Site, ask, online, open_site, pull, until
 
 STORES = EngineConfig(kind="none")
 SIZE = 24 << 20
@@ -172,3 +173,112 @@ async def test_a_drained_peers_only_copy_moves_to_who_can_answer(
                     text.append(event.text if isinstance(event, Delta) else "")
                 assert answer.route.peer_id == b.peer_id
             assert "".join(text) == "hello there"
+
+
+async def begun(node: Node) -> None:
+    """A pull is under way, and some of the model is there."""
+    await until(lambda: any(transfer.bytes_done > CHUNK_BYTES for transfer in node.pulls.transfers()))
+
+
+async def test_what_another_peer_fetches_for_a_client_ends_with_the_last_who_waits_and_what_came_is_kept(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, b = await store_and(site, "b")
+        async with store.router.open_answer(request(store)):
+            async with store.router.open_answer(request(store, "r2")):
+                await begun(b)
+            await trio.sleep(0.2)
+            assert [transfer.state for transfer in b.pulls.transfers()] == ["running"]
+        await until(lambda: [transfer.state for transfer in b.pulls.transfers()] == ["cancelled"], 5)
+        kept = b.pulls.transfers()[0].bytes_done
+        assert CHUNK_BYTES < kept < SIZE
+        began = trio.current_time()
+        last = await pull(b, "m")
+        assert last.state == "done"
+        assert sum(peer.bytes for peer in last.peers.values()) < SIZE - kept + 2 * CHUNK_BYTES
+        assert trio.current_time() - began < 60
+
+
+@pytest.mark.parametrize("detached", [False, True])
+async def test_a_persons_own_pull_goes_on_when_the_client_elsewhere_goes_away(
+    detached: bool, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, b = await store_and(site, "b")
+        async with trio.open_nursery() as nursery:
+            async with store.router.open_answer(request(store)):
+                await begun(b)
+                if detached:
+                    await b.pulls.start_download("m")
+                else:
+                    nursery.start_soon(pull, b, "m")
+                    await trio.sleep(0.1)
+            await until(lambda: has(b))
+        assert [transfer.state for transfer in b.pulls.transfers()] == ["done"]
+
+
+async def test_what_another_peer_fetches_ends_when_the_asking_peer_dies(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        _, b = await store_and(site, "b")
+        asker = await site.node("asker", STORES)
+        await until(lambda: bool(asker.catalog.entries()) and len(online(asker)) == 2)
+        async with asker.router.open_answer(request(asker)):
+            await begun(b)
+            site.network.kill(asker.peer_id)
+            await until(lambda: [transfer.state for transfer in b.pulls.transfers()] == ["cancelled"], 30)
+
+
+async def test_where_the_peer_that_fetches_dies_another_one_fetches_and_answers(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        nodes = await store_and(site, "b", "c")
+        store, by_id = nodes[0], {node.peer_id: node for node in nodes}
+        async with store.router.open_answer(request(store)) as answer:
+            first = by_id[answer.route.peer_id]
+            await begun(first)
+            site.network.kill(first.peer_id)
+            assert "".join([event.text async for event in answer.events if isinstance(event, Delta)]) == "hello there"
+            (second,) = {*nodes[1:]} - {first}
+            assert answer.route.peer_id == second.peer_id
+        (route,) = store.router.routes()
+        assert [(attempt.kind, bool(attempt.error)) for attempt in route.attempts] == [
+            ("fetch", True),
+            ("fetch", False),
+            ("first", False),
+        ]
+
+
+async def test_what_only_parts_of_are_left_is_made_whole_and_answers(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, a, b = await store_and(site, "a", "b")
+        half = await a.pulls.start_download("m")
+        await until(lambda: a.pulls.transfers()[0].bytes_done > SIZE * 0.6)
+        await a.pulls.steer(half.id, "pause")
+        await b.pulls.start_download("m")  # what is rarest first: what a lacks
+        while await lacking(a) & await lacking(b):  # noqa: ASYNC110  it looks from outside
+            await trio.sleep(0.01)
+        assert await lacking(b)
+        site.network.kill(store.peer_id)
+        await until(lambda: online(a) == {"b"} and online(b) == {"a"})
+        with pytest.raises(ModelNotFound):
+            a.catalog.resolve("m")
+        digest = a.catalog.resolve("m", parts=True).digest
+        await a.pulls.steer(half.id, "resume")
+        asked = Ask("r", digest, "m", GenerateRequest("hello there"))
+        async with a.router.open_answer(asked) as answer:
+            text = "".join([event.text async for event in answer.events if isinstance(event, Delta)])
+        assert text == "hello there"
+
+
+async def lacking(node: Node) -> set[int]:
+    """The chunks of the model's weights that a node does not have."""
+    model = node.pulling(node.catalog.resolve("m", parts=True).digest)
+    weights = max(model.manifest.blobs, key=lambda blob: blob.size) if model else None
+    known = await node.store.blobs.haves(weights.digest) if weights else None
+    return set(known[1].missing()) if known else set(range(SIZE // CHUNK_BYTES))

@@ -9,9 +9,9 @@ from meshmax.api.drain_routes import HasDraining
 from meshmax.api.membership_routes import HasMembership
 from meshmax.api.registry_routes import HasRepositories
 from meshmax.api.registry_uploads import HasUploads
-from meshmax.base.catalog import BackendReport
+from meshmax.base.catalog import BackendReport, OfferedModel
 from meshmax.base.config import Config
-from meshmax.base.ids import PeerId
+from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.status import PeerView
 from meshmax.base.traversal import PathStory
 from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Residency, Router, Signer, Swarm
@@ -136,6 +136,10 @@ class _Facts(Protocol):
 class _TellsOfBackends(Protocol):
     def reports(self) -> tuple[BackendReport, ...]:
         """How each engine stands that brings its models along."""
+        ...
+
+    def by_digest(self, digest: Sha256, /) -> OfferedModel | None:
+        """A model that one of them brings, or None."""
         ...
 
 

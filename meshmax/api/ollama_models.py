@@ -99,10 +99,16 @@ def ps_json(loaded: Sequence[LoadedView], now_s: float) -> dict[str, Any]:
                 "expires_at": rfc3339(now_s + _FOR_EVER_S if view.expires_at_s is None else view.expires_at_s),
                 "size_vram": view.size_vram,
                 "context_length": view.context_length,
+                **served_by(view.origin),
             }
             for view in loaded
         ]
     }
+
+
+def served_by(origin: str) -> dict[str, Any]:
+    """More than Ollama tells of a model that an engine brings along: whose it is."""
+    return {"meshmax": {"served_by": origin}} if origin else {}
 
 
 def show_json(name: str, described: ModelDescription, remote: dict[str, str], verbose: bool = False) -> dict[str, Any]:

@@ -238,7 +238,9 @@ class OllamaFace:
         )
         entry = resolved.entry
         remote = {} if entry.is_here else ollama_models.remote_fields(entry, self._prompts.peer_name)
-        return json_reply(ollama_models.show_json(resolved.name, described, remote, bool(body.verbose)))
+        shown = ollama_models.show_json(resolved.name, described, remote, bool(body.verbose))
+        offer = self._node.backends.by_digest(resolved.digest) if entry.served and not entry.local else None
+        return json_reply(shown | ollama_models.served_by(offer.origin if offer else ""))
 
     async def generate(self, request: Request) -> PromptReply:
         """POST /api/generate."""

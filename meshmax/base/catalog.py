@@ -105,7 +105,10 @@ class ModelFile(msgspec.Struct, frozen=True):
 
 
 class LoadedView(msgspec.Struct, frozen=True):
-    """A model in memory, as /api/ps tells. ``expires_at_s`` Unix time, None: for ever. Sizes in bytes."""
+    """A model in memory, as /api/ps tells. ``expires_at_s`` Unix time, None: for ever. Sizes in bytes, 0: not known.
+
+    ``origin``: whose it is, of one that an engine brings along (see OfferedModel).
+    """
 
     name: str
     digest: Sha256
@@ -120,6 +123,7 @@ class LoadedView(msgspec.Struct, frozen=True):
     prefill_per_s: float = 0.0  # tokens a second, EWMA; 0 before the first answer
     decode_per_s: float = 0.0
     load_s: float = 0.0
+    origin: str = ""
 
 
 class InMemory(msgspec.Struct, frozen=True):

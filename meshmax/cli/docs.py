@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Annotated
+from typing import Annotated, Final
 
 from cyclopts import Parameter
 
@@ -14,9 +14,14 @@ from meshmax.base.errors import NotFound
 from meshmax.cli.models import AsJson
 from meshmax.cli.output import emit, emit_json
 
+SEVERAL: Final = 4  # pages that are named where several begin as was asked
+
 
 def docs(
-    page: Annotated[str, Parameter(help="Its name, or how that begins, like 0002.")] = "", /, *, as_json: AsJson = False
+    page: Annotated[str, Parameter(help="Its name, or how that begins, like 0002 or decisions/0002.")] = "",
+    /,
+    *,
+    as_json: AsJson = False,
 ) -> None:
     """Read a page of the documentation; without a name, list the pages."""
     pages = find_pages(files("meshmax") / "docs")
@@ -28,20 +33,24 @@ def docs(
             width = max(map(len, titles), default=0)
             emit("\n".join(f"{name:<{width}}  {title}" for name, title in titles.items()) or "no pages")
         return
-    page = _full_name(page.removesuffix(".md"), pages)
-    text = pages.get(page)
-    if text is None:
-        raise NotFound(f"there is no page '{page[:80]}': `meshmax docs` lists the pages")
+    found = _meant(page.removesuffix(".md"), pages)
+    if len(found) != 1:
+        several = f"; {', '.join(found[:SEVERAL])} begin so" if found else ""
+        raise NotFound(f"there is no page '{page[:80]}'{several}: `meshmax docs` lists the pages")
+    (page,) = found
+    text = pages[page]
     if as_json:
         emit_json({"page": page, "text": text})
     else:
         _print_page(text)
 
 
-def _full_name(page: str, pages: Iterable[str]) -> str:
-    """``page``, or the one page whose name, without its folder, begins so: ``0002`` is enough."""
-    found = [name for name in pages if name.rpartition("/")[2].startswith(page)]
-    return found[0] if len(found) == 1 and page not in pages else page
+def _meant(page: str, pages: Iterable[str]) -> list[str]:
+    """``page``, or the pages whose name begins so, with its folder or without: ``0002`` and ``decisions/0002`` are enough."""
+    named = list(pages)
+    if page in named:
+        return [page]
+    return [name for name in named if name.startswith(page) or name.rpartition("/")[2].startswith(page)]
 
 
 def find_pages(folder: Traversable, prefix: str = "") -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
@@ -118,20 +118,19 @@ def status(*, as_json: AsJson = False, target: Target = HERE) -> None:
 def describe(state: dict[str, Any], url: str, nodes: dict[str, Any], models: dict[str, Any]) -> str:
     """The lines of `meshmax status`."""
     online = sum(node["status"] in ("online", "draining") for node in nodes.values())
-    local = sum(bool(model.get("local")) for model in models.values())
     uptime = human_duration(state.get("uptime", 0) / NS_PER_S).lower()
     lines = [
         ("name", state.get("name") or "-"),
         ("peer id", state["node_id"]),
         ("version", state["version"]),
         ("state", f"{state['state']}, {'for' if state['state'] == 'running' else 'up for'} {uptime}"),
-        ("mesh", f"joining '{joining}'" if (joining := state.get("joining")) else state.get("mesh") or "open LAN mesh"),
+        ("mesh", _mesh_words(state)),
         ("api", url),
         *(("address" if at == 0 else "", text) for at, text in enumerate(state.get("addresses") or ())),
         *_reach_lines(state.get("reachability") or {}, _relay_names(state, nodes)),
         ("peers", f"{online} online"),
         *_discovery_lines(state.get("discovery") or ()),
-        ("models", f"{local} here, {len(models)} in the mesh"),
+        ("models", _model_counts(models.values(), state["node_id"])),
         *_backend_lines(state.get("backends") or ()),
         *(("problem", text) for text in state.get("problems") or ()),
         *_partial_lines(state.get("partials") or ()),
@@ -181,9 +180,29 @@ def _discovery_lines(reports: Sequence[dict[str, Any]]) -> list[tuple[str, str]]
 def _backend_lines(backends: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """The engines of others that this peer uses, or would."""
     return [
-        ("engine", f"{each['origin']}: {each['models']} models" if each["models"] else _no_models(each))
+        ("engine", f"{each['origin']}: {_count(each['models'], 'model')}" if each["models"] else _no_models(each))
         for each in backends
     ]
+
+
+def _mesh_words(state: dict[str, Any]) -> str:
+    if joining := state.get("joining"):
+        return f"joining '{joining}'"
+    alone = not state.get("mesh_id") and (state.get("reachability") or {}).get("lan") is False
+    return "open, not announced on the LAN (--no-lan)" if alone else state.get("mesh") or "open LAN mesh"
+
+
+def _model_counts(models: Iterable[dict[str, Any]], own_id: str) -> str:
+    """How many are in the store, how many engines beside this peer serve, and how many the mesh can use, these included."""
+    models = list(models)
+    stored = sum(bool(model.get("local")) for model in models)
+    served = sum(not model.get("local") and own_id in (model.get("servers") or ()) for model in models)
+    beside = f" and {served} of the engines below" if served else ""
+    return f"{stored} here{beside}, {len(models)} in the mesh"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _no_models(backend: dict[str, Any]) -> str:

@@ -72,16 +72,28 @@ def ps(*, as_json: AsJson = False, target: Target = HERE) -> None:
     if as_json:
         emit_json(answer)
         return
-    header = ("NAME", "ID", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL")
-    emit(table(header, [_ps_row(model, time.time()) for model in answer["models"]]))
+    models = answer["models"]
+    header = ("NAME", "ID", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL", *(("BY",) if any(map(_server, models)) else ()))
+    emit(table(header, [_ps_row(model, time.time())[: len(header)] for model in models]))
 
 
 def _ps_row(model: dict[str, Any], now_s: float) -> tuple[str, ...]:
     expires_s = parse_time_s(model.get("expires_at", ""))
     until = "Stopping..." if expires_s is not None and expires_s < now_s else human_time(expires_s, now_s)
-    where = processor(model["size"], model.get("size_vram", 0))
-    context = str(model.get("context_length", 0))
-    return (model["name"], model["digest"][:ID_CHARACTERS], format_bytes(model["size"]), where, context, until)
+    context = str(model.get("context_length") or "-")
+    size, where = format_bytes(model["size"]), processor(model["size"], model.get("size_vram", 0))
+    if not model["size"] and _server(model):  # a server with OpenAI's interface tells neither
+        size, where, until = "-", "Unknown", "its server decides"
+    return (model["name"], model["digest"][:ID_CHARACTERS], size, where, context, until, _server(model))
+
+
+def _served_by(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    return [("served by", server)] if (server := _server(answer)) else []
+
+
+def _server(model: dict[str, Any]) -> str:
+    """Whose a model is that an engine beside this peer serves; '' for those of its own."""
+    return str((model.get("meshmax") or {}).get("served_by") or "")
 
 
 def show(
@@ -126,7 +138,7 @@ def show(
 def describe(answer: dict[str, Any], verbose: bool = False) -> str:
     """What /api/show answered, in the sections of `ollama show`."""
     details, figures = answer.get("details") or {}, answer.get("model_info") or {}
-    blocks = [section("Model", _model_rows(details, figures))]
+    blocks = [section("Model", [*_model_rows(details, figures), *_served_by(answer)])]
     if capabilities := answer.get("capabilities"):
         blocks.append(section("Capabilities", [(name,) for name in capabilities]))
     if parameters := answer.get("parameters"):

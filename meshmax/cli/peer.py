@@ -213,7 +213,7 @@ def node_facts(node: Any) -> dict[str, Any]:
         "mesh": node.membership.view(),
         "addresses": tuple(node.addresses),
         "unused": any(report.problem == BOOTSTRAP_OUTSIDE for report in node.ladder.reports()),
-        "models": sum(entry.is_here for entry in node.catalog.entries()),
+        "models": sum(entry.local for entry in node.catalog.entries()),
     }
 
 

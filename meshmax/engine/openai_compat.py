@@ -21,7 +21,7 @@ import trio
 
 from meshmax.base.catalog import ModelDescription, ModelFile, OfferedModel
 from meshmax.base.config import EngineConfig, OpenAiServer
-from meshmax.base.errors import ConfigError, EngineError
+from meshmax.base.errors import ConfigError, EngineError, InvalidRequest
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import (
     ChatRequest,
@@ -86,9 +86,13 @@ class OpenAiEngine:
         return ModelDescription(digest, offer.details, modified_at_s=offer.modified_at_s)
 
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
-        """Nothing: such a server keeps its models itself."""
+        """Such a server keeps its models itself. Raises InvalidRequest where one is to be unloaded."""
         await trio.lowlevel.checkpoint()
-        self._model(digest)
+        name = self._model(digest).id
+        if keep_alive_s == 0:
+            raise InvalidRequest(
+                f"'{name}' stays in memory: {self._where} keeps its models itself; it is stopped there"
+            )
 
     @asynccontextmanager
     async def open_model(self, model: ModelFile) -> AsyncIterator[OpenAiModel]:

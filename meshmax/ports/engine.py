@@ -79,6 +79,6 @@ class Backend(Engine, Protocol):
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
         """Load one of its models and keep it so long (None: its own default, negative: for ever, 0: unload), if it can.
 
-        Raises ModelNotFound, EngineError.
+        Raises ModelNotFound, EngineError, InvalidRequest (it can unload none).
         """
         ...

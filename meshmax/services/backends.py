@@ -115,6 +115,7 @@ class Backends:
                 offer.device,
                 offer.details,
                 offer.loaded.expires_at_s,
+                origin=offer.origin,
             )
             for offer in self._table.values()
             if offer.loaded is not None and not self._runs_itself(offer.digest)

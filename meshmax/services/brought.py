@@ -30,7 +30,7 @@ class Brought(Protocol):
         ...
 
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
-        """Load and keep one so long, or unload it (0). Raises ModelNotFound, EngineError."""
+        """Load and keep one so long, or unload it (0). Raises ModelNotFound, EngineError, InvalidRequest (it cannot)."""
         ...
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
 import msgspec
@@ -21,7 +21,7 @@ import trio
 
 from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
-from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, MeshmaxError, Refused
+from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, InvalidRequest, MeshmaxError, Refused
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Event, Finish, GenerateRequest, Priority, is_load_only
 from meshmax.base.status import NO_ENGINE, Load, Speed
@@ -134,7 +134,8 @@ class ModelResidency:
                 async with aclosing(self._speeds.measured(ask.digest, answer, begun, load_s)) as events:
                     yield events
             if self._brought.brings(ask.digest) and asked_s == 0:
-                await self._brought.keep(ask.digest, 0)
+                with suppress(InvalidRequest):  # it cannot be unloaded, and the answer is whole all the same
+                    await self._brought.keep(ask.digest, 0)
 
     async def try_preload(self, digest: Sha256, name: str, keep_alive_s: float) -> bool:
         """Load a model that nobody has asked for, where there is room with nothing going for it: whether it was loaded.

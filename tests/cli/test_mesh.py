@@ -180,6 +180,38 @@ def test_docs_of_an_unknown_page_says_how_to_list_them(capsys: pytest.CaptureFix
     assert "`meshmax docs` lists the pages" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["0021", "decisions/0021", "decisions/0021.md"])
+def test_docs_finds_a_decision_by_its_number(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["docs", given, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["page"].startswith("decisions/0021-")
+
+
+def test_docs_names_the_pages_that_a_beginning_could_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["docs", "decisions/000"]) == 3
+    error = capsys.readouterr().err
+    assert "decisions/0001-ollama-layout" in error
+    assert "begin so" in error
+
+
+def test_status_tells_models_of_the_store_from_those_of_engines_beside_it(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backends = [{"engine": "ollama", "origin": "the Ollama at http://x", "models": 1, "problem": ""}]
+    fake_peer.on("GET", "/api/v1/status", STATUS | {"backends": backends, "reachability": {"lan": False}})
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    models = {
+        "x": {"name": "x", "local": True, "servers": [A]},
+        "y": {"name": "y", "local": False, "servers": [A]},
+        "z": {"name": "z", "local": False, "servers": [B]},
+    }
+    fake_peer.on("GET", "/api/v1/models", {"models": models})
+    assert main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "models        1 here and 1 of the engines below, 3 in the mesh" in lines
+    assert "engine        the Ollama at http://x: 1 model" in lines
+    assert "mesh          open, not announced on the LAN (--no-lan)" in lines
+
+
 def test_status_names_what_an_interrupted_pull_left_and_what_can_be_done(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
 ) -> None:

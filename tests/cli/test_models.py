@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -386,3 +387,28 @@ def test_show_of_what_a_model_has_not_says_so_beside_standard_output(
     fake_peer.on("POST", "/api/show", {"details": {}})
     assert main(["show", "m", "--license"]) == 0
     assert capsys.readouterr() == ("", "No license was specified for this model.\n")
+
+
+def test_ps_says_what_an_openai_server_does_not_tell_and_whose_each_model_is(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = {"name": "tiny:latest", "digest": "6a" * 32, "size": 1_000_000, "size_vram": 0, "context_length": 4096}
+    served = {"name": "org/m:latest", "digest": "7b" * 32, "size": 0, "size_vram": 0, "context_length": 0}
+    whose = {"meshmax": {"served_by": "the server at http://x/v1"}}
+    forever = {"expires_at": "2318-01-01T00:00:00Z"}
+    fake_peer.on("GET", "/api/ps", {"models": [ours | forever, served | forever | whose]})
+    assert main(["ps"]) == 0
+    rows = [re.split(r" {4,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][-1] == "BY"
+    assert rows[2][2:] == ["-", "Unknown", "-", "its server decides", "the server at http://x/v1"]
+    fake_peer.on("GET", "/api/ps", {"models": [ours | forever]})
+    assert main(["ps"]) == 0
+    assert "BY" not in capsys.readouterr().out
+
+
+def test_show_says_who_serves_a_model_that_is_no_file_here(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("POST", "/api/show", {"details": {}, "meshmax": {"served_by": "the server at http://x/v1"}})
+    assert main(["show", "org/m"]) == 0
+    assert capsys.readouterr().out.split() == ["Model", "served", "by", "the", "server", "at", "http://x/v1"]

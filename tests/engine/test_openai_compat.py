@@ -9,7 +9,7 @@ import pytest
 import trio.testing
 
 from meshmax.base.config import EngineConfig, OpenAiServer
-from meshmax.base.errors import CapabilityMissing, ConfigError, ModelNotFound
+from meshmax.base.errors import CapabilityMissing, ConfigError, InvalidRequest, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import ChatRequest, EmbedRequest, Finish, GenerateRequest, Message, Said, Vector
 from meshmax.engine.openai_compat import OpenAiEngine, api_url, key_of
@@ -116,6 +116,8 @@ async def test_a_model_that_is_listed_no_more_is_not_found(autojump_clock: Clock
         (offer,) = await engine.look()
         assert (await engine.describe(offer.digest)).digest == digest_of("org/m")
         await engine.keep(offer.digest, 5)
+        with pytest.raises(InvalidRequest, match="keeps its models itself; it is stopped there"):
+            await engine.keep(offer.digest, 0)
         server.replies["/v1/models"] = json({"data": []})
         assert await engine.look() == ()
         with pytest.raises(ModelNotFound):

@@ -162,6 +162,7 @@ async def test_what_our_own_engine_runs_is_no_backends(autojump_clock: Clock) ->
         await trio.sleep(1)
         assert (backends.brings(A), backends.brings(B), backends.brings(C)) == (False, True, False)
         (shown,) = backends.loaded()
+        assert shown.origin == "the ollama"
         assert (shown.digest, shown.device, shown.context_length, shown.expires_at_s) == (B, "gpu", 64, 7.0)
         for digest in (A, B, C):
             await backends.keep(digest, 5)

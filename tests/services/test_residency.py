@@ -11,7 +11,7 @@ import trio.testing
 
 from meshmax.base.catalog import LoadedView, ModelFile
 from meshmax.base.config import EngineConfig
-from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, ModelNotFound
+from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable, InvalidRequest, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Ask, ChatRequest, Delta, Event, Finish, InferRequest, Message, Options
 from meshmax.base.model import ModelDetails
@@ -300,6 +300,22 @@ class FakeBrought:
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
         await trio.lowlevel.checkpoint()
         self.kept.append(keep_alive_s)
+
+
+class Stubborn(FakeBrought):
+    async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
+        await super().keep(digest, keep_alive_s)
+        if keep_alive_s == 0:
+            raise InvalidRequest("it stays in memory")
+
+
+async def test_what_cannot_be_unloaded_says_so_to_who_asks_that_and_answers_whoever_adds_it_to_a_prompt(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_residency(EchoEngine(CONFIG), model_file, CONFIG, lambda: 1000.0, brought=Stubborn()) as residency:
+        assert finish(await answer(residency, ask(A, keep_alive_s=0))).done_reason == "stop"
+        with pytest.raises(InvalidRequest, match="it stays in memory"):
+            await answer(residency, ask(A, "", 0))
 
 
 async def test_what_an_engine_brings_along_is_kept_by_it_and_takes_no_place_of_ours(

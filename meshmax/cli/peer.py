@@ -161,14 +161,29 @@ class _Ending:
         await self._told.wait()
         self._draining.begin_end(DRAIN_S)
         await self._draining.wait_end(_say_what_is_left)
+        if left := self._draining.waiting_for()[0]:
+            emit(
+                f"{_answers(left, 'to clients here')} not whole in time: {'it ends' if left == 1 else 'they end'} with a word"
+            )
         self._api.cancel()
 
 
 def _say_what_is_left(own: int, peers: int) -> None:
-    """``own``: prompts of this peer's API, ``peers``: others whose prompts it answers."""
-    whose = [f"{own} of clients here"] * bool(own) + [f"those of {peers} other peer{'s' * (peers > 1)}"] * bool(peers)
-    emit(f"ending: waits for answers, {' and '.join(whose)}, {DRAIN_S:.0f} s at most; a second signal ends it at once")
+    emit(ending_words(own, peers))
     sys.stdout.flush()
+
+
+def ending_words(own: int, peers: int) -> str:
+    """What a person reads while a peer ends. ``own``: prompts of this peer's API, ``peers``: others whose prompts it answers."""
+    whose = [_answers(own, "to clients here")] * bool(own)
+    whose += [f"what {peers} other peer{'s' * (peers > 1)} asked"] * bool(peers)
+    bound = f"up to {DRAIN_S:.0f} s for {'them' if own + peers > 1 else 'it'}"
+    after = "; other peers carry theirs on after that" if peers else ""
+    return f"ending: still under way: {' and '.join(whose)}: {bound}{after}. Ctrl-C again ends this peer now."
+
+
+def _answers(number: int, whose: str) -> str:
+    return f"{number} answer{'s' * (number > 1)} {whose}"
 
 
 async def run_until_signal(run: Callable[[list[Cancellable]], Awaitable[None]]) -> None:

@@ -8,7 +8,14 @@ import pytest
 from meshmax.base.config import Config
 from meshmax.base.errors import ConfigError
 from meshmax.base.membership import OPEN_MESH, SCOPES, MeshId, MeshView
-from meshmax.cli.peer import YOUNG_OBJECTS, _only_error, banner, spare_lasting_objects, who_holds_default_port
+from meshmax.cli.peer import (
+    YOUNG_OBJECTS,
+    _only_error,
+    banner,
+    ending_words,
+    spare_lasting_objects,
+    who_holds_default_port,
+)
 
 FACTS: dict[str, Any] = {
     "name": "box", "peer_id": "12D3KooWA", "home": "/home/me/.meshmax", "lan": True, "models": 2,
@@ -62,6 +69,25 @@ def test_the_banner_says_once_that_a_bootstrap_node_is_not_used() -> None:
 async def test_nobody_is_asked_who_holds_the_default_port_when_we_have_it_or_chose_another() -> None:
     assert await who_holds_default_port(Config(), "http://127.0.0.1:11434") == ""
     assert await who_holds_default_port(Config(api="127.0.0.1:5"), "http://127.0.0.1:5") == ""
+
+
+@pytest.mark.parametrize(
+    ("own", "peers", "words"),
+    [
+        (1, 0, "still under way: 1 answer to clients here: up to 5 s for it. Ctrl-C again ends this peer now."),
+        (2, 0, "still under way: 2 answers to clients here: up to 5 s for them. Ctrl-C again"),
+        (0, 1, "still under way: what 1 other peer asked: up to 5 s for it; other peers carry theirs on after that."),
+        (
+            1,
+            2,
+            "1 answer to clients here and what 2 other peers asked: up to 5 s for them; other peers carry theirs on",
+        ),
+    ],
+)
+def test_who_ends_a_peer_is_told_what_is_under_way_how_long_it_has_and_how_to_end_it_now(
+    own: int, peers: int, words: str
+) -> None:
+    assert words in ending_words(own, peers)
 
 
 def test_the_one_error_inside_groups_is_what_a_person_reads() -> None:

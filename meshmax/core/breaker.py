@@ -161,7 +161,7 @@ class Breakers:
         ``sent_s``: when the ask was sent. ``reason``: what was said, for people.
         """
         circuit = self._circuit(peer, digest)
-        if circuit.is_open and (now < circuit.until_s or sent_s < circuit.opened_s):
+        if sent_s < circuit.opened_s or (circuit.is_open and now < circuit.until_s):
             return  # it was sent before the circuit opened
         if not circuit.is_open and now - circuit.until_s > ON_TRIAL_S:
             circuit.trips = 0
@@ -215,7 +215,7 @@ class Breakers:
         for key in [key for key in self._circuits if key[0] == peer]:
             circuit = self._circuits[key]
             if circuit.is_open:
-                circuit.until_s = min(circuit.until_s, now)
+                circuit.opened_s, circuit.until_s = now, min(circuit.until_s, now)  # what was sent before says nothing
             if restarted:
                 circuit.busy.clear()
                 self._drop_quiet(*key, now)

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 import msgspec
 import trio
 
+from meshmax.base.errors import Busy
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask
 from meshmax.base.status import NO_ENGINE, Device, Load, ModelPresence, PeerView
@@ -85,13 +86,18 @@ class Contenders:
             load = self._bench.outstanding.load(peer, status.sequence, status.load)
             if view.rtt_s is not None:
                 measured.on_rtt(peer, view.rtt_s, now)
+        standing = measured.standing(peer, model.digest, now, ask.priority)
+        if standing.state == "open" and standing.code == Busy.code and peer != self._peer_id:
+            has_room = load.running < load.capacity and not load.queued
+            measured.breakers.on_load(peer, model.digest, has_room, now)
+            standing = measured.standing(peer, model.digest, now, ask.priority)
         return Contender(
             view=view,
             model=model,
             load=load,
             figures=measured.figures(peer, model.digest, device_of(model, status), now),
             rtt_s=measured.rtt_s(peer),
-            standing=measured.standing(peer, model.digest, now, ask.priority),
+            standing=standing,
             prefix_tokens=held,
         )
 

@@ -101,7 +101,8 @@ class MeshRouter:
         return self._records.find(request_id)
 
     def on_news(self) -> None:
-        """A peer came, went or said something new. Cheap where no request waits."""
+        """A peer came, went or said something new. Cheap where no request waits and nobody failed lately."""
+        self._shared.bench.comebacks.look()
         self._shared.waiting.on_news()
 
     @asynccontextmanager

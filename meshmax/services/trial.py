@@ -32,6 +32,7 @@ from meshmax.core.memory_fit import device_of
 from meshmax.core.outstanding import Outstanding
 from meshmax.core.retrying import is_final
 from meshmax.ports import Presence, Residency, Swarm
+from meshmax.services.comebacks import Comebacks
 from meshmax.services.infer_client import Step, open_remote_answer
 from meshmax.telemetry.metrics import FIRST_TOKEN, REQUESTS
 
@@ -63,6 +64,7 @@ class Bench:
         self.outstanding = Outstanding()
         self.first_tokens = FirstTokens()
         self.peer_id = peer_id
+        self.comebacks = Comebacks(presence, measurements.breakers)
         self.on_news: Callable[[], None] = lambda: None  # called when another peer may be asked, or not any more
         self._swarm, self._residency, self._presence = swarm, residency, presence
 
@@ -244,6 +246,8 @@ class Trial:
             most_s=MAX_BACKOFF_S if self._name else OWN_BACKOFF_S,
             reason=error.message,
         )
+        if self._name:
+            self._bench.comebacks.on_failed(self._peer)
 
     def _on_cancelled(self, probe: bool) -> None:
         if self._outcome == "cancelled" and self.blame is not None:

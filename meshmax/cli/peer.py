@@ -162,9 +162,8 @@ class _Ending:
         self._draining.begin_end(DRAIN_S)
         await self._draining.wait_end(_say_what_is_left)
         if left := self._draining.waiting_for()[0]:
-            emit(
-                f"{_answers(left, 'to clients here')} not whole in time: {'it ends' if left == 1 else 'they end'} with a word"
-            )
+            verb, they = ("was", "it ends") if left == 1 else ("were", "they end")
+            emit(f"{_answers(left, 'to clients here')} {verb} not whole in time: {they} here, and the clients are told")
         self._api.cancel()
 
 
@@ -177,9 +176,10 @@ def ending_words(own: int, peers: int) -> str:
     """What a person reads while a peer ends. ``own``: prompts of this peer's API, ``peers``: others whose prompts it answers."""
     whose = [_answers(own, "to clients here")] * bool(own)
     whose += [f"what {peers} other peer{'s' * (peers > 1)} asked"] * bool(peers)
-    bound = f"up to {DRAIN_S:.0f} s for {'them' if own + peers > 1 else 'it'}"
+    verb, them = ("are", "them") if own + peers > 1 else ("is", "it")
     after = "; other peers carry theirs on after that" if peers else ""
-    return f"ending: still under way: {' and '.join(whose)}: {bound}{after}. Ctrl-C again ends this peer now."
+    bound = f"up to {DRAIN_S:.0f} s for {them}{after}"
+    return f"ending: {' and '.join(whose)} {verb} under way: {bound}. Ctrl-C again ends this peer now."
 
 
 def _answers(number: int, whose: str) -> str:

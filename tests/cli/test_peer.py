@@ -74,13 +74,17 @@ async def test_nobody_is_asked_who_holds_the_default_port_when_we_have_it_or_cho
 @pytest.mark.parametrize(
     ("own", "peers", "words"),
     [
-        (1, 0, "still under way: 1 answer to clients here: up to 5 s for it. Ctrl-C again ends this peer now."),
-        (2, 0, "still under way: 2 answers to clients here: up to 5 s for them. Ctrl-C again"),
-        (0, 1, "still under way: what 1 other peer asked: up to 5 s for it; other peers carry theirs on after that."),
+        (1, 0, "ending: 1 answer to clients here is under way: up to 5 s for it. Ctrl-C again ends this peer now."),
+        (2, 0, "ending: 2 answers to clients here are under way: up to 5 s for them. Ctrl-C again"),
+        (
+            0,
+            1,
+            "ending: what 1 other peer asked is under way: up to 5 s for it; other peers carry theirs on after that.",
+        ),
         (
             1,
             2,
-            "1 answer to clients here and what 2 other peers asked: up to 5 s for them; other peers carry theirs on",
+            "1 answer to clients here and what 2 other peers asked are under way: up to 5 s for them; other peers carry theirs on",
         ),
     ],
 )

@@ -87,7 +87,7 @@ def test_a_peer_that_answers_is_drained_and_another_is_ended_and_every_answer_is
         other.process.send_signal(signal.SIGTERM)
         assert finished.whole()
         other.process.wait(10)
-        assert "ending: still under way: what 1 other peer asked: up to 5 s for it; other peers carry" in other.tail()
+        assert "ending: what 1 other peer asked is under way: up to 5 s for it; other peers carry" in other.tail()
         post(first, f"/api/v1/nodes/{first.peer_id}/undrain", {})
         assert "back again" in post(entry, "/api/generate", {"model": MODEL, "prompt": "back again", "stream": False})
 
@@ -104,7 +104,7 @@ def test_a_second_signal_ends_a_peer_that_waits_for_its_answers_at_once(tmp_path
             peer.process.send_signal(signal.SIGTERM)
             until(
                 "it says that it waits",
-                lambda: "under way: 1 answer to clients here: up to 5 s for it. Ctrl-C again" in peer.tail(),
+                lambda: "1 answer to clients here is under way: up to 5 s for it. Ctrl-C again" in peer.tail(),
             )
             refused = httpx.post(f"{peer.api}/api/generate", json=body, timeout=20, trust_env=False)
             assert (refused.status_code, refused.json()["error"]) == (503, "This node is shutting down.")

@@ -84,7 +84,7 @@ async def test_nobody_is_asked_who_holds_the_default_port_when_we_have_it_or_cho
         (
             1,
             2,
-            "1 answer to clients here and what 2 other peers asked are under way: up to 5 s for them; other peers carry theirs on",
+            "1 answer to clients here and what 2 other peers asked are under way: up to 5 s for them; other peers carry",
         ),
     ],
 )

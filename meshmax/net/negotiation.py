@@ -55,14 +55,45 @@ def proposal(protocol: str) -> bytes:
 
 async def hear(stream: Stream, protocol: str) -> None:
     """Read the peer's answers to `propose`. Raises VersionMismatch, RemoteProtocolError, PeerGone; the stream is reset."""
-    for expected in (_MULTISTREAM, protocol):
-        answer = await _read_line(stream)
-        if answer == "na":
-            await stream.reset()
-            raise VersionMismatch(f"the peer does not speak {protocol}")
-        if answer != expected:
+    await _Answers(protocol).read(stream)
+
+
+class _Answers:
+    """The peer's two lines, as far as they have come: reading them may be cancelled, and goes on where it was."""
+
+    def __init__(self, protocol: str) -> None:
+        self._protocol = protocol
+        self._due = [protocol, _MULTISTREAM]
+        self._seen = b""
+
+    async def read(self, stream: Stream) -> None:
+        """Until both have come; at once where they have. Raises as `hear`."""
+        while self._due:
+            answer = await self._line(stream)
+            if answer == "na":
+                await stream.reset()
+                raise VersionMismatch(f"the peer does not speak {self._protocol}")
+            if answer != self._due.pop():
+                await stream.reset()
+                raise RemoteProtocolError("the peer's answer is not multistream-select's")
+
+    async def _line(self, stream: Stream) -> str:
+        await self._fill(stream, 1)
+        length = self._seen[0]
+        if not 1 <= length <= _MAX_LINE_BYTES:
             await stream.reset()
             raise RemoteProtocolError("the peer's answer is not multistream-select's")
+        await self._fill(stream, 1 + length)
+        line, self._seen = self._seen[1:], b""
+        return line.decode(errors="replace").rstrip("\n")
+
+    async def _fill(self, stream: Stream, count: int) -> None:
+        while len(self._seen) < count:
+            part = await stream.receive_some(count - len(self._seen))
+            if not part:
+                await stream.reset()
+                raise PeerGone("the peer closed the stream before it was open")
+            self._seen += part
 
 
 class EagerStream:
@@ -72,9 +103,9 @@ class EagerStream:
     """
 
     def __init__(self, stream: Stream, protocol: str) -> None:
-        self._stream, self._protocol = stream, protocol
+        self._stream = stream
         self._unsaid = proposal(protocol)
-        self._heard = False
+        self._answers = _Answers(protocol)
 
     @property
     def peer(self) -> PeerId:
@@ -87,17 +118,10 @@ class EagerStream:
         return self._stream.address
 
     async def receive_some(self, max_bytes: int) -> bytes:
-        """See ports.Stream. Cancelled before the answer was read whole, the stream is reset."""
+        """See ports.Stream."""
         if self._unsaid:
             await self.send_all(b"")
-        if not self._heard:
-            try:
-                await hear(self._stream, self._protocol)
-                self._heard = True
-            finally:
-                if not self._heard:
-                    with trio.CancelScope(shield=True):
-                        await self._stream.reset()
+        await self._answers.read(self._stream)
         return await self._stream.receive_some(max_bytes)
 
     async def send_all(self, data: bytes) -> None:
@@ -151,22 +175,3 @@ def _delimited(line: str) -> bytes:
     if len(data) > _MAX_LINE_BYTES:
         raise ConfigError(f"a protocol id has at most {_MAX_LINE_BYTES - 1} bytes: {line[:100]}")
     return bytes([len(data)]) + data
-
-
-async def _read_line(stream: Stream) -> str:
-    length = (await _read_exactly(stream, 1))[0]
-    if not 1 <= length <= _MAX_LINE_BYTES:
-        await stream.reset()
-        raise RemoteProtocolError("the peer's answer is not multistream-select's")
-    return (await _read_exactly(stream, length)).decode(errors="replace").rstrip("\n")
-
-
-async def _read_exactly(stream: Stream, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = await stream.receive_some(count - len(data))
-        if not part:
-            await stream.reset()
-            raise PeerGone("the peer closed the stream before it was open")
-        data += part
-    return data

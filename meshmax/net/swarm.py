@@ -193,6 +193,11 @@ class LibrarySwarm:
         """See ports.CountsStreams."""
         return self._opened[peer_id] + self._served[peer_id]
 
+    def heard_s(self, peer_id: PeerId, over: ConnectionView | None = None) -> float | None:
+        """See ports.HearsPeers."""
+        links = self._links.of(peer_id)
+        return max((link.heard_s for link in links if over is None or link.view == over), default=None)
+
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
         """See ports.Swarm."""
         return self._announcer.subscribe()

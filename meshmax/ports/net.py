@@ -255,6 +255,18 @@ class CountsStreams(Protocol):
 
 
 @runtime_checkable
+class HearsPeers(Protocol):
+    """What a swarm may offer besides `Swarm`: whether anything comes from a peer."""
+
+    def heard_s(self, peer_id: PeerId, over: ConnectionView | None = None) -> float | None:
+        """Monotonic seconds: when bytes came from the peer last, of any stream. Cheap.
+
+        ``over``: on that connection; None: on any of its connections. None where there is none.
+        """
+        ...
+
+
+@runtime_checkable
 class ProvesPeers(Protocol):
     """What a swarm may offer besides `Swarm`: to see who is at an address."""
 

@@ -1,7 +1,7 @@
 """The status protocol with each neighbour: beats, answers, and what both carry. Moves words between streams and core.gossip.
 
-A connection on which no echo comes within ``heartbeat_timeout_s`` is cut (libp2p by itself never notices a frozen process);
-before that, after SILENT_S, its owner may look for another way to the peer.
+A connection on which a beat is due and nothing at all comes for ``heartbeat_timeout_s`` is cut (core.liveness; libp2p by itself
+never notices a frozen process); before that, after SILENT_S, its owner may look for another way to the peer.
 Beats go over the best connection and move to a better one at once, so that the worse one empties. A beat goes out every
 ``heartbeat_s``, at once when our own status changed, and soon when a neighbour asked for something. Not here: who is a neighbour
 (services.presence).
@@ -10,7 +10,8 @@ Beats go over the best connection and move to a better one at once, so that the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
@@ -22,8 +23,9 @@ from meshmax.base.model import Signed
 from meshmax.base.status import PeerStatus, vitals_of
 from meshmax.core.clones import TELL_S, Clones
 from meshmax.core.gossip import Gossip
+from meshmax.core.liveness import Silence
 from meshmax.core.peers import PeerTable
-from meshmax.ports import ConnectionView, Stream, Swarm
+from meshmax.ports import ConnectionView, HearsPeers, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.services.own_status import OwnStatus
 from meshmax.telemetry.log import get_logger
@@ -49,7 +51,7 @@ MAX_STATUS_STREAMS: Final = 4  # answered at once for one peer: one a connection
 BEAT_PACE_S: Final = 0.1  # after each answer: checking 64 signatures takes about 20 ms, and nobody honest beats faster
 # What the other side may be silent for before we give its status stream up; it beats every heartbeat_s.
 SILENCE_FACTOR: Final = 15.0
-SILENT_S: Final = 1.0  # without an echo, or SILENT_ROUND_TRIPS if these are longer, until the connection is doubted
+SILENT_S: Final = 1.0  # of silence, or SILENT_ROUND_TRIPS if these are longer, until the connection is doubted
 SILENT_ROUND_TRIPS: Final = 4
 FAREWELL_S: Final = 0.3  # for our last word to reach all neighbours; who misses it notices the end of the connection
 
@@ -139,21 +141,50 @@ class Heartbeat:
         """Beat on the peer's best connection, which is this one, until it fails; then cut it and older ones like it."""
         peer_id = connection.peer_id
         try:
-            with trio.fail_after(self._config.heartbeat_timeout_s):
-                stream = await self._swarm.open_stream(peer_id, STATUS)
+            async with self._patiently(connection):
+                stream = await self._swarm.open_stream(peer_id, STATUS, eager=True)
             try:
-                await self._beat_on(FrameStream(stream), peer_id)
+                await self._beat_on(FrameStream(stream), connection)
                 return
             finally:
                 with trio.CancelScope(shield=True):
                     await stream.reset()
-        except (trio.TooSlowError, MeshmaxError) as error:
-            why = error.message if isinstance(error, MeshmaxError) else "its heartbeat stopped"
-            _log.info("connection lost", peer=peer_id, why=why)
+        except MeshmaxError as error:
+            _log.info("connection lost", peer=peer_id, why=error.message)
             await self._swarm.disconnect(peer_id, connection)
 
-    async def _beat_on(self, frames: FrameStream, peer_id: PeerId) -> None:
+    @asynccontextmanager
+    async def _patiently(self, connection: ConnectionView) -> AsyncIterator[None]:
+        """For a word of the peer that the block waits for. Raises PeerGone where the connection is silent for too long."""
+        silence = Silence(self._config.heartbeat_timeout_s, trio.current_time())
+        outcome: MeshmaxError | None = PeerGone("its heartbeat stopped")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen, connection, silence, nursery.cancel_scope)
+            try:
+                yield
+                outcome = None
+            except MeshmaxError as error:
+                outcome = error  # not in a group
+            nursery.cancel_scope.cancel()
+        if outcome is not None:
+            raise outcome
+
+    async def _listen(self, connection: ConnectionView, silence: Silence, scope: trio.CancelScope) -> None:
+        entry = self._table.entry(connection.peer_id)
+        patience_s = max(SILENT_S, SILENT_ROUND_TRIPS * (entry.rtt_s or 0.0) if entry else 0.0)
+        doubted = False
+        while not silence.is_over:
+            await trio.sleep(silence.look_s)
+            heard = self._swarm.heard_s(connection.peer_id, connection) if isinstance(self._swarm, HearsPeers) else None
+            silence.on_look(heard)
+            if silence.silent_s >= patience_s and not doubted:
+                doubted = True
+                self._on_silent(connection.peer_id)
+        scope.cancel()
+
+    async def _beat_on(self, frames: FrameStream, connection: ConnectionView) -> None:
         """Beat until it fails, or until the peer was told that we part."""
+        peer_id = connection.peer_id
         nonce, told, twins_at = 0, -1, float("-inf")
         self._gossip.start_afresh(peer_id)
         while True:
@@ -164,9 +195,9 @@ class Heartbeat:
             parting: Parting = "full" if peer_id in self._partings else ""
             statuses, notices, wants = self._outgoing(peer_id, twins)
             vitals = vitals_of(own) if own.sequence > told else None
-            with trio.fail_after(self._config.heartbeat_timeout_s):
+            async with self._patiently(connection):
                 await frames.send(BEAT, Beat(nonce, statuses, notices, wants, vitals, parting))
-                echo = await self._echo(frames)
+                echo = await frames.receive(ECHO)
             if echo.nonce != nonce:
                 raise RemoteProtocolError("the peer echoed another heartbeat than it was sent")
             now = trio.current_time()
@@ -182,28 +213,6 @@ class Heartbeat:
                 self._hurry(peer_id)
             with trio.move_on_after(self._config.heartbeat_s):
                 await self._either(reissued, hurry)
-
-    async def _echo(self, frames: FrameStream) -> Echo:
-        """The answer to a beat. Raises what `FrameStream.receive` does."""
-        echo: Echo | None = None
-        failure: MeshmaxError | None = None
-        entry = self._table.entry(frames.peer)
-        patience_s = max(SILENT_S, SILENT_ROUND_TRIPS * (entry.rtt_s or 0.0) if entry else 0.0)
-
-        async def doubt() -> None:
-            await trio.sleep(patience_s)
-            self._on_silent(frames.peer)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(doubt)
-            try:
-                echo = await frames.receive(ECHO)
-            except MeshmaxError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        if echo is None:
-            raise failure or PeerGone("the peer did not answer")
-        return echo
 
     def _note_alive(self, peer_id: PeerId, rtt_s: float, now: float) -> None:
         connection = self._swarm.connections().get(peer_id)
@@ -248,9 +257,7 @@ class Heartbeat:
         told, twins_at = -1, float("-inf")
         peer = frames.peer
         while True:
-            beat = None
-            with trio.move_on_after(self._config.heartbeat_s * SILENCE_FACTOR):
-                beat = await frames.try_receive(BEAT)
+            beat = await self._try_hear(frames)
             if beat is None:  # it ended the stream, or beats no more; our own beats decide whether it lives
                 return
             if beat.nonce == 0:
@@ -268,6 +275,19 @@ class Heartbeat:
             if self._gossip.is_waiting(peer):
                 self._hurry(peer)
             await trio.sleep(BEAT_PACE_S)
+
+    async def _try_hear(self, frames: FrameStream) -> Beat | None:
+        """The next beat; None where the stream ended, or none came for too long."""
+        beat_s = self._config.heartbeat_s
+        silence = Silence(beat_s * SILENCE_FACTOR, trio.current_time(), look_s=beat_s)
+        while not silence.is_over:
+            beat = None
+            with trio.move_on_after(silence.look_s) as scope:
+                beat = await frames.try_receive(BEAT)
+            if not scope.cancelled_caught:
+                return beat
+            silence.on_look(None)
+        return None
 
     # --- what is carried --------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Asks one peer for an answer over /meshmax/infer/1.0.0. No tasks: frames are read as the caller asks for events.
 
-A peer that says nothing, not even KeepAlive, for SILENCE_S is gone; long before that it is suspected (core.pace). What the
-peer sends is checked against what was asked. Leaving the block resets the stream, which stops the work there. Not here: whom
-to ask (services.router), what a suspicion leads to (core.delivery).
+A peer of which nothing comes for SILENCE_S, no KeepAlive and nothing else, is gone (core.liveness); long before that it is
+suspected (core.pace). What the peer sends is checked against what was asked. Leaving the block resets the stream, which stops
+the work there. Not here: whom to ask (services.router), what a suspicion leads to (core.delivery).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final, Literal
 
 import trio
@@ -17,7 +18,8 @@ import trio
 from meshmax.base.errors import PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, Vector
-from meshmax.ports import Stream, Swarm
+from meshmax.core.liveness import Silence
+from meshmax.ports import HearsPeers, Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.wire.failure import Failure, error_of
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, Reply, ask_parts, check_reply
@@ -30,6 +32,10 @@ Step = Literal["sending", "heard", "accepted"]
 
 
 def _ignore(step: Step) -> None:
+    pass
+
+
+def _unheard() -> None:
     pass
 
 
@@ -59,7 +65,8 @@ async def open_remote_answer(
                 raise PeerGone(f"the peer took nothing of the request for {SILENCE_S:g} s")
             if large:
                 on_step("heard")
-        yield RemoteEvents(frames, ask, on_step)
+        heard_s = partial(swarm.heard_s, peer) if isinstance(swarm, HearsPeers) else _unheard
+        yield RemoteEvents(frames, ask, on_step, heard_s)
     finally:
         with trio.CancelScope(shield=True):  # reset does not block; without it the peer would work on
             await stream.reset()
@@ -77,8 +84,15 @@ async def _open(swarm: Swarm, peer: PeerId) -> Stream:
 class RemoteEvents:
     """The events of one answer as they come."""
 
-    def __init__(self, frames: FrameStream, ask: Ask, on_step: Callable[[Step], None] = _ignore) -> None:
-        self._frames = frames
+    def __init__(
+        self,
+        frames: FrameStream,
+        ask: Ask,
+        on_step: Callable[[Step], None] = _ignore,
+        heard_s: Callable[[], float | None] = _unheard,
+    ) -> None:
+        """``heard_s``: when anything came from the peer last; None: unknown."""
+        self._frames, self._heard_s = frames, heard_s
         self._on_step = on_step
         self._inputs = len(ask.request.inputs) if isinstance(ask.request, EmbedRequest) else None
         self._seen: set[int] = set()
@@ -106,14 +120,17 @@ class RemoteEvents:
         return None
 
     async def _receive(self) -> Reply:
-        reply = None
-        with trio.move_on_after(SILENCE_S) as scope:
-            reply = await self._frames.try_receive(REPLY)
-        if scope.cancelled_caught:
-            raise PeerGone(f"the peer was silent for {SILENCE_S:g} s")
-        if reply is None:
-            raise PeerGone("the peer ended the stream before its answer was whole")
-        return reply
+        silence = Silence(SILENCE_S, trio.current_time())
+        while not silence.is_over:
+            reply = None
+            with trio.move_on_after(silence.look_s) as scope:
+                reply = await self._frames.try_receive(REPLY)
+            if reply is not None:
+                return reply
+            if not scope.cancelled_caught:
+                raise PeerGone("the peer ended the stream before its answer was whole")
+            silence.on_look(self._heard_s())
+        raise PeerGone(f"the peer was silent for {silence.waited_s:g} s")
 
     def _on_reply(self, reply: Reply) -> tuple[Event, ...]:
         if isinstance(reply, Failure):

@@ -33,8 +33,12 @@ class Route(Protocol):
 class Pipe:
     """One direction of a stream: bounded, late by the latency, stopped while nothing passes."""
 
-    def __init__(self, network: Route, source: PeerId, sink: PeerId) -> None:
+    def __init__(
+        self, network: Route, source: PeerId, sink: PeerId, on_arrival: Callable[[PeerId], None] = lambda sink: None
+    ) -> None:
+        """``on_arrival``: called with the sink when something is read, which here is when it comes."""
         self._network, self._source, self._sink = network, source, sink
+        self._on_arrival = on_arrival
         self._parts: deque[tuple[float, bytes]] = deque()
         self._held_bytes = 0
         self._changed = trio.Event()
@@ -96,6 +100,7 @@ class Pipe:
             self._parts.appendleft((due, part[max_bytes:]))
         taken = part[:max_bytes]
         self._held_bytes -= len(taken)
+        self._on_arrival(self._sink)
         self.change()
         return taken
 

@@ -159,6 +159,7 @@ class _Connection:
         self.opened: Counter[PeerId] = Counter()
         self.streams = 0
         self.idle_since = self.heard_s = trio.current_time()  # nothing queues here, so answers alone show life
+        self.arrived_s = dict.fromkeys(self.ends, self.heard_s)  # when anything came at each end last
 
     def _passage(self, swarm: MemorySwarm, view: ConnectionView) -> Passage:
         welcome = partial(swarm.gained, view.peer_id, self)
@@ -177,6 +178,10 @@ class _Connection:
             yield
         finally:
             self.using(-1)
+
+    def on_arrival(self, sink: PeerId) -> None:
+        """Something came at that end."""
+        self.arrived_s[sink] = trio.current_time()
 
     def cut(self) -> None:
         """End it now."""
@@ -354,7 +359,8 @@ class MemorySwarm:
             raise Busy(f"{limits.MAX_STREAMS_PER_PEER} streams to this peer are open already")
         with connection.in_use():
             await self._go_and_come(connection, peer_id)
-        there, back = Pipe(self._network, self.peer_id, peer_id), Pipe(self._network, peer_id, self.peer_id)
+        there = Pipe(self._network, self.peer_id, peer_id, connection.on_arrival)
+        back = Pipe(self._network, peer_id, self.peer_id, connection.on_arrival)
         other = connection.other(self.peer_id)
         if protocol not in other._answers:
             raise VersionMismatch(f"the peer does not speak {protocol}")
@@ -429,6 +435,12 @@ class MemorySwarm:
     def connections(self) -> Mapping[PeerId, ConnectionView]:
         """See ports.Swarm."""
         return self._connections.views()
+
+    def heard_s(self, peer_id: PeerId, over: ConnectionView | None = None) -> float | None:
+        """See ports.HearsPeers."""
+        connections = self._connections.of(peer_id)
+        heard = (c.arrived_s[self.peer_id] for c in connections if over is None or c.views[self.peer_id] == over)
+        return max(heard, default=None)
 
     def subscribe(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[SwarmEvent]]:
         """See ports.Swarm."""

@@ -215,7 +215,7 @@ async def test_a_clock_that_is_off_is_named_as_the_reason(tmp_path: Path, autoju
     async with open_site(tmp_path) as site:
         a, b = await new_mesh(site), await site.node("b")
         await join(b, a)
-        await until(lambda: online(b) == {"a"})
+        await until(lambda: online(a) == {"b"} and online(b) == {"a"})
         site.ahead_s["b"] = 40 * DAY_S
         site.network.partition(a.peer_id, b.peer_id)
         await until(lambda: not online(a), 60)

@@ -22,7 +22,7 @@ from meshmax.core.delivery_attempt import FIRST_EVENT_DEADLINE_S
 from meshmax.core.delivery_wait import STUCK_S
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
-from meshmax.services.infer_client import SILENCE_S
+from meshmax.services.infer_client import OPEN_DEADLINE_S, SILENCE_S
 from meshmax.services.route_records import ROUTES_KEPT
 from meshmax.wire.failure import Failure
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Reply
@@ -115,7 +115,7 @@ async def test_a_frozen_peer_is_replaced_within_the_deadline(autojump_clock: Clo
         site.network.freeze(site[1].peer_id)
         begun = trio.current_time()
         assert await answered_by(site) == "peer2"
-        assert trio.current_time() - begun < SILENCE_S + 1
+        assert trio.current_time() - begun < max(OPEN_DEADLINE_S, SILENCE_S) + 1
 
 
 async def test_a_peer_that_freezes_while_loading_is_replaced_within_the_deadline(autojump_clock: Clock) -> None:
@@ -286,9 +286,7 @@ async def test_a_failed_peer_is_avoided_for_a_while_and_waited_for_where_nobody_
         assert await answered_by(site) == "peer1"
         assert trio.current_time() - begun <= FIRST_BACKOFF_S + 0.1
         (waited,) = site[0].router.routes()[0].waits
-        assert waited.why == (
-            "peer1, the only one that has model 'echo' ready, failed lately (engine_unavailable: no memory)"
-        )
+        assert "(peer1 failed lately (engine_unavailable: no memory))" in waited.why
 
 
 async def test_requests_spread_when_a_peer_has_many(autojump_clock: Clock) -> None:

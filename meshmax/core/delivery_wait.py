@@ -5,10 +5,11 @@ request has told (which `Delivery.on_news` brings), when its status tells of roo
 failed this request before is asked again after a pause of this request's own as well, with backoff and jitter; who told it that
 it is busy not before the time that it told.
 
-Before the first token a request waits PATIENCE_S at most, and for a probe that is under way then until that has told: whoever
-asks can as well ask again, and hears when. Prompts wait in the queues of peers, not here: where all are full or busy that is told
-at once. In the middle of an answer what is half said should not be lost: it waits MIDDLE_S for peers that rest, STUCK_S where
-nobody is there. Time and randomness are passed in. Not here: who is asked (core.delivery), the words (core.refusal).
+Before the first token a request waits PATIENCE_S at most, also for a peer that was lost just now and may be back, and for a
+probe that is under way then until that has told: whoever asks can as well ask again, and hears when. Prompts wait in the queues
+of peers, not here: where all are full or busy that is told at once. In the middle of an answer what is half said should not be
+lost: it waits MIDDLE_S for peers that rest, STUCK_S where nobody is there. Time and randomness are passed in. Not here: who is
+asked (core.delivery), the words (core.refusal).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Patience:
     def from_s(self, choice: Choice, asked: bool) -> float:
         """When ``choice`` may be asked; infinite where only its status can tell. ``asked``: it was, since there was progress."""
         from_s = choice.from_s
-        if choice.rests == "full":
+        if choice.rests in ("full", "gone"):
             from_s = -math.inf if choice.ours else math.inf
         if choice.ours:
             from_s = max(from_s, self._own_busy_s)
@@ -101,19 +102,21 @@ class Patience:
             self._again_s = now + backoff_s(self._pauses, FIRST_PAUSE_S, MOST_PAUSE_S, self._random)
         times = [self.from_s(choice, choice.peer in asked) for choice in choices]
         next_s = min((at for at in times if at > now), default=math.inf)
+        there = [choice for choice in choices if choice.rests != "gone"]
         if middle:
-            end_s = self._stuck_s + (MIDDLE_S if self.resting(choices, now) else STUCK_S)
+            end_s = self._stuck_s + (MIDDLE_S if self.resting(there, now) else STUCK_S)
             return min(next_s, end_s) if now < end_s else None
         others = [error for error in errors if not isinstance(error, Busy)]
-        full = [choice for choice in self.resting(choices, now) if choice.rests in ("busy", "full")]
-        if not others and len(full) == len(choices):
+        full = [choice for choice in self.resting(there, now) if choice.rests in ("busy", "full")]
+        if not others and len(full) == len(there) and (full or not choices):
             return None
         end_s = self._stuck_s + PATIENCE_S
-        if not choices:
-            return min(end_s, self._ends_s) if now < end_s and any(map(passes, others)) else None
         probed = (choice.from_s for choice in choices if choice.rests == "probed")
         end_s = min(max(end_s, min(probed, default=0.0)), self._ends_s)
-        return next_s if next_s <= end_s else None
+        if next_s <= end_s:
+            return next_s
+        back = len(there) < len(choices) or (not choices and any(map(passes, others)))
+        return end_s if back and now < end_s else None
 
     # --- what is told ------------------------------------------------------------------------------------------------
 

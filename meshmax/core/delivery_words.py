@@ -13,9 +13,9 @@ from meshmax.base.inference import InferRequest, RoutedEvent
 from meshmax.base.route import AttemptKind
 from meshmax.core.pace import Gaps
 
-Rest = Literal["", "broken", "probed", "busy", "full"]
+Rest = Literal["", "broken", "probed", "busy", "full", "gone"]
 """Why a peer is not asked now: it failed lately; so it did, and one request is finding out whether it works again; it said that
-it is busy; its status says that its queue is full."""
+it is busy; its status says that its queue is full; it was lost seconds ago, and may be back."""
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -23,9 +23,9 @@ class Choice(msgspec.Struct, frozen=True):
     it is late.
 
     ``rests``: why it is not asked before ``from_s``. One that is full is asked when its status says so, and ``from_s`` is a
-    guess; our own queue is asked all the same where nobody else is left, which costs nothing. ``name``, ``code``, ``reason``:
-    for the words of a refusal, where it rests. ``gaps``: between its words so far, ``frames``: between its frames, both shared
-    by all its answers. ``deterministic``: its engine says the same to the same.
+    guess, one that is gone when it is back; our own queue is asked all the same where nobody else is left, which costs nothing.
+    ``name``, ``code``, ``reason``: for the words of a refusal, where it rests. ``gaps``: between its words so far, ``frames``:
+    between its frames, both shared by all its answers. ``deterministic``: its engine says the same to the same.
     """
 
     peer: PeerId

@@ -8,6 +8,7 @@ not (core.delivery).
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from meshmax.base.route import Verdict
@@ -46,6 +47,8 @@ def is_resting(verdict: Verdict) -> bool:
 def rest_of(contender: Contender, verdict: Verdict, now: float) -> tuple[Rest, float]:
     """Why one kept out with ``verdict`` rests, and until when (see Choice); ("", 0.0) where only another status could help."""
     standing = contender.standing
+    if verdict == "excluded" and contender.view.state == "offline":
+        return "gone", math.inf
     if verdict == "full":
         return "full", now + room_s(contender)
     if verdict == "broken":

@@ -9,10 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from meshmax.base.errors import Busy
+from meshmax.base.errors import Busy, NoProviders
 from meshmax.core.delivery_words import Choice, Rest
 
 MIN_RETRY_S: Final = 1.0  # HTTP's Retry-After counts in seconds
+MAX_NAMED: Final = 4  # peers, of one refusal
 MAX_SAID: Final = 120  # characters of what a peer said when it failed
 _WORDS: Final[dict[Rest, str]] = {
     "": "failed a moment ago",
@@ -20,6 +21,7 @@ _WORDS: Final[dict[Rest, str]] = {
     "full": "full",
     "broken": "out of order",
     "probed": "out of order",
+    "gone": "not connected",
 }
 
 
@@ -27,15 +29,20 @@ class NobodyNow(Busy):
     """No peer that has the model can be asked now."""
 
 
-def refusal(model: str, choices: Sequence[Choice], now: float) -> NobodyNow:
+def refusal(model: str, choices: Sequence[Choice], now: float) -> NobodyNow | NoProviders:
     """Of a request for ``model`` where all ``choices``, one at least, rest."""
+    there = [choice for choice in choices if choice.rests != "gone"]
+    if not there:
+        names = ", ".join(choice.name or "one" for choice in choices[:MAX_NAMED])
+        return NoProviders(f"no peer that can be reached has {_what(model)} ready ({names}: not connected)")
+    choices = there
     after_s = max(min(choice.from_s for choice in choices) - now, MIN_RETRY_S)
     return NobodyNow(f"{why_nobody(model, choices)}; {_again(choices, after_s)}", after_s)
 
 
 def why_nobody(model: str, choices: Sequence[Choice]) -> str:
     """What keeps all of ``choices``, as a clause."""
-    what = f"model '{model[:200]}'" if model else "the model"
+    what = _what(model)
     if len(choices) == 1:
         (one,) = choices
         who = "this peer" if one.ours else one.name or "the peer"
@@ -49,9 +56,13 @@ def why_nobody(model: str, choices: Sequence[Choice]) -> str:
     return f"none of the {len(choices)} peers that have {what} ready can be asked now: {counts}{lately}"
 
 
+def _what(model: str) -> str:
+    return f"model '{model[:200]}'" if model else "the model"
+
+
 def _is(choice: Choice) -> str:
-    if not choice.rests:
-        return _WORDS[""]
+    if choice.rests in ("", "gone"):
+        return _WORDS[""] if not choice.rests else "was lost just now"
     if choice.rests == "full":
         return "has no room in its queue"
     if choice.rests == "busy":

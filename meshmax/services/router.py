@@ -111,7 +111,7 @@ class MeshRouter:
         began, started_at_s = trio.current_time(), self._unix_now()
         request = _Request(self._shared, ask, wishes)
         decision = request.decision
-        if not (decision.order or decision.resting):
+        if not (decision.order or decision.resting or request.gone(decision)):
             raise self._nobody(ask, decision)
         core = Delivery(
             ask.request,
@@ -205,9 +205,19 @@ class _Request:
             resting = {judged.peer_id: (judged, verdict) for judged, verdict, _ in decision.out}
             more = (resting[peer] for peer in decision.resting[: CHOICES - len(choices)])
             choices += [self._resting(judged, verdict) for judged, verdict in more]
+        if not decision.order and len(choices) < CHOICES:
+            choices += [self._resting(judged, "excluded") for judged in self.gone(decision)[: CHOICES - len(choices)]]
         if is_load_only(self._ask.request) and self._ask.keep_alive_s == 0:
             choices.sort(key=lambda choice: not choice.ours)  # to unload means here: others' memory is theirs
         return choices
+
+    def gone(self, decision: Decision) -> list[Judged]:
+        """Who was lost a moment ago and may be back the next: services.presence shows them no longer than that."""
+        if self._policy == "local-only":
+            return []
+        return [
+            one for one, verdict, _ in decision.out if verdict == "excluded" and one.contender.view.state == "offline"
+        ]
 
     def may_hedge(self, lateness: int) -> bool:
         """See Chooser."""

@@ -47,6 +47,7 @@ from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import Route, Wishes
 from meshmax.base.status import NO_ENGINE
 from meshmax.base.units import format_bytes
+from meshmax.core.absence import LostJustNow, lost_just_now
 from meshmax.core.catalog import last_holder
 from meshmax.core.entry import Entry
 from meshmax.core.fair_queue import QUEUE_FULL
@@ -92,7 +93,10 @@ class Prompts:
             raise NotFound(error.message + self.who_had(name)) from None
 
     async def find(self, name: str) -> Resolved:
-        """As `resolve`; what no neighbour has is looked for farther away first, for SEEK_S at most."""
+        """As `resolve`; what no neighbour has is looked for farther away first, for SEEK_S at most.
+
+        Raises LostJustNow where whoever has it may be back in a moment.
+        """
         try:
             return self.node.catalog.resolve(name)
         except InvalidName:  # nothing that could be looked for
@@ -100,7 +104,13 @@ class Prompts:
         except ModelNotFound:
             with trio.move_on_after(SEEK_S):
                 await self.node.seek(name, lambda: self._is_known(name))
+            if not self._is_known(name) and (away := self._lost_just_now(name)):
+                raise away from None
         return self.resolve(name)
+
+    def _lost_just_now(self, name: str) -> LostJustNow | None:
+        view = last_holder(name, self.node.presence.lost())
+        return lost_just_now(name, self.peer_name(view.peer_id), view, self.node.now()) if view else None
 
     def _is_known(self, name: str) -> bool:
         try:

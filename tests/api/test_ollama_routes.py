@@ -433,14 +433,30 @@ async def test_what_is_not_here_to_copy_is_refused_with_who_has_it(client: httpx
 async def test_a_model_whose_holder_left_is_not_found_with_who_had_it(
     client: httpx.AsyncClient, node: Any, path: str
 ) -> None:
-    left = msgspec.structs.replace(node.presence.known[1], state="offline", last_seen_s=node.now() - 12.3)
+    left = msgspec.structs.replace(node.presence.known[1], state="offline", last_seen_s=node.now() - 42.3)
     node.presence.known[1] = left
     del node.catalog.known[1]
     node.pulls.missing = "far"
     reply = await client.post(path, json={"model": "far", "prompt": "x"})
-    assert "attic had it, and has been gone for 12 s" in reply.text
+    assert "attic had it, and has been gone for 42 s" in reply.text
     reply = await client.post(path, json={"model": "missing", "prompt": "x"})
     assert "had it" not in reply.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/generate", "/api/chat", "/api/embed", "/v1/completions", "/v1/chat/completions"]
+)
+async def test_a_prompt_whose_models_holder_was_lost_just_now_is_told_to_come_again(
+    client: httpx.AsyncClient, node: Any, path: str
+) -> None:
+    left = node.presence.known[1]
+    node.presence.known[1] = msgspec.structs.replace(left, state="offline", last_seen_s=node.now() - 7)
+    del node.catalog.known[1]
+    body = {"model": "far", "prompt": "x", "input": "x", "messages": [{"role": "user", "content": "x"}]}
+    reply = await client.post(path, json=body)
+    assert reply.status_code == 503
+    assert int(reply.headers["retry-after"]) >= 1
+    assert "attic, which has model 'far', was lost 7 s ago" in reply.text
 
 
 @pytest.mark.parametrize("path", ["/api/generate", "/api/show", "/api/pull"])

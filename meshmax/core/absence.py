@@ -1,0 +1,33 @@
+"""What a prompt is told whose model nobody here has, when a peer that has it was lost only a moment ago.
+
+Rules. A connection that broke, a machine that is too busy to answer, a peer that is started again: most of those that are lost
+without a farewell are back within seconds, and nothing is wrong with the request. So it is told to come again, and not that
+there is no such model; after AWAY_S, or where the peer took its leave, there is none. Pure. Not here: who had it (core.catalog).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from meshmax.base.errors import Busy
+from meshmax.base.status import PeerView
+
+AWAY_S: Final = (
+    30.0  # after its last sign of life: a loss is noticed after six seconds, and dialled again at once and often
+)
+AGAIN_S: Final = 2.0  # a dial and a status take less
+
+
+class LostJustNow(Busy):
+    """The peer that has the model was lost a moment ago; try again."""
+
+
+def lost_just_now(model: str, name: str, view: PeerView | None, now_s: float) -> LostJustNow | None:
+    """Of ``view``, a peer called ``name`` that had ``model``; None where it is gone for good, or there. ``now_s``: Unix time."""
+    if view is None or view.state != "offline" or view.status is None or view.status.leaving:
+        return None
+    ago_s = max(0.0, now_s - view.last_seen_s)
+    if ago_s > AWAY_S:
+        return None
+    why = f"{name}, which has model '{model[:200]}', was lost {ago_s:.0f} s ago and is looked for: try again"
+    return LostJustNow(why, AGAIN_S)

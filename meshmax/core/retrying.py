@@ -12,6 +12,7 @@ from typing import Final
 
 from meshmax.base.errors import (
     Busy,
+    CapabilityMissing,
     ConnectError,
     Draining,
     EngineCrashed,
@@ -46,6 +47,10 @@ def most_telling(errors: Sequence[MeshmaxError], *, middle: bool = False) -> Mes
         return PeerGone()
     if middle:
         told = next((e for e in reversed(errors) if not isinstance(e, _PASSING)), errors[0])
+        if (
+            isinstance(told, CapabilityMissing) and told is not errors[0]
+        ):  # who was asked to go on; what broke off says more
+            return type(errors[0])(f"{errors[0].message}; {told.message}")
         return PeerGone(f"{told.message}{NOBODY_ELSE}") if type(told) is PeerGone else told
     others = [error for error in errors if not isinstance(error, Busy)]
     if others:

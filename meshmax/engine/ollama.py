@@ -206,15 +206,17 @@ class OllamaModel:
         self, request: ChatRequest | GenerateRequest, lines: AsyncIterator[bytes]
     ) -> AsyncGenerator[Event, None]:
         reader = words.LineReader(request, new_call_id, self._http.hidden)
-        async for line in lines:
-            if not line.strip():
-                continue
-            delta = reader.on_line(shared.read(line, words.Line, self._where))
-            if delta is not None:
-                yield delta
-            if reader.finish is not None:
-                break
-        yield reader.end()
+        with shared.named(self._where):
+            async for line in lines:
+                if not line.strip():
+                    continue
+                delta = reader.on_line(shared.read(line, words.Line, self._where))
+                if delta is not None:
+                    yield delta
+                if reader.finish is not None:
+                    break
+            end = reader.end()
+        yield end
         await read_out(lines)
 
     async def _vectors(self, request: EmbedRequest) -> AsyncGenerator[Event, None]:

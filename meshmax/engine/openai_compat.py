@@ -135,7 +135,8 @@ class OpenAiModel:
             async with aclosing(self._vectors(request)) as events:
                 yield events
             return
-        path, body = self._route(request)
+        with shared.named(self._where):
+            path, body = self._route(request)
         async with open_prompt(self._http, path, body, self._where) as lines:
             async with aclosing(self._events(request, lines)) as events:
                 yield events
@@ -150,17 +151,18 @@ class OpenAiModel:
     ) -> AsyncGenerator[Event, None]:
         reader = words.ChunkReader(request, new_call_id, self._http.hidden)
         begun = first = trio.current_time()
-        async for line in lines:
-            data = line.removeprefix(_DATA).strip()
-            if data == _DONE:
-                break
-            if not line.startswith(_DATA) or not data:
-                continue
-            delta = reader.on_chunk(shared.read(data, words.Chunk, self._where))
-            if delta is not None:
-                first = trio.current_time() if first == begun else first
-                yield delta
-        calls, finish = reader.end(first - begun, trio.current_time() - first)
+        with shared.named(self._where):
+            async for line in lines:
+                data = line.removeprefix(_DATA).strip()
+                if data == _DONE:
+                    break
+                if not line.startswith(_DATA) or not data:
+                    continue
+                delta = reader.on_chunk(shared.read(data, words.Chunk, self._where))
+                if delta is not None:
+                    first = trio.current_time() if first == begun else first
+                    yield delta
+            calls, finish = reader.end(first - begun, trio.current_time() - first)
         if calls is not None:
             yield calls
         yield finish

@@ -38,6 +38,11 @@ from meshmax.engine.openai_message import message_words
 DIGEST_DOMAIN: Final = b"meshmax-openai-model-v1\x00"
 MAX_ARGUMENTS: Final = 1 << 20  # characters of the arguments of one call
 
+NO_GOING_ON: Final = (
+    "going on with an answer that broke off is not possible with the server; with temperature 0 or a seed it could be asked anew"
+    " and checked (`meshmax docs settings`)"
+)
+
 Server = Literal["vllm", "llama-server", ""]  # '' one that is not known
 
 _PLAIN: Final = {
@@ -286,7 +291,8 @@ def _going_on(request: ChatRequest | GenerateRequest, said: Said, server: Server
     _refuse(said.thinking and not said.text, "going on in the middle of thinking")
     if server == "vllm":
         return {"add_generation_prompt": False, "continue_final_message": True}
-    _refuse(server != "llama-server", "going on with an answer that was begun")
+    if server != "llama-server":
+        raise CapabilityMissing(NO_GOING_ON)
     return {}
 
 

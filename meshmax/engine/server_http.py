@@ -27,7 +27,7 @@ from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable
 from meshmax.base.loop_guard import FROM_MESHMAX
 from meshmax.engine.idle_connections import IdleConnections, Line
 from meshmax.engine.loopback_http import Response
-from meshmax.engine.server_words import error_of
+from meshmax.engine.server_words import error_of, named
 
 CONNECT_S: Final = 5.0  # TCP and TLS; a server that lives takes a fraction of a second
 CALL_S: Final = 10.0  # for the whole of a call that computes nothing
@@ -201,11 +201,12 @@ class PatientResponse(Response):
 @asynccontextmanager
 async def open_prompt(http: ServerHttp, path: str, body: object, where: str) -> AsyncIterator[AsyncIterator[bytes]]:
     """The lines of a streamed answer. ``where``: the server, in words. Raises what a status other than 200 means."""
-    async with http.open_response("POST", path, body, prompt=True) as response:
-        if response.status != 200:
-            raise error_of(response.status, response.headers, await response.read(), where, http.hidden)
-        async with aclosing(response.lines()) as lines:
-            yield lines
+    with named(where):
+        async with http.open_response("POST", path, body, prompt=True) as response:
+            if response.status != 200:
+                raise error_of(response.status, response.headers, await response.read(), where, http.hidden)
+            async with aclosing(response.lines()) as lines:
+                yield lines
 
 
 async def read_out(lines: AsyncIterator[bytes]) -> None:

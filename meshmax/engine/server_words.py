@@ -9,7 +9,8 @@ from __future__ import annotations
 import array
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -18,6 +19,7 @@ from meshmax.base.errors import (
     Busy,
     CapabilityMissing,
     ContextTooLong,
+    EngineCrashed,
     EngineError,
     EngineUnavailable,
     InvalidName,
@@ -38,7 +40,7 @@ MAX_DIMENSIONS: Final = 65536  # of a vector
 MAX_FLOAT32: Final = 3.4e38
 MAX_RETRY_AFTER_S: Final = 3600.0  # how long a server may keep itself out by one word
 DEFAULT_RETRY_AFTER_S: Final = 2.0
-CUT_OFF: Final = "the server's answer ended before it was finished"
+CUT_OFF: Final = "its answer ended before it was finished"
 
 _CONTEXT: Final = re.compile(
     r"context (length|size|window)|maximum context|context_length_exceeded|exceeds? the (available )?context|"
@@ -54,6 +56,17 @@ T = TypeVar("T")
 
 class MeshmaxPeer(EngineUnavailable):
     """What answers there is a meshmax peer."""
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Failures of a server's answer with its name, ``where``: who reads them may use several servers."""
+    try:
+        yield
+    except (EngineCrashed, CapabilityMissing) as error:
+        if where in error.message:
+            raise
+        raise type(error)(f"{where}: {error.message}") from None
 
 
 def error_of(

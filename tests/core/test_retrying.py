@@ -63,3 +63,5 @@ def test_in_the_middle_of_an_answer_what_broke_it_off_is_told() -> None:
     told = most_telling([gone, unreachable, Busy()], middle=True)
     assert (type(told), told.message) == (PeerGone, "it went away, and no other peer could carry it on")
     assert most_telling([gone, contradiction, unreachable], middle=True) is contradiction
+    told = most_telling([EngineCrashed("x broke off"), CapabilityMissing("x cannot go on")], middle=True)
+    assert (type(told), told.message) == (EngineCrashed, "x broke off; x cannot go on")

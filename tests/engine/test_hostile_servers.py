@@ -157,6 +157,7 @@ async def test_an_answer_that_breaks_off_is_no_whole_one(place: Place, autojump_
     error = await error_of(place, stream(begun))
     assert isinstance(error, EngineCrashed)
     assert "ended before it was finished" in error.message
+    assert " at http://" in error.message
 
 
 @pytest.mark.parametrize(

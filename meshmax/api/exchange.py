@@ -1,7 +1,9 @@
 """One prompt between a client and the router: the answer as one object or as a stream of lines, and a clean end.
 
 Rules: a client that goes away, before the first token too, cancels everything that was begun for it; a failure before
-the first byte has its own status, later ones are a line of the stream. Not here: what lines look like, how they leave (lines).
+the first byte has its own status, later ones are a line of the stream. A stream is never silent for longer than KEEP_ALIVE_S:
+while its model is fetched or loaded, a slot is waited for or a prompt read, its headers leave with what is known then,
+after that bytes that mean nothing in its format. Not here: what lines look like, how they leave (lines).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
-from meshmax.api.lines import open_lines
+from meshmax.api.lines import Lines, open_lines, open_unbegun_lines
 from meshmax.api.replies import (
     ROUTE_HEADER,
     Dialect,
@@ -35,6 +37,12 @@ from meshmax.telemetry.log import get_logger
 
 MAX_WHOLE_BYTES: Final = 32 * MIB  # of an answer that is sent as one object
 
+KEEP_ALIVE_S: Final = 10.0  # of silence; proxies and clients give a silent reply up after 30 s or more
+_LOOK_S: Final = KEEP_ALIVE_S / 2  # a silence is seen at the second look
+
+NDJSON: Final = "application/x-ndjson"
+BLANK: Final = b" "  # before a JSON object: parsers pass it over; an empty line is an error to Ollama's own clients
+
 Emit = Callable[[Any], Awaitable[None]]  # sends one line of a stream
 
 _log = get_logger("exchange")
@@ -44,6 +52,7 @@ class Form(Protocol):
     """How one interface writes one answer."""
 
     stream_type: str
+    nothing: bytes  # that clients pass over between two lines
 
     def line(self, event: Event) -> bytes:
         """What ``event`` adds to the stream."""
@@ -122,57 +131,97 @@ class PromptReply:
         self._open_answers = open_answers
         self._begun = False
         self._route: Route | None = None
+        self._form: Form | None = None
+        self._lines: Lines | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; returns when the last byte is sent or the client is gone."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
-            await self._answer(scope, receive, send)
+            if self._stream:
+                nursery.start_soon(watch_client, receive, nursery.cancel_scope, self._keep_alive)
+                failed = await self._answer_in_lines(send)
+            else:
+                nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
+                failed = await self._answer_whole(scope, receive, send)
+            if failed is not None:
+                reply = error_reply(self._reword(failed), self._dialect)
+                route = self._route or self._known_route()
+                reply.headers.update(route_headers(route) if route else {ROUTE_HEADER: not_routed(failed)})
+                await reply(scope, receive, send)
             nursery.cancel_scope.cancel()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer_whole(self, scope: Scope, receive: Receive, send: Send) -> MeshmaxError | None:
+        """The error that came before anything was sent, if any."""
         try:
             with self._open_answers.held() as waiting:
                 async with self._open_answer() as answer:
                     self._route = answer.route
                     form = self._form_for(self._route)
-                    if self._stream:
-                        self._open_answers.release(waiting)
-                        await self._send_stream(answer, self._route, form, send)
-                    else:
-                        await self._send_whole(answer, form, scope, receive, send)
+                    await self._send_whole(answer, form, scope, receive, send)
             if waiting.cancelled_caught and not self._begun:
                 raise ShuttingDown
         except (MeshmaxError, BaseExceptionGroup) as error:
             if (ours := only_error(error)) is None:
                 raise
-            if self._begun:
-                _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
-            else:
-                reply = error_reply(self._reword(ours), self._dialect)
-                route = self._route or self._known_route()
-                reply.headers.update(route_headers(route) if route else {ROUTE_HEADER: not_routed(ours)})
-                await reply(scope, receive, send)
+            if not self._begun:
+                return ours
+            _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
+        return None
 
-    async def _send_stream(self, answer: Answer, route: Route, form: Form, send: Send) -> None:
-        self._begun = True
-        headers, streams = route_headers(route), self._open_answers.count
-        async with open_lines(send, form.stream_type, headers, streams) as lines:
+    async def _answer_in_lines(self, send: Send) -> MeshmaxError | None:
+        """The error that came before anything was sent, if any."""
+        async with open_unbegun_lines(send, self._open_answers.count) as lines:
+            self._lines = lines
             try:
-                with self._open_answers.held() as answering:
-                    async for event in answer.events:
-                        if isinstance(event, Moved):
-                            form.on_moved(event)
-                        else:
-                            await lines.send(form.line(event))
-                        if isinstance(event, Finish):
-                            lines.flush()
-                if answering.cancelled_caught:
+                with self._open_answers.held() as waiting:
+                    async with self._open_answer() as answer:
+                        self._open_answers.release(waiting)
+                        self._route = answer.route
+                        form = self._form = self._form_for(self._route)
+                        if not lines.begun:
+                            lines.begin(form.stream_type, route_headers(self._route))
+                        await self._send_events(answer, form, lines)
+                if waiting.cancelled_caught:
                     raise ShuttingDown
             except (MeshmaxError, BaseExceptionGroup) as error:
                 if (ours := only_error(error)) is None:
                     raise
-                await lines.send(form.failure(self._reword(ours)))
+                if not lines.begun:
+                    return ours
+                if self._route is None and self._form is not None:  # only its headers have left
+                    await lines.send(self._form.failure(self._reword(ours)))
+                else:
+                    _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
+        return None
+
+    async def _send_events(self, answer: Answer, form: Form, lines: Lines) -> None:
+        try:
+            with self._open_answers.held() as answering:
+                async for event in answer.events:
+                    if isinstance(event, Moved):
+                        form.on_moved(event)
+                    else:
+                        await lines.send(form.line(event))
+                    if isinstance(event, Finish):
+                        lines.flush()
+            if answering.cancelled_caught:
+                raise ShuttingDown
+        except (MeshmaxError, BaseExceptionGroup) as error:
+            if (ours := only_error(error)) is None:
+                raise
+            await lines.send(form.failure(self._reword(ours)))
+
+    def _keep_alive(self) -> None:
+        """Called every _LOOK_S: say something where nothing was said since then."""
+        lines = self._lines
+        if lines is None or not lines.is_silent():
+            return
+        if lines.begun and self._form is not None:
+            lines.keep_alive(self._form.nothing)
+        elif route := self._known_route():
+            self._form = self._form_for(route)
+            # Who will answer is not known yet; what goes on is.
+            lines.begin(self._form.stream_type, {ROUTE_HEADER: route_headers(route)[ROUTE_HEADER]})
 
     async def _send_whole(self, answer: Answer, form: Form, scope: Scope, receive: Receive, send: Send) -> None:
         deltas, vectors, finish = await _collect(answer.events, form.on_moved)
@@ -214,6 +263,14 @@ async def cancel_on_hang_up(receive: Receive, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
+async def watch_client(receive: Receive, scope: trio.CancelScope, look: Callable[[], None]) -> None:
+    """As `cancel_on_hang_up`, and call ``look`` every _LOOK_S, which costs no timer for each line."""
+    while not scope.cancel_called:
+        with trio.move_on_after(_LOOK_S):
+            await cancel_on_hang_up(receive, scope)
+        look()
+
+
 def route_headers(route: Route) -> dict[str, str]:
     """Who serves the prompt and why, as headers."""
     line = header_line(route.line, route.request_id)
@@ -243,15 +300,21 @@ class WorkReply:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the work; returns when it has ended or the client is gone."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
             if self._stream:
-                await self._send_lines(send)
+                await self._send_lines(receive, send, nursery)
             else:
+                nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
                 await self._send_last(scope, receive, send)
             nursery.cancel_scope.cancel()
 
-    async def _send_lines(self, send: Send) -> None:
-        async with open_lines(send, "application/x-ndjson", {}) as lines:
+    async def _send_lines(self, receive: Receive, send: Send, nursery: trio.Nursery) -> None:
+        async with open_lines(send, NDJSON, {}) as lines:
+
+            def look() -> None:
+                if lines.is_silent():
+                    lines.keep_alive(BLANK)
+
+            nursery.start_soon(watch_client, receive, nursery.cancel_scope, look)
 
             async def emit(value: Any) -> None:
                 await lines.send(msgspec.json.encode(value) + b"\n")

@@ -16,7 +16,7 @@ from starlette.routing import Route as HttpRoute
 
 from meshmax.api import ollama_models, ollama_words
 from meshmax.api.bodies import PROMPT_BODY_BYTES, read_words
-from meshmax.api.exchange import Emit, PromptReply, WorkReply
+from meshmax.api.exchange import BLANK, NDJSON, Emit, PromptReply, WorkReply
 from meshmax.api.moved import Marker
 from meshmax.api.ollama_words import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Name, Remote, ReplyWriter, join
 from meshmax.api.prompts import Prompts
@@ -39,7 +39,6 @@ from meshmax.base.route import Route
 
 OLLAMA_VERSION: Final = "0.33.0"  # the interface that is spoken here; clients compare it with the oldest they know
 KEPT_HEADER: Final = "x-meshmax-kept"
-NDJSON: Final = "application/x-ndjson"
 
 Asked = TypeVar("Asked", GenerateBody, ChatBody)
 
@@ -88,6 +87,7 @@ class OllamaForm:
     """Writes one answer as /api/generate or /api/chat does."""
 
     stream_type = NDJSON
+    nothing = BLANK
 
     def __init__(
         self, writer: ReplyWriter, now: Callable[[], float], remote: Callable[[PeerId], Remote | None]
@@ -131,6 +131,7 @@ class EmbedForm:
     """Writes vectors as /api/embed does, or with ``legacy`` as /api/embeddings."""
 
     stream_type = NDJSON
+    nothing = BLANK
 
     def __init__(self, model: str, legacy: bool) -> None:
         self._model = model

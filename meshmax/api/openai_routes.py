@@ -41,6 +41,7 @@ class CompletionForm:
     """Writes one answer as server-sent events, or as one object."""
 
     stream_type = EVENT_STREAM
+    nothing = b": waiting\n\n"  # a comment
 
     def __init__(self, writer: ChatWriter | CompletionWriter, include_usage: bool) -> None:
         self._writer = writer

@@ -282,3 +282,25 @@ async def lacking(node: Node) -> set[int]:
     weights = max(model.manifest.blobs, key=lambda blob: blob.size) if model else None
     known = await node.store.blobs.haves(weights.digest) if weights else None
     return set(known[1].missing()) if known else set(range(SIZE // CHUNK_BYTES))
+
+
+async def test_a_request_that_waits_for_a_slot_is_told_of_before_its_answer_begins(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        slow = EngineConfig(kind="echo", echo_tokens_per_s=1.0, parallel=1)
+        a = await site.node("a", slow)
+        await site.add(a, "m")
+        async with a.router.open_answer(request(a, prompt="w " * 100)), trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                async with a.router.open_answer(request(a, "r2")):
+                    raise AssertionError("there is one slot")
+
+            nursery.start_soon(wait)
+            await trio.sleep(20)
+            route = a.router.route("r2")
+            assert route is not None
+            assert route.state == "running"
+            assert route.line
+            nursery.cancel_scope.cancel()

@@ -10,7 +10,9 @@ writes are shielded from cancellation) and handles signals itself.
 from __future__ import annotations
 
 import ipaddress
+import math
 import socket as stdlib_socket
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -20,10 +22,13 @@ import psutil
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
-from hypercorn.events import RawData, Updated
+from hypercorn.events import Closed, RawData
+from hypercorn.protocol import ProtocolWrapper
+from hypercorn.trio.task_group import TaskGroup, _handle
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
+from hypercorn.utils import parse_socket_addr
 
 from meshmax.api.app import make_app
 from meshmax.api.node_view import ApiNode
@@ -207,11 +212,36 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
     """hypercorn's connection, which ends when its client has gone, not when the idle time is over as well.
 
     The head of a short reply leaves with the body, and what has no bytes is not written: each write is a
-    call into the system, which costs more than what hypercorn does with a short reply.
+    call into the system, which costs more than what hypercorn does with a short reply. Nor does it start a task and
+    take turns of the event loop where nothing has to be waited for.
     """
 
     _gone = False
     _head = b""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.idle_task = _IdleTimer(self.context.terminated, self._initiate_server_close)
+
+    async def run(self) -> None:
+        """Until either side has closed it."""
+        try:
+            socket = self.stream.socket
+            client, here = (
+                parse_socket_addr(socket.family, name()) for name in (socket.getpeername, socket.getsockname)
+            )
+            async with _Tasks() as tasks:
+                self._task_group = tasks
+                state = ConnectionState(self.state)
+                self.protocol = ProtocolWrapper(
+                    self.app, self.config, self.context, tasks, state, False, client, here, self.protocol_send
+                )
+                await self.idle_task.restart(tasks, self._initiate_server_close)
+                await self._read_data()
+        except OSError:
+            pass
+        finally:
+            await self._close()
 
     async def _read_data(self) -> None:
         http = self.protocol.protocol
@@ -220,7 +250,7 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
         http._send_h11_event = partial(self._send_http, http)
         await super()._read_data()
         self._gone = True
-        await self.idle_task.stop()
+        self.idle_task.end()
 
     async def _send_http(self, http: Any, event: Any) -> None:
         try:
@@ -236,15 +266,92 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
             await self.protocol_send(RawData(data=head + data))
 
     async def protocol_send(self, event: Any) -> None:
-        # The end of a reply tells its own task that the client is gone, which may cancel it before it has set the timer.
-        with trio.CancelScope(shield=isinstance(event, Updated)):
+        if not isinstance(event, RawData):
             await super().protocol_send(event)
-            if self._gone:
-                await self.idle_task.stop()
+            return
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self.send_lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self.send_lock.acquire()
+        try:
+            await self.stream.send_all(event.data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            await self.protocol.handle(Closed())
+        finally:
+            self.send_lock.release()
 
     async def _close(self) -> None:
-        with trio.CancelScope(shield=True):  # the same; nothing here blocks
+        # The end of a reply tells its own task that the client is gone, which may cancel it before. Nothing here blocks.
+        with trio.CancelScope(shield=True):
             await super()._close()
+
+
+class _IdleTimer:
+    """Closes a connection that is idle for IDLE_S, or when the API ends: one task for all its requests.
+
+    In place of hypercorn's, which starts a task and ends it with each of them.
+    """
+
+    def __init__(self, terminated: Any, close: Callable[[], Awaitable[None]]) -> None:
+        self._terminated, self._close = terminated, close
+        self._due_s = math.inf  # while a request is under way
+        self._scope: trio.CancelScope | None = None
+        self._ended = False
+
+    async def restart(self, tasks: TaskGroup, _action: object) -> None:
+        """The connection is idle from now on."""
+        self._due_s = trio.current_time() + IDLE_S
+        if self._scope is not None:
+            self._scope.deadline = self._due_s
+        elif not self._ended:
+            self._scope = trio.CancelScope(deadline=self._due_s)
+            tasks.spawn(self._run)
+
+    async def stop(self) -> None:
+        """A request came."""
+        self._due_s = math.inf
+        if self._scope is not None:
+            self._scope.deadline = math.inf
+
+    def end(self) -> None:
+        """The client has gone."""
+        self._due_s, self._ended = math.inf, True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def _run(self) -> None:
+        while not (self._ended or self._terminated.is_set()):
+            with trio.CancelScope(deadline=self._due_s) as self._scope:
+                await self._terminated.wait()
+            if trio.current_time() >= self._due_s:
+                break
+        if not self._ended and self._due_s < math.inf:  # one with a request under way closes after its reply
+            with trio.CancelScope(shield=True):
+                await self._close()
+
+
+class _Tasks(TaskGroup):  # type: ignore[misc]
+    """hypercorn's task group, whose requests and connections hand each other what is there without taking turns."""
+
+    async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Callable[[Any], Awaitable[None]]:
+        """See hypercorn's."""
+        put, get = trio.open_memory_channel[Any](config.max_app_queue_size)
+
+        async def receive() -> Any:
+            try:
+                return get.receive_nowait()
+            except trio.WouldBlock:
+                return await get.receive()
+
+        async def hand_over(message: Any) -> None:
+            try:
+                put.send_nowait(message)
+            except trio.WouldBlock:
+                await put.send(message)
+
+        self.spawn(_handle, app, config, scope, receive, send, trio.to_thread.run_sync, trio.from_thread.run)
+        return hand_over
 
 
 def _is_short(response: h11.Response) -> bool:
@@ -253,7 +360,7 @@ def _is_short(response: h11.Response) -> bool:
 
 
 async def _stay_with_http1(_request: Any) -> None:
-    await trio.lowlevel.checkpoint()
+    pass
 
 
 class _PatientStream:
@@ -264,7 +371,8 @@ class _PatientStream:
         self.socket = stream.socket
 
     async def send_all(self, data: bytes) -> None:
-        with trio.move_on_after(SEND_TIMEOUT_S) as scope:
+        # Shielded, since half a chunk would spoil what follows it.
+        with trio.CancelScope(deadline=trio.current_time() + SEND_TIMEOUT_S, shield=True) as scope:
             await self._stream.send_all(data)
         if scope.cancelled_caught:
             raise trio.BrokenResourceError("the client does not read")

@@ -61,9 +61,9 @@ def tell_lanes(service: PortMappingService, lanes: Lanes) -> None:
 def mapped_addresses(node: Node) -> tuple[str, ...]:
     """Multiaddrs, without /p2p, at which our router forwards to the control port."""
     service = node.traversal.mapping
-    control = _control_port(node.swarm.addresses)
     if service is None or not node.traversal.wanted:
         return ()
+    control = _control_port(node.swarm.addresses)
     return tuple(
         f"/ip{6 if ':' in each.external_ip else 4}/{each.external_ip}/tcp/{each.external_port}"
         for each in service.mappings

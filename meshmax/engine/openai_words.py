@@ -38,10 +38,8 @@ from meshmax.engine.openai_message import message_words
 DIGEST_DOMAIN: Final = b"meshmax-openai-model-v1\x00"
 MAX_ARGUMENTS: Final = 1 << 20  # characters of the arguments of one call
 
-NO_GOING_ON: Final = (
-    "going on with an answer that broke off is not possible with the server; with temperature 0 or a seed it could be asked anew"
-    " and checked (`meshmax docs settings`)"
-)
+NO_GOING_ON: Final = "an answer that broke off cannot go on there"
+_BUT_ANEW: Final = "; with temperature 0 or a seed it could be asked for anew and checked (`meshmax docs settings`)"
 
 Server = Literal["vllm", "llama-server", ""]  # '' one that is not known
 
@@ -292,7 +290,8 @@ def _going_on(request: ChatRequest | GenerateRequest, said: Said, server: Server
     if server == "vllm":
         return {"add_generation_prompt": False, "continue_final_message": True}
     if server != "llama-server":
-        raise CapabilityMissing(NO_GOING_ON)
+        sure = request.options.temperature == 0 or request.options.seed is not None
+        raise CapabilityMissing(NO_GOING_ON + ("" if sure else _BUT_ANEW))
     return {}
 
 

@@ -117,7 +117,7 @@ def test_an_answer_that_was_begun_goes_on_where_the_server_is_known_to_do_that()
     assert vllm["messages"][-1] == {"role": "assistant", "content": "One,"}
     assert sent(vllm) == {"max_tokens": 8, "add_generation_prompt": False, "continue_final_message": True}
     assert sent(words.chat_body(request, "m", "llama-server")) == {"max_tokens": 8}
-    with pytest.raises(CapabilityMissing, match="going on"):
+    with pytest.raises(CapabilityMissing, match="cannot go on there"):
         words.chat_body(request, "m", "")
     raw = GenerateRequest("Count: ", raw=True, said=Said("One,"))
     assert words.completion_body(raw, "m", "")["prompt"] == "Count: One,"
@@ -160,6 +160,16 @@ def test_what_cannot_be_said_is_refused(request_: GenerateRequest) -> None:
     make = words.completion_body if words.is_bare(request_) else words.chat_body
     with pytest.raises(CapabilityMissing, match="is not possible with the server"):
         make(request_, "m", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"), [(Options(), True), (Options(temperature=0.0), False), (Options(seed=1), False)]
+)
+def test_where_an_answer_cannot_go_on_what_would_let_it_is_said(options: Options, hint: bool) -> None:
+    begun = ChatRequest((Message("user", "x"),), options=options, said=Said("y"))
+    with pytest.raises(CapabilityMissing, match="cannot go on there") as refused:
+        words.chat_body(begun, "m", "")
+    assert ("with temperature 0 or a seed" in refused.value.message) is hint
 
 
 def test_a_streamed_chat_with_thinking_and_calls_in_pieces() -> None:

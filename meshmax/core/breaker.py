@@ -181,7 +181,6 @@ class Breakers:
         now: float,
         priority: Priority = "interactive",
         code: str = "busy",
-        sent_s: float = math.inf,
     ) -> None:
         """The peer takes nothing of ``priority`` now; where that is interactive, nothing of batch either."""
         if digest is not None and (whole := self._circuits.get((peer, None))):
@@ -189,8 +188,6 @@ class Breakers:
             whole.trips = 0
             self._drop_quiet(peer, None, now)
         circuit = self._circuit(peer, digest)
-        if circuit.probe_s is not None and sent_s >= circuit.probe_s:
-            circuit.probe_s = None
         circuit.busy_code, circuit.was_full = code, False
         spread = 1.0 + BUSY_SPREAD * (1.0 - self._random.random())
         until_s = now + min(max(retry_after_s, 0.0), MAX_BUSY_S) * spread
@@ -245,8 +242,8 @@ class Breakers:
             circuit.probe_s = now
         return bool(half_open)
 
-    def on_probe_abandoned(self, peer: PeerId, digest: Sha256, sent_s: float) -> None:
-        """The probe sent then was given up (the client left, another peer was faster) before it told anything: another may go."""
+    def on_probe_ended(self, peer: PeerId, digest: Sha256, sent_s: float) -> None:
+        """The probe sent then has ended; if it told nothing (the client left, another peer was faster), another may go."""
         for circuit in self._of(peer, digest):
             if circuit.probe_s == sent_s:
                 circuit.probe_s = None

@@ -206,7 +206,7 @@ class Measurements:
         A code of NOT_NOW (busy...) is no failure. ``priority``: of the request that was turned away, sent at ``sent_s``.
         """
         if code in NOT_NOW:
-            self.breakers.on_busy(peer, digest, at_least_s, now, priority, code, sent_s)
+            self.breakers.on_busy(peer, digest, at_least_s, now, priority, code)
         else:
             self.breakers.on_failure(peer, digest, code, now, at_least_s, most_s=most_s, sent_s=sent_s, reason=reason)
 
@@ -215,12 +215,12 @@ class Measurements:
         return self.breakers.standing(peer, digest, now, priority)
 
     def on_probe_sent(self, peer: PeerId, digest: Sha256, now: float) -> bool:
-        """An ask goes to ``peer``; call it for each. True: it is a probe, say `on_probe_abandoned` if it tells nothing."""
+        """An ask goes to ``peer``; call it for each. True: it is a probe, say `on_probe_ended` when it is over."""
         return self.breakers.on_probe_sent(peer, digest, now)
 
-    def on_probe_abandoned(self, peer: PeerId, digest: Sha256, sent_s: float) -> None:
-        """A probe, sent at ``sent_s``, was given up before the peer spoke or failed."""
-        self.breakers.on_probe_abandoned(peer, digest, sent_s)
+    def on_probe_ended(self, peer: PeerId, digest: Sha256, sent_s: float) -> None:
+        """A probe, sent at ``sent_s``, has ended: to call in any case."""
+        self.breakers.on_probe_ended(peer, digest, sent_s)
 
     def rtt_s(self, peer: PeerId) -> float | None:
         """The mean round trip, None if never measured."""

@@ -31,6 +31,7 @@ from meshmax.core.measurements import MIN_LOAD_S, Measurements
 from meshmax.core.memory_fit import device_of
 from meshmax.core.outstanding import Outstanding
 from meshmax.core.retrying import is_final
+from meshmax.core.told_wait import ToldWaits
 from meshmax.ports import Presence, Residency, Swarm
 from meshmax.services.comebacks import Comebacks
 from meshmax.services.infer_client import Step, open_remote_answer
@@ -62,6 +63,7 @@ class Bench:
     ) -> None:
         self.measurements = measurements
         self.outstanding = Outstanding()
+        self.waits = ToldWaits()
         self.first_tokens = FirstTokens()
         self.peer_id = peer_id
         self.comebacks = Comebacks(presence, measurements.breakers)
@@ -200,6 +202,7 @@ class Trial:
         if prompt_s > 0:
             queued_s = waited_s - (measured.rtt_s(self._peer) or 0.0) - load_s - prompt_s
             measured.on_wait(self._peer, queued_s, self._contender.load, now)
+            self._bench.waits.on_waited(self._peer, self._contender.told, queued_s)
         idle = model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds)
         if prompt_s > 0 or idle:
             measured.on_first_token(
@@ -255,7 +258,7 @@ class Trial:
         elif self._outcome == "cancelled" and not is_load_only(self._ask.request):
             self._on_left()
         if probe:
-            self._bench.measurements.on_probe_abandoned(self._peer, self._ask.digest, self._sent_s)
+            self._bench.measurements.on_probe_ended(self._peer, self._ask.digest, self._sent_s)
 
     def _on_left(self) -> None:
         """The client left, or another peer was faster: what that tells of this one."""
@@ -271,6 +274,7 @@ class Trial:
         if waited_s > first_tokens.late_s(self._peer, self._expected_s):
             loaded = model.state == "loaded"
             measured.on_no_word(self._peer, model.digest, self._device, waited_s, load, now, loaded=loaded)
+            self._bench.waits.on_waited(self._peer, self._contender.told, waited_s)
         if waited_s > self._expected_s:
             first_tokens.add(self._peer, self._expected_s, waited_s)
 

@@ -137,10 +137,10 @@ def test_a_probe_that_was_given_up_frees_its_place() -> None:
     breakers = Breakers()
     breakers.on_failure(A, MODEL, "engine_unavailable", 0.0)
     assert breakers.on_probe_sent(A, MODEL, 1.0)
-    breakers.on_probe_abandoned(A, MODEL, 1.0)
+    breakers.on_probe_ended(A, MODEL, 1.0)
     assert breakers.standing(A, MODEL, 1.0) == Standing("half-open", FIRST_BACKOFF_S, "engine_unavailable", 1)
     assert breakers.on_probe_sent(A, MODEL, 1.5)
-    breakers.on_probe_abandoned(A, MODEL, 1.0)  # that one was over before
+    breakers.on_probe_ended(A, MODEL, 1.0)  # that one was over before
     assert breakers.standing(A, MODEL, 1.5).probing
 
 
@@ -306,23 +306,23 @@ class BreakerMachine(RuleBasedStateMachine):
         sent_s, probe = self.end(data)
         self.breakers.on_failure(A, None if whole else MODEL, code, self.now, sent_s=sent_s)
         if probe:
-            self.breakers.on_probe_abandoned(A, MODEL, sent_s)
+            self.breakers.on_probe_ended(A, MODEL, sent_s)
 
     @precondition(lambda self: self.asks)
     @rule(data=st.data())
     def is_left(self, data: st.DataObject) -> None:
         sent_s, probe = self.end(data)
         if probe:
-            self.breakers.on_probe_abandoned(A, MODEL, sent_s)
+            self.breakers.on_probe_ended(A, MODEL, sent_s)
             assert not self.breakers.standing(A, MODEL, self.now).probing
 
     @precondition(lambda self: self.asks)
     @rule(data=st.data(), retry_after_s=st.floats(0.0, 100.0), priority=st.sampled_from(["interactive", "batch"]))
     def is_turned_away(self, data: st.DataObject, retry_after_s: float, priority: Priority) -> None:
         sent_s, probe = self.end(data)
-        self.breakers.on_busy(A, MODEL, retry_after_s, self.now, priority, sent_s=sent_s)
+        self.breakers.on_busy(A, MODEL, retry_after_s, self.now, priority)
         if probe:
-            self.breakers.on_probe_abandoned(A, MODEL, sent_s)
+            self.breakers.on_probe_ended(A, MODEL, sent_s)
 
     @precondition(lambda self: self.asks)
     @rule(data=st.data(), whole=st.booleans())

@@ -63,7 +63,7 @@ def test_failures_are_the_breakers() -> None:
     assert measured.standing(A, MODEL, 0.4).state == "open"
     assert measured.standing(A, MODEL, 1.0).state == "half-open"
     assert measured.on_probe_sent(A, MODEL, 1.0)
-    measured.on_probe_abandoned(A, MODEL, 1.0)
+    measured.on_probe_ended(A, MODEL, 1.0)
     assert measured.standing(A, MODEL, 1.0).state == "half-open"
     measured.on_finish(A, MODEL, "gpu", tokens=1, span_s=1.0, load_s=0.0, now=2.0)
     assert measured.standing(A, MODEL, 2.0).state == "closed"

@@ -270,20 +270,20 @@ class Mesh:
         holder, sent_s = ask.holder.id, ask.sent_s
         if isinstance(error, Busy):
             if not ask.holder.ours:
-                self.breakers.on_busy(holder, MODEL, error.retry_after_s, self.now, sent_s=sent_s)
+                self.breakers.on_busy(holder, MODEL, error.retry_after_s, self.now)
                 self.breakers.on_load(holder, MODEL, ask.holder.state(self.now) != "full", self.now)
         else:
             digest = None if isinstance(error, PeerGone) else MODEL
             self.breakers.on_failure(holder, digest, error.code, self.now, sent_s=sent_s)
         if ask.probe:
-            self.breakers.on_probe_abandoned(holder, MODEL, sent_s)
+            self.breakers.on_probe_ended(holder, MODEL, sent_s)
 
     def on_cancelled(self, client: Client, cancel: Cancel) -> None:
         if ask := self.asks.pop((id(client), cancel.attempt), None):
             if cancel.why is not None:
                 self._told(ask, cancel.why)
             elif ask.probe:
-                self.breakers.on_probe_abandoned(ask.holder.id, MODEL, ask.sent_s)
+                self.breakers.on_probe_ended(ask.holder.id, MODEL, ask.sent_s)
             self.news()
 
     def leave(self, client: Client) -> None:
@@ -291,5 +291,5 @@ class Mesh:
         for key in [key for key in self.asks if key[0] == id(client)]:
             ask = self.asks.pop(key)
             if ask.probe:
-                self.breakers.on_probe_abandoned(ask.holder.id, MODEL, ask.sent_s)
+                self.breakers.on_probe_ended(ask.holder.id, MODEL, ask.sent_s)
         self.news()

@@ -14,10 +14,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import Any, Final
 
 LOG_BYTES: Final = 1 << 20  # some thousand lines: enough to see why it failed
 LOG_CHECK_S: Final = 5.0
+LAST_WORDS_S: Final = (
+    10.0  # llama.cpp writes its log in a thread of its own; llamacpp_process waits less, and kills us then
+)
 PROMPT_CACHE_MIB: Final = 256  # prompts kept outside the slots; llama.cpp's own default is 8 GiB
 
 
@@ -85,6 +89,7 @@ def _serve(words: dict[str, Any], out: int) -> None:
         server = xllamacpp.Server(_params(words))
     except Exception as error:  # noqa: BLE001 - any failure to load is the answer, and the process then ends
         _answer(out, {"error": str(error)})
+        time.sleep(LAST_WORDS_S)
         os._exit(1)
     _answer(out, {"address": server.listening_address, "offload": offload})
     while True:

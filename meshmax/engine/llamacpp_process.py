@@ -25,6 +25,9 @@ from meshmax.engine.llamacpp_words import reason_in_log
 from meshmax.telemetry.log import get_logger
 
 LOG_TAIL_BYTES: Final = 65536  # read for the cause; what llama.cpp says of a model that it loads is a third of that
+LAST_WORDS_S: Final = 5.0  # for what a process that cannot load its model has still to write; a moment is what it takes
+LOOK_S: Final = 0.02
+LAST_LINE: Final = "exiting due to model loading error"  # of a log that says no cause
 MAX_ANSWER_BYTES: Final = 1 << 20  # of the first line; devices are few
 
 _START_PATH: Final = str(Path(meshmax.__file__).parent.parent)
@@ -111,15 +114,27 @@ async def _first_answer(process: trio.Process, words: dict[str, Any], log: Path)
             await process.wait()
         raise _not_loaded(f"its process ended while loading, with status {process.returncode}", log)
     if "error" in answer:
+        await _last_words(log)
         raise _not_loaded(str(answer["error"]).rstrip("."), log)
     return answer
 
 
+async def _last_words(log: Path) -> None:
+    """Until the cause stands in the log, LAST_WORDS_S at most: it is written in a thread of its own, after the answer even."""
+    with trio.move_on_after(LAST_WORDS_S):
+        while LAST_LINE not in (text := _tail(log)) and not reason_in_log(text):  # noqa: ASYNC110  another process writes it
+            await trio.sleep(LOOK_S)
+
+
+def _tail(log: Path) -> str:
+    try:
+        return log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def _not_loaded(otherwise: str, log: Path) -> EngineUnavailable:
     """One sentence: the cause that stands in the log, ``otherwise`` if none does. The log itself stays where it is."""
-    text = ""
-    with contextlib.suppress(OSError):
-        text = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-    cause = reason_in_log(text) or otherwise
+    cause = reason_in_log(_tail(log)) or otherwise
     _log.warning("a model was not loaded", cause=cause, log=str(log))
     return EngineUnavailable(f"llama.cpp cannot load the model: {cause} (more in {log.parent.name}/{log.name})")

@@ -33,7 +33,9 @@ def why(
         if request is None:
             known = client.get("/api/v1/requests")["requests"]
             if not known:
-                raise NotFound("no prompt has come to this peer yet")
+                raise NotFound(
+                    "no prompt has come to this peer yet; those that it answers for others are known where they came"
+                )
             route = known[0]
         else:
             route = client.get(f"/api/v1/requests/{quote(request, safe='')}")

@@ -51,3 +51,4 @@ async def test_a_request_is_found_by_any_id_that_a_client_may_choose(client: htt
     assert (await client.get("/api/v1/requests/a%2Fb%3Fc")).json()["model"] == "m"
     reply = await client.get("/api/v1/requests/other")
     assert (reply.status_code, reply.json()["code"]) == (404, "not_found")
+    assert "Only the peer that a prompt came to knows" in reply.json()["error"]

@@ -69,4 +69,6 @@ def test_names_of_others_cannot_write_to_the_terminal(fake_peer: FakePeer, capsy
 def test_where_no_prompt_came_yet_that_is_said(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     fake_peer.on("GET", "/api/v1/requests", {"requests": []})
     assert main(["why"]) == 3
-    assert "no prompt has come to this peer yet" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no prompt has come to this peer yet" in error
+    assert "are known where they came" in error

@@ -228,8 +228,8 @@ class MeshFace:
         if (taken := self._prompts.route(wanted)) is not None:
             return json_reply(request_json(taken, self._peer_names()))
         raise NotFound(
-            f"no request '{wanted[:100]}' is remembered here: the last 200 that came to this peer are. Only the peer that a prompt"
-            " came to knows what became of it: `meshmax why ID` on its machine, or with --api HOST:PORT"
+            f"no request '{wanted[:100]}' is remembered here: the last 200 that came to this peer are. Only the peer that a"
+            " prompt came to knows what became of it: `meshmax why ID` on its machine, or with --api HOST:PORT"
         )
 
     def _peer_names(self) -> dict[PeerId, str]:

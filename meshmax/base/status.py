@@ -20,6 +20,8 @@ MAX_GPUS: Final = 32
 MAX_MAPPED: Final = 4  # a router has one address outside, rarely two
 MAX_DEMANDS: Final = 16  # models a peer says are asked for; what is asked for less needs no preloading
 MAX_PEER_NAME: Final = 64  # characters
+MAX_WAITS: Final = 16  # models whose waits a peer tells; no more are in memory at once
+MAX_WAIT_S: Final = 3600.0  # of a wait that is told; longer is as bad
 NO_ENGINE: Final = "none"
 
 ModelState = Literal["disk", "loaded", "partial"]
@@ -70,13 +72,29 @@ class ModelPresence(msgspec.Struct, frozen=True):
         return self.state != "partial" and not self.served
 
 
+class Wait(msgspec.Struct, frozen=True):
+    """How long one who comes now is expected to wait for a slot of a loaded model, in seconds, by the peer's word.
+
+    ``free``: its slots that are free (then nobody waits); ``queued``: how many wait for it.
+    """
+
+    digest: Sha256
+    wait_s: float = 0.0
+    free: int = 0
+    queued: int = 0
+
+
 class Load(msgspec.Struct, frozen=True):
-    """Prompts on a peer now; ``capacity`` is how many it answers at once, ``limit`` how many may wait (0: it does not say)."""
+    """Prompts on a peer now; ``capacity`` is how many it answers at once, ``limit`` how many may wait (0: it does not say).
+
+    ``waits``: of models that are loaded there, those that are waited for most first; of others it tells nothing.
+    """
 
     running: int = 0
     queued: int = 0
     capacity: int = 1
     limit: int = 0
+    waits: tuple[Wait, ...] = ()
 
 
 class Speed(msgspec.Struct, frozen=True):

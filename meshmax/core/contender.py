@@ -16,10 +16,23 @@ from meshmax.core.breaker import CLOSED, Standing
 from meshmax.core.measurements import Figures
 
 
+class ToldWait(msgspec.Struct, frozen=True):
+    """What a peer told of the wait for its model, in seconds: ``wait_s`` as we take it (core.told_wait), ``told_s`` as it was.
+
+    ``free`` slots and ``queued`` requests were there then; ``sent``: how many more of ours there are now, or fewer (negative).
+    """
+
+    wait_s: float
+    told_s: float = 0.0
+    free: int = 0
+    queued: int = 0
+    sent: int = 0
+
+
 class Contender(msgspec.Struct, frozen=True):
     """A peer and its copy of the model. ``load`` is as of now: `core.outstanding`. ``standing``: of its circuit
     breakers, for this model. ``prefix_tokens``: how many tokens of this prompt it holds from before, as we believe:
-    `core.prefixes`."""
+    `core.prefixes`. ``told``: its word on how long we would wait, None where it gave none that counts."""
 
     view: PeerView
     model: ModelPresence
@@ -28,6 +41,7 @@ class Contender(msgspec.Struct, frozen=True):
     rtt_s: float | None = None
     standing: Standing = CLOSED
     prefix_tokens: int = 0
+    told: ToldWait | None = None
 
 
 def holders(views: Iterable[PeerView], digest: Sha256) -> list[tuple[PeerView, ModelPresence]]:

@@ -21,7 +21,7 @@ import msgspec
 from meshmax.base.inference import ChatRequest, EmbedRequest, InferRequest
 from meshmax.base.route import Figures as Estimate
 from meshmax.base.status import Device, Load
-from meshmax.core.contender import Contender
+from meshmax.core.contender import Contender, ToldWait
 from meshmax.core.measurements import SHARE
 
 DEFAULT_RTT_S: Final = 0.05  # never measured: as a peer in another town, so that a measured neighbour goes first
@@ -51,6 +51,8 @@ FADE_S: Final = 900.0  # seconds; machines get and lose other work within minute
 WARY: Final = (
     1.3  # factor of a wait: answers that take long are those that are met; scripts/bench_routing shows the gain
 )
+WARY_OF_WORD: Final = 1.5  # the same of a wait that the peer told; who waits also keeps others waiting after him
+WARY_S: Final = 0.3  # and in any case, where none of its slots is free: its word is a moment old
 LONG_PROMPT: Final = 500  # tokens; those ahead of us are not expected to have longer ones, whatever ours is
 
 
@@ -136,11 +138,24 @@ def estimate(
         turn_s = figures.turn_s  # who looks for the shortest queue finds the most underrated one
     return Estimate(
         rtt_of(contender),
-        WARY * places * turn_s / capacity,
+        _queue_s(contender.told, places, turn_s / capacity),
         0.0 if model.state == "loaded" else _load_s(contender, size, device, trust),
         fixed_s + unread / prefill,
         output_s,
     )
+
+
+def _queue_s(told: ToldWait | None, places: int, place_s: float) -> float:
+    """``places`` ahead of us by the counts of its load, of ``place_s`` each; or by the peer's own word."""
+    if told is None:
+        return WARY * places * place_s
+    if told.free:
+        return WARY * max(0, told.sent - told.free + 1) * place_s
+    there = told.queued + 1
+    if told.sent < 0:
+        wait_s = told.wait_s * max(0, there + told.sent) / there
+        return WARY_OF_WORD * wait_s + (WARY_S if wait_s else 0.0)
+    return WARY_OF_WORD * told.wait_s + WARY_S + WARY * told.sent * place_s
 
 
 def total_s(figures: Estimate) -> float:

@@ -218,6 +218,11 @@ class FairQueue:
         line = self._lines.get(digest)
         return len(line) if line else 0
 
+    def ahead(self, digest: Sha256) -> int:
+        """Asks that an interactive one that comes now has before it, where its requester has had as much as the others."""
+        line = self._lines.get(digest)
+        return len(line.lanes["interactive"].asks) if line else 0
+
     def waiting_of(self, priority: Priority) -> int:
         """Asks of this priority that wait."""
         return self._of[priority]

@@ -46,12 +46,20 @@ class Outstanding:
 
     def load(self, peer: PeerId, sequence: int, stated: Load) -> Load:
         """The load of ``peer`` as of now, from the one ``stated`` in its status ``sequence``."""
-        sent = self._sent.get(peer)
-        unseen = sum(at >= sequence for at in sent) if sent else 0
-        at, ended = self._ended.get(peer, (sequence, 0))
-        gone = ended if at == sequence else 0
+        unseen, gone = self._since(peer, sequence)
         if not (unseen or gone):
             return stated
         total = max(0, stated.running + stated.queued - gone) + unseen
         running = min(total, max(stated.capacity, 1))
-        return Load(running, total - running, stated.capacity, stated.limit)
+        return Load(running, total - running, stated.capacity, stated.limit, stated.waits)
+
+    def since(self, peer: PeerId, sequence: int) -> int:
+        """How many more requests of ours are at ``peer`` than its status ``sequence`` could count; negative: fewer."""
+        unseen, gone = self._since(peer, sequence)
+        return unseen - gone
+
+    def _since(self, peer: PeerId, sequence: int) -> tuple[int, int]:
+        sent = self._sent.get(peer)
+        unseen = sum(at >= sequence for at in sent) if sent else 0
+        at, ended = self._ended.get(peer, (sequence, 0))
+        return unseen, ended if at == sequence else 0

@@ -106,12 +106,18 @@ class _Resident(msgspec.Struct):
 
 
 class ResidentView(msgspec.Struct, frozen=True):
-    """A loaded model: when it goes if nobody uses it (inf: never), and its asks."""
+    """A loaded model: when it goes if nobody uses it (inf: never), and its asks.
+
+    ``usable``: it takes new asks; ``free``: slots; ``ahead``: how many one who comes now has before it at most.
+    """
 
     digest: Sha256
     expires_at: float
     running: int
     queued: int
+    usable: bool = True
+    free: int = 0
+    ahead: int = 0
 
 
 class ResidencyCore:
@@ -251,7 +257,15 @@ class ResidencyCore:
     def snapshot(self) -> tuple[ResidentView, ...]:
         """The loaded models, longest remaining first."""
         views = [
-            ResidentView(r.digest, r.expires_at, len(r.running), self._queue.waiting(r.digest))
+            ResidentView(
+                r.digest,
+                r.expires_at,
+                len(r.running),
+                self._queue.waiting(r.digest),
+                r.is_usable,
+                max(r.free_slots, 0),
+                self._queue.ahead(r.digest),
+            )
             for r in self._residents.values()
             if r.phase is Phase.LOADED
         ]

@@ -80,10 +80,15 @@ class Contenders:
     def _contender(self, ask: Ask, view: PeerView, model: ModelPresence, held: int, now: float) -> Contender:
         peer, status, measured = view.peer_id, view.status, self._bench.measurements
         assert status is not None  # holders() and _own() say so
+        waits, outstanding = self._bench.waits, self._bench.outstanding
         if peer == self._peer_id:
-            load = _at_least(self._residency.load(), self._bench.outstanding.count(peer))
+            load = _at_least(here := self._residency.load(), count := outstanding.count(peer))
+            ahead = max(0, count - here.running - here.queued)
+            told = waits.of(peer, model.digest, None, here, ahead, now)
         else:
-            load = self._bench.outstanding.load(peer, status.sequence, status.load)
+            load = outstanding.load(peer, status.sequence, status.load)
+            sent = outstanding.since(peer, status.sequence)
+            told = waits.of(peer, model.digest, status.sequence, status.load, sent, now)
             if view.rtt_s is not None:
                 measured.on_rtt(peer, view.rtt_s, now)
         standing = measured.standing(peer, model.digest, now, ask.priority)
@@ -99,6 +104,7 @@ class Contenders:
             rtt_s=measured.rtt_s(peer),
             standing=standing,
             prefix_tokens=held,
+            told=told if model.state == "loaded" else None,
         )
 
 
@@ -107,7 +113,7 @@ def _at_least(load: Load, total: int) -> Load:
     if load.running + load.queued >= total:
         return load
     running = min(total, max(load.capacity, 1))
-    return Load(running, total - running, load.capacity, load.limit)
+    return Load(running, total - running, load.capacity, load.limit, load.waits)
 
 
 def _device(view: PeerView) -> Device:

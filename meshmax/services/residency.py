@@ -35,6 +35,7 @@ from meshmax.services.drain import Drain
 from meshmax.services.held_models import HeldModels, file_to_load
 from meshmax.services.model_memory import ModelMemory
 from meshmax.services.model_speeds import ModelSpeeds
+from meshmax.services.slot_words import SlotWords
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import QUEUE_WAIT, QUEUED, SHED
 
@@ -80,6 +81,7 @@ class ModelResidency:
         self._speeds = ModelSpeeds()
         self._held = HeldModels(engine, model_file, config.load_timeout_s, self._memory, self._speeds, nursery, self)
         self._stopped: dict[Sha256, float] = {}  # when somebody wanted a model out of memory
+        self._words = SlotWords(self._core.snapshot)
         self._asks = 0
         self._closed = False
         self._changed, self._due_s = trio.Event(), -math.inf  # due: when the core is told of time
@@ -131,7 +133,11 @@ class ModelResidency:
                     yield events
                 return
             async with model.answer(ask.request) as answer:
-                async with aclosing(self._speeds.measured(ask.digest, answer, begun, load_s)) as events:
+                watched = self._words.watched(ask, answer)
+                async with (
+                    aclosing(watched),
+                    aclosing(self._speeds.measured(ask.digest, watched, begun, load_s)) as events,
+                ):
                     yield events
             if self._brought.brings(ask.digest) and asked_s == 0:
                 with suppress(InvalidRequest):  # it cannot be unloaded, and the answer is whole all the same
@@ -264,7 +270,8 @@ class ModelResidency:
         """Prompts running and queued now; the capacity of one model, loaded or not, and of engines that bring theirs."""
         brought = self._brought.parallel()
         own = 0 if brought and self._engine_name == NO_ENGINE else self._config.parallel
-        return Load(self._core.running, self._core.queued, own + brought, self._config.max_queue)
+        core = self._core
+        return Load(core.running, core.queued, own + brought, self._config.max_queue, self._words.told())
 
     def speed(self, digest: Sha256) -> Speed:
         """What was measured of a model since this node started, loaded now or not."""
@@ -300,6 +307,7 @@ class ModelResidency:
                 waiter.settled.set()
         if self._core.deadline() < self._due_s:  # one that moved on is seen when the earlier one is due
             self._changed.set()
+        self._words.changed()
         self._on_change()
 
     def _notice_crash(self, digest: Sha256) -> None:

@@ -22,7 +22,9 @@ from typing import Final
 
 import msgspec
 
+from meshmax.base.ids import Sha256
 from meshmax.base.status import Device
+from meshmax.testing.sim_waits import OTHERS, SimAnswer, SimWaits
 
 GB: Final = 1_000_000_000
 KEEP_ALIVE_S: Final = 300.0
@@ -104,6 +106,7 @@ class SimPeer:
         "name",
         "number",
         "outages",
+        "waits",
     )
 
     def __init__(self, number: int, name: str, hardware: Hardware, outages: list[Outage], seed: int) -> None:
@@ -114,6 +117,7 @@ class SimPeer:
         self._regime, self._regime_until, self._next_s = 0.0, 0.0, 0.0
         self._outages, self._up_since = 0, 0.0
         self.busy_s = 0.0  # of all slots
+        self.waits = SimWaits(hardware.capacity)
         self._slots = [0.0] * hardware.capacity
         self._arrivals: list[float] = []
         self._ends: list[float] = []
@@ -140,6 +144,7 @@ class SimPeer:
         self._up_since, self._next_s = outage.up, outage.up
         self._slots = [outage.up] * self.hardware.capacity
         self._ends = [min(end, outage.down) for end in self._ends]
+        self.waits.on_restart(outage.up)
         self.loaded.clear()
         self.held.clear()
         self._note(outage.up)
@@ -155,7 +160,9 @@ class SimPeer:
             elif self._regime:
                 start = max(at, self._slots[0])
                 if start - at < 60:  # others look elsewhere, too
-                    self._occupy(at, start + rng.expovariate(1 / BACKGROUND_S))
+                    end = start + rng.expovariate(1 / BACKGROUND_S)
+                    self._occupy(at, end)
+                    self.waits.on_taken(SimAnswer(0, OTHERS, at, start, end, end, 0))
             rate = self._regime * self.hardware.capacity / BACKGROUND_S
             self._next_s = min(at + rng.expovariate(rate) if rate else math.inf, max(self._regime_until, at + 1e-6))
 
@@ -218,9 +225,12 @@ class SimPeer:
             start, load_s, prompt_s, output_s, end, cached, outage.down if outage and outage.down < end else None
         )
 
-    def take(self, now: float, plan: Plan, model: SimModel, conversation: int, tokens: int) -> None:
-        """Answer like that; ``tokens`` of prompt and answer are held then."""
+    def take(self, now: float, plan: Plan, model: SimModel, conversation: int, prompt: int, output: int) -> None:
+        """Answer like that; the tokens of ``prompt`` and ``output`` are held then."""
         self._occupy(now, plan.end)
+        said_from_s = plan.end - plan.output_s
+        digest = Sha256(f"{model.number:064x}")
+        self.waits.on_taken(SimAnswer(0, digest, now, plan.start, said_from_s, plan.end, output))
         ready = plan.start + plan.load_s
         if model.number in self.loaded:
             size, device, before, _ = self.loaded.pop(model.number)
@@ -231,7 +241,7 @@ class SimPeer:
             self._note(now)
         key = (model.number, conversation)
         self.held.pop(key, None)
-        self.held[key] = tokens
+        self.held[key] = prompt + output
         if len(self.held) > self.hardware.keeps:
             self.held.popitem(last=False)
 

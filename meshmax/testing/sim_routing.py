@@ -2,7 +2,8 @@
 prefixes. Compared with an oracle, which knows what each peer would take.
 
 What an entry peer knows of others: the load of its neighbours 0.25 s late, and half a round trip; of others what their last
-status said, which spreads when their loaded models change; that a peer is gone when its connection breaks, or after six
+status said, which spreads when their loaded models change; what a neighbour
+tells of its waits (sim_waits); that a peer is gone when its connection breaks, or after six
 seconds where it is silent. What it asks of a peer makes that a neighbour. A lost answer is carried on elsewhere: the next
 peer reads the prompt and what was said, and says the rest.
 
@@ -25,18 +26,19 @@ import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.route import Policy
-from meshmax.base.status import Gpu, Load, ModelPresence, PeerState, PeerStatus, PeerView
+from meshmax.base.status import Gpu, Load, ModelPresence, PeerState, PeerStatus, PeerView, Wait
 from meshmax.core.contender import Contender
 from meshmax.core.estimate import Work
 from meshmax.core.measurements import Measurements
 from meshmax.core.outstanding import Outstanding
 from meshmax.core.prefixes import Mark, Prefixes
 from meshmax.core.routing import Decision, decide
+from meshmax.core.told_wait import ToldWaits
 from meshmax.testing.sim_mesh import TOLD_AFTER_S, Conversation, SimMesh, Size, build_mesh
 from meshmax.testing.sim_peers import Plan, SimModel, SimPeer
+from meshmax.testing.sim_waits import TOLD_EVERY_S
 
 NEIGHBOURS: Final = 64
-TOLD_EVERY_S: Final = 0.25
 SILENT_S: Final = 6.0  # a peer that says nothing for so long is gone
 NOTICED_S: Final = 2.5  # silence in an answer is noticed sooner than that of heartbeats
 BACK_S: Final = 3.0  # until a peer that came back is known
@@ -92,6 +94,7 @@ class Entry:
         self.measurements = Measurements(self.rng)
         self.outstanding = Outstanding()
         self.prefixes = Prefixes()
+        self.waits = ToldWaits()
         self.previous: dict[int, PeerId] = {}
         self.turns: Counter[int] = Counter()
         rtts = sim.mesh.rtts[number]
@@ -110,16 +113,19 @@ class Entry:
         else:
             at = now - TOLD_AFTER_S
         since, loaded, ahead = peer.told(at)
+        waits: tuple[Wait, ...] = ()
         if peer.number in self.neighbours or peer.number == self.number:
             ahead = peer.ahead(at)
             sequence = int(at / TOLD_EVERY_S)
+            if model in loaded and (word := peer.waits.word(at)) is not None:
+                waits = (Wait(sim.digests[model], word.wait_s, word.free, word.queued),)
         else:
             sequence = int(since / TOLD_EVERY_S)
         capacity = peer.hardware.capacity
         running = min(max(ahead, 0), capacity)
         state: PeerState = "self" if peer.number == self.number else self._state(peer, rtt_s, now)
         view, presence = sim.word(peer, loaded, state, model)
-        return _Told(Load(running, max(ahead, 0) - running, capacity), sequence, view, presence)
+        return _Told(Load(running, max(ahead, 0) - running, capacity, waits=waits), sequence, view, presence)
 
     def _state(self, peer: SimPeer, rtt_s: float, now: float) -> PeerState:
         late_s = rtt_s if peer.number in self.neighbours else TOLD_AFTER_S
@@ -140,9 +146,10 @@ class Entry:
             peer = sim.mesh.peers[number]
             told = self.told(peer, model, now)
             peer_id, digest = told.view.peer_id, sim.digests[model]
-            load = told.load
+            load, sent = told.load, 0
             if number != self.number:
                 load = self.outstanding.load(peer_id, told.sequence, told.load)
+                sent = self.outstanding.since(peer_id, told.sequence)
             found[number] = (
                 Contender(
                     told.view,
@@ -152,6 +159,7 @@ class Entry:
                     sim.mesh.rtts[self.number][number] if number in self.neighbours else None,
                     self.measurements.standing(peer_id, digest, now),
                     held.get(peer_id, 0),
+                    self.waits.of(peer_id, digest, told.sequence, told.load, sent, now),
                 ),
                 told,
             )
@@ -340,7 +348,7 @@ class Simulation:
             return
         prompt = request.prompt + request.said
         plan = peer.plan(self.now, self._model(request), request.conversation.number, prompt, request.left)
-        peer.take(self.now, plan, self._model(request), request.conversation.number, prompt + request.left)
+        peer.take(self.now, plan, self._model(request), request.conversation.number, prompt, request.left)
         if plan.lost_s is not None:
             silent = (lost := peer.outage_at(plan.lost_s)) is not None and lost.silent
             said = _said(plan, request.left)
@@ -382,6 +390,7 @@ class Simulation:
         measured.on_answer(digest, request.left + request.said, now)
         prompt, load = request.prompt + request.said, contender.load
         measured.on_wait(peer_id, plan.start - sent_s, load, now)
+        entry.waits.on_waited(peer_id, contender.told, plan.start - sent_s)
         measured.on_first_token(
             peer_id,
             digest,

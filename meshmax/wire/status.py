@@ -30,6 +30,8 @@ from meshmax.base.status import (
     MAX_MAPPED,
     MAX_MODELS,
     MAX_PEER_NAME,
+    MAX_WAIT_S,
+    MAX_WAITS,
     Gpu,
     ModelPresence,
     PeerStatus,
@@ -225,6 +227,8 @@ def _within_bounds(status: PeerStatus) -> bool:
     ]
     for gpu in status.gpus:
         numbers += [gpu.memory_bytes, gpu.memory_total_bytes]
+    for wait in status.load.waits:
+        numbers += [wait.free, wait.queued]
     for model in status.models:
         texts += [model.family, model.parameter_size, model.quantization_level, model.engine, *model.capabilities]
         numbers += [model.size, model.context_length, model.embedding_length, model.modified_at_s]
@@ -254,5 +258,7 @@ def _within_bounds(status: PeerStatus) -> bool:
         and len(status.instance) <= MAX_INSTANCE
         and 0 <= status.udp_port <= 65535
         and 1 <= status.load.capacity <= MAX_CAPACITY
+        and len(status.load.waits) <= MAX_WAITS
+        and all(HEX64.fullmatch(wait.digest) and 0.0 <= wait.wait_s <= MAX_WAIT_S for wait in status.load.waits)
         and all(math.isfinite(p) for p in (status.cpu_percent, *(gpu.utilization_percent for gpu in status.gpus)))
     )

@@ -17,7 +17,7 @@ import msgspec
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.core.candidates import leads_here
-from meshmax.net.interfaces import is_zoned, running_interfaces
+from meshmax.net.interfaces import is_zoned, recent_interfaces, running_interfaces
 
 MAX_MULTIADDR: Final = 400  # characters; a DNS name has at most 253, a PeerId 52
 _CIRCUIT: Final = "/p2p-circuit"
@@ -118,9 +118,9 @@ def allow_any(ip: str) -> bool:
 
 
 def interface_addresses() -> list[str]:
-    """IP addresses of the interfaces that run: IPv4 before IPv6, loopback last; IPv6 link-local ones with a zone."""
+    """IP addresses of the interfaces that run or ran a moment ago: IPv4 before IPv6, loopback last; link-local with a zone."""
     found = [
-        f"{ip}%{interface.name}" if is_zoned(ip) else ip for interface in running_interfaces() for ip in interface.ips
+        f"{ip}%{interface.name}" if is_zoned(ip) else ip for interface in recent_interfaces() for ip in interface.ips
     ]
     return sorted(dict.fromkeys(found), key=_preference)
 

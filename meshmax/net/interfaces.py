@@ -1,14 +1,19 @@
-"""The network interfaces of this machine, as they are now. Not here: which of their addresses peers are told (addresses).
+"""The network interfaces of this machine, as they are now, or were a moment ago, since a look takes milliseconds.
 
 An interface counts when it runs: it is up, and there is a carrier (a cable that is plugged in, a wireless network joined).
+Not here: which of their addresses peers are told (addresses).
 """
 
 from __future__ import annotations
 
 import ipaddress
+import math
+import time
 from typing import Any, Final
 
 import msgspec
+
+RECENT_S: Final = 1.0  # a status is signed four times a second while prompts come
 
 _MULTICAST_FLAG: Final = "multicast"
 
@@ -39,8 +44,27 @@ def is_zoned(ip: str) -> bool:
     return address.version == 6 and address.is_link_local
 
 
+class _Look(msgspec.Struct):
+    seen: tuple[Interface, ...] = ()
+    until_s: float = -math.inf  # of the monotonic clock: as long as it is recent
+
+
+_last: Final = _Look()
+
+
+def recent_interfaces() -> tuple[Interface, ...]:
+    """As `running_interfaces`, or what that or this said at most RECENT_S ago, so never older than a change seen since."""
+    return _last.seen if time.monotonic() < _last.until_s else running_interfaces()
+
+
 def running_interfaces() -> tuple[Interface, ...]:
-    """All that run and have an address, in the system's order. Takes a millisecond. Raises OSError."""
+    """All that run and have an address, in the system's order. Takes milliseconds. Raises OSError."""
+    _last.seen = _look_now()
+    _last.until_s = time.monotonic() + RECENT_S
+    return _last.seen
+
+
+def _look_now() -> tuple[Interface, ...]:
     import ifaddr
     import psutil
 

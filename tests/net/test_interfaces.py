@@ -1,4 +1,9 @@
-from meshmax.net.interfaces import Interface, is_zoned, running_interfaces
+from types import SimpleNamespace
+
+import pytest
+
+from meshmax.net import interfaces
+from meshmax.net.interfaces import Interface, is_zoned, recent_interfaces, running_interfaces
 
 
 def test_loopback_runs_here_and_is_known_as_such() -> None:
@@ -17,3 +22,19 @@ def test_link_local_ipv6_addresses_need_a_zone() -> None:
     assert is_zoned("fe80::1")
     assert not is_zoned("fd00::1")
     assert not is_zoned("169.254.1.1")
+
+
+def test_what_is_recent_is_never_older_than_the_newest_look_and_is_not_kept_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 0.0
+    there: tuple[Interface, ...] = (Interface("eth0", 1, ("10.0.0.1",)),)
+    monkeypatch.setattr(interfaces, "_last", interfaces._Look())
+    monkeypatch.setattr(interfaces, "_look_now", lambda: there)
+    monkeypatch.setattr("meshmax.net.interfaces.time", SimpleNamespace(monotonic=lambda: now_s))
+    assert recent_interfaces() == there
+    before, there = there, ()
+    assert recent_interfaces() == before
+    assert running_interfaces() == () == recent_interfaces()
+    there, now_s = before, interfaces.RECENT_S
+    assert recent_interfaces() == before

@@ -4,8 +4,8 @@ Rules: our own measurements decide; what a peer says of itself counts until we h
 nobody knows a default stands in, but no more than the fastest of the same kind of device is known to do with the model: else
 whoever was never tried would seem faster than all that were measured; not where that is slower than people read, since one
 slow peer alone would keep all prompts. A figure that was measured long ago fades into what the
-peer says, its weight halved every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as we
-did there lately, if not longer. Tokens of the prompt that the peer holds from before need not be read again. What an answer
+peer says, its weight halved every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as long as
+the peer tells (core.told_wait), or, where it does not, as we did there lately, if not longer. Tokens of the prompt that the peer holds from before need not be read again. What an answer
 costs beside others grows with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements), what
 follows (core.policies).
 """
@@ -53,6 +53,7 @@ WARY: Final = (
 )
 WARY_OF_WORD: Final = 1.5  # the same of a wait that the peer told; who waits also keeps others waiting after him
 WARY_S: Final = 0.3  # and in any case, where none of its slots is free: its word is a moment old
+BOAST_S: Final = 1.0  # a wait of less where a slot was told to be free is somebody who came at the same moment
 LONG_PROMPT: Final = 500  # tokens; those ahead of us are not expected to have longer ones, whatever ours is
 
 
@@ -150,7 +151,8 @@ def _queue_s(told: ToldWait | None, places: int, place_s: float) -> float:
     if told is None:
         return WARY * places * place_s
     if told.free:
-        return WARY * max(0, told.sent - told.free + 1) * place_s
+        boast_s = told.wait_s if told.wait_s >= BOAST_S else 0.0  # it said so before, and we waited
+        return WARY * max(0, told.sent - told.free + 1) * place_s + boast_s
     there = told.queued + 1
     if told.sent < 0:
         wait_s = told.wait_s * max(0, there + told.sent) / there

@@ -18,6 +18,7 @@ from meshmax.ports import BlobStore, Catalog, Distribution, Presence, Pulls, Res
 from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
 from meshmax.services.doctor import Doctor
+from meshmax.services.fetchable import Fetchable
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
 from meshmax.services.ladder import Ladder
@@ -61,6 +62,9 @@ class _Services(Protocol):
 
     @property
     def distribution(self) -> Distribution: ...
+
+    @property
+    def fetchable(self) -> Fetchable: ...
 
     @property
     def router(self) -> Router: ...

@@ -258,7 +258,7 @@ class OllamaFace:
     async def _answer(
         self, http: Request, body: Asked, read: Callable[[Asked], tuple[InferRequest, list[str]]], *, chat: bool
     ) -> PromptReply:
-        resolved = await self._prompts.find(body.model)
+        resolved = await self._prompts.find_to_answer(body.model)
         prompt, ignored = read(body)
         remote = partial(self._prompts.remote, resolved)
 
@@ -293,7 +293,7 @@ class OllamaFace:
     async def _vectors(
         self, http: Request, body: EmbedBody | EmbeddingsBody, prompt: EmbedRequest, ignored: list[str], *, legacy: bool
     ) -> PromptReply | Response:
-        resolved = await self._prompts.find(body.model)
+        resolved = await self._prompts.find_to_answer(body.model)
         keep_alive_s = ollama_words.keep_alive_s(body.keep_alive)
         if not prompt.inputs:
             return json_reply({"embedding": []} if legacy else {"model": body.model, "embeddings": []})

@@ -51,6 +51,7 @@ from meshmax.core.absence import LostJustNow, lost_just_now
 from meshmax.core.catalog import last_holder
 from meshmax.core.entry import Entry
 from meshmax.core.fair_queue import QUEUE_FULL
+from meshmax.core.refusal import NobodyNow
 from meshmax.ports import Answer
 from meshmax.services.route_records import LoadRecords
 from meshmax.telemetry.log import get_logger
@@ -111,6 +112,17 @@ class Prompts:
     def _lost_just_now(self, name: str) -> LostJustNow | None:
         view = last_holder(name, self.node.presence.lost())
         return lost_just_now(name, self.peer_name(view.peer_id), view, self.node.now()) if view else None
+
+    async def find_to_answer(self, name: str) -> Resolved:
+        """As `find`, for a prompt: what can be fetched first will do. The NotFound says what it would take."""
+        try:
+            return await self.find(name)
+        except NotFound as error:
+            nobody = error
+        found = await self.node.fetchable.find(name)
+        if isinstance(found, str):
+            raise NotFound(nobody.message + (f"; {found}" if found else ""))
+        return found
 
     def _is_known(self, name: str) -> bool:
         try:
@@ -263,6 +275,8 @@ class Prompts:
 
 def _ollamas_words(error: MeshmaxError, embeds: bool) -> MeshmaxError:
     """``error`` with the sentence that Ollama's clients know, where it has one."""
+    if isinstance(error, NobodyNow):
+        return Busy(f"{QUEUE_FULL}: {error.message}", error.retry_after_s) if error.full else error
     if isinstance(error, Busy) and not isinstance(error, ShuttingDown | Draining):
         return Busy(QUEUE_FULL, error.retry_after_s)
     return ContextTooLong(INPUT_TOO_LONG) if embeds and isinstance(error, ContextTooLong) else error

@@ -86,13 +86,15 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which peer answers. ``policy`` is for requests that name none; ``weights``: shares of peers by name, for "weighted".
 
-    ``pull``: where no peer that could answer has a model, the best of them fetches it first. ``hedge``: ask a second peer
+    ``pull``: where no peer that could answer has a model, the best of them fetches it first. ``pull_upstream``: where no peer
+    has any of it, this one fetches it from a registry first. ``hedge``: ask a second peer
     where the first is late. ``deadline_s``: for the whole of a request, waiting and carrying on included.
     """
 
     policy: Policy = "latency"
     weights: dict[str, Annotated[float, msgspec.Meta(ge=0, le=1000)]] = {}
     pull: bool = True
+    pull_upstream: bool = False
     hedge: bool = True
     deadline_s: Positive = 3600.0
 

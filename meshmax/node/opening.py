@@ -46,6 +46,7 @@ from meshmax.services.bundles import make_bundles
 from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
 from meshmax.services.drain import open_drain
+from meshmax.services.fetchable import Fetchable
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage, Kept
 from meshmax.services.guards import MODEL_GUARDS
@@ -233,6 +234,7 @@ class _Opening:
         node.seek = make_provider_search(node).seek
         opened = open_upstream(world.open_registry, store.staging, node.catalog, config, world.random, self.throttle)
         upstream = await self.enter(opened)
+        node.fetchable = Fetchable(node.catalog, upstream, config.routing)
         local, leftovers = LocalSources(), make_leftovers(node, world.run_sync)
         node.pulls = pulls = await self.enter(
             open_pulls(
@@ -286,7 +288,16 @@ class _Opening:
         node.presence.watch(router.on_news)
         fetching = await self.enter(open_shared_pulls(node.swarm, node.pulls))
         config, unix_now = self.config.routing, self.world.unix_now
-        node.prompts = PullFirst(router, node.catalog, node.presence, fetching, config, unix_now, node.preloads.on_ask)
+        node.prompts = PullFirst(
+            router,
+            node.catalog,
+            node.presence,
+            fetching,
+            config,
+            unix_now,
+            node.preloads.on_ask,
+            node.fetchable.entry,
+        )
         node.router = node.prompts
 
     async def _stored(self, model: StoredModel) -> None:

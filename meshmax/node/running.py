@@ -36,6 +36,7 @@ from meshmax.services.bundles import Bundles
 from meshmax.services.catalog import CatalogService
 from meshmax.services.distribute import Distribution
 from meshmax.services.doctor import Doctor
+from meshmax.services.fetchable import Fetchable
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
 from meshmax.services.ladder import Ladder
@@ -105,6 +106,7 @@ class Node:
         self.leftovers: Leftovers
         self.pulls: Pulls
         self.distribution: Distribution
+        self.fetchable: Fetchable
         self.prompts: PullFirst  # the router below, which counts what is under way
         self.router: Router
         self.repositories: Repositories

@@ -16,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from functools import partial
 from typing import Final, Protocol
 
+import msgspec
 import trio
 
 from meshmax.base.catalog import CatalogEntry
@@ -104,8 +105,12 @@ class PullFirst:
         config: RoutingConfig,
         unix_now: Callable[[], float],
         on_ask: Callable[[Ask], None] = lambda ask: None,
+        upstream: Callable[[Sha256], CatalogEntry | None] = lambda digest: None,
     ) -> None:
-        """``on_ask`` is called with each request that comes; it must be cheap."""
+        """``on_ask`` is called with each request that comes; it must be cheap. ``upstream``: a model that is to be fetched
+        from a registry where nobody has it.
+        """
+        self._upstream = upstream
         self._on_ask = on_ask
         self._router, self._catalog, self._presence, self._pulls = router, catalog, presence, pulls
         self._config, self._unix_now = config, unix_now
@@ -188,7 +193,9 @@ class PullFirst:
         plan = plan_pull(self._presence.peers(), ask.digest, entry.size)
         policy = wishes.policy or self._config.policy
         alone = policy == "local-only"
-        if not plan.holders or (plan.able and not alone):
+        if not plan.holders:
+            plan = _only_here(plan, entry, ask)
+        elif plan.able and not alone:
             raise error
         takers = [taker for taker in plan.takers if taker.ours or not alone]
         takers.sort(key=lambda taker: self._failed.get(taker.peer_id, 0.0) > trio.current_time())
@@ -211,6 +218,8 @@ class PullFirst:
         whole = next((entry for entry in self._catalog.entries() if entry.digest == ask.digest), None)
         if whole is not None:
             return whole
+        if upstream := self._upstream(ask.digest):
+            return upstream
         try:
             return self._catalog.resolve(f"{split_digest(ask.name)[0]}@{ask.digest}", parts=True).entry
         except (InvalidName, ModelNotFound):
@@ -359,3 +368,15 @@ def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> Meshm
 
 def _full_name(entry: CatalogEntry) -> str:
     return parse_name(split_digest(entry.name)[0]).full
+
+
+def _only_here(plan: PullPlan, entry: CatalogEntry, ask: Ask) -> PullPlan:
+    """``plan`` for a model that only a registry has: others could not take it from us. Raises NoProviders."""
+    ours = tuple(taker for taker in plan.takers if taker.ours)
+    if not ours:
+        others = ", ".join(taker.name for taker in plan.takers[:4])
+        where = f"; {others} could: run `meshmax pull {ask.name[:200]}` there" if others else ""
+        raise NoProviders(
+            f"no peer has model '{entry.name}', and this one, which could fetch it, has no engine or no room for it{where}"
+        )
+    return msgspec.structs.replace(plan, takers=ours, given=True)

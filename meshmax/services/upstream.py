@@ -96,6 +96,10 @@ class Upstreams:
             answers.append(f"{upstream.host} has another model under this name")
         raise NoProviders("; ".join(answers) or self._nobody(name))
 
+    def hosts(self, name: ModelName) -> tuple[str, ...]:
+        """Those that would be asked for ``name``."""
+        return tuple(upstream.host for upstream in self._entries if upstream.has_names_like(name))
+
     async def fetch(self, found: Found, layer: Layer, source: Source) -> None:
         """Fetch one blob into the store. What came before is taken up. ``source`` counts what comes.
 

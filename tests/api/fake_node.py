@@ -35,6 +35,7 @@ from meshmax.ports import Answer, ConnectionView, Progress
 from meshmax.ports.services import WISHES
 from meshmax.services.backends import Backends
 from meshmax.services.leftovers import Leftover
+from meshmax.services.fetchable import Fetchable
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.throttle import Limits, RateThrottle
 from meshmax.wire.ticket import parse_ticket, ticket_text
@@ -416,6 +417,7 @@ class FakeNode:
         self.pulls = FakePulls()
         self.leftovers = FakeLeftovers()
         self.distribution = FakeDistribution()
+        self.fetchable = Fetchable(self.catalog, None, config.routing)
         self.ladder = FakeLadder()
         self.reachability = SimpleNamespace(view=Reachability(), udp_blocked=False)
         self.doctor = FakeDoctor()

@@ -34,8 +34,8 @@ from meshmax.engine.echo import EchoEngine
 from meshmax.ports import Answer, ConnectionView, Progress
 from meshmax.ports.services import WISHES
 from meshmax.services.backends import Backends
-from meshmax.services.leftovers import Leftover
 from meshmax.services.fetchable import Fetchable
+from meshmax.services.leftovers import Leftover
 from meshmax.services.residency import ModelResidency, open_residency
 from meshmax.services.throttle import Limits, RateThrottle
 from meshmax.wire.ticket import parse_ticket, ticket_text

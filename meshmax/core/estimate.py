@@ -5,9 +5,9 @@ nobody knows a default stands in, but no more than the fastest of the same kind 
 whoever was never tried would seem faster than all that were measured; not where that is slower than people read, since one
 slow peer alone would keep all prompts. A figure that was measured long ago fades into what the
 peer says, its weight halved every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as long as
-the peer tells (core.told_wait), or, where it does not, as we did there lately, if not longer. Tokens of the prompt that the peer holds from before need not be read again. What an answer
-costs beside others grows with how many those are. Pure: no state, no clock. Not here: measuring (core.measurements), what
-follows (core.policies).
+the peer tells (core.told_wait), or, where it does not, as we did there lately, if not longer. Tokens of the prompt that the peer
+holds from before need not be read again. What an answer costs beside others grows with how many those are. Pure: no state, no
+clock. Not here: measuring (core.measurements), what follows (core.policies).
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ _WORDS: Final[dict[Rest, str]] = {
 class NobodyNow(Busy):
     """No peer that has the model can be asked now."""
 
+    def __init__(self, message: str | None = None, retry_after_s: float = 1.0, *, full: bool = False) -> None:
+        """``full``: none of them is out of order, all are full or busy."""
+        super().__init__(message, retry_after_s)
+        self.full = full
+
 
 def refusal(model: str, choices: Sequence[Choice], now: float) -> NobodyNow | NoProviders:
     """Of a request for ``model`` where all ``choices``, one at least, rest."""
@@ -37,7 +42,8 @@ def refusal(model: str, choices: Sequence[Choice], now: float) -> NobodyNow | No
         return NoProviders(f"no peer that can be reached has {_what(model)} ready ({names}: not connected)")
     choices = there
     after_s = max(min(choice.from_s for choice in choices) - now, MIN_RETRY_S)
-    return NobodyNow(f"{why_nobody(model, choices)}; {_again(choices, after_s)}", after_s)
+    full = all(choice.rests in ("busy", "full") for choice in choices)
+    return NobodyNow(f"{why_nobody(model, choices)}; {_again(choices, after_s)}", after_s, full=full)
 
 
 def why_nobody(model: str, choices: Sequence[Choice]) -> str:

@@ -1,12 +1,13 @@
 """Who may be asked at all."""
 
+import math
 from typing import Any
 
 import pytest
 
 from meshmax.base.route import Verdict
 from meshmax.core.breaker import Standing
-from meshmax.core.eligibility import is_resting, kept_out
+from meshmax.core.eligibility import MAX_ROOM_S, MIN_ROOM_S, is_resting, kept_out, rest_of
 from tests.core.contenders import BUSY, FAILED, GPU, HALF_OPEN, peer
 
 PROBED = Standing("open", 30.0, "peer_gone", 2, probing=True)
@@ -49,3 +50,24 @@ def test_what_passes_with_time_is_told_from_what_does_not() -> None:
         "busy",
         "broken",
     ]
+
+
+RESTS: list[tuple[dict[str, Any], tuple[str, float]]] = [
+    ({"standing": FAILED}, ("broken", 10.0)),
+    ({"standing": PROBED}, ("probed", 30.0)),
+    ({"standing": BUSY}, ("busy", 5.0)),
+    ({"running": 4, "queued": 8, "limit": 8}, ("full", 100.0 + MIN_ROOM_S)),
+    ({"running": 4, "queued": 8, "limit": 8, "turn_s": 4.0}, ("full", 104.0)),
+    ({"running": 4, "queued": 8000, "limit": 8, "turn_s": 4.0}, ("full", 100.0 + MAX_ROOM_S)),
+    ({"peer_state": "offline"}, ("gone", math.inf)),
+    ({"state": "partial"}, ("", 0.0)),
+    ({"draining": True}, ("", 0.0)),
+]
+
+
+@pytest.mark.parametrize(("how", "expected"), RESTS)
+def test_until_when_one_rests_that_may_be_asked_later(how: dict[str, Any], expected: tuple[str, float]) -> None:
+    contender = peer("a", **{**GPU, **how})
+    kept = kept_out(contender)
+    assert kept is not None
+    assert rest_of(contender, kept[0], 100.0) == expected

@@ -58,6 +58,6 @@ def rest_of(contender: Contender, verdict: Verdict, now: float) -> tuple[Rest, f
 
 def room_s(contender: Contender) -> float:
     """In about how long a full queue has places again: when half of it has been served, as its own peer reckons."""
-    load = contender.load
-    half_s = (contender.figures.turn_s or 0.0) * load.queued / 2 / max(load.capacity, 1)
-    return min(max(half_s, MIN_ROOM_S), MAX_ROOM_S)
+    load, told = contender.load, contender.told
+    all_s = told.wait_s if told else (contender.figures.turn_s or 0.0) * load.queued / max(load.capacity, 1)
+    return min(max(all_s / 2, MIN_ROOM_S), MAX_ROOM_S)

@@ -27,10 +27,14 @@ GENERATE: Final = "/api/generate"
 PRIORITIES: Final = ("interactive", "batch")
 _HEAD_BYTES: Final = 1 << 16
 _GIVE_UP_S: Final = 60.0  # for one prompt; the queues are shorter
+_WHY: Final = 200  # characters kept of a refusal
 
 
 class Reply(NamedTuple):
-    """Of one prompt. ``status`` 0: none came. ``first_s``: until its first byte. ``retry_after``: as it was sent."""
+    """Of one prompt. ``status`` 0: none came. ``first_s``: until its first byte. ``retry_after``: as it was sent.
+
+    ``why``: what a reply says that is no answer.
+    """
 
     asked_s: float
     status: int
@@ -38,6 +42,7 @@ class Reply(NamedTuple):
     took_s: float
     retry_after: str
     whole: bool
+    why: str = ""
 
 
 class Load(NamedTuple):
@@ -49,10 +54,13 @@ class Load(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The replies that each load got, and the memory of each watched peer while it went on, in bytes, once a second."""
+    """The replies that each load got, and of each watched peer, while it went on, once a second: memory (RSS, bytes) and
+    processor's time used since the beginning (seconds).
+    """
 
     replies: list[list[Reply]]
     memory: list[list[int]]
+    cpu_s: list[list[float]]
     began_s: float
 
 
@@ -81,8 +89,8 @@ def open_overloaded(
             started.append(
                 start_peer(folder / flags[1], *flags, wait=False, spawned_by=None, engine_kind="none", log_level="info")
             )
+            wait_for_api(started[-1])  # one by one: ten that start at once on a machine with two cores take too long
         for entry in started[1:]:
-            wait_for_api(entry)
             until("a member hears of the model", partial(_knows, entry), 60)
         yield started
     finally:
@@ -106,22 +114,32 @@ def run_overload(loads: Sequence[Load], words: int, span_s: float, watched: Sequ
 async def _run(loads: Sequence[Load], text: str, span_s: float, watched: Sequence[PeerProcess]) -> Outcome:
     replies: list[list[Reply]] = [[] for _ in loads]
     memory: list[list[int]] = [[] for _ in watched]
+    cpu_s: list[list[float]] = [[] for _ in watched]
     began_s = trio.current_time()
     async with trio.open_nursery() as watching:
-        watching.start_soon(_watch, watched, memory)
+        watching.start_soon(_watch, watched, memory, cpu_s)
         async with trio.open_nursery() as nursery:
             for load, into in zip(loads, replies, strict=True):
                 nursery.start_soon(_send, load, text, began_s + span_s, into.append, nursery)
         watching.cancel_scope.cancel()
-    return Outcome(replies, memory, began_s)
+    return Outcome(replies, memory, cpu_s, began_s)
 
 
-async def _watch(watched: Sequence[PeerProcess], memory: list[list[int]]) -> None:
+async def _watch(watched: Sequence[PeerProcess], memory: list[list[int]], cpu_s: list[list[float]]) -> None:
     processes = [psutil.Process(peer.process.pid) for peer in watched]
+    before_s = [_cpu_s(process) for process in processes]
+    due_s = trio.current_time()
     while True:
-        for process, seen in zip(processes, memory, strict=True):
-            seen.append(process.memory_info().rss)
-        await trio.sleep(1.0)
+        for number, process in enumerate(processes):
+            memory[number].append(process.memory_info().rss)
+            cpu_s[number].append(_cpu_s(process) - before_s[number])
+        due_s += 1.0
+        await trio.sleep_until(due_s)
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def _send(load: Load, text: str, until_s: float, take: Callable[[Reply], None], nursery: trio.Nursery) -> None:
@@ -160,9 +178,11 @@ async def _ask(address: tuple[str, int], request: bytes, take: Callable[[Reply],
                     tail = (tail + data)[-2048:]
     except (OSError, trio.TooSlowError, trio.BrokenResourceError):
         pass
-    fields = head.partition(b"\r\n\r\n")[0].decode("latin-1").lower().split("\r\n")
+    raw_fields, _, body = head.partition(b"\r\n\r\n")
+    fields = raw_fields.decode("latin-1").lower().split("\r\n")
     words = fields[0].split(" ")
     status = int(words[1]) if len(words) > 1 and words[1].isdecimal() else 0
     again = next((line.partition(":")[2].strip() for line in fields if line.startswith("retry-after:")), "")
     whole = status == 200 and b'"done":true' in tail
-    take(Reply(asked_s, status, first_s, trio.current_time() - asked_s, again, whole))
+    why = "" if whole else body[:_WHY].decode("utf-8", "replace")
+    take(Reply(asked_s, status, first_s, trio.current_time() - asked_s, again, whole, why))

@@ -1,6 +1,7 @@
 """A real peer under ten times the load that it can answer: it works at its speed, turns the rest away, and does not grow."""
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -25,9 +26,9 @@ def test_ten_times_too_much_is_turned_away_at_once_and_costs_no_memory(tmp_path:
     assert len(answered) + len(refused) == len(interactive + batch)
     assert all(reply.whole for reply in answered)
     assert all(int(reply.retry_after) >= 1 for reply in refused)
-    assert len(answered) >= 0.8 * CAPACITY_PER_S * SPAN_S
-    assert sum(reply.status == 200 for reply in batch) > 0
-    assert max(reply.first_s for reply in interactive if reply.status == 200) <= QUEUE / CAPACITY_PER_S + 3.0
-    quick = sorted(reply.took_s for reply in refused)
-    assert quick[len(quick) // 2] <= 0.5  # on a machine that has nothing else to do, a few milliseconds
+    assert len(answered) >= SLOTS + QUEUE // 2  # who found a slot, and a place: one member alone has half of them
+    assert len(refused) >= len(answered)
+    assert any(reply.status == 200 for reply in batch)
+    # A refusal waits for nothing that an answer waits for, however slow the machine is.
+    assert median(reply.took_s for reply in refused) < median(reply.took_s for reply in answered)
     assert max(outcome.memory[0]) - max(warm.memory[0]) <= GROWTH_BYTES

@@ -412,3 +412,14 @@ def test_under_load_every_member_has_its_share_of_the_time(seed: int) -> None:
         desk.end(first)
     share = sum(had_s.values()) / len(members)
     assert all(had == pytest.approx(share, rel=0.1) for had in had_s.values())
+
+
+def test_a_newcomer_has_the_interactive_ones_before_it_and_not_the_batch_ones() -> None:
+    desk = Desk()
+    assert desk.queue.ahead(OTHER) == desk.queue.ahead(MODEL) == 0
+    desk.ask(ANN)
+    desk.next()
+    desk.ask(ANN)
+    desk.ask(BEN)
+    desk.ask(CAT, "batch")
+    assert desk.queue.ahead(MODEL) == 2

@@ -120,6 +120,21 @@ def test_a_status_out_of_bounds_is_refused(change: dict[str, object]) -> None:
         read_status(sign(STATUS_DOMAIN, msgspec.structs.replace(STATUS, **change), PEER, KEY.sign))
 
 
+def test_what_a_peer_tells_of_its_waits_comes_through() -> None:
+    load = Load(2, 3, 2, 9, (Wait(MODEL.digest, 4.25, 0, 3), Wait(Sha256("b" * 64), free=2)))
+    told = vitals_of(msgspec.structs.replace(STATUS, load=load))
+    got = BEAT.decode(BEAT.encode(Beat(1, vitals=told))[4:]).vitals
+    assert got is not None
+    check_vitals(got)
+    assert with_vitals(STATUS, got).load == load
+
+
+def test_a_wait_of_a_peer_itself_that_is_out_of_bounds_is_refused() -> None:
+    load = Load(waits=(Wait(MODEL.digest, float("nan")),))
+    with pytest.raises(RemoteProtocolError):
+        check_vitals(vitals_of(msgspec.structs.replace(STATUS, load=load)))
+
+
 def test_a_status_that_another_peer_signed_is_refused() -> None:
     other = Ed25519PrivateKey.from_private_bytes(b"\1" * 32)
     signer = peer_id_of(other.public_key().public_bytes_raw())

@@ -38,7 +38,9 @@ class SimAnswer(msgspec.Struct):
         span_s = self.end_s - self.said_from_s
         if not self.tokens or now < self.said_from_s:
             return 0
-        return self.tokens if now >= self.end_s or span_s <= 0 else int(self.tokens * (now - self.said_from_s) / span_s)
+        if now >= self.end_s or span_s <= 0:
+            return self.tokens
+        return int(self.tokens * (now - self.said_from_s) / span_s + 1e-6)  # whole numbers stay whole
 
 
 class SimWord(msgspec.Struct, frozen=True):

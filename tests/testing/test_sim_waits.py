@@ -24,7 +24,11 @@ def test_how_long_an_answer_will_still_be_makes_no_difference_to_the_word(one: i
         waits = SimWaits(1)
         waits.on_taken(answer(0.0, 0.0, 0.5 + tokens / 10, tokens))
         words.append(waits.word(at_s))
-    assert words[0] == words[1]
+    first, second = words
+    assert first is not None
+    assert second is not None
+    assert first.wait_s == pytest.approx(second.wait_s)
+    assert (first.free, first.queued) == (second.free, second.queued)
 
 
 def test_what_comes_after_the_word_is_not_in_it() -> None:

@@ -32,7 +32,7 @@ _COMMANDS: Final = (
     ("run", "meshmax.cli.run:run", "Ask a model, once or in a conversation."),
     ("pull", "meshmax.cli.models:pull", "Fetch a model from the peers that hold it."),
     ("add", "meshmax.cli.models:add", "Take a GGUF file in under a name."),
-    (("list", "ls"), "meshmax.cli.models:list_models", "List the models that this peer can use."),
+    (("list", "ls", "models"), "meshmax.cli.models:list_models", "List the models that this peer can use."),
     ("ps", "meshmax.cli.models:ps", "List the models that are loaded."),
     ("show", "meshmax.cli.models:show", "Show what a model is."),
     ("cp", "meshmax.cli.models:cp", "Give a model a second name."),

@@ -227,10 +227,23 @@ def stop(model: Model, /, *, as_json: AsJson = False, target: Target = HERE) -> 
             client.call("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
         except NotFound:
             raise ModelNotFound(f'couldn\'t find model "{model}" to stop') from None
+        elsewhere = [] if loaded else _others_with(client, digest)
     if as_json:
         emit_json({"stopped": model, "was_loaded": loaded})
     elif not loaded:
-        emit(f"'{model}' was not loaded on this peer")
+        there = f"; in memory on {printable(', '.join(elsewhere))}, where `meshmax stop` frees it" if elsewhere else ""
+        emit(f"'{model}' was not loaded on this peer{there}")
+
+
+def _others_with(client: PeerClient, digest: str) -> list[str]:
+    """The peers that have a model in memory, this one left out."""
+    nodes = [node for node in client.get("/api/v1/nodes")["nodes"].values() if node["status"] in ("online", "draining")]
+    having = [
+        node
+        for node in nodes
+        if any(m["digest"] == digest and m["state"] == "loaded" for m in node.get("models") or ())
+    ]
+    return [node["name"] or node["id"] for node in having]
 
 
 def pull(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
@@ -51,24 +52,34 @@ def describe(route: dict[str, Any], now_s: float) -> str:
     lines = [f"request {printable(route['id'])}, {asked.lower()}", ""]
     lines += [printable(line) for line in route.get("story") or ()]
     if candidates := route.get("candidates"):
-        late = {attempt["peer_id"] for attempt in route.get("attempts") or () if attempt.get("error") == CANCELLED}
-        lines += ["", table(_HEADER, [_row(candidate, candidate["peer_id"] in late) for candidate in candidates])]
+        attempts = route.get("attempts") or ()
+        lines += ["", table(_HEADER, [_row(candidate, attempts) for candidate in candidates])]
     return "\n".join(lines)
 
 
-def _row(candidate: dict[str, Any], late: bool) -> tuple[str, ...]:
-    """``late``: it was asked, and another one was faster."""
+def _row(candidate: dict[str, Any], attempts: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     figures = candidate.get("figures") or {}
-    verdict = candidate.get("verdict", "")
     parts = [_time(figures.get(key)) for key in _PARTS]
     name = candidate.get("name") or candidate["peer_id"][-8:]
     return (
         name,
-        "asked, and slower" if late and verdict == "slower" else VERDICT_WORDS.get(verdict, verdict),
+        _verdict(candidate.get("verdict", ""), [a for a in attempts if a["peer_id"] == candidate["peer_id"]]),
         _time(candidate.get("estimate_ms")),
         *parts,
         candidate.get("why", ""),
     )
+
+
+def _verdict(verdict: Any, own: Sequence[dict[str, Any]]) -> str:
+    """The verdict with what came of it. ``own``: what the peer was asked."""
+    last = own[-1] if own else {}
+    if verdict == "slower" and last.get("kind") == "continuation" and last.get("tokens") and not last.get("error"):
+        return "carried it on"
+    if verdict == "slower" and last.get("error") == CANCELLED:
+        return "asked, and slower"
+    if verdict == "chosen" and last.get("tokens") and last.get("error") not in ("", None, CANCELLED):
+        return "began, broke off"
+    return VERDICT_WORDS.get(verdict, str(verdict))
 
 
 def _time(ms: float | None) -> str:

@@ -66,6 +66,11 @@ _ERROR_WORDS: Final[Mapping[str, str]] = {
     CANCELLED: "another peer was faster",
     "first_token_timeout": "it did not begin in time",
     "engine_crashed": "its engine crashed",
+    "engine": "its engine failed",
+    "engine_unavailable": "it could not run the model",
+    "capability_missing": "it cannot do that",
+    "deadline_exceeded": "the time was up",
+    "out_of_scope": "it does not let this peer ask",
     "model_not_found": "it does not have the model any more",
 }
 
@@ -174,7 +179,7 @@ def _tried(route: Route, number: int, names: Mapping[PeerId, str]) -> str:
     if attempt.error == CANCELLED and route.state == "cancelled" and route.first_token_s is None:
         words.append(f"it was stopped{ended}: the client went away")  # so that no other was faster
     elif attempt.error:
-        words.append(f"it was given up{ended}: {reason(attempt)}")
+        words.append(f"it was given up{ended}: {reason(attempt, who)}")
     elif ended:
         words.append(f"it {'was stopped' if route.state == 'cancelled' else 'ended'}{ended}")
     elif route.state == "running":
@@ -197,10 +202,14 @@ def _fetched(attempt: Attempt) -> str:
     return f"fetched the model first, which nobody who could answer had: {seconds(attempt.ended_s)}"
 
 
-def reason(attempt: Attempt) -> str:
-    """Why an attempt ended, in words, with what was said."""
+def reason(attempt: Attempt, who: str = "") -> str:
+    """Why an attempt ended, in words, with what was said. ``who``: what the peer is called, which need not be said again."""
     words = _ERROR_WORDS.get(attempt.error, attempt.error.replace("_", " "))
-    message = attempt.message.rstrip(".")
+    message = attempt.message.rstrip(".").removeprefix(f"{who}: ")
+    if who and message.startswith(f"{who} "):
+        message = "it " + message.removeprefix(f"{who} ")
+    if message.startswith(words):
+        return message
     return f"{words} ({message})" if message and message.lower() != words else words
 
 

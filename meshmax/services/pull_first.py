@@ -52,6 +52,7 @@ REST_S: Final = 600.0  # of a peer that did not fetch what it was to
 MAX_FAILED: Final = 1024  # of them
 EVENTS_AHEAD: Final = 64  # of an answer, before the client has read them
 
+UNDRAIN: Final = "`meshmax undrain` there takes one back"
 _FORBIDDEN: Final = " (the header X-Meshmax-Pull: false forbids fetching it first)"
 _SWITCHED_OFF: Final = " (fetching it first is switched off here: routing.pull)"
 
@@ -360,7 +361,7 @@ def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> Meshm
         return Draining(sentence) if plan.drained_here else NoProviders(sentence)
     if plan.drained:
         names = ", ".join(each.name or each.peer_id for each in plan.holders if each.verdict == "draining")
-        return Draining(f"every peer that could answer with model '{ask.name[:200]}' is being drained: {names[:200]}")
+        return Draining(f"every peer that could answer with model '{ask.name[:200]}' is being drained: {names[:200]}; {UNDRAIN}")
     return NoProviders(
         f"no peer that could answer has model '{ask.name[:200]}'{who_could(plan, ask.name[:200], size)}{off}"
     )

@@ -180,10 +180,13 @@ def test_stop_asks_by_the_name_that_was_given_and_says_if_there_was_nothing_to_s
     fake_peer.on("GET", "/api/v1/models/registry.ollama.ai/library/copy", {"digest": DIGEST})
     fake_peer.on("GET", "/api/ps", {"models": [tag("other:latest")] if loaded else []})
     fake_peer.on("POST", "/api/generate", {"done": True, "done_reason": "unload"})
+    there = {"name": "desk", "id": "d", "status": "online", "models": [{"digest": DIGEST, "state": "loaded"}]}
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": {"d": there, "gone": there | {"status": "offline"}}})
     assert main(["stop", "registry.ollama.ai/library/copy"]) == 0
     given = {"model": "registry.ollama.ai/library/copy", "keep_alive": 0, "stream": False}
     assert fake_peer.bodies("/api/generate") == [given]
-    said = "" if loaded else "'registry.ollama.ai/library/copy' was not loaded on this peer\n"
+    told = "'registry.ollama.ai/library/copy' was not loaded on this peer; in memory on desk, where `meshmax stop` frees it\n"
+    said = "" if loaded else told
     assert capsys.readouterr().out == said
 
 

@@ -103,6 +103,13 @@ def test_times_are_read_as_people_say_them(value: float | None, words: str) -> N
     assert seconds(value) == words
 
 
+def test_a_reason_does_not_name_the_peer_again() -> None:
+    gone = Attempt(A, "peer_gone", message="desk went away in the middle of its answer")
+    assert reason(gone, "desk") == "it went away in the middle of its answer"
+    crashed = Attempt(A, "engine_crashed", message="desk: the engine broke off")
+    assert reason(crashed, "desk") == "its engine crashed (the engine broke off)"
+
+
 def test_a_reason_that_says_the_same_twice_is_said_once() -> None:
     assert reason(Attempt(A, "quota_exceeded", message="quota exceeded.")) == "quota exceeded"
 

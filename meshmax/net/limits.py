@@ -26,6 +26,9 @@ RELAYED_STEP_BYTES: Final = (
 )  # the same two over a relay, which lets 128 KiB/s through: what is queued delays heartbeats,
 RELAYED_AHEAD_BYTES: Final = 32 * 1024  # so a quarter of a second of it is, and a step of every stream
 BRIEF_BYTES: Final = 4 * 1024  # heartbeats, prompts, tokens: they may queue where bulk has to wait
+READ_AHEAD_BYTES: Final = (
+    4096  # of a connection in one go: a dozen tokens; what is read ahead is worked off without a pause
+)
 MAX_BACKLOG_BYTES: Final = 48 << 20  # queued in all, a step of every stream included; beyond it the connection is cut
 LAST_WORDS_S: Final = 0.2  # for what is queued when a connection is closed
 CLOSE_TIMEOUT_S: Final = 10.0  # how long a closed stream waits for the peer's end; beyond it the stream is reset

@@ -60,6 +60,7 @@ class Wire:
         """``on_end`` is called once, when either side has ended the connection. ``address``: where it leads (a multiaddr)."""
         self._stream = stream
         self._on_end = on_end
+        self._incoming = bytearray()  # read ahead: the library asks for each frame in four pieces
         self._outgoing: list[bytes] = []
         self._backlog_bytes = 0
         self._queued, self._sent = trio.Event(), trio.Event()
@@ -129,15 +130,22 @@ class Wire:
             await self._sent.wait()
 
     async def read(self, n: int | None = None) -> bytes:
-        """1 to ``n`` bytes, b"" once the connection is over for whatever reason."""
-        if n == 0:
+        """1 to ``n`` bytes, b"" once the connection is over for whatever reason. What was read ahead takes no turn."""
+        if n == 0 or self.cut_off:
             return b""
-        max_bytes = n or 65536
+        if not self._incoming and not await self._receive(max(n or 65536, limits.READ_AHEAD_BYTES)):
+            return b""
+        data = bytes(self._incoming[:n])
+        del self._incoming[:n]
+        return data
+
+    async def _receive(self, max_bytes: int) -> bool:
+        """More of what the peer sends; False: the connection is over."""
         if self._allowance_bytes is not None:
             max_bytes = min(max_bytes, self._allowance_bytes)
             if max_bytes == 0:
                 self.cut()
-                return b""
+                return False
         try:
             data = await self._stream.receive_some(max_bytes)
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -147,7 +155,8 @@ class Wire:
             self.cut()
         elif self._allowance_bytes is not None:
             self._allowance_bytes -= len(data)
-        return data
+        self._incoming += data
+        return bool(data)
 
     async def close(self) -> None:
         """The library's word for `cut`; what is queued has a moment to go out first (a farewell, a refusal)."""

@@ -109,3 +109,26 @@ async def test_an_authenticated_peer_may_send_any_amount(autojump_clock: Any) ->
     while data := await wire.read(65536):
         received += len(data)
     assert received == 3 * limits.MAX_HANDSHAKE_BYTES
+
+
+async def test_what_came_in_one_piece_is_read_in_many_without_a_turn_of_the_event_loop(autojump_clock: Any) -> None:
+    near, far, _ = await pair(MemoryWires())
+    wire = Wire(near, lambda: None)
+    await far.send_all(b"12bytes and 4096 of them" + bytes(limits.READ_AHEAD_BYTES))
+    assert await wire.read(2) == b"12"
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        assert await wire.read(5) == b"bytes"
+        assert await wire.read(17) == b" and 4096 of them"
+        assert len(await wire.read(65536)) == limits.READ_AHEAD_BYTES - 24
+    assert not scope.cancelled_caught
+    assert await wire.read(65536) == bytes(24)
+
+
+async def test_nothing_is_read_from_a_wire_that_was_cut(autojump_clock: Any) -> None:
+    near, far, _ = await pair(MemoryWires())
+    wire = Wire(near, lambda: None)
+    await far.send_all(b"more than one asks for")
+    assert await wire.read(4) == b"more"
+    wire.cut()
+    assert await wire.read(4) == b""

@@ -293,6 +293,11 @@ class ResidencyCore:
         return tuple(resident.need for resident in self._ours())
 
     @property
+    def settled(self) -> bool:
+        """Whether none of them is on its way in or out: only then what the machine uses tells what others leave."""
+        return all(resident.phase is Phase.LOADED for resident in self._ours())
+
+    @property
     def running(self) -> int:
         """Asks that use a model now."""
         return len(self._bereft) + sum(len(resident.running) for resident in self._residents.values())

@@ -297,10 +297,11 @@ class Node:
 
     async def find_gpus(self) -> None:
         """Ask the engine for its GPUs and their figures of now; tells the mesh at once when there are others."""
+        moves = self.residency.moves
         before, self.gpus = self.gpus, await self.engine.devices()
         if [gpu.name for gpu in before] != [gpu.name for gpu in self.gpus]:
             self.presence.changed()  # memory and load go along with the next status
-        self.residency.look_at_memory()
+        self.residency.look_at_memory(moves)
 
     def memory(self) -> Reading:
         """What models may take memory of; an echo takes none, so that nothing is known of it."""

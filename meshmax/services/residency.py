@@ -4,7 +4,7 @@ Answers run in the task of whoever asked; leaving an answer frees its slot and s
 process has ended is seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx, num_gpu and
 num_thread count when it is the one that loads the model (of our own requests: services.infer_server takes them out of
 peers'); a model that is loaded already answers as it was loaded. How much memory there is was read when `look_at_memory` was
-called last: before each load on a CPU, and when the figures of the GPUs were read. Not here: the models themselves and their
+called last: before each load on a CPU, and when the figures of the GPUs were read, never in the middle of a load. Not here: the models themselves and their
 tasks (services.held_models), their speeds (services.model_speeds), what may run where, what is preloaded (services.preload).
 """
 
@@ -83,6 +83,7 @@ class ModelResidency:
         self._stopped: dict[Sha256, float] = {}  # when somebody wanted a model out of memory
         self._words = SlotWords(self._core.snapshot)
         self._asks = 0
+        self.moves = 0  # of models into memory and out of it
         self._closed = False
         self._changed, self._due_s = trio.Event(), -math.inf  # due: when the core is told of time
         self.look_at_memory()
@@ -167,6 +168,8 @@ class ModelResidency:
         if self._held.get(ask.digest) or self._queue.waiting(ask.digest) or self._brought.brings(ask.digest):
             return
         file = file_to_load(await self._model_file(ask.digest), ask.request)
+        if self._held.get(ask.digest) or self._queue.waiting(ask.digest):
+            return  # somebody was faster, and it is loaded as that one wants it
         self._core.on_need(ask.digest, self._memory.need(file))
         if not self._memory.is_of_gpus:
             self.look_at_memory()
@@ -258,9 +261,14 @@ class ModelResidency:
             load_s=speed.load_s,
         )
 
-    def look_at_memory(self) -> None:
-        """See how much there is for models now: call it when figures of the GPUs have been read. Cheap."""
-        self._do(self._core.on_room(self._memory.room(self._core.needs()), trio.current_time()))
+    def look_at_memory(self, moves: int | None = None) -> None:
+        """See how much there is for models now: call it when figures of the GPUs have been read. Cheap.
+
+        ``moves``: as it was before they were read. While a model is on its way in or out the figures tell neither what it
+        takes nor what others leave, so what was seen before counts on.
+        """
+        if self._core.settled and moves in (None, self.moves):
+            self._do(self._core.on_room(self._memory.room(self._core.needs()), trio.current_time()))
 
     def held(self) -> frozenset[Sha256]:
         """The models that are in memory, on their way there, or leaving it."""
@@ -298,7 +306,9 @@ class ModelResidency:
             if isinstance(action, LoadModel):
                 first = next(w.ask for w in self._waiters.values() if w.ask.digest == action.digest)
                 self._held.load(action.digest, first.request)
+                self.moves += 1
             elif isinstance(action, Unload):
+                self.moves += 1
                 self._held.leave(action.digest)
             elif isinstance(action, Start):
                 waiter = self._waiters[action.ask]

@@ -10,12 +10,13 @@ import trio.testing
 
 from meshmax.base.catalog import ModelFile
 from meshmax.base.config import EngineConfig
-from meshmax.base.errors import Draining, EngineUnavailable, ModelNotFound
+from meshmax.base.errors import Draining, EngineCrashed, EngineUnavailable, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import Ask, ChatRequest, Event, Finish, GenerateRequest, Message, Options
 from meshmax.base.status import Gpu
-from meshmax.core.memory import Reading
-from meshmax.engine.echo import EchoEngine
+from meshmax.base.units import MIB
+from meshmax.core.memory import Need, Reading
+from meshmax.engine.echo import EchoEngine, EchoModel
 from meshmax.ports import LoadedFacts
 from meshmax.services.drain import open_drain
 from meshmax.services.model_memory import ModelMemory
@@ -189,3 +190,162 @@ def test_what_was_measured_keeps_nothing_out_that_was_let_in() -> None:
     memory.on_loaded(file, LoadedFacts(200, 0, 64, "cpu", 1))
     assert memory.need(file).total == 100
     assert not memory.is_of_gpus
+
+
+# --- what happens in the middle of a load ----------------------------------------------------------------------------
+
+
+async def test_a_reading_in_the_middle_of_a_load_lets_no_second_one_exceed_the_budget(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    config = msgspec.structs.replace(CONFIG, memory="")
+    engine = EchoEngine(config, 2.0)
+    used = 500  # by other programs
+    sizes = {A: 400, B: 400}
+
+    async def file(digest: Sha256) -> ModelFile:
+        return msgspec.structs.replace(await model_file(digest), size=sizes[digest])
+
+    def read() -> Reading:  # a model that is loading is not seen yet
+        return Reading(0, 0, (Gpu("g", used + sum(400 for model in engine.models if model.alive), 1000),))
+
+    async with open_residency(engine, file, config, trio.current_time, memory=read) as residency:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer, residency, ask(A, "w " * 100))
+            await trio.sleep(1)
+            residency.look_at_memory()  # 500 used, and the 400 that A will take are not among them
+            nursery.start_soon(answer, residency, ask(B))
+            await trio.sleep(2.5)
+            assert loaded(residency) == {A}
+            assert len(engine.models) == 1
+            residency.look_at_memory()
+            await trio.sleep(0.1)
+            assert len(engine.models) == 1
+        assert loaded(residency) == {B}
+
+
+async def test_figures_that_were_read_before_a_model_moved_are_not_believed(autojump_clock: trio.abc.Clock) -> None:
+    reading = Reading(0, 0, (Gpu("g", 0, 260),))
+    async with residency_of(msgspec.structs.replace(CONFIG, memory=""), lambda: reading) as (residency, _):
+        moves = residency.moves
+        await answer(residency, ask(A))
+        reading = Reading(0, 0, (Gpu("g", 200, 260),))
+        residency.look_at_memory(moves)  # read when A was on its way
+        await answer(residency, ask(B))
+        assert loaded(residency) == {A, B}
+        residency.look_at_memory(residency.moves)
+        await trio.testing.wait_all_tasks_blocked()
+        assert loaded(residency) == {A, B}
+
+
+class Broken(EchoEngine):
+    """Its loads end badly in the middle, ``times`` times."""
+
+    def __init__(self, config: EngineConfig, times: int) -> None:
+        super().__init__(config, 2.0)
+        self.times = times
+
+    @asynccontextmanager
+    async def open_model(self, file: ModelFile) -> AsyncIterator[EchoModel]:
+        if self.times and file.digest == C:
+            self.times -= 1
+            await trio.sleep(1.0)
+            raise EngineCrashed
+        async with super().open_model(file) as model:
+            yield model
+
+
+async def test_an_engine_that_dies_while_it_loads_gives_its_memory_back_and_fails_who_waited(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    engine = Broken(CONFIG, 1)
+    async with open_residency(engine, model_file, CONFIG, trio.current_time) as residency:
+        await answer(residency, ask(B))
+        async with trio.open_nursery() as nursery:
+
+            async def fails() -> None:
+                with pytest.raises(EngineCrashed):
+                    await answer(residency, ask(C))
+
+            nursery.start_soon(fails)
+            nursery.start_soon(fails)
+            await trio.sleep(0.5)
+            nursery.start_soon(answer, residency, ask(A))  # has no room as long as C loads
+        assert residency.load() == msgspec.structs.replace(residency.load(), running=0, queued=0)
+        assert loaded(residency) == {A}
+        await answer(residency, ask(C))
+        assert loaded(residency) == {A, C}
+
+
+@pytest.mark.parametrize("after_s", [1.0, 5.0])
+async def test_a_model_whose_file_is_removed_while_it_loads_or_answers_goes_and_who_waits_hears_so(
+    after_s: float, autojump_clock: trio.abc.Clock
+) -> None:
+    removed = False
+
+    async def file(digest: Sha256) -> ModelFile:
+        if removed:
+            raise ModelNotFound
+        return await model_file(digest)
+
+    config = msgspec.structs.replace(CONFIG, parallel=1)
+    engine = EchoEngine(config, 2.0)
+    heard: list[str] = []
+    async with open_residency(engine, file, config, trio.current_time) as residency:
+
+        async def use() -> None:
+            try:
+                await answer(residency, ask(A, "w " * 50))
+                heard.append("answer")
+            except ModelNotFound:
+                heard.append("not found")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use)
+            await trio.sleep(0.1)
+            nursery.start_soon(use)
+            await trio.sleep(after_s)
+            removed = True
+            await residency.unload(A)  # as deleting its last name does
+        assert heard == (["answer", "not found"] if after_s > 2 else ["not found", "not found"])
+        assert loaded(residency) == set()
+        assert residency.held() == set()
+
+
+async def test_a_keep_alive_of_zero_unloads_when_nobody_waits_any_more(autojump_clock: trio.abc.Clock) -> None:
+    config = msgspec.structs.replace(CONFIG, parallel=1)
+    async with residency_of(config) as (residency, _):
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(answer, residency, msgspec.structs.replace(ask(A), keep_alive_s=0.0))
+        await trio.testing.wait_all_tasks_blocked()
+        assert residency.moves == 2  # in and out, once for all of them
+        assert loaded(residency) == set()
+
+
+async def test_of_two_who_come_at_once_the_load_is_counted_as_the_first_wants_it(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    config = msgspec.structs.replace(CONFIG, kind="llamacpp", memory="4GB", parallel=1)
+    engine = EchoEngine(config, 2.0)
+
+    async def file(digest: Sha256) -> ModelFile:
+        await trio.sleep(0.1)  # as a disk does, so that both are asked for at once
+        return msgspec.structs.replace(await model_file(digest), cache_bytes_per_token=100_000)
+
+    def with_context(digest: Sha256, tokens: int, text: str = "one") -> Ask:
+        request = ChatRequest((Message("user", text),), options=Options(num_ctx=tokens))
+        return Ask("r", digest, "m", request)
+
+    async with open_residency(engine, file, config, trio.current_time) as residency, trio.open_nursery() as nursery:
+        nursery.start_soon(answer, residency, with_context(C, 1000, "w " * 100))
+        await trio.sleep(3)
+        residency._core._residents[C].need = Need(0, 3_000_000_000)  # an echo takes nothing
+        for tokens in (20_000, 100):  # 2 GB and 10 MB of context: the first of them loads it, when C is gone
+            nursery.start_soon(answer, residency, with_context(A, tokens))
+            await trio.sleep(0.01)
+        await trio.sleep(1)
+        first = next(waiter.ask for waiter in residency._waiters.values() if waiter.ask.digest == A)
+        assert residency._core._needs[A].working_bytes > 100_000 * (first.request.options.num_ctx or 0)
+        assert residency._core._needs[A].working_bytes < 100_000 * (first.request.options.num_ctx or 0) + 300 * MIB
+        nursery.cancel_scope.cancel()

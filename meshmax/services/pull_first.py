@@ -195,6 +195,8 @@ class PullFirst:
         policy = wishes.policy or self._config.policy
         alone = policy == "local-only"
         if not plan.holders:
+            if entry.is_here:  # which our own status does not tell yet: there is nothing to fetch
+                raise error
             plan = _only_here(plan, entry, ask)
         elif plan.able and not alone:
             raise error

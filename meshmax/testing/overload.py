@@ -119,8 +119,9 @@ async def _run(loads: Sequence[Load], text: str, span_s: float, watched: Sequenc
     async with trio.open_nursery() as watching:
         watching.start_soon(_watch, watched, memory, cpu_s)
         async with trio.open_nursery() as nursery:
-            for load, into in zip(loads, replies, strict=True):
-                nursery.start_soon(_send, load, text, began_s + span_s, into.append, nursery)
+            for number, (load, into) in enumerate(zip(loads, replies, strict=True)):
+                first_s = began_s + number / len(loads) / load.per_s  # not all in one moment, again and again
+                nursery.start_soon(_send, load, text, first_s, began_s + span_s, into.append, nursery)
         watching.cancel_scope.cancel()
     return Outcome(replies, memory, cpu_s, began_s)
 
@@ -142,7 +143,9 @@ def _cpu_s(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
-async def _send(load: Load, text: str, until_s: float, take: Callable[[Reply], None], nursery: trio.Nursery) -> None:
+async def _send(
+    load: Load, text: str, due_s: float, until_s: float, take: Callable[[Reply], None], nursery: trio.Nursery
+) -> None:
     host = load.entry.api.removeprefix("http://")
     body = json.dumps({"model": MODEL, "prompt": text, "raw": True, "stream": True}).encode()
     head = (
@@ -150,7 +153,7 @@ async def _send(load: Load, text: str, until_s: float, take: Callable[[Reply], N
         f"X-Meshmax-Priority: {load.priority}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     name, _, port = host.rpartition(":")
-    due_s = trio.current_time()
+    await trio.sleep_until(due_s)
     while due_s < until_s:
         nursery.start_soon(_ask, (name, int(port)), head.encode() + body, take)
         due_s += 1 / load.per_s

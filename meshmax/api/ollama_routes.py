@@ -229,7 +229,7 @@ class OllamaFace:
         body = await read_words(request, ShowBody)
         if not body.given:
             raise InvalidRequest("model is required")
-        resolved = await self._prompts.find(body.given)
+        resolved = await self._prompts.find_to_show(body.given)
         try:
             described = await self._node.catalog.describe(body.given, bool(body.verbose))
         except (InvalidName, ModelNotFound):

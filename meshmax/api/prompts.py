@@ -30,6 +30,7 @@ from meshmax.base.errors import (
     InvalidRequest,
     MeshmaxError,
     ModelNotFound,
+    NotFetched,
     NotFound,
 )
 from meshmax.base.ids import PeerId
@@ -123,6 +124,16 @@ class Prompts:
         if isinstance(found, str):
             raise NotFound(nobody.message + (f"; {found}" if found else ""))
         return found
+
+    async def find_to_show(self, name: str) -> Resolved:
+        """As `find`. Raises NotFetched where a prompt would fetch it first."""
+        try:
+            return await self.find(name)
+        except NotFound as error:
+            nobody = error
+        if isinstance(await self.node.fetchable.find(name), str):
+            raise nobody
+        raise NotFetched(f"{nobody.message}; a prompt fetches it first")
 
     def _is_known(self, name: str) -> bool:
         try:

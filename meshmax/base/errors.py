@@ -214,6 +214,12 @@ class ModelNotFound(NotFound):
     retry = Retry.OTHER_PEER
 
 
+class NotFetched(NotFound):
+    """No peer has the whole model yet; a prompt fetches it first."""
+
+    code = "not_fetched"
+
+
 class NoProviders(NotFound):
     """No peer that can be reached has it."""
 

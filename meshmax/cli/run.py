@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
 
-from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NotFound
+from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NotFetched, NotFound
 from meshmax.base.inference import MAX_PROMPT_BYTES
 from meshmax.base.route import Policy
 from meshmax.base.units import parse_duration_s
@@ -95,6 +95,8 @@ def _question(prompt: tuple[str, ...]) -> str | None:
 def _capabilities(client: PeerClient, model: str) -> frozenset[str]:
     try:
         return frozenset(client.call("POST", "/api/show", {"model": model}).get("capabilities") or ())
+    except NotFetched:
+        return frozenset()  # the prompt brings it
     except NotFound as error:
         if not error.message.endswith("' not found"):
             raise  # it says already who has it, or had it

@@ -4,8 +4,9 @@ Answers run in the task of whoever asked; leaving an answer frees its slot and s
 process has ended is seen when its answers fail or at the next ask, which loads it anew. A request's num_ctx, num_gpu and
 num_thread count when it is the one that loads the model (of our own requests: services.infer_server takes them out of
 peers'); a model that is loaded already answers as it was loaded. How much memory there is was read when `look_at_memory` was
-called last: before each load on a CPU, and when the figures of the GPUs were read, never in the middle of a load. Not here: the models themselves and their
-tasks (services.held_models), their speeds (services.model_speeds), what may run where, what is preloaded (services.preload).
+called last: before each load on a CPU, and when the figures of the GPUs were read, never in the middle of a load. Not here: the
+models themselves and their tasks (services.held_models), their speeds (services.model_speeds), what may run where,
+what is preloaded (services.preload).
 """
 
 from __future__ import annotations

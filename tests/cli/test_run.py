@@ -176,3 +176,10 @@ def test_who_had_a_model_is_not_contradicted(peer: FakePeer, capsys: pytest.Capt
     peer.on("POST", "/api/show", {"error": said, "code": "not_found"}, 404)
     assert main(["run", "m", "hi"]) == 3
     assert capsys.readouterr().err == f"Error: {said}\n"
+
+
+def test_what_a_prompt_fetches_first_is_asked_for(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "model 'm' not found; a prompt fetches it first"
+    peer.on("POST", "/api/show", {"error": said, "code": "not_fetched"}, 404)
+    assert main(["run", "m", "hi"]) == 0
+    assert capsys.readouterr().err == ""

@@ -129,3 +129,13 @@ async def test_a_client_that_goes_away_ends_the_fetch(tmp_path: Path, autojump_c
         await until(lambda: [transfer.state for transfer in node.pulls.transfers()] == ["cancelled"])
         upstream.rate_bytes_per_s = float("inf")
         assert (await chat(node)).status_code == 200
+
+
+@pytest.mark.parametrize(("routing", "code"), [(ALLOWED, "not_fetched"), (RoutingConfig(), "not_found")])
+async def test_who_asks_what_such_a_model_is_hears_whether_a_prompt_fetches_it(
+    routing: RoutingConfig, code: str, tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_site(tmp_path) as site, node_with(site, registry(), routing) as node:
+        async with httpx.AsyncClient(transport=AsgiTransport(make_app(node)), base_url="http://localhost") as client:
+            reply = await client.post("/api/show", json={"model": "small"})
+        assert (reply.status_code, reply.json()["code"]) == (404, code)

@@ -32,7 +32,6 @@ from meshmax.core.memory_fit import device_of
 from meshmax.core.outstanding import Outstanding
 from meshmax.core.retrying import is_final
 from meshmax.core.told_wait import ToldWaits
-from meshmax.core.told_wait import ToldWaits
 from meshmax.ports import Presence, Residency, Swarm
 from meshmax.services.comebacks import Comebacks
 from meshmax.services.infer_client import Step, open_remote_answer
@@ -64,7 +63,6 @@ class Bench:
     ) -> None:
         self.measurements = measurements
         self.outstanding = Outstanding()
-        self.waits = ToldWaits()
         self.waits = ToldWaits()
         self.first_tokens = FirstTokens()
         self.peer_id = peer_id
@@ -134,6 +132,8 @@ class Trial:
         self._sequence = self._bench.sequence(self._peer)
         self._bench.outstanding.on_sent(self._peer, self._sequence)
         self._probe = self._bench.measurements.on_probe_sent(self._peer, self._ask.digest, self._sent_s)
+        if self._probe:
+            self._bench.on_news()
 
     async def run(self, feed: Feed) -> None:
         """Returns when the whole answer was passed on. Raises what the peer or the engine says."""
@@ -204,7 +204,6 @@ class Trial:
         if prompt_s > 0:
             queued_s = waited_s - (measured.rtt_s(self._peer) or 0.0) - load_s - prompt_s
             measured.on_wait(self._peer, queued_s, self._contender.load, now)
-            self._bench.waits.on_waited(self._peer, self._contender.told, queued_s)
             self._bench.waits.on_waited(self._peer, self._contender.told, queued_s)
         idle = model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds)
         if prompt_s > 0 or idle:
@@ -277,7 +276,6 @@ class Trial:
         if waited_s > first_tokens.late_s(self._peer, self._expected_s):
             loaded = model.state == "loaded"
             measured.on_no_word(self._peer, model.digest, self._device, waited_s, load, now, loaded=loaded)
-            self._bench.waits.on_waited(self._peer, self._contender.told, waited_s)
             self._bench.waits.on_waited(self._peer, self._contender.told, waited_s)
         if waited_s > self._expected_s:
             first_tokens.add(self._peer, self._expected_s, waited_s)

@@ -289,29 +289,38 @@ async def test_a_client_that_leaves_while_it_waits_leaves_nothing(autojump_clock
         assert not door.asked
 
 
-async def test_a_client_that_leaves_with_the_probe_leaves_it_to_another(autojump_clock: Clock) -> None:
+@pytest.mark.parametrize("returned", [True, False])
+async def test_a_client_that_leaves_with_the_probe_leaves_it_to_another(returned: bool, autojump_clock: Clock) -> None:
     async with open_site(2) as site:
-        door = holder(site)
-        fails(site)
+        holder(site)
+        fails(site, at_least_s=7.0 if returned else 0.0)
         site.network.freeze(site[1].peer_id)
-        took: list[float] = []
+        scopes: dict[str, trio.CancelScope] = {}
+        ends: list[float] = []
+
+        async def one(number: int) -> None:
+            with trio.CancelScope() as scope:
+                scopes[str(number)] = scope
+                request = msgspec.structs.replace(ask(), request_id=str(number))
+                async with site[0].router.open_answer(request) as answer:
+                    assert await text_of(answer.events) == WORDS
+                ends.append(trio.current_time())
+
         async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as first:
-                await trio.sleep(FIRST_BACKOFF_S)
-                nursery.start_soon(_until, first, site)
+            for number in range(5):
+                nursery.start_soon(one, number)
+            await trio.sleep(FIRST_BACKOFF_S + 0.1)
+            if returned:
+                site[0].router.measurements.breakers.on_returned(site[1].peer_id, trio.current_time())
+                site[0].router.on_news()
                 await trio.sleep(0.1)
-                nursery.start_soon(answered, site, took)
-                await trio.sleep(0.4)
-                assert len(site[0].router._shared.waiting) == 1
-            first.cancel()
+            (finder,) = [route.request_id for route in site[0].router.routes() if route.attempts]
+            assert len(site[0].router._shared.waiting) == 4
             site.network.thaw(site[1].peer_id)
-        assert took
-        assert len(door.asked) >= 1
-
-
-async def _until(scope: trio.CancelScope, site: Site) -> None:
-    with trio.move_on_after(0.5):
-        await answered(site)
+            scopes[finder].cancel()
+            left_s = trio.current_time()
+        assert len(ends) == 4
+        assert max(ends) <= left_s + 0.5
 
 
 async def test_a_stream_waits_for_a_busy_peer_where_nobody_else_can_go_on(autojump_clock: Clock) -> None:

@@ -26,14 +26,14 @@ MODEL: Final = f"overload-{os.getpid()}"  # another mesh on this machine may be 
 GENERATE: Final = "/api/generate"
 PRIORITIES: Final = ("interactive", "batch")
 _HEAD_BYTES: Final = 1 << 16
-_GIVE_UP_S: Final = 60.0  # for one prompt; the queues are shorter
+_GIVE_UP_S: Final = 300.0  # for one prompt; urgent ones wait for seconds, batch ones for the eighth that they have
 _WHY: Final = 200  # characters kept of a refusal
 
 
 class Reply(NamedTuple):
-    """Of one prompt. ``status`` 0: none came. ``first_s``: until its first byte. ``retry_after``: as it was sent.
+    """Of one prompt. ``status`` 0: none came. ``first_s``: until its first word, blanks not counted.
 
-    ``why``: what a reply says that is no answer.
+    ``retry_after``: as it was sent. ``why``: what a reply says that is no answer.
     """
 
     asked_s: float
@@ -175,7 +175,8 @@ async def _ask(address: tuple[str, int], request: bytes, take: Callable[[Reply],
             async with await trio.open_tcp_stream(*address) as stream:
                 await stream.send_all(request)
                 while not _is_over(head, tail) and (data := await stream.receive_some(_HEAD_BYTES)):
-                    first_s = first_s or trio.current_time() - asked_s
+                    if not first_s and b'{"' in data:
+                        first_s = trio.current_time() - asked_s
                     if len(head) < _HEAD_BYTES:
                         head += data
                     tail = (tail + data)[-2048:]

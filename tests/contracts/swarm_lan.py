@@ -16,6 +16,7 @@ from meshmax.testing.sim_network import SimNetwork
 
 class Lan(Protocol):
     dead: str  # an address at which nobody listens
+    patience: float  # by how much longer anything may take here than on an idle machine
 
     def open(
         self, seed: int, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS
@@ -39,6 +40,7 @@ async def _pair(wires: MemoryWires) -> tuple[ByteStream, ByteStream]:
 
 class MemoryLan:
     dead = "/memory/9999"
+    patience = 1.0
 
     def __init__(self) -> None:
         self.network = MemoryNetwork()
@@ -58,6 +60,7 @@ class MemoryLan:
 
 class SimLan:
     dead = "/ip4/10.0.0.250/tcp/1"
+    patience = 1.0
 
     def __init__(self) -> None:
         self.network = SimNetwork()
@@ -76,6 +79,7 @@ class SimLan:
 
 class LoopbackLan:
     dead = "/ip4/127.0.0.1/tcp/1"
+    patience = 20.0  # real time passes, on a machine that may be slow
 
     def open(
         self, seed: int, admission: Admission | None = None, max_guests: int = limits.MAX_GUESTS

@@ -225,7 +225,7 @@ async def test_a_cancelled_receive_loses_no_byte(lan: Lan, clock: Any) -> None:
 
 async def test_a_dial_wins_with_one_good_address_among_dead_ones(lan: Lan, clock: Any) -> None:
     async with lan.open(1) as a, lan.open(2) as b:
-        with trio.fail_after(2.0):
+        with trio.fail_after(2.0 * lan.patience):
             await a.dial(b.peer_id, [lan.dead, *b.addresses, lan.dead + "/p2p/" + b.peer_id])
         assert b.peer_id in a.connections()
 
@@ -234,7 +234,7 @@ async def test_a_later_address_is_not_tried_where_an_earlier_one_works_and_at_on
     lan: Lan, clock: Any
 ) -> None:
     async with lan.open(1) as a, lan.open(2) as b:
-        with trio.fail_after(5.0):
+        with trio.fail_after(5.0 * lan.patience):
             await a.dial(b.peer_id, [*b.addresses, lan.dead], delays_s=[*(0.0 for _ in b.addresses), 60.0])
             await a.disconnect(b.peer_id)
             await settled(a, connected=[])
@@ -250,7 +250,7 @@ async def test_a_failing_dial_reports_every_attempt_and_a_later_one_is_tried_aga
             with pytest.raises(ConnectError) as caught:
                 await a.dial(b.peer_id, [lan.dead])
             assert [attempt[0] for attempt in caught.value.attempts] == [lan.dead]
-        with trio.fail_after(2.0):
+        with trio.fail_after(2.0 * lan.patience):
             await a.dial(b.peer_id, b.addresses)
         assert b.peer_id in a.connections()
 
@@ -328,7 +328,7 @@ async def test_disconnecting_frees_a_writer_that_nobody_reads_from(lan: Lan, clo
             assert not freed.is_set()
             await a.disconnect(b.peer_id)
             assert b.peer_id not in a.connections()
-            with trio.fail_after(1.0):
+            with trio.fail_after(1.0 * lan.patience):
                 await freed.wait()
         await a.disconnect(b.peer_id)
 
@@ -404,7 +404,7 @@ async def test_the_other_side_sees_at_once_that_a_swarm_closed(lan: Lan, clock: 
             stream = await a.open_stream(b.peer_id, ECHO)
             await stream.send_all(b"x")
             assert await stream.receive_some(1) == b"x"
-        with trio.fail_after(1.0):
+        with trio.fail_after(1.0 * lan.patience):
             with pytest.raises(PeerGone):
                 await stream.receive_some(1)
             assert [(await events.receive()).kind for _ in range(2)] == ["connected", "disconnected"]

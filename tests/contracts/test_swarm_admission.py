@@ -73,7 +73,7 @@ async def refusal(swarm: Swarm, peer_id: PeerId, protocol: str) -> MeshmaxError:
 async def test_who_is_admitted_is_connected_when_dial_returns(lan: Lan, clock: Any) -> None:
     async with lan.open(1, Word("x")) as a, lan.open(2, Word("x")) as b, b.subscribe() as events:
         b.serve(ECHO, echo)
-        with trio.fail_after(5):
+        with trio.fail_after(5 * lan.patience):
             await a.dial(b.peer_id, b.addresses)
             assert set(a.connections()) == {b.peer_id}
             assert await say(a, b.peer_id, ECHO) == b"hello"
@@ -85,7 +85,7 @@ async def test_who_is_refused_is_told_why_at_both_ends_and_nobody_else_hears_of_
     lan: Lan, clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with lan.open(1, Word("x")) as a, lan.open(2, Word("y")) as b, b.subscribe() as events:
-        with trio.fail_after(5):
+        with trio.fail_after(5 * lan.patience):
             with pytest.raises(NotAMember, match="another mesh"):
                 await a.dial(b.peer_id, b.addresses)
             assert not a.connections()
@@ -105,7 +105,7 @@ async def test_streams_wait_for_the_admission(lan: Lan, clock: Any) -> None:
 
     async with lan.open(1, Word("x", slow_s=0.5)) as a, lan.open(2, Word("x")) as b, trio.open_nursery() as nursery:
         a.serve(ECHO, beat)
-        with trio.fail_after(5):
+        with trio.fail_after(5 * lan.patience):
             nursery.start_soon(a.dial, b.peer_id, b.addresses)
             await settled(b, connected=[a.peer_id])  # the acceptor knows first
             assert not a.connections()
@@ -117,7 +117,7 @@ async def test_a_guest_may_use_what_is_served_to_anyone_and_nothing_else(lan: La
     async with lan.open(1, Word("x")) as a, lan.open(2, Word("y")) as b, b.subscribe() as events:
         b.serve(ECHO, echo)
         b.serve(OPEN, echo, to="anyone")
-        with trio.fail_after(20):
+        with trio.fail_after(20 * lan.patience):
             await a.dial(b.peer_id, b.addresses, guest=True)
             await a.dial(b.peer_id, b.addresses, guest=True)
             assert await say(a, b.peer_id, OPEN) == b"hello"
@@ -135,7 +135,7 @@ async def test_a_guest_may_use_what_is_served_to_anyone_and_nothing_else(lan: La
 async def test_a_guest_can_become_a_member(lan: Lan, clock: Any) -> None:
     async with lan.open(1, Word("x")) as a, lan.open(2, Word("x")) as b:
         b.serve(ECHO, echo)
-        with trio.fail_after(20):
+        with trio.fail_after(20 * lan.patience):
             await a.dial(b.peer_id, b.addresses, guest=True)
             await a.dial(b.peer_id, b.addresses)
             assert await say(a, b.peer_id, ECHO) == b"hello"
@@ -146,7 +146,7 @@ async def test_a_member_that_lacks_a_scope_reads_which(lan: Lan, clock: Any) -> 
     async with lan.open(1, Word("x")) as a, lan.open(2, Word("x", forbidden=ECHO)) as b:
         b.serve(ECHO, echo)
         b.serve(OPEN, echo)
-        with trio.fail_after(5):
+        with trio.fail_after(5 * lan.patience):
             await a.dial(b.peer_id, b.addresses)
             error = await refusal(a, b.peer_id, ECHO)
             assert isinstance(error, OutOfScope)
@@ -156,7 +156,7 @@ async def test_a_member_that_lacks_a_scope_reads_which(lan: Lan, clock: Any) -> 
 
 async def test_who_does_not_speak_of_meshes_is_not_admitted(lan: Lan, clock: Any) -> None:
     async with lan.open(1, Word("x")) as a, lan.open(2) as b:
-        with trio.fail_after(10):
+        with trio.fail_after(10 * lan.patience):
             with pytest.raises(NotAMember, match="which mesh"):
                 await a.dial(b.peer_id, b.addresses)
             assert not a.connections()
@@ -170,12 +170,12 @@ async def test_who_does_not_speak_of_meshes_is_not_admitted(lan: Lan, clock: Any
 
 async def test_an_admission_that_is_not_answered_ends(lan: Lan, clock: Any) -> None:
     async with lan.open(1, Word("x")) as a, lan.open(2, Mute()) as b:
-        with trio.fail_after(2 * limits.ADMISSION_TIMEOUT_S):
+        with trio.fail_after(2 * limits.ADMISSION_TIMEOUT_S * lan.patience):
             with pytest.raises(ConnectError, match="within 5 s"):
                 await a.dial(b.peer_id, b.addresses)
         assert not a.connections()
         await trio.sleep(0.5)
-        with trio.fail_after(2 * limits.ADMISSION_TIMEOUT_S):
+        with trio.fail_after(2 * limits.ADMISSION_TIMEOUT_S * lan.patience):
             with pytest.raises(ConnectError):
                 await b.dial(a.peer_id, a.addresses)
         assert not b.connections()
@@ -192,14 +192,14 @@ async def test_a_dial_can_be_cancelled_at_any_moment(lan: Lan, clock: Any) -> No
                 assert not a.connections()
             await a.disconnect(b.peer_id)
             await settled(b, connected=[])
-        with trio.fail_after(5):
+        with trio.fail_after(5 * lan.patience):
             await a.dial(b.peer_id, b.addresses)
             assert await say(a, b.peer_id, ECHO) == b"hello"
 
 
 async def test_members_may_open_member_again_for_whoever_serves_it(lan: Lan, clock: Any) -> None:
     async with lan.open(1, Word("x")) as a, lan.open(2, Word("x")) as b:
-        with trio.fail_after(10):
+        with trio.fail_after(10 * lan.patience):
             await a.dial(b.peer_id, b.addresses)
             with pytest.raises(PeerGone):
                 await say(a, b.peer_id, MEMBER)
@@ -242,7 +242,7 @@ async def test_a_guest_that_we_use_is_not_idle_and_can_be_reached_back_at_once(l
     async with lan.open(1, Word("mesh")) as host, lan.open(2) as guest:
         host.serve(OPEN, echo, to="anyone")
         guest.serve(ECHO, echo)
-        with trio.fail_after(10 * limits.GUEST_IDLE_S):
+        with trio.fail_after(10 * limits.GUEST_IDLE_S * lan.patience):
             await guest.dial(host.peer_id, host.addresses, guest=True)
             asked = await guest.open_stream(host.peer_id, OPEN)
             await asked.send_all(b"x")

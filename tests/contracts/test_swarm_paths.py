@@ -134,7 +134,7 @@ async def test_who_is_not_admitted_is_told_why_at_both_ends_of_an_adopted_stream
             with pytest.raises(NotAMember, match="another mesh"):
                 await b.adopt(following, a.peer_id, "in", "relay", RELAYED)
 
-        with trio.fail_after(10):
+        with trio.fail_after(10 * lan.patience):
             nursery.start_soon(follow)
             with pytest.raises(NotAMember, match="another mesh"):
                 await a.adopt(leading, b.peer_id, "out", "relay", RELAYED)
@@ -154,7 +154,7 @@ async def test_a_guest_may_come_over_an_adopted_stream_where_it_is_expected(lan:
         async def follow() -> None:
             await b.adopt(following, a.peer_id, "in", "relay", RELAYED, guest=True)
 
-        with trio.fail_after(20):
+        with trio.fail_after(20 * lan.patience):
             nursery.start_soon(follow)
             await a.adopt(leading, b.peer_id, "out", "relay", RELAYED, guest=True)
             assert await say(a, b.peer_id, OPEN) == b"hello"
@@ -170,7 +170,7 @@ async def test_who_does_not_ask_to_be_admitted_over_an_adopted_stream_is_cut(lan
             with pytest.raises(ConnectError, match="did not ask"):
                 await b.adopt(following, a.peer_id, "in", "relay", RELAYED)
 
-        with trio.fail_after(2 * limits.ADMISSION_TIMEOUT_S):
+        with trio.fail_after(2 * limits.ADMISSION_TIMEOUT_S * lan.patience):
             nursery.start_soon(follow)
             await a.adopt(leading, b.peer_id, "out", "relay", RELAYED)
             await settled(a, connected=[])
@@ -187,7 +187,7 @@ async def test_a_peer_that_stalls_in_the_handshake_is_given_up_by_the_callers_de
             with trio.move_on_after(0.3) as scope:
                 await a.adopt(ours, b.peer_id, direction, "punched-tcp", PUNCHED)
             assert scope.cancelled_caught
-            with trio.fail_after(1):
+            with trio.fail_after(1 * lan.patience):
                 assert await is_over(theirs)
         await trio.sleep(0.5)
         assert trio.lowlevel.current_statistics().tasks_living == before
@@ -248,7 +248,7 @@ async def test_garbage_on_an_adopted_stream_is_an_error(lan: Lan, clock: Any) ->
             await theirs.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 20)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(is_over, theirs)
-                with trio.fail_after(10), pytest.raises(ConnectError):
+                with trio.fail_after(10 * lan.patience), pytest.raises(ConnectError):
                     await a.adopt(ours, b.peer_id, direction, "relay", RELAYED)
         assert not a.connections()
 

@@ -43,12 +43,12 @@ class Point:
         assert self.process.poll() is None, self.log.read_text()[-2000:]
         if not (self.home / "run.json").exists():
             return {}
-        return dict(httpx.get(self.api + "/health", timeout=5, trust_env=False).json())
+        return dict(httpx.get(self.api + "/health", timeout=60, trust_env=False).json())
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def environment(**settings: str) -> dict[str, str]:

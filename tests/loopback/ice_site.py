@@ -12,7 +12,7 @@ from meshmax.net.addresses import running_addresses
 from meshmax.net.ice import IceChannels, IceStream, open_channels
 from meshmax.ports import ChannelEnd
 
-PROMPTLY_S = 10.0  # on two busy cores; the first time aiortc is imported
+PROMPTLY_S = 60.0  # on busy cores; the first time aiortc is imported
 
 
 @asynccontextmanager

@@ -86,6 +86,6 @@ def test_a_mirror_rule_brings_what_the_other_site_adds(tmp_path: Path) -> None:
         def names() -> bool:
             return [model["name"] for model in site_b.get("/api/v1/have")["models"]] == ["small:latest"]
 
-        until("the mirrored model is here", names, 30.0)
+        until("the mirrored model is here", names, 60)
         (transfer,) = site_b.get("/api/v1/transfers")["transfers"]
         assert (transfer["model"], transfer["state"]) == ("small:latest", "done")

@@ -25,7 +25,7 @@ from meshmax.testing.process import PeerProcess, peers, small_model, spawn, star
 pytestmark = pytest.mark.loopback
 
 END_WITHIN_S = 2.0
-SLACK_S = 1.0  # the machine may be busy with other tests
+SLACK_S = 10.0  # the machine may be slow, and busy with other tests; what goes wrong takes longer
 HELP_WITHIN_S = 0.3
 
 
@@ -39,7 +39,7 @@ def refused(home: Path, *flags: str, **settings: str) -> tuple[int, str]:
     """The exit code and the last line of a peer that must not start."""
     peer = start_peer(home, *flags, wait=False, spawned_by=spawn, **settings)
     try:
-        return peer.process.wait(30), peer.tail(1)
+        return peer.process.wait(60), peer.tail(1)
     finally:
         peer.stop()
 
@@ -66,7 +66,7 @@ def test_the_banner_says_where_the_peer_is(peer: PeerProcess) -> None:
 def test_a_signal_ends_a_peer_in_order_within_two_seconds(peer: PeerProcess, number: int) -> None:
     began_s = time.monotonic()
     peer.process.send_signal(number)
-    assert peer.process.wait(10) == 0, peer.tail()
+    assert peer.process.wait(60) == 0, peer.tail()
     assert time.monotonic() - began_s < END_WITHIN_S + SLACK_S
     assert "Traceback" not in peer.log.read_text()
     assert not (peer.home / "run.json").exists()
@@ -80,7 +80,7 @@ def test_a_signal_while_starting_ends_a_peer_without_a_traceback(tmp_path: Path)
             lambda: peer.home.exists() and psutil.Process(peer.process.pid).cpu_times().user > 0.3,
         )
         peer.process.terminate()
-        assert peer.process.wait(10) == 0, peer.tail()
+        assert peer.process.wait(60) == 0, peer.tail()
         assert "Traceback" not in peer.log.read_text()
     finally:
         peer.stop()
@@ -89,7 +89,7 @@ def test_a_signal_while_starting_ends_a_peer_without_a_traceback(tmp_path: Path)
 def test_a_second_peer_on_the_same_home_is_refused_by_name_and_the_first_lives_on(peer: PeerProcess) -> None:
     second = subprocess.run(
         [sys.executable, "-m", "meshmax.cli.main", "peer", "--home", str(peer.home), "--api", "127.0.0.1:0", "--no-lan"],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert second.returncode == 2
     assert f"(pid {peer.process.pid}) is running on {peer.home}" in second.stderr
@@ -144,7 +144,7 @@ def test_a_home_that_cannot_be_made_is_an_error_that_says_what_to_do(tmp_path: P
     (tmp_path / "file").write_text("in the way")
     done = subprocess.run(
         [sys.executable, "-m", "meshmax.cli.main", "peer", "--home", str(tmp_path / "file" / "home"), "--no-lan"],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert "cannot be used" in done.stderr
@@ -181,7 +181,7 @@ def test_a_killed_peer_leaves_no_process_behind_and_its_home_opens_again(tmp_pat
         children = psutil.Process(peer.process.pid).children(recursive=True)
         assert children, "the engine runs in a process of its own"
         peer.kill()
-        gone, alive = psutil.wait_procs(children, timeout=10)
+        gone, alive = psutil.wait_procs(children, timeout=60)
         assert not alive, [process.cmdline() for process in alive]
         assert len(gone) == len(children)
     with peers(tmp_path, "one", lan="false") as (again,):
@@ -202,9 +202,9 @@ def test_a_peer_that_is_answering_ends_when_its_time_is_over_and_so_does_its_eng
             began_s = time.monotonic()
             peer.process.terminate()
             assert "shutting down" in list(lines)[-1]
-        assert peer.process.wait(10) == 0, peer.tail()
+        assert peer.process.wait(60) == 0, peer.tail()
         assert DRAIN_S < time.monotonic() - began_s < DRAIN_S + END_WITHIN_S + SLACK_S
-        assert psutil.wait_procs(engine, timeout=1)[1] == []
+        assert psutil.wait_procs(engine, timeout=30)[1] == []
         assert "Traceback" not in peer.log.read_text()
 
 

@@ -41,7 +41,7 @@ def test_two_peers_that_see_each_other_are_well(tmp_path: Path) -> None:
             code, diagnosis = doctor(peer)
             assert codes(diagnosis) == set()
             assert (code == 0) == diagnosis["well"]
-            assert diagnosis["took_s"] < 10
+            assert diagnosis["took_s"] < 30
             told = {each["name"]: each for each in diagnosis["facts"]["peer"]["looked_back"]}[other]
             assert "mdns" in {seen["rung"] for seen in told["ours"]}
             assert "mdns" in {seen["rung"] for seen in told["theirs"]}
@@ -85,7 +85,7 @@ def test_a_peer_of_another_mesh_is_named_as_such(tmp_path: Path) -> None:
             found = [each for each in diagnosis["findings"] if each["code"] == "other_mesh"]
             return found[0] if found else None
 
-        finding = until("a is told of b's mesh", told, 30)
+        finding = until("a is told of b's mesh", told, 60)
         assert finding is not None
         assert b.peer_id[-8:] in finding["sentence"]
 

@@ -82,7 +82,7 @@ async def test_a_stalled_reader_stalls_its_stream_alone() -> None:
             await trio.sleep(0.5)
             stream = await a.open_stream(b.peer_id, ECHO)
             await stream.send_all(b"still here")
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 assert await stream.receive_some(100) == b"still here"
             nursery.cancel_scope.cancel()
         await stalled.reset()
@@ -108,7 +108,7 @@ async def test_a_closed_connection_ends_at_the_other_side_at_once() -> None:
         b.serve(ECHO, echo, to="anyone")
         stream = await a.open_stream(b.peer_id, ECHO)
         await b.disconnect(a.peer_id)
-        with trio.fail_after(5), pytest.raises(PeerGone):
+        with trio.fail_after(60), pytest.raises(PeerGone):
             await stream.receive_some(1)
         assert b.peer_id not in a.connections()
 
@@ -120,7 +120,7 @@ async def test_a_peer_that_is_gone_without_a_word_is_noticed(monkeypatch: pytest
         stream = await a.open_stream(b.peer_id, ECHO)
         for protocol in other._channel._parts.connection._protocols:
             protocol.datagram_received = lambda _data, _addr: None  # type: ignore[assignment]
-        with trio.fail_after(15), pytest.raises(PeerGone):
+        with trio.fail_after(60), pytest.raises(PeerGone):
             await stream.receive_some(1)
 
 
@@ -139,7 +139,7 @@ async def test_whoever_proves_another_peer_id_is_refused_over_a_channel_too() ->
                 await adopt(b, other, a, "in")
 
         nursery.start_soon(inward)
-        with trio.fail_after(15), pytest.raises(ConnectError):
+        with trio.fail_after(60), pytest.raises(ConnectError):
             await a.adopt(one, expected, "out", "punched-udp", "/ip4/192.0.2.1/udp/1")
         assert not a.connections()
 

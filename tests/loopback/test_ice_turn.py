@@ -63,4 +63,4 @@ async def test_a_turn_server_that_is_none_offers_nothing_and_holds_nobody_up(kin
             begun_s = trio.current_time()
             async with channels.open_channel([], [TurnServer(url, USER, password)]) as one:
                 assert decode(await one.offer()).candidates == ()
-            assert trio.current_time() - begun_s < GATHER_TURN_S + 1
+            assert trio.current_time() - begun_s < GATHER_TURN_S + 10

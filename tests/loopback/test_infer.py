@@ -58,7 +58,7 @@ async def test_a_remote_answer_is_whole_and_its_first_token_little_later_than_th
                 assert first.text + await text_of(events) == WORDS
         added_s = median(remote) - median(local)
         print(f"added to the first token: {added_s * 1000:.1f} ms")
-        assert added_s < 0.25  # the aim is far lower; a test machine shares its cores
+        assert added_s < 1.0  # the aim is far lower; a test machine shares its cores
 
 
 async def test_a_request_of_many_parts_arrives_whole() -> None:

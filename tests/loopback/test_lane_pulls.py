@@ -37,6 +37,7 @@ pytestmark = pytest.mark.loopback
 
 DATA = random.Random(5).randbytes(48 * CHUNK_BYTES + 1000)
 MAP = chunk_map_of_bytes(DATA)
+PROMPTLY_S = 20.0  # for what takes milliseconds on an idle machine
 T = TypeVar("T")
 
 
@@ -171,7 +172,7 @@ async def test_where_the_lane_port_is_closed_the_control_connection_brings_the_b
         async with b.fetching(a) as (fetch, file):
             began_s = trio.current_time()
             await fetch.run()
-            assert trio.current_time() - began_s < 10
+            assert trio.current_time() - began_s < 60
             assert a.sent() == 0
             assert await whole(b, file)
 
@@ -211,7 +212,7 @@ async def test_a_cancelled_fetch_leaves_no_thread_and_keeps_what_came(tmp_path: 
                 assert lane_threads() == 4
                 began_s = trio.current_time()
                 nursery.cancel_scope.cancel()
-            assert trio.current_time() - began_s < 1
+            assert trio.current_time() - began_s < PROMPTLY_S
             assert fetch.lanes(a.swarm.peer_id) == 0
         assert file.haves.total >= 8
         await until(lambda: lane_threads() == 0)
@@ -287,7 +288,7 @@ def lanes_seen(peer: PeerProcess) -> int:
 
 
 async def until(there: Callable[[], bool]) -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         while True:
             if there():
                 return

@@ -199,7 +199,7 @@ async def test_wants_beyond_the_bound_or_twice_at_once_are_our_mistake() -> None
 async def test_a_lane_whose_frame_numbers_are_used_up_ends_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lane_frames, "MAX_FRAMES", 4)  # a Welcome, two chunks, an End
     async with site() as here:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with here.running() as (lane, _):
                 lane.want(DIGEST, [1, 2, 3])
     assert [event.index for event in here.events] == [1, 2]

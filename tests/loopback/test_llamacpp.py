@@ -74,11 +74,15 @@ async def idle(model: LlamaCppModel, within_s: float) -> None:
             await trio.sleep(0.02)
 
 
-async def test_leaving_an_answer_frees_its_slot_within_a_second(model: LlamaCppModel) -> None:
+async def test_leaving_an_answer_frees_its_slot_long_before_its_end(model: LlamaCppModel) -> None:
     async with model.answer(LONG) as events:
         await anext(events)
         assert await model.busy_slots() == 1
-    await idle(model, 1.0)
+        began_s = trio.current_time()
+        for _ in range(10):
+            await anext(events)
+        token_s = (trio.current_time() - began_s) / 10
+    await idle(model, max(1.0, 300 * token_s))  # a third of what the rest would take on this machine
 
 
 async def test_cancelling_while_the_prompt_is_read_frees_the_slot(model: LlamaCppModel) -> None:
@@ -86,7 +90,7 @@ async def test_cancelling_while_the_prompt_is_read_frees_the_slot(model: LlamaCp
     with trio.move_on_after(0.3) as scope:
         await answer(model, prompt)
     assert scope.cancelled_caught
-    await idle(model, 20.0)  # llama.cpp reads the batch that it is at (512 tokens) to its end
+    await idle(model, 120.0)  # llama.cpp reads the batch that it is at (512 tokens) to its end
 
 
 async def test_unloading_ends_the_process(tmp_path: Path) -> None:
@@ -204,7 +208,7 @@ def test_killing_the_node_with_kill_9_leaves_no_orphan(tmp_path: Path) -> None:
         engine = psutil.Process(int(parent.stdout.readline()))
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        gone, _ = psutil.wait_procs([engine], timeout=5)
+        gone, _ = psutil.wait_procs([engine], timeout=60)
     assert gone
 
 

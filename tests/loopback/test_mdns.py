@@ -21,6 +21,7 @@ from meshmax.ports import Sighting
 from meshmax.testing.memory_swarm import SeededSigner
 
 pytestmark = pytest.mark.loopback
+WITHIN_S = 30.0  # generous: it is a matter of a second or two, but the machine may be slow
 LOOPBACK = Interface("lo", 1, ("127.0.0.1",))
 
 
@@ -48,13 +49,13 @@ async def wait_for(source: trio.MemoryReceiveChannel[Sighting], peer_id: PeerId,
         return sighting
 
 
-async def test_two_peers_on_one_machine_see_each_other_within_two_seconds() -> None:
+async def test_two_peers_on_one_machine_see_each_other() -> None:
     one, two = fresh_peer(), fresh_peer()
     async with announcer(one) as by_one, announcer(two) as by_two:
-        sighting = await wait_for(by_one, two, 2.0)
+        sighting = await wait_for(by_one, two, WITHIN_S)
         assert sighting.addresses == (f"/ip4/127.0.0.1/tcp/4001/p2p/{two}",)
         assert sighting.source == "mdns"
-        await wait_for(by_two, one, 2.0)
+        await wait_for(by_two, one, WITHIN_S)
 
 
 async def test_a_newcomer_sees_an_announcer_that_was_there_before() -> None:
@@ -62,7 +63,7 @@ async def test_a_newcomer_sees_an_announcer_that_was_there_before() -> None:
     async with announcer(one):
         await trio.sleep(1.5)
         async with announcer(two) as by_two:
-            await wait_for(by_two, one, 1.5)
+            await wait_for(by_two, one, WITHIN_S)
 
 
 async def test_an_announcer_with_ptr_and_txt_only_is_seen() -> None:
@@ -82,7 +83,7 @@ async def test_an_announcer_with_ptr_and_txt_only_is_seen() -> None:
             outgoing.add_answer_at_time(DNSText(name, 16, 1 | 0x8000, 120, txt), 0)
             await trio.sleep(0.5)
             zeroconf.zeroconf.async_send(outgoing)
-            sighting = await wait_for(by_one, other, 2.0)
+            sighting = await wait_for(by_one, other, WITHIN_S)
             assert len(sighting.addresses) == 2
         finally:
             with trio.CancelScope(deadline=trio.current_time() + 1.0, shield=True):
@@ -113,10 +114,10 @@ async def test_interfaces_that_come_and_go_are_followed(monkeypatch: pytest.Monk
         assert "no interface is up" in mdns.problem
         for _ in range(2):
             up.append(LOOPBACK)
-            await wait_for(sightings, two, 3.0)
-            await wait_for(by_two, one, 3.0)
+            await wait_for(sightings, two, WITHIN_S)
+            await wait_for(by_two, one, WITHIN_S)
             up.clear()
-            with trio.fail_after(5.0):
+            with trio.fail_after(60):
                 while "no interface is up" not in mdns.problem:  # noqa: ASYNC110  it looks from outside
                     await trio.sleep(0.05)
             with suppress(trio.WouldBlock):
@@ -139,7 +140,7 @@ async def test_where_only_ipv6_fails_ipv4_is_used(monkeypatch: pytest.MonkeyPatc
     )
     async with announcer(two), trio.open_nursery() as nursery:
         nursery.start_soon(mdns.run, sink)
-        await wait_for(sightings, two, 3.0)
+        await wait_for(sightings, two, WITHIN_S)
         nursery.cancel_scope.cancel()
     gc.collect()  # it is this test's warning, no later one's
 
@@ -162,7 +163,7 @@ async def test_a_question_that_the_system_refuses_is_a_problem_until_it_goes_out
     mdns = Mdns(one, lambda: (f"/ip4/127.0.0.1/tcp/4001/p2p/{one}",), ["127.0.0.1"])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(mdns.run, sink)
-        with trio.fail_after(5.0):
+        with trio.fail_after(60):
             while not mdns.problem.startswith("lo"):  # noqa: ASYNC110  it looks from outside
                 await trio.sleep(0.05)
             refuses.clear()

@@ -102,7 +102,7 @@ async def test_models_share_a_budget_and_are_mapped_from_the_store(tmp_path: Pat
         assert used_bytes(tmp_path) - before < 4 << 20  # its logs
         async with trio.open_nursery() as nursery:
             nursery.start_soon(say, residency, C)
-            with trio.fail_after(10):
+            with trio.fail_after(60):
                 while A in residency.held():
                     await changes.receive()
             assert not psutil.pid_exists(first)

@@ -74,11 +74,13 @@ def docker_registry(folder: Path) -> Iterator[str]:
         process = subprocess.Popen([program, "serve", str(config)], stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
-        until("docker-registry answers", lambda: httpx.get(f"{url}/v2/", timeout=5, trust_env=False).status_code == 200)
+        until(
+            "docker-registry answers", lambda: httpx.get(f"{url}/v2/", timeout=60, trust_env=False).status_code == 200
+        )
         yield url
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 @pytest.fixture(params=["meshmax", "docker-registry"])
@@ -202,7 +204,7 @@ def test_a_name_that_is_nowhere_fails_soon_and_says_who_was_asked(tmp_path: Path
         with one(tmp_path, offline="false", upstreams=url) as peer:
             began = time.monotonic()
             failed = peer.run("pull", "nothing", check=False)
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 60
     assert failed.returncode == 3
     assert "pull model manifest: file does not exist" in failed.stderr
     assert url.removeprefix("http://") in failed.stderr
@@ -247,7 +249,7 @@ def test_a_registry_that_goes_away_and_comes_back_is_taken_up(tmp_path: Path) ->
         assert started["models"] == {}
     try:
         with registry.serving():
-            reply = httpx.post(f"{peer.api}/api/v1/models/big/download", json={}, timeout=30, trust_env=False)
+            reply = httpx.post(f"{peer.api}/api/v1/models/big/download", json={}, timeout=60, trust_env=False)
             assert reply.status_code == 202, reply.text
             until("some of it came", lambda: registry.sent > 8 << 20)
         time.sleep(2)
@@ -354,7 +356,7 @@ def test_a_client_that_reads_slowly_costs_the_others_nothing(tmp_path: Path, cli
             assert idle.status_code == 200
             began = time.monotonic()
             assert client.blob("library/wide", digest) == BIG_GGUF
-            assert time.monotonic() - began < 20
+            assert time.monotonic() - began < 60
 
 
 def test_a_body_that_cannot_be_sent_to_its_end_is_broken_off(tmp_path: Path, client_of: ClientOf) -> None:

@@ -91,7 +91,7 @@ async def find(swarm: LibrarySwarm, signer: SeededSigner, server: LibrarySwarm, 
 
 
 async def test_two_swarms_find_each_other_at_a_third() -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with (
             open_swarm(SIGNERS[0].private_bytes, LOOPBACK) as server,
             open_swarm(SIGNERS[1].private_bytes, LOOPBACK) as first,
@@ -131,7 +131,7 @@ async def ask(swarm: LibrarySwarm, peer_id: Any, message: Message, *, answered: 
 async def test_our_messages_are_served_by_another_implementation() -> None:
     from libp2p.discovery.rendezvous import RendezvousService
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with foreign_host(9) as host, open_swarm(SIGNERS[1].private_bytes, LOOPBACK) as swarm:
             service = RendezvousService(host)
             peer_id = SeededSigner(9).peer_id
@@ -151,7 +151,7 @@ async def test_our_messages_are_served_by_another_implementation() -> None:
 async def test_a_node_that_takes_no_signed_records_is_told_of_as_a_problem() -> None:
     from libp2p.discovery.rendezvous import RendezvousService
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with foreign_host(9) as host, open_swarm(SIGNERS[1].private_bytes, LOOPBACK) as swarm:
             RendezvousService(host)
             at = (SeededSigner(9).peer_id, (str(host.get_addrs()[0]).partition("/p2p/")[0],))
@@ -177,7 +177,7 @@ async def test_another_implementation_registers_discovers_and_leaves_at_our_serv
     from libp2p.peer.peerinfo import info_from_p2p_addr
     from multiaddr import Multiaddr
 
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with (
             open_swarm(SIGNERS[0].private_bytes, LOOPBACK) as server,
             open_rendezvous_server(server) as serving,

@@ -51,7 +51,7 @@ async def test_an_address_that_cannot_be_bound_is_a_configuration_error() -> Non
 async def test_who_is_not_allowed_gets_no_byte_and_is_not_dialled() -> None:
     async with open_swarm(KEYS[0], [("127.0.0.1", 0)], allow=lambda ip: False) as a:
         stream = await trio.open_tcp_stream("127.0.0.1", port_of(a))
-        with trio.fail_after(2):
+        with trio.fail_after(60):
             with suppress(trio.BrokenResourceError):
                 assert await stream.receive_some(100) == b""
         await stream.aclose()
@@ -67,7 +67,7 @@ async def test_only_noise_is_spoken(security: bytes) -> None:
         for line in (b"/multistream/1.0.0", security):
             await stream.send_all(bytes([len(line) + 1]) + line + b"\n")
         answer = b""
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             while len(answer) < 24:
                 part = await stream.receive_some(100)
                 assert part
@@ -152,7 +152,7 @@ async def test_a_dial_costs_no_artificial_delay() -> None:
 
 def test_importing_the_swarm_does_not_import_the_library() -> None:
     code = "import sys, meshmax.net.swarm, meshmax.net.mdns; sys.exit('libp2p' in sys.modules or 'zeroconf' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_the_library_writes_nothing_to_the_terminal() -> None:

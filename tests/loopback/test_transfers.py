@@ -52,7 +52,7 @@ def test_a_download_goes_on_after_kill_9_and_fetches_only_what_is_missing(tmp_pa
         b.kill()
         again = start_peer(b.home)
         try:
-            until("it goes on", lambda: state_is(again, transfer_id, "running", "done"), 30)
+            until("it goes on", lambda: state_is(again, transfer_id, "running", "done"), 60)
             until("it is done", lambda: state_is(again, transfer_id, "done"), 60)
             assert has_locally(again, BIG)
             last = shown(again, transfer_id)
@@ -77,7 +77,7 @@ def test_a_download_waits_while_its_only_source_is_away_and_can_be_paused_and_ca
         assert state_is(b, transfer_id, "paused")
         a.kill()
         b.run("transfers", "resume", transfer_id)
-        until("it waits", lambda: state_is(b, transfer_id, "waiting"), 30)
+        until("it waits", lambda: state_is(b, transfer_id, "waiting"), 60)
         assert "no peer that can be reached" in b.run("transfers").stdout
         again = start_peer(a.home)
         try:
@@ -120,10 +120,10 @@ def test_a_full_disk_halts_a_download_which_goes_on_when_there_is_room(tmp_path:
             meet(a, b)
             until("it is listed", partial(lists, b, BIG))
             transfer_id = detach(b, BIG)
-            until("it waits", lambda: state_is(b, transfer_id, "waiting"), 30)
+            until("it waits", lambda: state_is(b, transfer_id, "waiting"), 60)
             assert "free" in shown(b, transfer_id)["reason"] or "full" in shown(b, transfer_id)["reason"]
             ballast.unlink()
-            until("it is done", lambda: state_is(b, transfer_id, "done"), 30)
+            until("it is done", lambda: state_is(b, transfer_id, "done"), 60)
             assert has_locally(b, BIG)
         finally:
             b.stop()

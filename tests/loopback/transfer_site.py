@@ -41,7 +41,7 @@ class Mesh:
         self.peers: dict[str, PeerProcess] = {}
         self.ids: dict[str, PeerId] = {}
         self._ports = dict(zip(names, free_ports(len(names)), strict=True))
-        self._http = httpx.Client(timeout=30, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+        self._http = httpx.Client(timeout=60, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         for name in names:
             (folder / name).mkdir(exist_ok=True)
             self.ids[name] = load_identity(folder / name).peer_id
@@ -143,7 +143,7 @@ class Mesh:
     def state(self, name: str) -> str:
         return str(self.transfer(name).get("state", ""))
 
-    def until_done(self, name: str, deadline_s: float = 30.0) -> dict[str, Any]:
+    def until_done(self, name: str, deadline_s: float = 60.0) -> dict[str, Any]:
         """The transfer when it is done."""
 
         def ended() -> bool:
@@ -154,7 +154,7 @@ class Mesh:
         assert last["state"] == "done", last
         return last
 
-    def until_share(self, name: str, share: float, deadline_s: float = 20.0) -> dict[str, Any]:
+    def until_share(self, name: str, share: float, deadline_s: float = 60.0) -> dict[str, Any]:
         """The transfer when at least this share of it is there."""
 
         def there() -> dict[str, Any]:
@@ -246,7 +246,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def calm(read: Any, still_s: float = LOOK_INTERVAL_S + 0.3, deadline_s: float = 10.0) -> Any:
+def calm(read: Any, still_s: float = LOOK_INTERVAL_S + 0.3, deadline_s: float = 60.0) -> Any:
     """What ``read()`` gives once it has not changed for ``still_s``; transfers are told anew each LOOK_INTERVAL_S."""
     give_up, value, since_s = time.monotonic() + deadline_s, read(), time.monotonic()
     while time.monotonic() - since_s < still_s:

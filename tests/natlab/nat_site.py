@@ -105,7 +105,7 @@ class NatSite(Site):
         """How it is connected to the other one; '' where it is not."""
         return str(self.node(name, other).get("path", ""))
 
-    def until_path(self, name: str, other: str, *paths: str, within_s: float = 20.0) -> str:
+    def until_path(self, name: str, other: str, *paths: str, within_s: float = 60.0) -> str:
         """Until its path to the other one is one of these; which."""
 
         def taken() -> str:

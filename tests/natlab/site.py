@@ -88,7 +88,7 @@ class Site:
         log = home / "peer.log"
         process = self._spawn(host, ["bootstrap", *flags], {**env, "MESHMAX_LOG_LEVEL": "debug"}, log)
         self.points[host.name] = PeerProcess(process, home, log)
-        until("the bootstrap node is up", (home / "run.json").exists, 30.0)
+        until("the bootstrap node is up", (home / "run.json").exists, 90.0)
         return self.address(host.name, ip, *ports[:1])
 
     def stop_bootstrap(self, host: Host) -> None:
@@ -97,7 +97,7 @@ class Site:
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
-    def call(self, name: str, method: str, path: str, body: Any = None, timeout_s: float = 10.0) -> httpx.Response:
+    def call(self, name: str, method: str, path: str, body: Any = None, timeout_s: float = 30.0) -> httpx.Response:
         """What its API answers. Raises httpx.HTTPStatusError unless 2xx."""
         client = self._clients.get(name)
         if client is None:
@@ -130,18 +130,18 @@ class Site:
         self.call(first, "POST", "/api/v1/mesh", {"name": f"of-{first}"})
         for other in others:
             made = self.call(first, "POST", "/api/v1/mesh/tickets", {"scopes": ["infer", "pull"], "uses": 1}).json()
-            self.call(other, "POST", "/api/v1/mesh/join", {"ticket": made["ticket"]}, timeout_s=30.0)
+            self.call(other, "POST", "/api/v1/mesh/join", {"ticket": made["ticket"]}, timeout_s=60.0)
 
     def where(self, name: str, other: str) -> str:
         """The address at which it is connected to the other one; '' where it is not."""
         node = self.get(name, "/api/v1/nodes")["nodes"].get(self.ids[other], {})
         return str(node.get("address", "")) if node.get("status") == "online" else ""
 
-    def until_met(self, *names: str, within_s: float = 20.0) -> float:
+    def until_met(self, *names: str, within_s: float = 60.0) -> float:
         """Until all see all others; how many seconds the last pair took."""
         return max(self.until_pairs(*names, within_s=within_s).values())
 
-    def until_pairs(self, *names: str, within_s: float = 20.0) -> dict[tuple[str, str], float]:
+    def until_pairs(self, *names: str, within_s: float = 60.0) -> dict[tuple[str, str], float]:
         """Until all see all others; after how many seconds each of them saw each other one."""
         names = names or tuple(self.peers)
         began_s, seen = time.monotonic(), dict[tuple[str, str], float]()
@@ -161,7 +161,7 @@ class Site:
                 seen[pair] = time.monotonic() - began_s
         return wanted == seen.keys()
 
-    def until_parted(self, *names: str, within_s: float = 20.0) -> None:
+    def until_parted(self, *names: str, within_s: float = 60.0) -> None:
         """Until none of them sees another one."""
         for name in names:
             others = {self.ids[other] for other in names if other != name}
@@ -174,7 +174,7 @@ class Site:
         """What it has logged."""
         return self.peers[name].log.read_text(errors="replace")
 
-    def until_log(self, name: str, text: str, within_s: float = 10.0, after: int = 0) -> int:
+    def until_log(self, name: str, text: str, within_s: float = 60.0, after: int = 0) -> int:
         """Until its log says ``text`` beyond the first ``after`` characters; where."""
         return until(f"{name} logs '{text}'", partial(self._found, name, text, after), within_s)
 

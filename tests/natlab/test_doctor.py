@@ -16,7 +16,7 @@ pytestmark = pytest.mark.natlab
 
 def findings(site: Site, name: str) -> dict[str, Any]:
     """What a visit finds, by its code; that all is well must mean that nothing is wrong."""
-    diagnosis = site.call(name, "GET", "/api/v1/doctor", timeout_s=30.0).json()
+    diagnosis = site.call(name, "GET", "/api/v1/doctor", timeout_s=60.0).json()
     found = {finding["code"]: finding for finding in diagnosis["findings"]}
     assert diagnosis["well"] == all(finding["severity"] == "ok" for finding in found.values())
     return found

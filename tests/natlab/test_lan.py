@@ -17,7 +17,7 @@ NAMES = ("one", "two", "three", "four", "five")
 def test_five_peers_on_one_lan_see_each_other(lab: Lab, site: Site) -> None:
     _, hosts = lab.lan(*NAMES)
     site.start(*hosts)
-    pairs = site.until_pairs(*NAMES, within_s=10.0)
+    pairs = site.until_pairs(*NAMES, within_s=60.0)
     print(f"pairs: median {median(pairs):.2f} s, last {max(pairs.values()):.2f} s after the last API was up")
 
 
@@ -30,7 +30,7 @@ def test_five_peers_meet_again_after_the_lan_was_gone(lab: Lab, site: Site, fail
     site.until_parted(*NAMES)
     time.sleep(2.0)
     getattr(switch, mend)()
-    pairs = site.until_pairs(*NAMES, within_s=30.0)
+    pairs = site.until_pairs(*NAMES, within_s=60.0)
     print(f"pairs: median {median(pairs):.2f} s, last {max(pairs.values()):.2f} s after the network's return")
 
 
@@ -47,11 +47,11 @@ def test_where_multicast_is_blocked_a_peer_finds_its_old_neighbours_by_itself(la
     switch, (one, two, three) = lab.lan("one", "two", "three")
     site.start(one, two, three)
     site.until_met()
-    until("neighbours are written down", (site.folder / "three" / "peers.json").exists, 20.0)
+    until("neighbours are written down", (site.folder / "three" / "peers.json").exists, 60.0)
     site.stop("three")
     switch.block_multicast()
     site.start(three)
-    site.until_met("one", "two", "three", within_s=10.0)
+    site.until_met("one", "two", "three", within_s=60.0)
 
 
 def test_a_peer_whose_interface_comes_later_is_found(lab: Lab, site: Site) -> None:
@@ -69,7 +69,7 @@ def test_a_peer_that_changes_its_address_is_found_again(lab: Lab, site: Site) ->
     moves.address("del", "10.77.0.2/24")
     moves.address("add", "10.77.0.222/24")
     began_s = time.monotonic()
-    until("its new address is used", lambda: "10.77.0.222" in site.where("stays", "moves"), 20.0)
+    until("its new address is used", lambda: "10.77.0.222" in site.where("stays", "moves"), 60.0)
     site.until_met("stays", "moves")
     print(f"met at the new address {time.monotonic() - began_s:.2f} s after it changed")
 
@@ -124,6 +124,6 @@ def test_three_meshes_on_one_lan_stay_apart(lab: Lab, site: Site) -> None:
     for mesh in (("ann", "bob"), ("cyd", "dan")):
         site.until_met(*mesh)
     groups = {"ann": {"bob"}, "bob": {"ann"}, "cyd": {"dan"}, "dan": {"cyd"}, "eve": set[str]()}
-    until("each sees its own mesh alone", lambda: {name: site.names(name) for name in groups} == groups, 20.0)
+    until("each sees its own mesh alone", lambda: {name: site.names(name) for name in groups} == groups, 60.0)
     time.sleep(3.0)  # they go on hearing each other by mDNS
     assert {name: site.names(name) for name in groups} == groups

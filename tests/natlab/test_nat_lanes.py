@@ -54,7 +54,7 @@ class Side:
         targets = [candidate for candidate in await self.hear() if candidate.kind == "srflx"]
         sink, source = trio.open_memory_channel[ByteStream](math.inf)
         nursery.start_soon(port.run, targets, sink)
-        with trio.fail_after(5):
+        with trio.fail_after(60):
             return await source.receive()
 
 

@@ -28,7 +28,7 @@ def test_a_mapped_peer_is_reached_from_behind_any_nat_and_gives_its_ports_back(s
     router = site.routers[0].host
     with open_igd(router, site.folder, natpmp=by == "nat-pmp"):
         left, right = site.pair("sym", "sym")  # neither can be punched through
-        until("three ports are forwarded", lambda: len(forwarded(router)) == 3, 15)
+        until("three ports are forwarded", lambda: len(forwarded(router)) == 3, 60.0)
         where = until(
             "others reached it so",
             lambda: (known := site.get(left, "/api/v1/status")["reachability"])["state"] == "mapped" and known,
@@ -36,7 +36,7 @@ def test_a_mapped_peer_is_reached_from_behind_any_nat_and_gives_its_ports_back(s
         )
         assert {each["by"] for each in where["mappings"]} == {by}
         assert {each["protocol"] for each in where["mappings"]} == {"tcp", "udp"}
-        site.until_path(right, left, "direct", "mapped", within_s=30)
+        site.until_path(right, left, "direct", "mapped", within_s=60.0)
         site.stop(left, right)
         assert forwarded(router) == set()
 
@@ -50,7 +50,7 @@ def test_two_peers_behind_one_router_have_different_ports_outside(site: NatSite)
         second.ip("route add default via 10.10.0.1")
         site.found_mesh("second")
         site.start(second)
-        until("six ports are forwarded", lambda: len(forwarded(router)) == 6, 15)
+        until("six ports are forwarded", lambda: len(forwarded(router)) == 6, 60.0)
         outside = [
             each["external"]
             for name in (left, "second")
@@ -62,5 +62,5 @@ def test_two_peers_behind_one_router_have_different_ports_outside(site: NatSite)
 
 def test_where_no_router_maps_nothing_waits_for_it(site: NatSite) -> None:
     left, right = site.pair("full", "public")
-    site.until_path(right, left, "punched-tcp", "punched-udp", "direct", within_s=20)
+    site.until_path(right, left, "punched-tcp", "punched-udp", "direct", within_s=60.0)
     assert site.get(left, "/api/v1/status")["reachability"]["mappings"] == []

@@ -47,7 +47,7 @@ def known(site: NatSite, name: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_each_kind_of_nat_is_told(site: NatSite, pair: tuple[Place, Place]) -> None:
     for name, place in zip(site.pair(*pair), pair, strict=True):
-        until(f"{name} knows where it stands", lambda name=name: known(site, name)[0] != "unknown", 20)  # type: ignore[misc]
+        until(f"{name} knows where it stands", lambda name=name: known(site, name)[0] != "unknown", 60.0)  # type: ignore[misc]
         assert known(site, name) == KNOWN[place], site.get(name, "/api/v1/status")["reachability"]
 
 
@@ -59,14 +59,14 @@ def external(site: NatSite, name: str) -> list[str]:
 def test_another_address_of_the_router_and_another_network_are_noticed(site: NatSite) -> None:
     one, two = site.pair("port", "addr")
     site.until_path(one, two, "direct", "punched-tcp", "punched-udp")
-    until(f"{one} knows its address", lambda: external(site, one) == [site.routers[0].ip], 45)
+    until(f"{one} knows its address", lambda: external(site, one) == [site.routers[0].ip], 60.0)
     began_s = time.monotonic()
     site.routers[0].rebind(11)
-    until(f"{one} knows its new address", lambda: external(site, one) == [site.routers[0].ip], 60)
+    until(f"{one} knows its new address", lambda: external(site, one) == [site.routers[0].ip], 90.0)
     print(f"another address of the router was known after {time.monotonic() - began_s:.1f} s")
     other = site.internet.router("other", 30, "sym")
     other.take(site.hosts[one])
     began_s = time.monotonic()
-    until(f"{one} knows where it is", lambda: external(site, one) == [other.ip], 60)
-    until(f"{one} knows what this NAT does", lambda: known(site, one) == KNOWN["sym"], 45)
+    until(f"{one} knows where it is", lambda: external(site, one) == [other.ip], 90.0)
+    until(f"{one} knows what this NAT does", lambda: known(site, one) == KNOWN["sym"], 60.0)
     print(f"another network was known after {time.monotonic() - began_s:.1f} s")

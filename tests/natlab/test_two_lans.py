@@ -36,12 +36,12 @@ def join_lans(lab: Lab) -> tuple[list[Switch], list[Host], Host]:
 def move_model(site: Site, folder: Path, giver: str, taker: str, name: str) -> None:
     """The taker pulls a model that the giver has just got."""
     path, digest = random_model(folder, 8)
-    site.call(giver, "POST", "/api/v1/models/add", {"name": name, "path": str(path)}, timeout_s=30.0)
+    site.call(giver, "POST", "/api/v1/models/add", {"name": name, "path": str(path)}, timeout_s=60.0)
 
     def listed() -> bool:
         return any(model["name"] == f"{name}:latest" for model in site.get(taker, "/api/tags")["models"])
 
-    until(f"{taker} hears of {name}", listed, 30.0)
+    until(f"{taker} hears of {name}", listed, 60.0)
     reply = site.call(taker, "POST", "/api/pull", {"model": name, "stream": False}, timeout_s=60.0)
     assert reply.json()["status"] == "success"
     assert (site.folder / taker / "models" / "blobs" / f"sha256-{digest}").exists()
@@ -63,7 +63,7 @@ def test_two_lans_meet_at_a_bootstrap_node_and_outlive_it(
         for name in NAMES:  # who joined by a ticket knows an address: that is not how they shall meet
             (site.folder / name / "peers.json").unlink(missing_ok=True)
         site.start(*members)
-    print(f"met {site.until_met(*NAMES, within_s=40.0):.2f} s after the last API was up")
+    print(f"met {site.until_met(*NAMES, within_s=60.0):.2f} s after the last API was up")
     assert site.online("cyd") == {site.ids["ann"], site.ids["bob"]}  # a bootstrap node is no member
     move_model(site, tmp_path, "ann", "cyd", "first")
 
@@ -71,7 +71,7 @@ def test_two_lans_meet_at_a_bootstrap_node_and_outlive_it(
     move_model(site, tmp_path, "bob", "cyd", "second")
     site.stop("cyd")
     site.start(members[-1])
-    print(f"met again without it {site.until_met(*NAMES, within_s=40.0):.2f} s after a restart")
+    print(f"met again without it {site.until_met(*NAMES, within_s=60.0):.2f} s after a restart")
     move_model(site, tmp_path, "cyd", "ann", "third")
 
 
@@ -89,7 +89,7 @@ def test_a_peer_behind_a_nat_meets_one_that_is_not_in_a_private_mesh_alone(lab: 
     site.start(behind, office)
     if mesh == "private":
         site.make_private("office", "behind")
-        site.until_met("behind", "office", within_s=40.0)
+        site.until_met("behind", "office", within_s=60.0)
     else:
         time.sleep(3.0)  # the open mesh lives on private addresses alone
         assert not site.sees("behind", "office")

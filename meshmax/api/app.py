@@ -30,6 +30,7 @@ from meshmax.api.openai_routes import OpenAiFace
 from meshmax.api.prompts import Prompts
 from meshmax.api.registry_routes import RegistryFace
 from meshmax.api.registry_uploads import UploadFace
+from meshmax.api.replies import PROMPT_PATHS
 from meshmax.api.sweep_routes import SweepFace
 from meshmax.api.table import ANY_VERB, closed_route
 from meshmax.api.transfer_routes import TransferFace
@@ -82,6 +83,7 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),
     ]
+    routes.sort(key=lambda route: route.path not in PROMPT_PATHS)  # they are looked through in turn
     policy = Policy(
         loopback=loopback,
         hostname=socket.gethostname(),

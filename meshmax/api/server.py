@@ -241,7 +241,8 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
         except OSError:
             pass
         finally:
-            await self._close()
+            with trio.CancelScope(deadline=trio.current_time() + GRACE_S, shield=True):
+                await self._close()
 
     async def _read_data(self) -> None:
         http = self.protocol.protocol

@@ -40,6 +40,10 @@ def bounded_yamux() -> Any:
 
         allowed_bytes = limits.MAX_GUEST_BUFFER_BYTES  # unread, of all streams; more once the peer is a member
 
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            self.streams_lock = _FreeLock()  # taken once for each frame that comes
+
         async def _write_frame(self, data: bytes) -> None:
             # From the cipher's number to the wire's queue nothing waits, so frames cannot overtake each other.
             if _is_bare_syn(data):
@@ -64,6 +68,22 @@ def bounded_yamux() -> Any:
             return int(super()._sweep_stale_streams(now))
 
     return BoundedYamux
+
+
+class _FreeLock:
+    """A lock that takes no turn of the event loop where nobody holds it; of trio's the part that the library uses."""
+
+    def __init__(self) -> None:
+        self._lock = trio.Lock()
+
+    async def __aenter__(self) -> None:
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _is_bare_syn(frame: bytes) -> bool:

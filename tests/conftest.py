@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 from trio.abc import Clock
 
 from meshmax.telemetry import log
 
-# A slow machine must not fail a test, so there are no deadlines; CI tries the same examples each time. A failing example is
-# made small but not explained: that traces every line, so that a property of a long run seems to hang for minutes.
+# A slow machine must not fail a test, so there are no deadlines; CI and scripts/test try the same examples each time. A failing
+# example is made small but not explained: that traces every line, so that a property of a long run seems to hang for minutes.
 PHASES = tuple(phase for phase in Phase if phase is not Phase.explain)
-settings.register_profile("local", deadline=None, max_examples=60, phases=PHASES)
-settings.register_profile("ci", deadline=None, max_examples=60, phases=PHASES, derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "local")
+QUIET = [HealthCheck.too_slow]  # which is measured in real time
+settings.register_profile("local", deadline=None, max_examples=60, phases=PHASES, suppress_health_check=QUIET)
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") or os.environ.get("TESTS_SAME_EXAMPLES") else "local")
 
 
 def pytest_configure() -> None:

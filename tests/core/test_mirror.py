@@ -133,6 +133,6 @@ def test_more_rules_than_a_person_writes_are_a_configuration_error() -> None:
 
 def test_a_pattern_of_nothing_but_stars_is_quick() -> None:
     plan = MirrorPlan([MirrorRule("*" * 199 + "x", "site-b")])
-    began = time.perf_counter()
+    began = time.process_time()
     assert names(plan, [peer("a" * 80 + ":" + "a" * 80)]) == []
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 5.0  # else it takes years

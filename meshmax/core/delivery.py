@@ -193,7 +193,7 @@ class Delivery:
 
     def on_news(self, now: float) -> list[Action]:
         """Who may be asked is not what it was: to call where the request `waits`."""
-        return self._next(now) if self.waits else []
+        return self._next(self._patience.on_news(now)) if self.waits else []
 
     def close(self, now: float) -> None:
         """The client is served or gone; attempts under way are ended."""

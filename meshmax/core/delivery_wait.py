@@ -57,6 +57,12 @@ class Patience:
         if isinstance(error, Busy) and choice.ours:
             self._own_busy_s = now + error.retry_after_s
 
+    def on_news(self, now: float) -> float:
+        """Who may be asked is not what it was: those asked in vain are left alone no longer than they rest. Returns ``now``."""
+        if self._again_s is not None:
+            self._again_s = min(self._again_s, now)
+        return now
+
     def on_progress(self) -> None:
         """The client got something new."""
         self._stuck_s = self._again_s = None

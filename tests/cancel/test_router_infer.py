@@ -9,6 +9,7 @@ import trio.testing
 
 from meshmax.base.errors import MeshmaxError
 from meshmax.base.inference import EmbedRequest, GenerateRequest
+from meshmax.core.breaker import MAX_BACKOFF_S
 from meshmax.services.infer_client import open_remote_answer
 from tests.services.infer_site import WORDS, Site, ask, open_site
 
@@ -104,7 +105,7 @@ async def test_a_request_cancelled_at_any_moment_of_going_on_elsewhere_leaves_no
             with trio.move_on_after(steps * STEP_S) as scope:
                 await moving(site)
             cut = scope.cancelled_caught
-            await trio.sleep(20)  # longer than breakers keep a peer out
+            await trio.sleep(MAX_BACKOFF_S + 1)  # longer than breakers keep a peer out
             produced = [node.produced for node in site.nodes]
             await trio.sleep(2)
             assert [node.produced for node in site.nodes] == produced

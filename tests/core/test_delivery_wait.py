@@ -175,7 +175,7 @@ phases = st.lists(st.builds(Phase, states, st.floats(0.01, 20.0)), max_size=5)
 arrivals = st.lists(st.floats(0.0, 30.0), min_size=1, max_size=12)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(
     drawn=st.lists(st.tuples(phases, states), min_size=1, max_size=3),
     ours=st.booleans(),
@@ -203,7 +203,7 @@ def test_nobody_is_asked_who_rests_one_alone_finds_out_and_every_request_ends_in
     assert not mesh.asks
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(
     before=st.lists(st.builds(Phase, st.sampled_from(["sound", "down"]), st.floats(0.01, 3.0)), max_size=3),
     away_s=st.floats(0.01, PATIENCE_S),

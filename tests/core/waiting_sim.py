@@ -17,7 +17,7 @@ from meshmax.base.errors import Busy, EngineUnavailable, MeshmaxError, PeerGone
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Delta, Event, Finish, GenerateRequest, RoutedEvent
 from meshmax.base.status import PeerState
-from meshmax.core.breaker import CLOSED, PROBE_S, Breakers
+from meshmax.core.breaker import MAX_BACKOFF_S, OWN_BACKOFF_S, PROBE_S, Breakers
 from meshmax.core.contender import Contender
 from meshmax.core.delivery import Delivery
 from meshmax.core.delivery_words import Action, Cancel, Choice, Done, Fail, Give, Start
@@ -44,7 +44,10 @@ class Holder:
         self.id, self.ours = PeerId(name), ours
         self.gaps, self.frames = Gaps(), frame_gaps()
         ends = itertools.accumulate(phase.for_s for phase in phases)
-        self.states = [(end_s, phase.state) for end_s, phase in zip(ends, phases, strict=True)]
+        self.states = [(end_s, self._possible(phase.state)) for end_s, phase in zip(ends, phases, strict=True)]
+
+    def _possible(self, state: State) -> State:
+        return "broken" if self.ours and state in ("down", "offline") else state  # we are there
 
     def state(self, now: float) -> State:
         return next(state for end_s, state in self.states if now < end_s)
@@ -182,7 +185,7 @@ class Mesh:
         self.news()
 
     def contender(self, holder: Holder) -> Contender:
-        standing = CLOSED if holder.ours else self.breakers.standing(holder.id, MODEL, self.now)
+        standing = self.breakers.standing(holder.id, MODEL, self.now)
         state = holder.state(self.now)
         there: PeerState = "offline" if state == "offline" else "self" if holder.ours else "online"
         load = {"running": 4, "queued": 8, "limit": 8} if state == "full" else {}
@@ -192,8 +195,8 @@ class Mesh:
 
     def ask(self, client: Client, start: Start) -> None:
         holder = self.holders[start.choice.peer]
-        if not holder.ours:
-            assert kept_out(self.contender(holder)) is None, "it may not be asked now"
+        kept = kept_out(self.contender(holder))
+        assert kept is None or (holder.ours and kept[0] == "full"), "it may not be asked now"
         probe = self.breakers.on_probe_sent(holder.id, MODEL, self.now)
         out = [a for a in self.asks.values() if a.holder is holder and a.finds_out and self.now < a.sent_s + PROBE_S]
         assert not (probe and out), "two find out"
@@ -274,7 +277,8 @@ class Mesh:
                 self.breakers.on_load(holder, MODEL, ask.holder.state(self.now) != "full", self.now)
         else:
             digest = None if isinstance(error, PeerGone) else MODEL
-            self.breakers.on_failure(holder, digest, error.code, self.now, sent_s=sent_s)
+            most_s = OWN_BACKOFF_S if ask.holder.ours else MAX_BACKOFF_S
+            self.breakers.on_failure(holder, digest, error.code, self.now, sent_s=sent_s, most_s=most_s)
         if ask.probe:
             self.breakers.on_probe_ended(holder, MODEL, sent_s)
 

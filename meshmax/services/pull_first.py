@@ -363,7 +363,9 @@ def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> Meshm
         return Draining(sentence) if plan.drained_here else NoProviders(sentence)
     if plan.drained:
         names = ", ".join(each.name or each.peer_id for each in plan.holders if each.verdict == "draining")
-        return Draining(f"every peer that could answer with model '{ask.name[:200]}' is being drained: {names[:200]}; {UNDRAIN}")
+        return Draining(
+            f"every peer that could answer with model '{ask.name[:200]}' is being drained: {names[:200]}; {UNDRAIN}"
+        )
     return NoProviders(
         f"no peer that could answer has model '{ask.name[:200]}'{who_could(plan, ask.name[:200], size)}{off}"
     )

@@ -71,7 +71,10 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class Wait(msgspec.Struct, frozen=True):
-    """A time in which nobody could be asked. ``at_s``: after the request came; ``took_s``: None while it lasts. ``why``: a clause."""
+    """A time in which nobody could be asked, from ``at_s`` after the request came.
+
+    ``took_s``: None while it lasts. ``why``: a clause.
+    """
 
     at_s: float
     took_s: float | None

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from itertools import chain, repeat
 
 import pytest
 import trio
@@ -60,10 +62,15 @@ def core() -> Delivery:
     return Delivery(REQUEST, OnePeer(), random.Random(1), trio.current_time())
 
 
+def delivering(*scripts: Script) -> AbstractAsyncContextManager[RequestDelivery]:
+    """A request whose attempts are ``scripts``, one after the other, then the last; nobody is told whether it waits."""
+    left = chain(scripts, repeat(scripts[-1]))
+    return open_delivery(core(), lambda _start: next(left), lambda _delivery, _waits: None)  # type: ignore[arg-type,return-value]
+
+
 async def test_an_attempt_that_is_cancelled_before_its_task_began_does_nothing(autojump_clock: Clock) -> None:
     first, second = Script((Delta("a"),), (Finish(),)), Script((Delta("b"),), (Finish(),))
-    scripts = iter((first, second))
-    async with open_delivery(core(), lambda _start: next(scripts)) as delivery:  # type: ignore[arg-type,return-value]
+    async with delivering(first, second) as delivery:
         blame = PeerGone("it was silent")
         delivery.do([Start(1, OnePeer().choice, "hedge", REQUEST), Cancel(1, blame)])
         assert [event async for event in delivery] == [Delta("a"), Finish()]
@@ -73,7 +80,7 @@ async def test_an_attempt_that_is_cancelled_before_its_task_began_does_nothing(a
 
 async def test_a_whole_answer_waits_for_its_attempt_to_close_its_books(autojump_clock: Clock) -> None:
     script = Script((Delta("a"), Finish()))
-    async with open_delivery(core(), lambda _start: script) as delivery:  # type: ignore[arg-type,return-value]
+    async with delivering(script) as delivery:
         await delivery.wait_first()
         assert not script.ended
         assert [event async for event in delivery] == [Delta("a"), Finish()]
@@ -86,7 +93,7 @@ async def test_a_client_that_is_behind_holds_the_attempt_up(autojump_clock: Cloc
     async def reads(delivery: RequestDelivery) -> int:
         return sum([1 async for _ in delivery])
 
-    async with open_delivery(core(), lambda _start: script) as delivery:  # type: ignore[arg-type,return-value]
+    async with delivering(script) as delivery:
         await trio.sleep(60)
         assert script.sent * 100 < MAX_READY + 100
         assert await reads(delivery) == 601
@@ -107,7 +114,7 @@ async def test_a_client_that_is_behind_has_little_kept_for_it_however_large_even
     large: Event, autojump_clock: Clock
 ) -> None:
     script = Script(*[[large] * 5] * 20, (Finish(),))
-    async with open_delivery(core(), lambda _start: script) as delivery:  # type: ignore[arg-type,return-value]
+    async with delivering(script) as delivery:
         await trio.sleep(60)
         assert script.sent * 5 * 100_000 <= MAX_READY_BYTES + 5 * 100_000
         assert len([event async for event in delivery]) == 101
@@ -117,7 +124,7 @@ async def test_a_client_that_is_behind_has_little_kept_for_it_however_large_even
 async def test_what_the_block_raises_comes_out_as_it_is(autojump_clock: Clock) -> None:
     script = Script((Delta("a"),), (Finish(),))
     with pytest.raises(KeyError, match="mine"):  # noqa: PT012
-        async with open_delivery(core(), lambda _start: script):  # type: ignore[arg-type,return-value]
+        async with delivering(script):
             await trio.sleep(0.5)
             raise KeyError("mine")
     assert script.ended
@@ -125,7 +132,7 @@ async def test_what_the_block_raises_comes_out_as_it_is(autojump_clock: Clock) -
 
 
 async def test_events_that_came_before_a_failure_are_given_before_it(autojump_clock: Clock) -> None:
-    async with open_delivery(core(), lambda _start: Script((Delta("a"),), error=PeerGone("gone"))) as delivery:  # type: ignore[arg-type,return-value]
+    async with delivering(Script((Delta("a"),), error=PeerGone("gone"))) as delivery:
         await trio.sleep(100)
         events = []
         with pytest.raises(PeerGone):  # noqa: PT012

@@ -102,12 +102,13 @@ class Prompts:
         try:
             return self.node.catalog.resolve(name)
         except InvalidName:  # nothing that could be looked for
-            pass
+            return self.resolve(name)
         except ModelNotFound:
-            with trio.move_on_after(SEEK_S):
-                await self.node.seek(name, lambda: self._is_known(name))
-            if not self._is_known(name) and (away := self._lost_just_now(name)):
-                raise away from None
+            pass
+        with trio.move_on_after(SEEK_S):
+            await self.node.seek(name, lambda: self._is_known(name))
+        if not self._is_known(name) and (away := self._lost_just_now(name)):
+            raise away
         return self.resolve(name)
 
     def _lost_just_now(self, name: str) -> LostJustNow | None:
@@ -288,7 +289,7 @@ def _ollamas_words(error: MeshmaxError, embeds: bool) -> MeshmaxError:
     """``error`` with the sentence that Ollama's clients know, where it has one."""
     if isinstance(error, NobodyNow):
         return Busy(f"{QUEUE_FULL}: {error.message}", error.retry_after_s) if error.full else error
-    if isinstance(error, Busy) and not isinstance(error, ShuttingDown | Draining):
+    if isinstance(error, Busy) and not isinstance(error, ShuttingDown | Draining | LostJustNow):
         return Busy(QUEUE_FULL, error.retry_after_s)
     return ContextTooLong(INPUT_TOO_LONG) if embeds and isinstance(error, ContextTooLong) else error
 

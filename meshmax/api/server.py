@@ -216,7 +216,6 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
     take turns of the event loop where nothing has to be waited for.
     """
 
-    _gone = False
     _head = b""
 
     def __init__(self, *args: Any) -> None:
@@ -250,10 +249,11 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
         http._check_protocol = _stay_with_http1
         http._send_h11_event = partial(self._send_http, http)
         await super()._read_data()
-        self._gone = True
         self.idle_task.end()
 
     async def _send_http(self, http: Any, event: Any) -> None:
+        # Not later: h11 would hold what was never sent for sent, and a reply that says why could not follow any more.
+        await trio.lowlevel.checkpoint_if_cancelled()
         try:
             data = http.connection.send(event)
         except h11.LocalProtocolError:
@@ -270,11 +270,11 @@ class _Connection(TCPServer):  # type: ignore[misc]  # hypercorn is read without
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return
-        await trio.lowlevel.checkpoint_if_cancelled()
         try:
             self.send_lock.acquire_nowait()
         except trio.WouldBlock:
-            await self.send_lock.acquire()
+            with trio.CancelScope(shield=True):  # SEND_TIMEOUT_S at most
+                await self.send_lock.acquire()
         try:
             await self.stream.send_all(event.data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -7,6 +7,7 @@ there is no such model; after AWAY_S, or where the peer took its leave, there is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from meshmax.base.errors import Busy
@@ -16,10 +17,11 @@ AWAY_S: Final = (
     30.0  # after its last sign of life: a loss is noticed after six seconds, and dialled again at once and often
 )
 AGAIN_S: Final = 2.0  # a dial and a status take less
+MAX_NAMED: Final = 4  # peers, of one refusal
 
 
 class LostJustNow(Busy):
-    """The peer that has the model was lost a moment ago; try again."""
+    """Whoever has the model was lost a moment ago; try again."""
 
 
 def lost_just_now(model: str, name: str, view: PeerView | None, now_s: float) -> LostJustNow | None:
@@ -31,3 +33,11 @@ def lost_just_now(model: str, name: str, view: PeerView | None, now_s: float) ->
         return None
     why = f"{name}, which has model '{model[:200]}', was lost {ago_s:.0f} s ago and is looked for: try again"
     return LostJustNow(why, AGAIN_S)
+
+
+def all_lost(model: str, names: Sequence[str]) -> LostJustNow:
+    """Of a request that has waited for ``names``, one at least, who have ``model`` and are not back yet."""
+    who = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
+    have, was, is_ = ("has", "was", "is") if len(names) == 1 else ("have", "were", "are")
+    what = f"model '{model[:200]}'" if model else "the model"
+    return LostJustNow(f"{who}, which {have} {what}, {was} lost just now and {is_} looked for: try again", AGAIN_S)

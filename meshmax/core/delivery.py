@@ -476,7 +476,7 @@ class Delivery:
     def _give_up(self, now: float, choices: Sequence[Choice] = ()) -> list[Action]:
         if self._verdict is not None and self._verdict.error is not None:
             return self._fail(self._verdict.error, now)
-        middle, rest = self._first_s is not None, self._patience.resting(choices, now)
+        middle, rest = self._first_s is not None, self._patience.resting(choices, now) or self._patience.lost
         if rest and not middle and all(isinstance(error, Busy) for error in self._errors):
             return self._fail(refusal(self._model, rest, now), now)
         return self._fail(most_telling(self._errors, middle=middle), now)

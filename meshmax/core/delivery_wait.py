@@ -48,6 +48,7 @@ class Patience:
         self._pauses = 0
         self._own_busy_s = -math.inf  # our own queue is full until then; others' times are the breakers'
         self.tried: Counter[PeerId] = Counter()  # who was asked in vain how often, since there was progress
+        self.lost: Sequence[Choice] = ()  # who was gone when this was looked at last: soon they are in no list any more
         self.waits: list[Wait] = []
 
     def on_failed(self, choice: Choice, error: MeshmaxError, now: float) -> None:
@@ -68,6 +69,7 @@ class Patience:
         self._stuck_s = self._again_s = None
         self._pauses = 0
         self._own_busy_s = -math.inf
+        self.lost = ()
         self.tried.clear()
 
     def from_s(self, choice: Choice, asked: bool) -> float:
@@ -109,6 +111,7 @@ class Patience:
         times = [self.from_s(choice, choice.peer in asked) for choice in choices]
         next_s = min((at for at in times if at > now), default=math.inf)
         there = [choice for choice in choices if choice.rests != "gone"]
+        self.lost = [choice for choice in choices if choice.rests == "gone"] or self.lost
         if middle:
             end_s = self._stuck_s + (MIDDLE_S if self.resting(there, now) else STUCK_S)
             return min(next_s, end_s) if now < end_s else None

@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
-from meshmax.base.errors import Busy, NoProviders
+from meshmax.base.errors import Busy
+from meshmax.core.absence import LostJustNow, all_lost
 from meshmax.core.delivery_words import Choice, Rest
 
 MIN_RETRY_S: Final = 1.0  # HTTP's Retry-After counts in seconds
-MAX_NAMED: Final = 4  # peers, of one refusal
 MAX_SAID: Final = 120  # characters of what a peer said when it failed
 _WORDS: Final[dict[Rest, str]] = {
     "": "failed a moment ago",
@@ -26,7 +26,7 @@ _WORDS: Final[dict[Rest, str]] = {
 
 
 class NobodyNow(Busy):
-    """No peer that has the model can be asked now."""
+    """No peer can be asked now, for the answer or to fetch its model."""
 
     def __init__(self, message: str | None = None, retry_after_s: float = 1.0, *, full: bool = False) -> None:
         """``full``: none of them is out of order, all are full or busy."""
@@ -34,12 +34,11 @@ class NobodyNow(Busy):
         self.full = full
 
 
-def refusal(model: str, choices: Sequence[Choice], now: float) -> NobodyNow | NoProviders:
+def refusal(model: str, choices: Sequence[Choice], now: float) -> NobodyNow | LostJustNow:
     """Of a request for ``model`` where all ``choices``, one at least, rest."""
     there = [choice for choice in choices if choice.rests != "gone"]
     if not there:
-        names = ", ".join(choice.name or "one" for choice in choices[:MAX_NAMED])
-        return NoProviders(f"no peer that can be reached has {_what(model)} ready ({names}: not connected)")
+        return all_lost(model, [choice.name or "one" for choice in choices])
     choices = there
     after_s = max(min(choice.from_s for choice in choices) - now, MIN_RETRY_S)
     full = all(choice.rests in ("busy", "full") for choice in choices)

@@ -212,7 +212,7 @@ class OllamaModel:
                     continue
                 delta = reader.on_line(shared.read(line, words.Line, self._where))
                 if delta is not None:
-                    yield delta
+                    yield delta  # noqa: ASYNC119  `named` has nothing to clean up
                 if reader.finish is not None:
                     break
             end = reader.end()

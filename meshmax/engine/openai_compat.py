@@ -161,7 +161,7 @@ class OpenAiModel:
                 delta = reader.on_chunk(shared.read(data, words.Chunk, self._where))
                 if delta is not None:
                     first = trio.current_time() if first == begun else first
-                    yield delta
+                    yield delta  # noqa: ASYNC119  `named` has nothing to clean up
             calls, finish = reader.end(first - begun, trio.current_time() - first)
         if calls is not None:
             yield calls

@@ -22,6 +22,7 @@ CREDIT_TIMEOUT_S: Final = 30.0  # for whom a writer waits; over a busy relay bot
 MAX_FRAME_BYTES: Final = (
     65_519  # of one Noise message: a frame that is longer leaves in two, and needs the library's lock
 )
+FRAMES_A_TURN: Final = 64  # worked off before others have a turn; a message of the cipher may hold five thousand
 SYN: Final = 1  # flag of a stream's first frame
 _DATA: Final = 0
 _WINDOW_UPDATE: Final = 1
@@ -71,12 +72,19 @@ def bounded_yamux() -> Any:
 
 
 class _FreeLock:
-    """A lock that takes no turn of the event loop where nobody holds it; of trio's the part that the library uses."""
+    """A lock that takes hardly a turn of the event loop where nobody holds it; of trio's the part that the library uses.
+
+    Now and then it does, or a peer could keep all others waiting with a message full of frames of no length.
+    """
 
     def __init__(self) -> None:
         self._lock = trio.Lock()
+        self._taken = 0
 
     async def __aenter__(self) -> None:
+        self._taken += 1
+        if self._taken % FRAMES_A_TURN == 0:
+            await trio.lowlevel.checkpoint()
         try:
             self._lock.acquire_nowait()
         except trio.WouldBlock:
@@ -147,7 +155,8 @@ class _Thrift:
     async def _wait_credit(self) -> None:
         with trio.move_on_after(CREDIT_TIMEOUT_S):
             while self.send_window <= 0 and not self.closed:
-                self._credited = trio.Event()
+                if self._credited is None or self._credited.is_set():  # else another writer waits for it, too
+                    self._credited = trio.Event()
                 await self._credited.wait()
             return
         raise trio.BrokenResourceError(f"the peer read nothing for {CREDIT_TIMEOUT_S:g} s")

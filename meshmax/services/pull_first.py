@@ -22,20 +22,25 @@ import trio
 from meshmax.base.catalog import CatalogEntry
 from meshmax.base.config import RoutingConfig
 from meshmax.base.errors import (
+    Busy,
     DeadlineExceeded,
     Draining,
     InvalidName,
     MeshmaxError,
     ModelNotFound,
     NoProviders,
+    NotFound,
     PeerGone,
 )
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import RequestState, Route, Wishes
+from meshmax.core.absence import AGAIN_S, LostJustNow
 from meshmax.core.explain import kind_of, plain_line
 from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, not_here, plan_pull, who_could
+from meshmax.core.refusal import NobodyNow
+from meshmax.core.retrying import passes
 from meshmax.ports import Answer, Catalog, Presence, Router
 from meshmax.ports.services import WISHES
 from meshmax.services.fetch_route import FetchRoute
@@ -152,7 +157,7 @@ class PullFirst:
                     entered = True
                     yield answer
                 return
-            except (NoProviders, ModelNotFound, Draining) as error:
+            except (NoProviders, ModelNotFound, Draining, LostJustNow) as error:
                 if entered:
                     raise
                 nobody = error
@@ -166,7 +171,9 @@ class PullFirst:
     ) -> Answer:
         try:
             return await self._fetched(ask, wishes, stack, error)
-        except MeshmaxError as nobody:
+        except MeshmaxError as found:
+            # Whoever was lost just now may be back when the client asks again: that there is no such model is not true.
+            nobody = error if isinstance(error, LostJustNow) and isinstance(found, NotFound) else found
             told = self._router.route(ask.request_id)
             if told is None or told.started_at_s < at_s:  # else somebody was asked
                 self._nowhere.append(
@@ -183,7 +190,7 @@ class PullFirst:
                         kind=kind_of(ask),
                     )
                 )
-            raise
+            raise nobody from None
 
     async def _fetched(self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError) -> Answer:
         """An answer that a fetch begins. Raises ``error`` where none may or can be begun."""
@@ -195,7 +202,9 @@ class PullFirst:
         policy = wishes.policy or self._config.policy
         alone = policy == "local-only"
         if not plan.holders:
-            if entry.is_here:  # which our own status does not tell yet: there is nothing to fetch
+            if entry is not self._upstream(
+                ask.digest
+            ):  # it is here, or its holder was lost: no registry is asked for that
                 raise error
             plan = _only_here(plan, entry, ask)
         elif plan.able and not alone:
@@ -314,10 +323,7 @@ class PullFirst:
                 fetch.on_fetched(trio.current_time())
                 _log.info("fetched first", model=fetch.model, peer=taker.peer_id)
                 return
-        if fetch.begun and len(failed) == 1:
-            raise failed[0][1]
-        why = "; ".join(f"{taker.name}: {error.message}" for taker, error in failed)
-        raise NoProviders(f"no peer could fetch model '{fetch.model}' ({why})")
+        raise _nobody_fetched(fetch, failed)
 
     def _tell(self, fetch: FetchRoute) -> None:
         """A fetch has begun."""
@@ -354,6 +360,17 @@ class PullFirst:
         self._failed = {each: until for each, until in self._failed.items() if until > now}
         if len(self._failed) < MAX_FAILED:
             self._failed[peer] = now + REST_S
+
+
+def _nobody_fetched(fetch: FetchRoute, failed: Sequence[tuple[Taker, MeshmaxError]]) -> MeshmaxError:
+    """What to tell of ``failed``, one at least: where one of them may do it later, to come again."""
+    errors = [error for _, error in failed]
+    if isinstance(errors[-1], DeadlineExceeded) or (fetch.begun and len(errors) == 1):
+        return errors[-1]
+    why = "; ".join(f"{taker.name}: {error.message}" for taker, error in failed)
+    sentence = f"no peer could fetch model '{fetch.model}' ({why})"
+    later = [error.retry_after_s if isinstance(error, Busy) else AGAIN_S for error in errors if passes(error)]
+    return NobodyNow(sentence, min(later)) if later else NoProviders(sentence)
 
 
 def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> MeshmaxError:

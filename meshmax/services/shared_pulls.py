@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from meshmax.base.errors import MeshmaxError, NoProviders, NotFound, PeerGone, error_for
+from meshmax.base.errors import Busy, MeshmaxError, NoProviders, NotFound, PeerGone, error_for
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.ports import Pulls, Swarm
 from meshmax.services.frames import FrameStream
@@ -87,8 +87,13 @@ class SharedPull:
                 raise NoProviders(f"model '{self._model}' could not be fetched{why}")
             with trio.move_on_at(ends_s):
                 await self._ended.wait()
+        self.check()
+
+    def check(self) -> None:
+        """Raise why the model will not be there, if that is known: one of its own for each who waits."""
         if self.error:
-            raise error_for(self.error.code, self.error.message)  # one of its own for each who waits
+            retry_after_s = self.error.retry_after_s if isinstance(self.error, Busy) else None
+            raise error_for(self.error.code, self.error.message, retry_after_s)
 
 
 class SharedPulls:
@@ -112,8 +117,7 @@ class SharedPulls:
         pull.waiting += 1
         try:
             await pull.begun.wait()
-            if pull.error:
-                raise error_for(pull.error.code, pull.error.message)
+            pull.check()
             yield pull
         finally:
             pull.waiting -= 1
@@ -127,19 +131,20 @@ class SharedPulls:
 
     async def _run(self, key: tuple[PeerId, Sha256], name: str, pull: SharedPull) -> None:
         peer, digest = key
-        error: MeshmaxError | None = None
-        with pull.scope:
-            try:
-                if peer == self._swarm.peer_id:
-                    await self._pull_here(name, digest, pull)
-                else:
-                    await self._have_pulled(peer, name, digest, pull)
-            except MeshmaxError as failed:
-                error = failed
-        if pull.scope.cancelled_caught:
-            error = NoProviders("nobody waited for it any more")
-        pull.end(error)
-        self._drop(key, pull)
+        error: MeshmaxError | None = NoProviders("nobody waited for it any more, or this node is shutting down")
+        try:
+            with pull.scope:
+                try:
+                    if peer == self._swarm.peer_id:
+                        await self._pull_here(name, digest, pull)
+                    else:
+                        await self._have_pulled(peer, name, digest, pull)
+                    error = None
+                except MeshmaxError as failed:
+                    error = failed
+        finally:
+            pull.end(error)  # also where the node ends: who waits is not ours to cancel
+            self._drop(key, pull)
 
     async def _pull_here(self, name: str, digest: Sha256, pull: SharedPull) -> None:
         async with self._pulls.open_pull(f"{name}@{digest}") as values:

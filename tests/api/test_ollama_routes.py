@@ -14,6 +14,7 @@ from meshmax.base.errors import Busy, ContextTooLong, EngineCrashed, NoProviders
 from meshmax.base.events import Transfer
 from meshmax.base.ids import peer_id_of
 from meshmax.base.inference import Moved
+from meshmax.core.absence import LostJustNow
 from tests.api.fake_node import BLOB, DIGEST, OURS, THEIRS, details, entry
 
 CREATED = "2025-10-26T17:15:24.097767Z"
@@ -361,6 +362,7 @@ async def test_bad_input_is_answered_with_ollamas_code_and_a_sentence(
     ("error", "status", "message", "code"),
     [
         (Busy("full", 2.5), 503, "server busy, please try again.  maximum pending requests exceeded", "busy"),
+        (LostJustNow("attic was lost just now", 2.5), 503, "attic was lost just now", "busy"),
         (PeerGone(), 502, "The peer went away.", "peer_gone"),
         (NoProviders("no peer can answer"), 404, "no peer can answer", "no_providers"),
         (EngineCrashed("it fell over"), 500, "it fell over", "engine_crashed"),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from meshmax.base.errors import NoProviders
 from meshmax.base.ids import PeerId
+from meshmax.core.absence import AGAIN_S, LostJustNow
 from meshmax.core.delivery_words import Choice, Rest
 from meshmax.core.pace import Gaps, frame_gaps
 from meshmax.core.refusal import MAX_SAID, NobodyNow, refusal, why_nobody
@@ -74,10 +74,11 @@ def test_the_words_tell_the_kind_and_the_time(choices: list[Choice], words: str,
     assert (error.code, error.http_status) == ("busy", 503)
 
 
-def test_where_all_were_lost_nobody_has_it() -> None:
+def test_where_all_were_lost_just_now_they_may_be_back_soon() -> None:
     error = refusal("m", [choice("tower", 0.0, "gone"), choice("attic", 0.0, "gone")], 10.0)
-    assert isinstance(error, NoProviders)
-    assert error.message == "no peer that can be reached has model 'm' ready (tower, attic: not connected)"
+    assert isinstance(error, LostJustNow)
+    assert (error.http_status, error.retry_after_s) == (503, AGAIN_S)
+    assert error.message == "tower, attic, which have model 'm', were lost just now and are looked for: try again"
 
 
 def test_what_a_peer_said_is_bounded_and_can_stand_in_a_header() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +77,33 @@ async def until(what: Any) -> None:
             if what():
                 return
             await trio.sleep(0.01)
+
+
+@asynccontextmanager
+async def serving(app: Any) -> AsyncIterator[Callable[[], Awaitable[trio.SocketStream]]]:
+    """``app`` alone behind the server; gives what connects to it."""
+    app.state = SimpleNamespace(end_answers=lambda: None)
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server._serve, app, listener)
+        yield partial(trio.open_tcp_stream, "127.0.0.1", listener.socket.getsockname()[1])
+        nursery.cancel_scope.cancel()
+
+
+async def echo(_scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the request's body."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message["body"]
+        more = message["more_body"]
+    await reply_with(send, 200, body)
+
+
+async def reply_with(send: Any, status: int, body: bytes) -> None:
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [length]})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def test_the_address_is_known_before_anybody_is_told_and_two_requests_share_a_connection() -> None:
@@ -308,3 +336,50 @@ async def test_beyond_this_machine_a_token_is_needed_to_start_and_to_ask() -> No
         assert b" 401 " in await api.ask("GET /api/tags HTTP/1.1")
         assert b" 200 " in await api.ask("GET /health HTTP/1.1")
         assert b" 200 " in await api.ask("GET /api/tags HTTP/1.1\r\nAuthorization: Bearer secret")
+
+
+async def test_requests_that_are_sent_ahead_are_answered_in_their_order() -> None:
+    requests = [b"request %04d" % number for number in range(200)]
+    sent = b"".join(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + length_of(each) + b"\r\n" + each for each in requests)
+    async with serving(echo) as connect, await connect() as client, trio.open_nursery() as nursery:
+
+        async def send_in_pieces() -> None:
+            for start in range(0, len(sent), 777):
+                await client.send_all(sent[start : start + 777])
+
+        nursery.start_soon(send_in_pieces)
+        came = b""
+        with trio.fail_after(60):
+            while not came.endswith(requests[-1]):
+                came += await client.receive_some(65536)
+    replies = came.split(b"HTTP/1.1 200")[1:]
+    assert [each.partition(b"\r\n\r\n")[2] for each in replies] == requests
+
+
+async def test_one_connection_takes_every_form_of_request_in_turn() -> None:
+    async with serving(echo) as connect, await connect() as client:
+        with trio.fail_after(60):
+            head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
+            await client.send_all(head)
+            assert (await client.receive_some(1000)).startswith(b"HTTP/1.1 100")
+            await client.send_all(b"5\r\nabcde\r\n" * 100 + b"0\r\n\r\n")
+            assert (await read_reply(client)).endswith(b"\r\n\r\n" + b"abcde" * 100)
+            await client.send_all(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await read_reply(client)).startswith(b"HTTP/1.1 200")
+            await client.send_all(b"POST / HTTP/1.0\r\nContent-Length: 4\r\n\r\nlast")
+            assert (await read_reply(client)).endswith(b"\r\n\r\nlast")
+            assert await client.receive_some(1) == b""
+
+
+async def test_a_reply_that_was_cancelled_before_a_byte_of_it_left_gives_way_to_another() -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await reply_with(send, 503, b"shutting down")
+
+    async with serving(app) as connect, await connect() as client:
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        reply = await read_reply(client)
+    assert reply.startswith(b"HTTP/1.1 503")
+    assert reply.endswith(b"shutting down")

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from meshmax.base.errors import PeerGone
-from meshmax.net.muxer import SYN, bounded_yamux
+from meshmax.net.muxer import CREDIT_TIMEOUT_S, FRAMES_A_TURN, SYN, bounded_yamux
 from meshmax.net.negotiation import parse_proposal, proposal
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import Stream
@@ -160,3 +160,57 @@ async def test_a_writer_without_credit_goes_on_when_the_peer_reads_and_ends_when
         await a.disconnect(b.peer_id)
         await trio.sleep(1)
         assert ended[1] < lost_s + 0.5
+
+
+async def test_two_writers_without_credit_both_go_on_when_it_comes(autojump_clock: Any, pair: Pair) -> None:
+    a, b = pair
+    reads, came = trio.Event(), 0
+
+    async def read_late(stream: Stream) -> None:
+        nonlocal came
+        await reads.wait()
+        while data := await stream.receive_some(65536):
+            came += len(data)
+
+    b.serve(ECHO, read_late)
+    stream = await a.open_stream(b.peer_id, ECHO)
+    with trio.fail_after(CREDIT_TIMEOUT_S - 5):
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(stream.send_all, bytes(400_000))  # the window is less than one of them
+            await trio.sleep(1)
+            reads.set()
+        await stream.send_eof()
+        await trio.sleep(1)
+    assert came == 800_000
+
+
+class OneMessage:
+    """A secured connection over which one message came, and no more will."""
+
+    is_initiator = True
+
+    def __init__(self, data: bytes) -> None:
+        self.left = bytearray(data)
+
+    async def read(self, count: int) -> bytes:
+        if not self.left:
+            await trio.sleep_forever()
+        data = bytes(self.left[:count])
+        del self.left[:count]
+        return data
+
+
+@pytest.mark.parametrize("kind", [DATA, WINDOW_UPDATE])
+async def test_a_message_full_of_frames_of_no_length_keeps_nobody_waiting(kind: int) -> None:
+    frames = 5000
+    message = OneMessage(struct.pack("!BBHII", 0, kind, 0, 99, 0) * frames)
+    muxer = bounded_yamux()(message, "peer", is_initiator=True)
+    turns = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(muxer.handle_incoming)
+        while message.left:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert turns >= frames // FRAMES_A_TURN

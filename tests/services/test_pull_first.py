@@ -14,6 +14,7 @@ import trio.testing
 
 from meshmax.base.config import RoutingConfig
 from meshmax.base.errors import (
+    Busy,
     DeadlineExceeded,
     Draining,
     EngineCrashed,
@@ -28,6 +29,8 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest, RoutedEvent
 from meshmax.base.route import Route, Wishes
 from meshmax.base.status import PeerView
+from meshmax.core.absence import LostJustNow
+from meshmax.core.refusal import NobodyNow
 from meshmax.services.pull_first import SLOWEST_BYTES_PER_S, TOLD_S, PullFirst
 from meshmax.services.shared_pulls import WAIT_S, SharedPull
 from tests.core.test_pull_first import MODEL, SIZE, STORE, peer
@@ -196,6 +199,43 @@ async def test_where_all_refuse_every_reason_is_told(autojump_clock: Clock) -> N
     with pytest.raises(NoProviders, match=r"could fetch model 'm:latest' \(me: The disk is full.*; b: no\)"):
         await text(world)
     assert only(world).state == "failed"
+
+
+async def test_a_model_whose_holder_was_lost_just_now_is_fetched_from_who_only_stores_it(
+    autojump_clock: Clock,
+) -> None:
+    world = World(ME, STORE)
+    world.refuse = LostJustNow("b was lost just now", 2.0)
+    assert await text(world) == "hello"
+
+
+@pytest.mark.parametrize("why", ["nobody to fetch from", "refused", "forbidden"])
+async def test_where_it_cannot_be_fetched_that_its_holder_was_lost_just_now_is_what_is_told(
+    why: str, autojump_clock: Clock
+) -> None:
+    world = World(ME) if why == "nobody to fetch from" else World(ME, STORE)
+    world.refuse = LostJustNow("b was lost just now", 2.0)
+    world.asks["me"] = StoreFull()
+    with pytest.raises(LostJustNow, match="b was lost") as caught:
+        await text(world, Wishes(pull=False if why == "forbidden" else None))
+    assert caught.value.retry_after_s == 2.0
+    assert only(world).line == "nobody was asked: b was lost just now"
+    assert bool(world.asked) == (why == "refused")  # without a holder a pull would ask registries
+
+
+@pytest.mark.parametrize(
+    ("error", "after_s"), [(Busy("as many as there is room for", 30.0), 30.0), (PeerGone(), 2.0), (Draining(), None)]
+)
+async def test_where_one_that_refused_may_fetch_it_later_the_client_is_told_to_come_again(
+    error: MeshmaxError, after_s: float | None, autojump_clock: Clock
+) -> None:
+    world = World(ME, peer("b"), STORE)
+    world.asks |= {"b": error, "me": Refused("no")}
+    with pytest.raises(
+        NobodyNow if after_s else NoProviders, match=r"could fetch model 'm:latest' \(me: no; b: "
+    ) as caught:
+        await text(world)
+    assert getattr(caught.value, "retry_after_s", None) == after_s
 
 
 @pytest.mark.parametrize("error", [EngineCrashed(), PeerGone()])

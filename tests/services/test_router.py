@@ -11,12 +11,12 @@ from meshmax.base.errors import (
     EngineCrashed,
     MeshmaxError,
     ModelNotFound,
-    NoProviders,
     PeerGone,
 )
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved
 from meshmax.base.route import Wishes
 from meshmax.base.status import Load, PeerView
+from meshmax.core.absence import LostJustNow
 from meshmax.core.breaker import BUSY_SPREAD, FIRST_BACKOFF_S
 from meshmax.core.delivery_attempt import FIRST_EVENT_DEADLINE_S
 from meshmax.core.delivery_wait import STUCK_S
@@ -262,13 +262,15 @@ async def test_busy_and_broken_is_what_broke(autojump_clock: Clock) -> None:
         assert site[0].router.routes()[0].line.startswith("nobody answered; peer1 failed before (engine_crashed)")
 
 
-async def test_an_unknown_model_is_not_found_and_a_lost_one_has_no_providers(autojump_clock: Clock) -> None:
+async def test_an_unknown_model_is_not_found_and_of_a_lost_one_whoever_asks_is_told_to_come_again(
+    autojump_clock: Clock,
+) -> None:
     async with open_site(2) as site:
         lacks(site[0])
         with pytest.raises(ModelNotFound):
             await answered_by(site, digest=OTHER)
         site[1].change = offline
-        with pytest.raises(NoProviders, match="not connected"):
+        with pytest.raises(LostJustNow, match="peer1, which has model 'echo', was lost just now"):
             await answered_by(site)
 
 

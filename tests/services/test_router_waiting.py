@@ -11,9 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from meshmax.base.errors import Busy, EngineUnavailable, MeshmaxError, NoProviders
+from meshmax.base.errors import Busy, EngineUnavailable, MeshmaxError
 from meshmax.base.inference import Delta, Finish, Moved, RoutedEvent
 from meshmax.base.status import Load, PeerView
+from meshmax.core.absence import LostJustNow
 from meshmax.core.breaker import BUSY_SPREAD, FIRST_BACKOFF_S, MAX_BACKOFF_S, OWN_BACKOFF_S
 from meshmax.core.delivery_wait import PATIENCE_S
 from meshmax.core.refusal import NobodyNow
@@ -224,9 +225,25 @@ async def test_a_holder_that_was_lost_a_moment_ago_is_waited_for(autojump_clock:
         assert wait.why == "peer1, the only one that has model 'echo' ready, was lost just now"
         site[1].change = offline
         begun = trio.current_time()
-        with pytest.raises(NoProviders, match=r"has model 'echo' ready \(peer1: not connected\)"):
+        with pytest.raises(LostJustNow, match=r"peer1, which has model 'echo', was lost just now"):
             await answered(site)
         assert trio.current_time() - begun <= PATIENCE_S
+
+
+async def test_a_lost_holder_that_is_in_no_list_any_more_is_still_one_that_was_lost(autojump_clock: Clock) -> None:
+    async with open_site(2) as site:
+        holder(site)
+        site[1].change = offline
+        async with trio.open_nursery() as nursery:
+
+            async def asks() -> None:
+                with pytest.raises(LostJustNow, match="peer1, which has model 'echo', was lost just now"):
+                    await answered(site)
+
+            nursery.start_soon(asks)
+            await trio.sleep(3.0)
+            del site.nodes[1]
+            site[0].router.on_news()
 
 
 async def test_somebody_who_comes_with_the_model_answers_who_waits(autojump_clock: Clock) -> None:

@@ -97,6 +97,44 @@ async def test_who_refuses_is_told_to_everybody_who_waits(autojump_clock: Clock)
             nursery.start_soon(refused)
 
 
+async def test_who_is_full_is_told_with_the_time_that_it_told(autojump_clock: Clock) -> None:
+    async with open_pair() as pair:
+
+        async def full(stream: Stream) -> None:
+            frames = FrameStream(stream)
+            await frames.send(wire.FROM_ASKED, Failure("busy", "as many as there is room for", 30.0))
+            await stream.send_eof()
+
+        pair.holder.swarm.serve(PULL, full)
+        with pytest.raises(Busy) as caught:
+            async with pair.shared.open_pull(pair.holder.peer_id, NAME, pair.digest):
+                pass
+        assert caught.value.retry_after_s == 30.0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_node_that_ends_lets_nobody_wait_for_ever(begun: bool, autojump_clock: Clock) -> None:
+    async with open_pair(60) as pair, trio.open_nursery() as nursery:
+
+        async def silent(stream: Stream) -> None:
+            if begun:
+                await FrameStream(stream).send(wire.FROM_ASKED, wire.Pulling("running"))
+            await trio.sleep_forever()
+
+        pair.holder.swarm.serve(PULL, silent)
+
+        async def waits(shared: SharedPulls) -> None:
+            with pytest.raises(NoProviders, match="shutting down"):
+                async with shared.open_pull(pair.holder.peer_id, NAME, pair.digest) as pull:
+                    await pull.wait()
+
+        async with open_shared_pulls(pair.asker.swarm, pair.asker.pulls) as shared:
+            nursery.start_soon(waits, shared)  # noqa: ASYNC111  it ends with `shared`, which is what is tested
+            await trio.sleep(1.0)
+        nursery.cancel_scope.deadline = trio.current_time() + 1.0
+    assert not nursery.cancel_scope.cancelled_caught
+
+
 async def test_a_pull_that_somebody_there_cancels_ends_the_waiting(autojump_clock: Clock) -> None:
     async with open_pair(60) as pair, pair.shared.open_pull(pair.puller.peer_id, NAME, pair.digest) as pull:
         await pair.puller.pulls.steer(pair.puller.pulls.transfers()[0].id, "cancel")

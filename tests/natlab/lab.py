@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from tests.thread_namespaces import let_threads_follow
+
 CLONE_NEWNET: Final = 0x40000000
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -286,6 +288,11 @@ def _own_namespace() -> int:
 
 
 def _enter(fd: int) -> None:
+    let_threads_follow(_go)
+    _go(fd)
+
+
+def _go(fd: int) -> None:
     if _LIBC.setns(fd, CLONE_NEWNET):  # Python has it from 3.12 on
         raise _last_error("setns")
 

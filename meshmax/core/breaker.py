@@ -8,7 +8,7 @@ longer, and a probe that is given up before it told anything leaves it as it was
 the whole peer; one that is still at it after PROBE_S closes the model's, too: a long load is no failure. Until an answer came
 whole, one failure of any kind opens it again, for longer. Failures of asks that were under way when the circuit opened do not
 count again: fifty streams that break together are one failure. A peer that has come back (a new connection, a restart) is
-half-open at once.
+half-open at once; RETURNS times in WINDOW_S at most, or until an answer came whole, since that it is back is only its own word.
 
 Busy is no failure: the peer answered. It is left alone for as long as it asked, at most MAX_BUSY_S and with jitter, so that
 those who were turned away together do not come back together, or until its status tells that it was full and is not any more;
@@ -35,6 +35,7 @@ OWN_BACKOFF_S: Final = 4.0  # the most for our own engine: who repairs it sits h
 ENGINE_FAILURES: Final = 3  # one crash may be the prompt's fault, three are the engine's
 ON_TRIAL_S: Final = 120.0  # after it closed without a whole answer (clients leave, too): forgiven then
 WINDOW_S: Final = 60.0  # an engine that fails less often than that is better than none
+RETURNS: Final = 3  # in WINDOW_S that end a time out: who comes back more often does not last, or only says so
 PROBE_S: Final = 30.0  # a probe that is still at it after so long loads or waits: it has not failed
 MAX_BUSY_S: Final = 60.0  # a peer that asks for more is asked again all the same, it may have been restarted
 BUSY_SPREAD: Final = 0.25  # of that time, on top of it
@@ -85,6 +86,7 @@ class _Circuit:
         "opened_s",
         "probe_s",
         "reason",
+        "returns",
         "trips",
         "until_s",
         "was_full",
@@ -92,6 +94,7 @@ class _Circuit:
 
     def __init__(self) -> None:
         self.counted: list[float] = []  # when failures came that did not open it yet; at most ENGINE_FAILURES
+        self.returns: list[float] = []  # when the peer came back while it was open; at most RETURNS
         self.is_open = False  # or half-open
         self.trips = 0  # openings since the last whole answer
         self.opened_s = self.until_s = -math.inf  # when it opened last, and until when it is not half-open
@@ -121,6 +124,12 @@ class _Circuit:
 
     def close(self) -> None:
         self.is_open, self.probe_s = False, None
+
+    def on_returned(self, now: float) -> None:
+        self.returns = [at for at in self.returns if now - at < WINDOW_S]
+        if len(self.returns) < RETURNS:
+            self.returns.append(now)
+            self.opened_s, self.until_s = now, min(self.until_s, now)  # what was sent before says nothing
 
     def is_quiet(self, now: float) -> bool:
         return not self.trips and not self.counted and all(until <= now for until in self.busy.values())
@@ -212,7 +221,7 @@ class Breakers:
         for key in [key for key in self._circuits if key[0] == peer]:
             circuit = self._circuits[key]
             if circuit.is_open:
-                circuit.opened_s, circuit.until_s = now, min(circuit.until_s, now)  # what was sent before says nothing
+                circuit.on_returned(now)
             if restarted:
                 circuit.busy.clear()
                 self._drop_quiet(*key, now)
@@ -232,7 +241,7 @@ class Breakers:
         for model in (digest, None):
             if circuit := self._circuits.get((peer, model)):
                 circuit.close()
-                circuit.trips, circuit.counted = 0, circuit.counted[1:]
+                circuit.trips, circuit.counted, circuit.returns = 0, circuit.counted[1:], []
                 self._drop_quiet(peer, model, now)
 
     def on_probe_sent(self, peer: PeerId, digest: Sha256, now: float) -> bool:

@@ -20,6 +20,7 @@ from meshmax.core.breaker import (
     ON_TRIAL_S,
     OWN_BACKOFF_S,
     PROBE_S,
+    RETURNS,
     WINDOW_S,
     Breakers,
     Standing,
@@ -188,6 +189,31 @@ def test_a_peer_that_has_come_back_may_be_asked_once_at_once_and_after_a_restart
     assert breakers.standing(B, MODEL, 100.0).state == "open"
     breakers.on_returned(A, 100.0, restarted=True)
     assert breakers.standing(A, OTHER, 100.0).state == "half-open"
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_one_that_comes_back_again_and_again_waits_for_its_time_like_any_other(restarted: bool) -> None:
+    breakers, now, probes = Breakers(), 0.0, 0
+    for _ in range(6000):  # it takes a prompt, drops it, and says with each beat that it has just started
+        if breakers.standing(A, MODEL, now).state != "open":
+            breakers.on_probe_sent(A, MODEL, now)
+            breakers.on_returned(A, now + 0.02, restarted=restarted)
+            breakers.on_failure(A, None, "peer_gone", now + 0.05, sent_s=now)
+            breakers.on_probe_ended(A, MODEL, now)
+            probes += 1
+        now += 0.1
+        breakers.on_returned(A, now, restarted=restarted)
+    assert probes <= 12 + RETURNS * (now / WINDOW_S)
+
+
+def test_after_a_whole_answer_its_returns_count_anew() -> None:
+    breakers = Breakers()
+    for at in range(3 * RETURNS):
+        breakers.on_failure(A, None, "peer_gone", float(at))
+        breakers.on_returned(A, at + 0.1)
+        assert breakers.standing(A, MODEL, at + 0.1).state == "half-open"
+        if at % RETURNS == RETURNS - 1:
+            breakers.on_answered(A, MODEL, at + 0.2)
 
 
 def test_our_own_engine_is_never_left_alone_for_long_and_what_it_said_is_kept() -> None:

@@ -132,8 +132,10 @@ class Heartbeat:
                         self._over[peer_id] = connection, over
                         await self._beat_over(connection)
             finally:
-                if self._beats.get(peer_id) is scope:
-                    del self._beats[peer_id]
+                if (
+                    self._beats.get(peer_id, scope) is scope
+                ):  # `stop` took it out, or it is ours: nobody beats anew already
+                    self._beats.pop(peer_id, None)
                     self._over.pop(peer_id, None)
                     self._hurries.pop(peer_id, None)
 

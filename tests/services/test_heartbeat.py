@@ -75,3 +75,17 @@ async def test_time_in_which_we_were_held_up_ourselves_speaks_against_nobody(aut
             await trio.sleep(2 * TIMEOUT_S)
             assert not lost
         assert first.sees() == {"peer1"}
+
+
+async def test_nothing_is_kept_of_those_who_went_away(autojump_clock: Clock) -> None:
+    async with open_mesh() as mesh:
+        first = await mesh.peer()
+        for number in range(1, 6):
+            other = await mesh.peer()
+            await other.swarm.dial(first.swarm.peer_id, first.swarm.addresses)
+            await until(lambda: first.sees() == {f"peer{number}"})  # noqa: B023
+            await other.leave()
+            await until(lambda: not first.swarm.connections())
+        await trio.sleep(1.0)
+        heartbeat = first.presence.heartbeat
+        assert [len(kept) for kept in (heartbeat._beats, heartbeat._over, heartbeat._hurries)] == [0, 0, 0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import threading
 import time
 from typing import Any, Final
 
@@ -44,9 +45,11 @@ def is_zoned(ip: str) -> bool:
     return address.version == 6 and address.is_link_local
 
 
-class _Look(msgspec.Struct):
+class _Look(threading.local):
+    """The last one of this thread, since each thread may be in a network namespace of its own."""
+
     seen: tuple[Interface, ...] = ()
-    until_s: float = -math.inf  # of the monotonic clock: as long as it is recent
+    until_s = -math.inf  # of the monotonic clock: as long as it is recent
 
 
 _last: Final = _Look()

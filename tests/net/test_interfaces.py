@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -38,3 +39,17 @@ def test_what_is_recent_is_never_older_than_the_newest_look_and_is_not_kept_for_
     assert running_interfaces() == () == recent_interfaces()
     there, now_s = before, interfaces.RECENT_S
     assert recent_interfaces() == before
+
+
+def test_what_one_thread_saw_a_moment_ago_is_not_told_to_another_which_may_be_in_another_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = iter([(Interface("eth0", 1, ("10.0.0.1",)),), (Interface("eth0", 1, ("10.0.0.2",)),)])
+    monkeypatch.setattr(interfaces, "_last", interfaces._Look())
+    monkeypatch.setattr(interfaces, "_look_now", lambda: next(seen))
+    monkeypatch.setattr("meshmax.net.interfaces.time", SimpleNamespace(monotonic=lambda: 0.0))
+    (here,) = recent_interfaces()
+    with ThreadPoolExecutor(1) as other:
+        (there,) = other.submit(recent_interfaces).result(10)
+    assert (here.ips, there.ips) == (("10.0.0.1",), ("10.0.0.2",))
+    assert recent_interfaces() == (here,)

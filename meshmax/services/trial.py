@@ -180,8 +180,7 @@ class Trial:
         self._first_event_s = max(now - self._sent_s, 1e-9)
         FIRST_TOKEN.labels(where=self._where).observe(self._first_event_s)
         self._bench.measurements.on_success(self._peer, self._ask.digest, now)
-        if self._probe:
-            self._bench.on_news()
+        self._bench.on_news()  # also where it is no probe, but was asked for before the circuit opened
         if not is_load_only(self._ask.request):
             self._bench.first_tokens.add(self._peer, self._expected_s, self._first_event_s)
 

@@ -445,3 +445,17 @@ async def test_over_any_schedule_of_the_only_holder_nobody_asks_before_its_time_
         await trio.sleep(MAX_BACKOFF_S)
         await answered(site)
         assert OWN_BACKOFF_S < MAX_BACKOFF_S
+
+
+async def test_an_answer_that_was_asked_for_before_shows_those_who_wait_that_the_peer_works(
+    autojump_clock: Clock,
+) -> None:
+    async with open_site(2, load_s=3.0, parallel=4, echo_tokens_per_s=1) as site:
+        door = holder(site)
+        begun = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answered, site)
+            await trio.sleep(1.0)
+            fails(site, at_least_s=7.0)
+            nursery.start_soon(answered, site)
+        assert [round(at - begun) for at in door.asked] == [0, 4]

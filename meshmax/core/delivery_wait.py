@@ -8,7 +8,8 @@ it is busy not before the time that it told.
 Before the first token a request waits PATIENCE_S at most, also for a peer that was lost just now and may be back, and for a
 probe that is under way then until that has told: whoever asks can as well ask again, and hears when. Prompts wait in the queues
 of peers, not here: where all are full or busy that is told at once. In the middle of an answer what is half said should not be
-lost: it waits MIDDLE_S for peers that rest, STUCK_S where nobody is there. Time and randomness are passed in. Not here: who is
+lost: it waits MIDDLE_S for peers that rest, STUCK_S since somebody was there last (a peer that comes back is often lost once more
+before it is there for good), and MIDDLE_S in all. Time and randomness are passed in. Not here: who is
 asked (core.delivery), the words (core.refusal).
 """
 
@@ -32,7 +33,7 @@ from meshmax.core.retrying import passes
 FIRST_PAUSE_S: Final = 0.1  # before a peer that failed is asked again; an engine starts in about that
 MOST_PAUSE_S: Final = 2.0
 PATIENCE_S: Final = 8.0  # before the first token: a peer restarts in that; a client that has seen nothing can ask again
-STUCK_S: Final = 15.0  # in the middle of an answer, nobody there: a peer restarts or is found again in that
+STUCK_S: Final = 60.0  # in the middle of an answer, nobody there: a busy machine restarts and is found again in that
 MIDDLE_S: Final = 300.0  # the same where peers are there but rest; clients wait ten minutes for the next byte
 MAX_WAITS: Final = 16  # that are told of one request
 
@@ -44,6 +45,7 @@ class Patience:
         """``ends_s``: its one deadline."""
         self._random, self._began_s, self._ends_s = random, began_s, ends_s
         self._stuck_s: float | None = None  # since when nobody can be asked
+        self._alone_s = began_s  # since when nobody is there
         self._again_s: float | None = None  # when those may be asked again that were asked before
         self._pauses = 0
         self._own_busy_s = -math.inf  # our own queue is full until then; others' times are the breakers'
@@ -54,6 +56,7 @@ class Patience:
     def on_failed(self, choice: Choice, error: MeshmaxError, now: float) -> None:
         """An attempt has failed."""
         self._again_s = None
+        self._alone_s = now
         self.tried[choice.peer] += not isinstance(error, PeerGone | ConnectError | CapabilityMissing)
         if isinstance(error, Busy) and choice.ours:
             self._own_busy_s = now + error.retry_after_s
@@ -113,7 +116,11 @@ class Patience:
         there = [choice for choice in choices if choice.rests != "gone"]
         self.lost = [choice for choice in choices if choice.rests == "gone"] or self.lost
         if middle:
-            end_s = self._stuck_s + (MIDDLE_S if self.resting(there, now) else STUCK_S)
+            end_s = self._stuck_s + MIDDLE_S
+            if self.resting(there, now):
+                self._alone_s = now
+            else:
+                end_s = min(end_s, max(self._alone_s, self._stuck_s) + STUCK_S)
             return min(next_s, end_s) if now < end_s else None
         others = [error for error in errors if not isinstance(error, Busy)]
         full = [choice for choice in self.resting(there, now) if choice.rests in ("busy", "full")]

@@ -16,6 +16,7 @@ from meshmax.base.errors import (
     MeshmaxError,
     PeerGone,
 )
+from meshmax.base.ids import PeerId
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved, Options, ToolCall, Vector
 from meshmax.core.delivery import MAX_ATTEMPTS, OVERDUE_S
 from meshmax.core.delivery_wait import FIRST_PAUSE_S, MOST_PAUSE_S, PATIENCE_S, STUCK_S
@@ -262,9 +263,28 @@ def test_the_pauses_before_a_peer_is_asked_again_grow_and_have_jitter() -> None:
 
 
 def test_nobody_left_in_the_middle_is_told_in_time() -> None:
-    run = Run([Peer("a", fault="dies", after=10)], PROMPT).run()
+    run = Run([Peer("a", fault="dies", after=10)], PROMPT)
+    run.at(0.3, lambda: run.absent.add("a"))
+    run.run()
     assert isinstance(run.error, PeerGone)
     assert run.now <= 1 + STUCK_S
+
+
+def test_a_peer_that_comes_back_and_is_lost_once_more_is_waited_for_as_long_again() -> None:
+    run = Run([Peer("a", fault="dies", after=10)], PROMPT)
+
+    def comes(sound: bool) -> None:
+        if sound:
+            run.peers[PeerId("a")] = Peer("a")
+        run.absent.clear()
+        run.do(run.core.on_news(run.now))
+
+    run.at(0.3, lambda: run.absent.add("a"))
+    run.at(STUCK_S - 1, lambda: comes(sound=False))
+    run.at(STUCK_S - 0.9, lambda: run.absent.add("a"))
+    run.at(2 * STUCK_S - 5, lambda: comes(sound=True))
+    assert run.run().done
+    assert run.text == WORDS
 
 
 def test_one_deadline_holds_for_all() -> None:

@@ -65,13 +65,18 @@ async def test_kills_and_freezes_at_random_moments_leave_every_answer_whole_and_
             await trio.sleep(number * 0.1)
             moves += await stream(entry, number, gaps)
 
+        def half_way(node: Node) -> bool:
+            running = (
+                route.attempts[-1] for route in entry.router.routes() if route.state == "running" and route.attempts
+            )
+            return any(attempt.peer_id == node.peer_id and 0 < attempt.tokens < 60 for attempt in running)
+
         async def strike(aimed: bool) -> None:
-            await trio.sleep(chance.uniform(0.5, 4.5))
+            await trio.sleep(chance.uniform(0.5, 4.5 if not aimed else 3.0))
             node = chance.choice(others)
             if aimed:  # like peers are as good as each other, so that one may answer all
-                running = (route for route in entry.router.routes() if route.state == "running" and route.attempts)
-                answering = {route.attempts[-1].peer_id for route in running}
-                node = max(others, key=lambda node: node.peer_id in answering)
+                await until(lambda: any(map(half_way, others)))
+                node = next(filter(half_way, others))
             others.remove(node)
             (site.network.kill if chance.random() < 0.5 else site.network.freeze)(node.peer_id)
 

@@ -45,6 +45,10 @@ class WatchfulPresence(Presence, Protocol):
         """Peers that are gone, as they were last known."""
         ...
 
+    def watch(self, on_news: Callable[[], None], /) -> None:
+        """Call ``on_news`` whenever a peer comes, goes or says something new."""
+        ...
+
     @property
     def problem(self) -> str:
         """What a person should know of identities in this mesh, a sentence; '' when all is well."""

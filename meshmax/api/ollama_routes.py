@@ -34,7 +34,7 @@ from meshmax.base.errors import (
 )
 from meshmax.base.ids import PeerId, parse_sha256
 from meshmax.base.inference import Delta, EmbedRequest, Event, Finish, InferRequest, Moved, Vector
-from meshmax.base.names import parse_name, split_digest
+from meshmax.base.names import ACCEPTED, parse_name, split_digest
 from meshmax.base.route import Route
 
 OLLAMA_VERSION: Final = "0.33.0"  # the interface that is spoken here; clients compare it with the oldest they know
@@ -258,7 +258,7 @@ class OllamaFace:
     async def _answer(
         self, http: Request, body: Asked, read: Callable[[Asked], tuple[InferRequest, list[str]]], *, chat: bool
     ) -> PromptReply:
-        resolved = await self._prompts.find_to_answer(body.model)
+        resolved = await self._prompts.find_to_answer(body.model, http)
         prompt, ignored = read(body)
         remote = partial(self._prompts.remote, resolved)
 
@@ -293,7 +293,7 @@ class OllamaFace:
     async def _vectors(
         self, http: Request, body: EmbedBody | EmbeddingsBody, prompt: EmbedRequest, ignored: list[str], *, legacy: bool
     ) -> PromptReply | Response:
-        resolved = await self._prompts.find_to_answer(body.model)
+        resolved = await self._prompts.find_to_answer(body.model, http)
         keep_alive_s = ollama_words.keep_alive_s(body.keep_alive)
         if not prompt.inputs:
             return json_reply({"embedding": []} if legacy else {"model": body.model, "embeddings": []})
@@ -346,7 +346,7 @@ class OllamaFace:
         body = await read_words(request, CopyBody)
         for what, name in (("source", body.source), ("destination", body.destination)):
             if not _is_name(name.partition("@")[0] if what == "source" else name):
-                raise InvalidRequest(f'{what} "{name[:200]}" is invalid')
+                raise InvalidRequest(f'{what} "{name[:200]}" is invalid: {ACCEPTED}')
         try:
             stored = await self._node.catalog.copy(body.source, body.destination)
         except ModelNotFound:
@@ -358,7 +358,7 @@ class OllamaFace:
         """DELETE /api/delete: local names only; memory that held the model is freed."""
         body = await read_words(request, NameBody)
         if not _is_name(body.given):
-            raise InvalidRequest(f'name "{body.given[:200]}" is invalid')
+            raise InvalidRequest(f'name "{body.given[:200]}" is invalid: {ACCEPTED}')
         await delete_model(self._prompts, body.given)
         return Response(status_code=200)
 

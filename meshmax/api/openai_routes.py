@@ -160,7 +160,7 @@ class OpenAiFace:
     ) -> PromptReply:
         if not model:
             raise InvalidRequest("model is required")
-        resolved = await self._prompts.find_to_answer(model)
+        resolved = await self._prompts.find_to_answer(model, http)
         return self._prompts.reply(
             http, resolved, model, prompt, lambda _route: form(), stream=stream, dialect="openai"
         )

@@ -19,6 +19,7 @@ from meshmax.api.exchange import Form, OpenAnswers, PromptReply
 from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_words import Remote
 from meshmax.api.replies import Dialect, ShuttingDown, model_not_found
+from meshmax.api.until_back import UntilBack
 from meshmax.api.wishes import asked_priority, asked_wishes
 from meshmax.base.catalog import Resolved
 from meshmax.base.errors import (
@@ -50,8 +51,10 @@ from meshmax.base.status import NO_ENGINE
 from meshmax.base.units import format_bytes
 from meshmax.core.absence import LostJustNow, lost_just_now
 from meshmax.core.catalog import last_holder
+from meshmax.core.delivery_wait import PATIENCE_S
 from meshmax.core.entry import Entry
 from meshmax.core.fair_queue import QUEUE_FULL
+from meshmax.core.pull_first import PullPlan, not_here
 from meshmax.core.refusal import NobodyNow
 from meshmax.ports import Answer
 from meshmax.services.route_records import LoadRecords
@@ -84,6 +87,7 @@ class Prompts:
         self.open_answers = OpenAnswers()
         self.entry = Entry()
         self.loads = LoadRecords()
+        self._until_back = UntilBack(node.presence.watch, self.open_answers)
 
     def resolve(self, name: str) -> Resolved:
         """What ``name`` means. Raises NotFound with Ollama's sentence, and who had the model a moment ago."""
@@ -115,16 +119,33 @@ class Prompts:
         view = last_holder(name, self.node.presence.lost())
         return lost_just_now(name, self.peer_name(view.peer_id), view, self.node.now()) if view else None
 
-    async def find_to_answer(self, name: str) -> Resolved:
-        """As `find`, for a prompt: what can be fetched first will do. The NotFound says what it would take."""
+    async def find_to_answer(self, name: str, http: Request) -> Resolved:
+        """As `find`, for the prompt ``http``, whose body was read: it waits PATIENCE_S in all for a holder that was lost just now.
+
+        What can be fetched first will do. The NotFound says what it would take. Raises ShuttingDown, InvalidRequest too.
+        """
         try:
-            return await self.find(name)
+            return await self._find_back(name, http)
         except NotFound as error:
             nobody = error
         found = await self.node.fetchable.find(name)
         if isinstance(found, str):
             raise NotFound(nobody.message + (f"; {found}" if found else ""))
         return found
+
+    async def _find_back(self, name: str, http: Request) -> Resolved:
+        began_s = trio.current_time()
+        try:
+            return await self.find(name)
+        except LostJustNow:
+            pass
+        if (asked_wishes(http.headers).policy or self.node.config.routing.policy) == "local-only":
+            raise NotFound(f"{not_here(PullPlan(), name[:200], 0)}{self.who_had(name)}")
+        left_s = max(0.0, began_s + PATIENCE_S - trio.current_time())
+        await self._until_back.wait(partial(self._is_known, name), http.receive, left_s)
+        if not self._is_known(name) and (away := self._lost_just_now(name)):
+            raise away
+        return self.resolve(name)
 
     async def find_to_show(self, name: str) -> Resolved:
         """As `find`. Raises NotFetched where a prompt would fetch it first."""

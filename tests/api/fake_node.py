@@ -264,6 +264,7 @@ class FakePresence:
         status = PeerStatus(THEIRS, 1, 1, "attic", "0.1.0", models=(model,), load=Load(1, 2))
         own = PeerStatus(OURS, 1, 1, "desk", "0.1.0", cpu_percent=5.0, memory_bytes=1, memory_total_bytes=4)
         self.gone: list[PeerView] = []  # and in no list any more
+        self.watchers: list[Callable[[], None]] = []
         self.known = [
             PeerView(OURS, "self", "self", own, last_seen_s=NOW_S),
             PeerView(THEIRS, "online", "direct", status, "/ip4/10.0.0.2/tcp/11435", 0.0015, NOW_S),
@@ -274,6 +275,13 @@ class FakePresence:
 
     def lost(self) -> tuple[PeerView, ...]:
         return tuple(view for view in (*self.known, *self.gone) if view.state == "offline")
+
+    def watch(self, on_news: Callable[[], None]) -> None:
+        self.watchers.append(on_news)
+
+    def on_news(self) -> None:
+        for on_news in self.watchers:
+            on_news()
 
     def view(self, peer_id: PeerId) -> PeerView | None:
         return next((view for view in (*self.known, *self.gone) if view.peer_id == peer_id), None)

@@ -20,6 +20,9 @@ DEFAULT_HOST: Final = "registry.ollama.ai"
 DEFAULT_NAMESPACE: Final = "library"
 DEFAULT_TAG: Final = "latest"
 MAX_NAME: Final = 350 + 3 * 80 + 3  # characters of a full name: host, three parts, separators
+ACCEPTED: Final = (
+    'use [host/][namespace/]model[:tag] with letters, digits, "_", "-" and ".", at most 80 characters each'
+)
 NAMES_KEPT: Final = 4096  # read names; each prompt compares the names of everything that the mesh has
 
 _HOST: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}")
@@ -94,7 +97,4 @@ def split_digest(text: str) -> tuple[str, str | None]:
 
 def _invalid(text: str) -> InvalidName:
     shown = text if len(text) <= 100 else text[:97] + "..."
-    return InvalidName(
-        f'name "{shown}" is invalid: use [host/][namespace/]model[:tag] with letters, digits, "_", "-" and ".", '
-        "at most 80 characters each"
-    )
+    return InvalidName(f'name "{shown}" is invalid: {ACCEPTED}')

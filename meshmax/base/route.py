@@ -86,7 +86,7 @@ class Route(msgspec.Struct, frozen=True):
 
     ``started_at_s``: Unix time. ``first_token_s``, ``total_s``: after that, None until then. ``model``: as it was asked for.
     ``kind``: what was asked for. ``among``: how many peers could be asked when it came, of whom ``candidates`` tells
-    the best.
+    the best. ``output_tokens``: as the engine counts them, the one that ends the answer too; those of ``attempts`` have text.
     """
 
     request_id: str

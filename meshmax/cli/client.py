@@ -58,6 +58,12 @@ class NoPeerRunning(ConnectError):
     code = "no_peer_running"
 
 
+class PeerStarting(ConnectError):
+    """A peer with this home is starting or ending: try again in a few seconds."""
+
+    code = "peer_starting"
+
+
 class PeerSilent(ConnectError):
     """The peer takes connections and does not answer."""
 
@@ -231,7 +237,10 @@ def error_of_answer(status: int, body: bytes) -> MeshmaxError:
 
 
 def open_client(target: Target) -> PeerClient:
-    """A client of the peer that ``target`` and the environment name. Raises NoPeerRunning, PeerSilent, ConfigError."""
+    """A client of the peer that ``target`` and the environment name.
+
+    Raises NoPeerRunning, PeerStarting, PeerSilent, ConfigError.
+    """
     given = target.api or ("" if target.home else os.environ.get("MESHMAX_API", ""))
     home = home_folder(target.home)
     url = api_url(given) if given else running_api(home)
@@ -269,10 +278,14 @@ def api_url(text: str) -> str:
 
 
 def running_api(home: Path) -> str:
-    """The API address of the peer that runs on ``home``. Raises NoPeerRunning."""
-    from meshmax.store.home import read_run
+    """The API address of the peer that runs on ``home``. Raises NoPeerRunning, PeerStarting."""
+    from meshmax.store.home import is_held, read_run
 
     run = read_run(home)
+    if run is None and is_held(home):
+        run = read_run(home)  # it may have come up between the two looks
+        if run is None:
+            raise PeerStarting("a peer with this home is starting or ending: try again in a few seconds")
     if run is None:
         raise NoPeerRunning("no meshmax peer is running here: start one with `meshmax peer`")
     return api_url(run.api)

@@ -66,6 +66,8 @@ _COMMANDS: Final = (
 # alone: the folder where it usually is; as long as FAT32 takes it
 _OPTIONAL_VALUE: Final = ("--from-ollama", "--from-huggingface", "--split")
 
+_TIMES: Final = ("--deadline", "--expires", "--keepalive")  # a value that begins with - is a time below zero, no option
+
 
 def make_app() -> App:
     """The tree of commands."""
@@ -119,7 +121,18 @@ def _spelled_out(tokens: list[str]) -> list[str]:
     for at, word in enumerate(words[:end]):
         if word in _OPTIONAL_VALUE and (at + 1 >= end or words[at + 1].startswith("-")):
             words[at] = f"{word}=-"
-    return words
+    return _with_times(words[:end]) + words[end:]
+
+
+def _with_times(words: list[str]) -> list[str]:
+    """``--keepalive -1s`` means ``--keepalive=-1s``, as in Ollama's command line."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in _TIMES and word[:1] == "-" and word[1:2].isdigit():
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _tickets(tokens: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 
 from meshmax.base.errors import InvalidRequest, NotAMember
 from meshmax.base.membership import OPEN_MESH, SCOPES, BootstrapAddress, MeshView
-from meshmax.cli.client import NoPeerRunning, Target, home_folder, open_client, running_api
+from meshmax.cli.client import NoPeerRunning, PeerStarting, Target, home_folder, open_client, running_api
 from meshmax.cli.models import HERE, AsJson
 from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable, table
 
@@ -205,7 +205,7 @@ def runs_none(target: Target) -> bool:
         return False
     try:
         running_api(home_folder(target.home))
-    except NoPeerRunning:
+    except (NoPeerRunning, PeerStarting):  # who starts is told when the home is to be held
         return True
     return False
 

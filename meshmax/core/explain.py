@@ -15,7 +15,7 @@ from meshmax.base.inference import Ask, EmbedRequest, is_load_only
 from meshmax.base.route import Candidate, Policy, RequestKind, Verdict
 from meshmax.base.status import MAX_PEER_NAME
 from meshmax.core.estimate import ahead_of, rtt_of
-from meshmax.core.policies import STICKY, Judged, tier_of
+from meshmax.core.policies import STICKY, TURNS, Judged, tier_of
 
 MAX_HEADER: Final = (
     600  # characters of a line in a header, the sign that it was cut included; servers take 8 KiB of headers
@@ -56,8 +56,12 @@ def explain(
         shown = min(others, key=lambda c: (c.estimate_s, c.peer_id))
         number = max(len(others), among - 1 - len(slow))
         count = f"{number} other{'s' if number > 1 else ''}"
+        est = f"{plain_name(shown.name)}, est {_seconds(shown.estimate_s)}"
         rule = f": {_rule(best, shown, policy)}" if shown.estimate_s < best.estimate_s and not tried else ""
-        beat = f"; beat {count} (next: {plain_name(shown.name)}, est {_seconds(shown.estimate_s)}{rule})"
+        turn = policy in TURNS and not tried  # one that took another's place has beaten the others
+        beat = (
+            f"; its turn ({policy}) before {count} (soonest: {est})" if turn else f"; beat {count} (next: {est}{rule})"
+        )
     elif not tried:
         beat = "; nobody else has it ready" if policy != "local-only" else "; only this machine was asked for"
     size = f" for {tokens} tokens" if tokens else ""

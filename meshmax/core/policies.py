@@ -35,6 +35,7 @@ TIER_MARGIN: Final = (
 )
 TIER_MARGIN_S: Final = 0.02  # and this much in any case: shares of very short answers mean nothing
 STICKY: Final = 0.06  # discount of the previous choice: means of measurements of one peer differ by less, by chance
+TURNS: Final[tuple[Policy, ...]] = ("round-robin", "weighted")  # who is asked need not be the soonest
 GOLDEN: Final = 0.6180339887498949  # steps of it (modulo 1) fill the unit interval more evenly than any other
 _KEY: Final = itemgetter(0, 1, 2)
 _EFFECTIVE_S: Final = itemgetter(0)

@@ -22,6 +22,13 @@ POLICY_WORDS: Final[Mapping[Policy, str]] = {
     "affinity": "the peer that had this conversation before",
     "local-only": "this peer alone",
 }
+# Why the one that was asked first was, by policies whose choice need not be the soonest.
+_ASKED_FIRST_WORDS: Final[Mapping[Policy, str]] = {
+    "least-loaded": "had the least to do",
+    "round-robin": "had its turn",
+    "weighted": "had its turn, by the configured shares",
+    "affinity": "was the one for this conversation",
+}
 VERDICT_WORDS: Final[Mapping[Verdict, str]] = {
     "chosen": "chosen",
     "slower": "could have answered",
@@ -112,8 +119,15 @@ def _outcome(route: Route) -> str:
 def _said(route: Route) -> str:
     """What the client got."""
     if route.kind == "text":
-        return _tokens(route.output_tokens)
+        return _tokens(route.output_tokens) + _textless(route)
     return "nothing" if route.first_token_s is None else "a part"
+
+
+def _textless(route: Route) -> str:
+    """How many of the engine's tokens gave the client no text: so that the tokens of the tries, which did, add up."""
+    told = sum(attempt.tokens for attempt in route.attempts)
+    rest = route.output_tokens - told if told else 0
+    return f" ({rest} without text, as the one that ends it)" if rest > 0 else ""
 
 
 def _read(route: Route) -> str:
@@ -135,7 +149,7 @@ def _choice(route: Route) -> list[str]:
     if asked and route.among == 0:
         words = f"Nobody was free to be asked; {who} was asked all the same: {best.why}; {_estimate(best)}."
         return [words, *_others(others, 0, "had the model, too")]
-    words = f"{who} was best: {best.why}; {_estimate(best)}."
+    words = f"{who} {_ASKED_FIRST_WORDS.get(route.policy, 'was best')}: {best.why}; {_estimate(best)}."
     return [
         words,
         *(_others(others, (route.among or 0) - 1, "could have answered") or ["Nobody else could have answered."]),

@@ -109,6 +109,14 @@ def read_run(path: Path) -> Run | None:
         return None
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the home at ``path``; with no `read_run`, one that is about to run, or to end."""
+    try:
+        return _is_held(path / LOCK_FILE)
+    except OSError:
+        return False
+
+
 def _open_lock(path: Path) -> int:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)

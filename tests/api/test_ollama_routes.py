@@ -337,7 +337,7 @@ BAD: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/api/pull", {}, 400, "model is required"),
     ("POST", "/api/pull", {"model": "a b"}, 400, 'name "a b" is invalid'),
     ("POST", "/api/copy", {"source": "..", "destination": "x"}, 400, 'source ".." is invalid'),
-    ("POST", "/api/copy", {"source": "echo", "destination": "/"}, 400, 'destination "/" is invalid'),
+    ("POST", "/api/copy", {"source": "echo", "destination": "/"}, 400, 'destination "/" is invalid: use [host/]'),
     ("POST", "/api/copy", {"source": "nope", "destination": "x"}, 404, 'model "nope" not found'),
     ("POST", "/api/copy", {"source": "far", "destination": "x"}, 404, 'model "far" not found'),
     ("DELETE", "/api/delete", {"model": "a" * 300}, 400, "is invalid"),

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from meshmax import __version__
-from meshmax.cli.main import _COMMANDS, main
+from meshmax.cli.main import _COMMANDS, _spelled_out, main
+from meshmax.store.home import hold_home
 from tests.cli.conftest import FakePeer
 
 
@@ -63,6 +64,30 @@ def test_without_a_running_peer_a_command_says_how_to_start_one(
     monkeypatch.delenv("MESHMAX_API", raising=False)
     assert main([command, "--home", str(tmp_path)]) == 4
     assert capsys.readouterr().err == "Error: no meshmax peer is running here: start one with `meshmax peer`\n"
+
+
+def test_a_peer_that_is_just_starting_is_told_from_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MESHMAX_API", raising=False)
+    with hold_home(tmp_path):
+        assert main(["list", "--home", str(tmp_path)]) == 4
+    assert capsys.readouterr().err == (
+        "Error: a peer with this home is starting or ending: try again in a few seconds\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["drain", "--deadline", "-5s"], ["drain", "--deadline=-5s"]),
+        (["run", "m", "--keepalive", "-1", "hi"], ["run", "m", "--keepalive=-1", "hi"]),
+        (["drain", "--deadline", "--json"], ["drain", "--deadline", "--json"]),
+        (["run", "m", "--", "--keepalive", "-1"], ["run", "m", "--", "--keepalive", "-1"]),
+    ],
+)
+def test_a_time_below_zero_is_a_value_and_no_option(given: list[str], meant: list[str]) -> None:
+    assert _spelled_out(given) == meant
 
 
 def test_an_address_where_nothing_listens_is_named(capsys: pytest.CaptureFixture[str]) -> None:

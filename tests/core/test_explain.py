@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshmax.base.ids import PeerId
+from meshmax.base.route import Policy
 from meshmax.base.status import Gpu
 from meshmax.core.contender import Contender
 from meshmax.core.explain import MAX_HEADER, explain, header_line, plain_name
@@ -152,10 +153,20 @@ def test_what_a_peer_holds_of_the_prompt_and_what_does_not_fit_is_told() -> None
     assert small.candidates[0].why.startswith("on disk, too large for its GPU, ")
 
 
-def test_another_policy_is_named_where_it_passed_over_a_sooner_one() -> None:
-    decision = decide([peer("a", **CPU), peer("b", **GPU)], CHAT, policy="round-robin", turn=0)
+@pytest.mark.parametrize("policy", ["round-robin", "weighted"])
+def test_who_had_its_turn_is_not_said_to_have_beaten_others(policy: Policy) -> None:
+    decision = decide([peer("a", **CPU), peer("b", **GPU)], CHAT, policy=policy, turn=0)
+    a, b = decision.candidates
     line = explain(decision.candidates, decision.order[0], policy=decision.policy)
-    assert line.endswith("beat 1 other (next: b, est 4.37 s: the policy is round-robin)")
+    assert line.endswith(f"; its turn ({policy}) before 1 other (soonest: b, est 4.37 s)")
+    late = explain((a, b), PeerId("a"), [("c", "busy")], policy=policy)
+    assert "; beat 1 other (next: b, est 4.37 s)" in late
+
+
+def test_another_policy_is_named_where_it_passed_over_a_sooner_one() -> None:
+    decision = decide([peer("a", **CPU), peer("b", **GPU)], CHAT, policy="affinity", key=b"x")
+    line = explain(decision.candidates, PeerId("a"), policy="affinity")
+    assert line.endswith("beat 1 other (next: b, est 4.37 s: the policy is affinity)")
     alone = decide([peer("a", **CPU, **OURS), peer("b", **GPU)], CHAT, policy="local-only")
     line = explain(alone.candidates, alone.order[0], policy=alone.policy)
     assert line.endswith("; only this machine was asked for")

@@ -32,6 +32,30 @@ def test_a_plain_answer_is_told_with_its_choice_and_figures() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        ("latency", "desk was best: "),
+        ("local-only", "desk was best: "),
+        ("least-loaded", "desk had the least to do: "),
+        ("round-robin", "desk had its turn: "),
+        ("weighted", "desk had its turn, by the configured shares: "),
+        ("affinity", "desk was the one for this conversation: "),
+    ],
+)
+def test_who_was_asked_first_is_told_by_the_policy(policy: str, words: str) -> None:
+    assert story(route(policy=policy))[2].startswith(words)
+
+
+def test_tokens_without_text_are_told_so_that_those_of_the_tries_add_up() -> None:
+    attempts = (Attempt(A, "peer_gone", 0.2, ended_s=1.0, tokens=25), Attempt(B, "", 0.3, "continuation", tokens=502))
+    assert story(route(attempts=attempts, output_tokens=528))[1] == (
+        "The answer was whole after 3.40 s: 528 tokens (1 without text, as the one that ends it), the first after 0.20 s."
+    )
+    assert "without text" not in story(route(attempts=attempts, output_tokens=527))[1]
+    assert "without text" not in story(route(attempts=attempts, output_tokens=500))[1]
+
+
 def test_where_an_answer_moved_and_why_is_told() -> None:
     attempts = (
         Attempt(A, "draining", 0.2, "first", 0.0, 2.0, 64, "this peer is being drained"),

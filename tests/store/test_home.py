@@ -12,7 +12,7 @@ import trio
 
 from meshmax.base.errors import ConfigError
 from meshmax.base.ids import PeerId
-from meshmax.store.home import open_home, read_run
+from meshmax.store.home import is_held, open_home, read_run
 
 PEER = PeerId("12D3KooWx")
 
@@ -32,6 +32,14 @@ async def test_the_api_is_found_while_the_node_runs_and_not_after(tmp_path: Path
         assert (run.pid, run.api, run.peer_id, run.started_at) == (os.getpid(), "http://127.0.0.1:11434", PEER, 12.5)
     assert read_run(tmp_path) is None
     assert not (tmp_path / "run.json").exists()
+
+
+async def test_a_home_is_held_from_before_its_api_is_there(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    async with open_home(tmp_path):
+        assert is_held(tmp_path)
+        assert read_run(tmp_path) is None
+    assert not is_held(tmp_path)
 
 
 async def test_a_second_node_on_a_home_is_refused_by_name(tmp_path: Path, autojump_clock: object) -> None:

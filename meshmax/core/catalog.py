@@ -2,10 +2,11 @@
 
 Rules (a name means, in this order): what it is pinned to; what is in our store; what an engine here brings along; then, of
 the digests that online peers offer under that name, the one that was seen first in this mesh (`FirstSeen` remembers it, so
-that a newcomer cannot take a name over, nor push names of others out by offering many). Two digests under one name are two
-entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make nobody a holder: they are listed apart, and a model
-that is nowhere whole is an entry only for who wants to pull it. Who runs a model that its engine brings along is a server of
-it and no holder.
+that a newcomer cannot take a name over, nor push names of others out by offering many). Who offered it may take it back:
+the name then means what that peer calls so now, or is free, where nobody else known has the first one. Two digests under one
+name are two entries and are never mixed; ``NAME@DIGEST`` chooses. Partial copies make nobody a holder: they are listed apart,
+and a model that is nowhere whole is an entry only for who wants to pull it. Who runs a model that its engine brings along is a
+server of it and no holder.
 Not here: fetching, files, who answers a prompt.
 """
 
@@ -21,11 +22,21 @@ from meshmax.base.errors import InvalidName, ModelNotFound
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ModelDetails, StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
-from meshmax.base.status import ModelPresence, PeerView
+from meshmax.base.status import ModelPresence, PeerStatus, PeerView
 
 KEPT_DIGEST: Final = 12  # digits of a digest in the name of a model that lost its name
 MAX_TAG_KEPT: Final = 80 - KEPT_DIGEST - 1  # characters of its tag that fit before them
 MAX_FIRST_SEEN: Final = 4096  # names remembered, of all peers
+SETTLED_S: Final = 30.0  # after the start: until then others who have the first one may not have been met again
+FREE_AFTER_S: Final = 60.0  # without its model a name is free: an engine that is started again has its models sooner
+
+
+class AnotherThere(ModelNotFound):
+    """The model that was first seen under a name is not there, another one is. ``hint``: how to choose that."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(f"{message}; {hint}")
+        self.hint = hint
 
 
 class FirstSeen:
@@ -35,11 +46,13 @@ class FirstSeen:
     its own. What we named ourselves goes only where nothing else is left.
     """
 
-    __slots__ = ("_offers", "_origins")
+    __slots__ = ("_began_s", "_missing", "_offers", "_origins")
 
     def __init__(self, offers: Mapping[str, FirstOffer] | None = None) -> None:
         self._offers: dict[str, FirstOffer] = {}
         self._origins: dict[str, dict[str, None]] = {}  # names by who offered them, oldest first
+        self._missing: dict[str, float] = {}  # names without their model, since when
+        self._began_s: float | None = None  # the first review
         for key, offer in (offers or {}).items():
             self.note(key, offer.digest, offer.origin)
 
@@ -68,15 +81,73 @@ class FirstSeen:
     def forget(self, key: str) -> None:
         """The person chose another meaning for this name (added, copied or deleted it here)."""
         offer = self._offers.pop(key, None)
+        self._missing.pop(key, None)
         if offer is not None:
             keys = self._origins[offer.origin]
             del keys[key]
             if not keys:
                 del self._origins[offer.origin]
 
+    def review(self, views: Iterable[PeerView], now: float) -> bool:
+        """Let go of names whose offerer is there and took them back; True if one was. ``now``: monotonic, in seconds.
+
+        ``views``: everybody known, ourselves too, also who is offline for a short while. Nothing is let go where one of
+        them has the first model under the name.
+        """
+        if self._began_s is None:
+            self._began_s = now
+        if now - self._began_s < SETTLED_S:
+            return False
+        views = tuple(views)
+        there = [
+            v.peer_id for v in views if v.state in ("online", "draining") and v.status and v.peer_id in self._origins
+        ]
+        if not there:
+            self._missing = {}
+            return False
+        listed = {view.peer_id: _digests_of(view.status) for view in views if view.status}
+        missing: dict[str, float] = {}
+        given: dict[str, FirstOffer | None] = {}
+        for peer in there:
+            for key in self._origins[peer]:
+                digest = self._offers[key].digest
+                if any(digest in names.get(key, ()) for names in listed.values()):
+                    continue
+                missing[key] = self._missing.get(key, now)
+                whole = [each for each, is_whole in listed[peer].get(key, {}).items() if is_whole]
+                if whole:
+                    given[key] = FirstOffer(whole[0], peer)
+                elif now - missing[key] >= FREE_AFTER_S:
+                    given[key] = None
+        self._missing = missing
+        for key, offer in given.items():
+            self.forget(key)
+            if offer is not None:
+                self.note(key, offer.digest, offer.origin)
+        return bool(given)
+
     def items(self) -> dict[str, FirstOffer]:
         """All of it, oldest first, for keeping."""
         return dict(self._offers)
+
+
+def _digests_of(status: PeerStatus) -> dict[str, dict[Sha256, bool]]:
+    """What a peer lists under each name's key, and whether that is more than a part of it."""
+    found: dict[str, dict[Sha256, bool]] = {}
+    for model in status.models:
+        for name in model.names:
+            digests = found.setdefault(_key_of(name), {})
+            digests[model.digest] = digests.get(model.digest, False) or model.state != "partial"
+    return found
+
+
+def _key_of(text: str) -> str:
+    if text.count("/") == 2 and ":" in text.rpartition("/")[2]:
+        return text.lower()  # whole, as peers tell names: they may tell thousands, and are looked at often
+    try:
+        return parse_name(text).key
+    except InvalidName:
+        return text
 
 
 def merge(
@@ -233,9 +304,9 @@ def resolve(
         others = [entry.digest for entry in named]
         named = [entry for entry in named if seen in (None, entry.digest)]
         if others and not named:
-            raise ModelNotFound(
-                f"model '{text}' not found: nobody who is online has the one that was first seen under this name; "
-                f"another one is there: use {name}@{others[0][:12]} if that is meant"
+            raise AnotherThere(
+                f"model '{text}' not found: nobody who is online has the one that was first seen under this name",
+                f"another one is there: use {name}@{others[0][:12]} if that is meant",
             )
     if not named:
         raise ModelNotFound(f"model '{text}' not found")

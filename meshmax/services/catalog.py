@@ -247,14 +247,15 @@ class CatalogService:
         return True
 
     def note_names(self) -> bool:
-        """Remember what each name of the mesh means when it is first seen; True if one was new."""
+        """Remember what each name of the mesh means when it is first seen; True if one was new, or taken back."""
+        taken_back = self._first_seen.review(self._peers(), trio.current_time())
         new = [
             entry
             for entry in self.entries()
             # Of several that have it the nearest is taken for the one that offered it.
             if self._first_seen.note(parse_name(entry.name).key, entry.digest, self._origin(entry))
         ]
-        return bool(new)
+        return taken_back or bool(new)
 
     async def sign_missing_records(self) -> None:
         """Give every local model that has none a record of ours, so that peers can fetch it."""

@@ -32,6 +32,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.core.backoff import Random
+from meshmax.core.catalog import AnotherThere
 from meshmax.ports import Catalog, Naming, Presence, RunSync, Swarm, Throttle
 from meshmax.services.kept_downloads import Keep, KeptDownloads, forget, remembered_model
 from meshmax.services.lane_client import LaneOpener
@@ -207,7 +208,7 @@ class PullService:
             raise Refused("this peer pulls nothing that others ask for (accept_distribute is off in its configuration)")
         resolved = self._resolve(name)
         if resolved is None:
-            raise _nobody_has(name)
+            raise _nobody_has(name, self._hint(name))
         if resolved.digest != digest:
             raise Refused(f"'{name[:200]}' means another model on this peer ({resolved.digest[:12]})")
         asked = sum(bool(job.asked_by) for job in self._jobs.values())
@@ -253,7 +254,7 @@ class PullService:
         parsed = parse_name(split_digest(name)[0])
         resolved = self._resolve(name)
         if resolved is None:
-            raise _nobody_has(name)
+            raise _nobody_has(name, self._hint(name))
         if resolved.stored:
             return resolved.stored
         if self._under_way(resolved.digest) is None and not self._world.sources(resolved.digest):
@@ -322,6 +323,16 @@ class PullService:
             return None
         server = next((self._world.peer_name(peer) for peer in resolved.entry.servers), "")
         return _Meaning(resolved.digest, resolved.stored, server)
+
+    def _hint(self, name: str) -> str:
+        """How to choose the other model that is there under ``name``, '' where there is none. Raises InvalidName."""
+        try:
+            self._catalog.resolve(name, parts=True)
+        except AnotherThere as error:
+            return error.hint
+        except ModelNotFound:
+            pass
+        return ""
 
     async def _in_background(self, found: Job | StoredModel) -> Transfer:
         if isinstance(found, StoredModel):
@@ -430,9 +441,11 @@ async def open_pulls(
         nursery.cancel_scope.cancel()
 
 
-def _nobody_has(name: str) -> NoProviders:
+def _nobody_has(name: str, hint: str = "") -> NoProviders:
+    """``hint``: what else there is under the name."""
     # Ollama's words first, since programs look for them.
-    return NoProviders(f"pull model manifest: file does not exist: no peer that can be reached has '{name[:200]}'")
+    why = f" as it was first seen; {hint}" if hint else ""
+    return NoProviders(f"pull model manifest: file does not exist: no peer that can be reached has '{name[:200]}'{why}")
 
 
 def _only_runs(name: str, server: str) -> NoProviders:

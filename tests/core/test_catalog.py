@@ -7,7 +7,15 @@ from meshmax.base.errors import InvalidName, ModelNotFound
 from meshmax.base.ids import PeerId, Sha256, peer_id_of
 from meshmax.base.model import Layer, Manifest, ModelDetails, StoredModel
 from meshmax.base.status import ModelPresence, PeerState, PeerStatus, PeerView
-from meshmax.core.catalog import MAX_FIRST_SEEN, FirstSeen, held_elsewhere, merge, resolve
+from meshmax.core.catalog import (
+    FREE_AFTER_S,
+    MAX_FIRST_SEEN,
+    SETTLED_S,
+    FirstSeen,
+    held_elsewhere,
+    merge,
+    resolve,
+)
 
 OWN, KITCHEN, ATTIC = (peer_id_of(bytes([n]) * 32) for n in (1, 2, 3))
 OLD, NEW = Sha256("a" * 64), Sha256("b" * 64)
@@ -81,6 +89,64 @@ def test_when_only_another_digest_is_left_the_error_says_how_to_choose_it() -> N
     first_seen = FirstSeen({FULL: FirstOffer(OLD)})
     with pytest.raises(ModelNotFound, match=f"use llama3:latest@{NEW[:12]}"):
         resolve("llama3", listed(peer(KITCHEN, has(NEW))), (), first_seen)
+
+
+def seen_of(peer_id: PeerId) -> FirstSeen:
+    """``OLD``, offered by that peer; long after the start."""
+    first_seen = FirstSeen({FULL: FirstOffer(OLD, peer_id)})
+    assert not first_seen.review((), -SETTLED_S)
+    return first_seen
+
+
+@pytest.mark.parametrize("name", [FULL, FULL.replace("llama3", "Llama3"), "llama3"])
+def test_who_offered_a_name_may_let_it_mean_another_model(name: str) -> None:
+    first_seen = seen_of(KITCHEN)
+    views = (peer(KITCHEN, has(NEW, name)), peer(ATTIC, has(Sha256("c" * 64))))
+    assert first_seen.review(views, 0.0)
+    assert first_seen.items() == {FULL: FirstOffer(NEW, KITCHEN)}
+    assert resolve("llama3", listed(*views), (), first_seen).digest == NEW
+    assert not first_seen.review(views, 1.0)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        (peer(KITCHEN, has(OLD)), peer(ATTIC, has(NEW))),  # it is still there
+        (peer(KITCHEN, has(OLD, "llama3")), peer(ATTIC, has(NEW))),
+        (peer(KITCHEN, has(OLD, state="partial"), has(NEW)),),
+        (peer(KITCHEN, has(NEW)), peer(ATTIC, has(OLD))),  # another one has it
+        (peer(KITCHEN, has(NEW)), peer(ATTIC, has(OLD), state="offline")),
+        (peer(KITCHEN, state="offline"), peer(ATTIC, has(NEW))),  # who offered it says nothing
+        (peer(KITCHEN, has(NEW), state="offline"), peer(ATTIC, has(NEW))),
+        (peer(ATTIC, has(NEW)),),
+    ],
+)
+def test_a_name_is_not_let_go_while_anybody_known_may_have_its_first_model(views: tuple[PeerView, ...]) -> None:
+    first_seen = seen_of(KITCHEN)
+    for now in (0.0, 2 * FREE_AFTER_S):
+        assert not first_seen.review(views, now)
+    assert first_seen.get(FULL) == OLD
+
+
+def test_a_name_whose_model_was_removed_is_free_after_a_while_and_not_before() -> None:
+    first_seen = seen_of(KITCHEN)
+    gone = (peer(KITCHEN, has(OLD, "other")), peer(ATTIC, has(NEW)))
+    assert not first_seen.review(gone, 0.0)
+    assert not first_seen.review(gone, FREE_AFTER_S - 1)
+    assert not first_seen.review((peer(KITCHEN, has(OLD)), gone[1]), FREE_AFTER_S)  # it was away for a moment only
+    assert not first_seen.review(gone, FREE_AFTER_S + 1)
+    assert first_seen.get(FULL) == OLD
+    assert first_seen.review(gone, 2 * FREE_AFTER_S + 1)
+    assert first_seen.get(FULL) is None
+    assert resolve("llama3", listed(*gone), (), first_seen).digest == NEW
+
+
+def test_nothing_is_let_go_just_after_the_start_when_others_may_not_have_been_met_again() -> None:
+    first_seen = FirstSeen({FULL: FirstOffer(OLD, KITCHEN)})
+    views = (peer(KITCHEN, has(NEW)),)
+    assert not first_seen.review(views, 100.0)
+    assert not first_seen.review(views, 100.0 + SETTLED_S - 1)
+    assert first_seen.review(views, 100.0 + SETTLED_S)
 
 
 def test_an_unknown_name_is_not_found_in_the_words_of_ollama() -> None:

@@ -227,9 +227,10 @@ class PullFirst:
 
     def _entry_of(self, ask: Ask) -> CatalogEntry | None:
         """What is known of the model, if anybody has it; parts will do."""
-        whole = next((entry for entry in self._catalog.entries() if entry.digest == ask.digest), None)
-        if whole is not None:
-            return whole
+        whole = [entry for entry in self._catalog.entries() if entry.digest == ask.digest]
+        if whole:
+            key = _key_of(ask.name)  # under the name that was asked for, if it has several
+            return next((entry for entry in whole if parse_name(entry.name).key == key), whole[0])
         if upstream := self._upstream(ask.digest):
             return upstream
         try:
@@ -386,6 +387,13 @@ def _nobody(ask: Ask, plan: PullPlan, size: int, alone: bool, off: str) -> Meshm
     return NoProviders(
         f"no peer that could answer has model '{ask.name[:200]}'{who_could(plan, ask.name[:200], size)}{off}"
     )
+
+
+def _key_of(name: str) -> str:
+    try:
+        return parse_name(split_digest(name)[0]).key
+    except InvalidName:
+        return ""
 
 
 def _full_name(entry: CatalogEntry) -> str:

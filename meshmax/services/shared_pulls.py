@@ -31,6 +31,7 @@ PAUSE_S: Final = 1.0
 WAIT_S: Final = 60.0  # without a byte, for want of a source, a pull goes on waiting; a prompt does not
 LOG_S: Final = 10.0  # between words in the log on how far a pull is
 
+_Key = tuple[PeerId, Sha256, str]  # the last is a name
 _log = get_logger("pull_first")
 
 
@@ -101,7 +102,7 @@ class SharedPulls:
 
     def __init__(self, swarm: Swarm, pulls: Pulls, nursery: trio.Nursery) -> None:
         self._swarm, self._pulls, self._nursery = swarm, pulls, nursery
-        self._shared: dict[tuple[PeerId, Sha256], SharedPull] = {}
+        self._shared: dict[_Key, SharedPull] = {}
 
     @asynccontextmanager
     async def open_pull(self, peer: PeerId, name: str, digest: Sha256) -> AsyncIterator[SharedPull]:
@@ -109,7 +110,7 @@ class SharedPulls:
 
         Entered when it has begun. Raises Refused, OutOfScope, Busy, NoProviders, PeerGone, RemoteProtocolError, StoreError.
         """
-        key = peer, digest
+        key = peer, digest, name.lower()  # by another name it is the same transfer there, which then makes both
         pull = self._shared.get(key)
         if pull is None or pull.over:
             pull = self._shared[key] = SharedPull(name)
@@ -125,12 +126,12 @@ class SharedPulls:
                 pull.scope.cancel()
                 self._drop(key, pull)
 
-    def _drop(self, key: tuple[PeerId, Sha256], pull: SharedPull) -> None:
+    def _drop(self, key: _Key, pull: SharedPull) -> None:
         if self._shared.get(key) is pull:
             del self._shared[key]
 
-    async def _run(self, key: tuple[PeerId, Sha256], name: str, pull: SharedPull) -> None:
-        peer, digest = key
+    async def _run(self, key: _Key, name: str, pull: SharedPull) -> None:
+        peer, digest, _ = key
         error: MeshmaxError | None = NoProviders("nobody waited for it any more, or this node is shutting down")
         try:
             with pull.scope:

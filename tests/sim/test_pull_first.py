@@ -304,3 +304,72 @@ async def test_a_request_that_waits_for_a_slot_is_told_of_before_its_answer_begi
             assert route.state == "running"
             assert route.line
             nursery.cancel_scope.cancel()
+
+
+async def test_a_model_that_was_removed_and_added_again_under_its_name_is_used_by_everybody(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, a = await store_and(site, "a")
+        old = a.catalog.resolve("m").digest
+        await trio.sleep(60)
+        await store.catalog.delete("m")
+        await site.add(store, "m", SIZE // 2)
+        new = store.catalog.resolve("m").digest
+        assert new != old
+        await until(lambda: [entry.digest for entry in a.catalog.entries()] == [new])
+        assert a.catalog.resolve("m").digest == new
+        assert await ask(store, "m", "hello there") == ("hello there", "a")
+        stored = a.catalog.resolve("m").stored
+        assert stored is not None
+        assert stored.manifest.digest == new
+
+
+async def test_a_pull_of_a_name_that_another_peer_uses_otherwise_says_how_to_choose_its_model(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a, thief = [await site.node(name) for name in ("a", "thief")]
+        config, world = site.parts("owner", STORES)
+        async with open_node(config, world) as owner:
+            await site.add(owner, "m", SIZE)
+            await until(lambda: bool(a.catalog.entries()))
+        await site.add(thief, "m", SIZE // 2)
+        theirs = thief.catalog.resolve("m").digest
+        await until(lambda: [entry.digest for entry in a.catalog.entries()] == [theirs])
+        with pytest.raises(NoProviders, match=f"use m:latest@{theirs[:12]} if that is meant"):
+            await pull(a, "m")
+        assert (await pull(a, f"m@{theirs}")).state == "done"
+
+
+@pytest.mark.parametrize("name", ["m", "n"])
+@pytest.mark.parametrize("here", [True, False])
+async def test_what_is_fetched_gets_the_name_that_was_asked_for(
+    name: str, here: bool, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, a = await store_and(site, "a")
+        await store.catalog.copy("m", "n")
+        await until(lambda: len(a.catalog.entries()) == 2)
+        assert await ask(a if here else store, name, "hello there") == ("hello there", "a")
+        assert [stored.name for stored in a.catalog.local()] == [f"{name}:latest"]
+
+
+async def test_prompts_for_one_model_under_two_names_fetch_it_once_and_under_both(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        store, a = await store_and(site, "a")
+        await store.catalog.copy("m", "n")
+        await until(lambda: len(a.catalog.entries()) == 2)
+        async with trio.open_nursery() as nursery:
+            for number, name in enumerate(("m", "n")):
+                nursery.start_soon(answer_of, a, msgspec.structs.replace(request(a, f"r{number}"), name=name))
+        assert {stored.name for stored in a.catalog.local()} == {"m:latest", "n:latest"}
+        assert len(a.pulls.transfers()) == 1
+
+
+async def answer_of(node: Node, request: Ask) -> None:
+    async with node.router.open_answer(request) as answer:
+        async for _ in answer.events:
+            pass

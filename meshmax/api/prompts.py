@@ -120,7 +120,7 @@ class Prompts:
         return lost_just_now(name, self.peer_name(view.peer_id), view, self.node.now()) if view else None
 
     async def find_to_answer(self, name: str, http: Request) -> Resolved:
-        """As `find`, for the prompt ``http``, whose body was read: it waits PATIENCE_S in all for a holder that was lost just now.
+        """As `find`, for the prompt ``http``, its body read: it waits PATIENCE_S in all for a holder that was lost just now.
 
         What can be fetched first will do. The NotFound says what it would take. Raises ShuttingDown, InvalidRequest too.
         """

@@ -14,6 +14,7 @@ import msgspec
 from starlette.responses import Response
 
 from meshmax.base.errors import Busy, MeshmaxError, NotFound, NotOffered, Unauthorized
+from meshmax.core.absence import WentAway
 
 JSON_TYPE: Final = "application/json; charset=utf-8"
 
@@ -90,7 +91,7 @@ def error_body(error: MeshmaxError, dialect: Dialect) -> dict[str, Any]:
 def error_reply(error: MeshmaxError, dialect: Dialect) -> Response:
     """``error`` as a whole reply, with Retry-After where a later try may help."""
     headers: dict[str, str] = {}
-    if isinstance(error, Busy):
+    if isinstance(error, Busy | WentAway):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from meshmax.base.errors import Busy
+from meshmax.base.errors import Busy, MeshmaxError, PeerGone, Retry
 from meshmax.base.status import PeerView
 
 AWAY_S: Final = (
@@ -22,6 +22,14 @@ MAX_NAMED: Final = 4  # peers, of one refusal
 
 class LostJustNow(Busy):
     """Whoever has the model was lost a moment ago; try again."""
+
+
+class WentAway(PeerGone):
+    """Whoever was asked went away before it answered; try again."""
+
+    http_status = 503
+    retry = Retry.LATER
+    retry_after_s = AGAIN_S
 
 
 def lost_just_now(model: str, name: str, view: PeerView | None, now_s: float) -> LostJustNow | None:
@@ -41,3 +49,14 @@ def all_lost(model: str, names: Sequence[str]) -> LostJustNow:
     have, was, is_ = ("has", "was", "is") if len(names) == 1 else ("have", "were", "are")
     what = f"model '{model[:200]}'" if model else "the model"
     return LostJustNow(f"{who}, which {have} {what}, {was} lost just now and {is_} looked for: try again", AGAIN_S)
+
+
+def went_away(errors: Sequence[MeshmaxError], *, alone: bool) -> WentAway:
+    """Of a request whose peers, one at least, went away before they answered: ``errors`` name them.
+
+    ``alone``: no other peer was asked, else one that was could not answer.
+    """
+    said = list(dict.fromkeys(error.message.rstrip(".") for error in errors))
+    who = "; ".join(said[-MAX_NAMED:])
+    others = "no other peer has the model ready" if alone else "no other peer could answer"
+    return WentAway(f"{who}, and {others}: try again in a moment, and see with `meshmax peers` who is there")

@@ -21,6 +21,7 @@ from meshmax.base.errors import (
     Retry,
     StoreError,
 )
+from meshmax.core.absence import went_away
 
 NOBODY_ELSE: Final = ", and no other peer could carry it on"  # an answer that broke off
 _PASSING = (PeerGone, ConnectError, EngineCrashed, Busy)
@@ -41,6 +42,7 @@ def passes(error: MeshmaxError) -> bool:
 def most_telling(errors: Sequence[MeshmaxError], *, middle: bool = False) -> MeshmaxError:
     """What to tell of ``errors``, in their order: the last that is no Busy, else the Busy with the shortest wait.
 
+    Where the last went away, or could not be reached, another try may help, and that is told.
     ``middle``: of an answer; then what broke it off counts more than who could not be reached afterwards.
     """
     if not errors:
@@ -53,6 +55,9 @@ def most_telling(errors: Sequence[MeshmaxError], *, middle: bool = False) -> Mes
             return type(errors[0])(f"{errors[0].message}; {told.message}")
         return PeerGone(f"{told.message}{NOBODY_ELSE}") if type(told) is PeerGone else told
     others = [error for error in errors if not isinstance(error, Busy)]
+    if others and isinstance(others[-1], PeerGone | ConnectError):
+        gone = [error for error in others if isinstance(error, PeerGone | ConnectError)]
+        return went_away(gone, alone=len(gone) == len(errors))
     if others:
         return others[-1]
     return min((e for e in errors if isinstance(e, Busy)), key=lambda e: e.retry_after_s)

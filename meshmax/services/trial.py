@@ -15,6 +15,7 @@ import trio
 
 from meshmax.base.errors import (
     Busy,
+    ConnectError,
     EngineCrashed,
     EngineError,
     EngineUnavailable,
@@ -35,12 +36,21 @@ from meshmax.core.told_wait import ToldWaits
 from meshmax.ports import Presence, Residency, Swarm
 from meshmax.services.comebacks import Comebacks
 from meshmax.services.infer_client import Step, open_remote_answer
+from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import FIRST_TOKEN, REQUESTS
 
 CONTENDED: Final = 0.2  # share of time spent in the caller above which a decode rate says nothing about the peer
 
-_OF_ONE_PEER: Final = (PeerGone, EngineError, EngineUnavailable, EngineCrashed)  # another one might do better
+_OF_ONE_PEER: Final = (
+    PeerGone,
+    ConnectError,
+    EngineError,
+    EngineUnavailable,
+    EngineCrashed,
+)  # another one might do better
 _OF_THE_WHOLE_PEER: Final = ("peer_gone", "connect", "version_mismatch", "remote_protocol")  # not of one model on it
+
+_log = get_logger("trial")
 
 
 class Feed(Protocol):
@@ -289,8 +299,13 @@ class Trial:
         """``error`` with the peer's name where it speaks of that peer's connection or engine."""
         if not self._name or type(error) not in _OF_ONE_PEER:
             return error
-        if isinstance(error, PeerGone) and self._first_event_s:
-            return PeerGone(f"{self._name} went away in the middle of its answer")
+        if isinstance(error, PeerGone | ConnectError):  # why it did is of the network's words: for the log
+            _log.info("peer lost", request_id=self._ask.request_id, peer=self._peer, why=error.message)
+        if isinstance(error, ConnectError):
+            return ConnectError(f"{self._name} could not be reached")
+        if isinstance(error, PeerGone):
+            when = "in the middle of its answer" if self._first_event_s else "before it answered"
+            return PeerGone(f"{self._name} went away {when}")
         return type(error)(f"{self._name}: {error.message}")
 
 

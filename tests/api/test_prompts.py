@@ -9,6 +9,7 @@ import trio
 
 from meshmax.api.app import make_app
 from meshmax.api.prompts import SEEK_S
+from meshmax.core.absence import WentAway
 from meshmax.core.delivery_wait import PATIENCE_S
 from meshmax.testing.asgi_transport import AsgiTransport
 from tests.api.fake_node import DIGEST, entry
@@ -176,3 +177,12 @@ async def test_a_node_that_ends_ends_the_wait(node: Any) -> None:
         app.state.end_answers()
     assert trio.current_time() - began < 2
     assert (replies[0].status_code, "shutting down" in replies[0].text) == (503, True)
+
+
+async def test_a_prompt_whose_peer_went_away_before_it_answered_is_told_when_to_come_again(
+    node: Any, client: httpx.AsyncClient
+) -> None:
+    node.router.refuse = WentAway("attic went away before it answered")
+    reply = await client.post("/api/generate", json=PROMPT)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+    assert reply.json() == {"error": "attic went away before it answered", "code": "peer_gone"}

@@ -20,6 +20,7 @@ from meshmax.base.errors import (
     StoreCorrupt,
     StoreError,
 )
+from meshmax.core.absence import WentAway
 from meshmax.core.retrying import is_final, most_telling, passes
 
 
@@ -65,3 +66,23 @@ def test_in_the_middle_of_an_answer_what_broke_it_off_is_told() -> None:
     assert most_telling([gone, contradiction, unreachable], middle=True) is contradiction
     told = most_telling([EngineCrashed("x broke off"), CapabilityMissing("x cannot go on")], middle=True)
     assert (type(told), told.message) == (EngineCrashed, "x broke off; x cannot go on")
+
+
+def test_where_peers_only_went_away_it_is_told_who_did_and_that_another_try_may_help() -> None:
+    gone = PeerGone("desktop went away before it answered")
+    told = most_telling([gone, ConnectError("attic could not be reached"), gone])
+    assert isinstance(told, WentAway)
+    assert (told.code, told.http_status) == ("peer_gone", 503)
+    assert told.message == (
+        "desktop went away before it answered; attic could not be reached, and no other peer has the model ready: "
+        "try again in a moment, and see with `meshmax peers` who is there"
+    )
+    assert "and no other peer could answer: try again" in most_telling([gone, Busy()]).message
+
+
+def test_what_failed_last_is_told() -> None:
+    gone, wrong = PeerGone("desktop went away before it answered"), RemoteProtocolError("nonsense")
+    assert most_telling([gone, wrong]) is wrong
+    told = most_telling([wrong, gone])
+    assert isinstance(told, WentAway)
+    assert told.message.startswith("desktop went away before it answered, and no other peer could answer: try again")

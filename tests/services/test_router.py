@@ -16,7 +16,7 @@ from meshmax.base.errors import (
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved
 from meshmax.base.route import Wishes
 from meshmax.base.status import Load, PeerView
-from meshmax.core.absence import LostJustNow
+from meshmax.core.absence import LostJustNow, WentAway
 from meshmax.core.breaker import BUSY_SPREAD, FIRST_BACKOFF_S
 from meshmax.core.delivery_attempt import FIRST_EVENT_DEADLINE_S
 from meshmax.core.delivery_wait import STUCK_S
@@ -212,6 +212,29 @@ async def test_a_peer_that_dies_in_the_middle_with_nobody_to_go_on_is_named(auto
                 await text_of(answer.events)
             assert trio.current_time() - begun <= STUCK_S
         assert site[0].router.routes()[0].state == "failed"
+
+
+async def test_a_peer_that_dies_before_it_answers_is_named_with_what_helps_and_the_networks_words_are_not_told(
+    autojump_clock: Clock,
+) -> None:
+    async with open_site(2, load_s=60.0) as site:
+        lacks(site[0])
+
+        async def kill() -> None:
+            await trio.sleep(1)
+            site.network.kill(site[1].peer_id)
+            site[1].change = offline
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill)
+            with pytest.raises(WentAway) as told:
+                await answered_by(site)
+        assert told.value.message == (
+            "peer1 went away before it answered, and no other peer has the model ready: "
+            "try again in a moment, and see with `meshmax peers` who is there"
+        )
+        (route,) = site[0].router.routes()
+        assert (route.state, {attempt.error for attempt in route.attempts}) == ("failed", {"peer_gone"})
 
 
 async def test_the_engine_elsewhere_stops_when_the_client_leaves(autojump_clock: Clock) -> None:

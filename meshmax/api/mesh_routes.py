@@ -185,7 +185,7 @@ class MeshFace:
         if len(found) > 1:
             raise NotFound(f"{len(found)} nodes are named '{wanted[:100]}': use the PeerId of one of them")
         if not found:
-            raise NotFound(f"no node '{wanted[:100]}' is known here: `meshmax peers` lists those that are")
+            raise NotFound(f"no peer '{wanted[:100]}' is known here: `meshmax peers` lists those that are")
         return found[0]
 
     async def models(self, _request: Request) -> Response:
@@ -228,8 +228,9 @@ class MeshFace:
         if (taken := self._prompts.route(wanted)) is not None:
             return json_reply(request_json(taken, self._peer_names()))
         raise NotFound(
-            f"no request '{wanted[:100]}' is remembered here: the last 200 that came to this peer are. Only the peer that a"
-            " prompt came to knows what became of it: `meshmax why ID` on its machine, or with --api HOST:PORT"
+            f"no request '{wanted[:100]}' is remembered here: the last 200 that came to this peer are, but for those that were"
+            " refused before a peer was chosen, whose reply said all. Only the peer that a prompt came to knows what became of"
+            " it: `meshmax why ID` on its machine, or with --api HOST:PORT"
         )
 
     def _peer_names(self) -> dict[PeerId, str]:

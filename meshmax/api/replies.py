@@ -60,11 +60,11 @@ class RequestTimeout(MeshmaxError):
 
 
 class ShuttingDown(Busy):
-    """This node is shutting down."""
+    """This peer is shutting down."""
 
 
 class InternalError(MeshmaxError):
-    """Something went wrong inside this node; its log tells more."""
+    """Something went wrong inside this peer; its log tells more."""
 
     code = "internal"
 

@@ -9,7 +9,7 @@ here: what a name means (core.catalog), transfers (services.pull).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from meshmax.base.ids import MapAddress, PeerId, Sha256
 from meshmax.base.model import Manifest, ModelRecord, Signed, StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.base.status import PeerView
+from meshmax.core.absence import MAX_NAMED
 from meshmax.core.catalog import FirstSeen, held_elsewhere, merge, name_of_kept, resolve
 from meshmax.core.pins import Pins
 from meshmax.ports import BlobStore, ModelStore, Progress, Signer
@@ -141,7 +142,14 @@ class CatalogService:
                     continue  # the next holder may answer; when none does, the caller is told below
         if refused is not None:
             raise refused  # what the person can do something about
-        raise NoProviders(f"no peer that has '{name}' answered")
+        raise NoProviders(self._mute(name, resolved.entry.anywhere))
+
+    def _mute(self, name: str, holders: Sequence[PeerId]) -> str:
+        """That none of ``holders`` answered, and what helps."""
+        names = {view.peer_id: view.status.name for view in self._peers() if view.status and view.status.name}
+        who = ", ".join(names.get(holder, holder) for holder in holders[:MAX_NAMED])
+        told = f" ({who})" if who else ""
+        return f"no peer that has '{name}' answered{told}: try again in a moment, and see with `meshmax peers` who is there"
 
     async def copy(self, source: str, destination: str) -> StoredModel:
         """Let ``destination`` mean what ``source`` (a name or NAME@DIGEST) means here. Raises InvalidName, ModelNotFound."""

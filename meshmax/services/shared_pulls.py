@@ -132,7 +132,7 @@ class SharedPulls:
 
     async def _run(self, key: _Key, name: str, pull: SharedPull) -> None:
         peer, digest, _ = key
-        error: MeshmaxError | None = NoProviders("nobody waited for it any more, or this node is shutting down")
+        error: MeshmaxError | None = NoProviders("nobody waited for it any more, or this peer is shutting down")
         try:
             with pull.scope:
                 try:

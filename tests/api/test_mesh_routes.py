@@ -118,7 +118,10 @@ async def test_transfers_and_requests_are_told_by_their_ids(client: httpx.AsyncC
     assert (await client.get("/api/v1/transfers/t2")).status_code == 404
     assert (await client.get("/api/v1/requests")).json()["requests"][0]["line"] == "only candidate"
     assert (await client.get("/api/v1/requests/r1")).json()["id"] == "r1"
-    assert (await client.get("/api/v1/requests/r2")).status_code == 404
+    unknown = await client.get("/api/v1/requests/r2")
+    assert unknown.status_code == 404
+    assert "but for those that were refused before a peer was chosen, whose reply said all" in unknown.json()["error"]
+    assert "no peer 'nosuch' is known here" in (await client.get("/api/v1/nodes/nosuch")).json()["error"]
 
 
 async def test_metrics_are_prometheus_text(client: httpx.AsyncClient) -> None:

@@ -410,7 +410,7 @@ async def test_a_programming_error_is_told_as_one_and_the_node_lives_on(client: 
 async def test_a_node_that_ends_takes_no_prompts(client: httpx.AsyncClient, node: Any) -> None:
     node.draining.ending = True
     reply = await client.post("/api/generate", json={"model": "echo", "prompt": "x"})
-    assert (reply.status_code, reply.json()["error"]) == (503, "This node is shutting down.")
+    assert (reply.status_code, reply.json()["error"]) == (503, "This peer is shutting down.")
     assert reply.headers["retry-after"] == "1"
 
 

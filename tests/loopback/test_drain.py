@@ -107,6 +107,6 @@ def test_a_second_signal_ends_a_peer_that_waits_for_its_answers_at_once(tmp_path
                 lambda: "1 answer to clients here is under way: up to 5 s for it. Ctrl-C again" in peer.tail(),
             )
             refused = httpx.post(f"{peer.api}/api/generate", json=body, timeout=60, trust_env=False)
-            assert (refused.status_code, refused.json()["error"]) == (503, "This node is shutting down.")
+            assert (refused.status_code, refused.json()["error"]) == (503, "This peer is shutting down.")
             peer.process.send_signal(signal.SIGINT)
             peer.process.wait(3)  # the first one allows five seconds

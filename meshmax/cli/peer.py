@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 PROBE_TIMEOUT_S: Final = 0.5  # a daemon on this machine answers in milliseconds
 DRAIN_S: Final = 5.0  # for answers under way; who stops a service waits ten seconds (containers) or more, then kills it
 EXIT_IMPATIENT: Final = 130  # a second signal: ended without cleaning up
-YOUNG_OBJECTS: Final = (
-    5_000  # more than before until garbage is looked for: what a few prompts make, and drop themselves
-)
 ENDINGS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -211,11 +208,10 @@ def spare_lasting_objects() -> None:
     """From now on do not look for garbage among what is there already: call it once, when a node is up.
 
     The libraries' modules and types are half a million objects. Each look through all of them held every answer up for a
-    tenth of a second, and much of a prompt's own cost was in the looks through the young ones.
+    tenth of a second. What comes later is looked through as often as ever: a transfer that was cut short leaves megabytes.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
 
 
 def node_facts(node: Any) -> dict[str, Any]:

@@ -81,8 +81,8 @@ class Delivery:
         self._open: dict[int, PeerAttempt] = {}
         self._leader: PeerAttempt | None = None
         self._first_s: float | None = None  # when the client got the first event
-        self._first_speaker: PeerId | None = None
-        self._last: Finish | None = None
+        self.first_speaker: PeerId | None = None  # who began the answer
+        self.finish: Finish | None = None  # the end that the client got
         self.error: MeshmaxError | None = None  # that nobody could make good
         self._verdict: PeerAttempt | None = None  # says that the request is at fault, alone so far
         self.refuted: PeerId | None = None  # who said so of one that another peer answered
@@ -193,7 +193,10 @@ class Delivery:
 
     def on_news(self, now: float) -> list[Action]:
         """Who may be asked is not what it was: to call where the request `waits`."""
-        return self._next(self._patience.on_news(now)) if self.waits else []
+        if not self.waits:
+            return []
+        self._patience.on_news(now)
+        return self._next(now)
 
     def close(self, now: float) -> None:
         """The client is served or gone; attempts under way are ended."""
@@ -248,16 +251,6 @@ class Delivery:
         return tuple(self._patience.waits)
 
     @property
-    def first_speaker(self) -> PeerId | None:
-        """Who began the answer."""
-        return self._first_speaker
-
-    @property
-    def finish(self) -> Finish | None:
-        """The end that the client got."""
-        return self._last
-
-    @property
     def first_token_s(self) -> float | None:
         """When the client got the first event, after the request came."""
         return None if self._first_s is None else self._first_s - self._began_s
@@ -273,7 +266,7 @@ class Delivery:
         if attempt is not self._leader:
             if self._first_s is None:
                 self._first_s = now
-                self._first_speaker = attempt.choice.peer
+                self.first_speaker = attempt.choice.peer
             elif attempt.joint is not None:
                 out = [Moved(attempt.choice.peer, attempt.exact), *out]
             self._leader = attempt
@@ -288,7 +281,7 @@ class Delivery:
                 attempt.tokens += event.tokens
         actions.append(Give(out))
         if isinstance(last := out[-1], Finish):
-            self._last = last
+            self.finish = last
             self._open.pop(attempt.number)
             self._end(attempt, None, now)
             self._over = True
@@ -399,7 +392,7 @@ class Delivery:
         end = Finish()
         if isinstance(self._so_far, SoFar) and (how := plan(self._request, self._so_far)) is not None:
             end = Joint(how, self._so_far, now - (self._first_s or now)).end()
-        self._over, self._last = True, end
+        self._over, self.finish = True, end
         return [*self._cancel_others(None, now), Give((end,)), Done()]
 
     def _wait(self, choices: list[Choice], now: float) -> list[Action]:

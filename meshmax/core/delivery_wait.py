@@ -61,11 +61,10 @@ class Patience:
         if isinstance(error, Busy) and choice.ours:
             self._own_busy_s = now + error.retry_after_s
 
-    def on_news(self, now: float) -> float:
-        """Who may be asked is not what it was: those asked in vain are left alone no longer than they rest. Returns ``now``."""
+    def on_news(self, now: float) -> None:
+        """Who may be asked is not what it was: those asked in vain are left alone no longer than they rest."""
         if self._again_s is not None:
             self._again_s = min(self._again_s, now)
-        return now
 
     def on_progress(self) -> None:
         """The client got something new."""

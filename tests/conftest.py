@@ -1,7 +1,7 @@
 """What all tests share: hypothesis without time limits, the clock of their fixtures, and quiet logs."""
 
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,20 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     for clock in {value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Clock)}:
         item.add_marker(pytest.mark.trio(run=partial(_run_on, clock)), append=False)
     return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Give a skip in an async test or fixture its reason back: pytest-trio raises another one, without."""
+    try:
+        return (yield)
+    except pytest.skip.Exception as skipped:
+        group = skipped.__context__
+        while isinstance(group, BaseExceptionGroup) and len(group.exceptions) == 1:
+            group = group.exceptions[0]
+        if isinstance(group, pytest.skip.Exception):
+            skipped.msg = group.msg
+        raise
 
 
 def _run_on(asked: Clock, test: Callable[[], Awaitable[Any]], *, clock: Clock | None, **more: Any) -> Any:

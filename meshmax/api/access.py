@@ -62,7 +62,7 @@ def judge(call: Call, policy: Policy) -> Verdict:
 def host_allowed(host: str, policy: Policy) -> bool:
     """Whether a Host header names this machine or something that no stranger's DNS can point here."""
     name = host_name(host).lower().rstrip(".")
-    if name in ("", "localhost", policy.hostname.lower()) or name.endswith(_HOST_SUFFIXES):
+    if name in ("", "localhost", "127.0.0.1", policy.hostname.lower()) or name.endswith(_HOST_SUFFIXES):
         return True
     try:
         address = ipaddress.ip_address(name)

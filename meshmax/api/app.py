@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
-import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
-import trio
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from meshmax.api.access import Policy
 from meshmax.api.adopt_routes import AdoptFace
@@ -30,11 +27,11 @@ from meshmax.api.openai_routes import OpenAiFace
 from meshmax.api.prompts import Prompts
 from meshmax.api.registry_routes import RegistryFace
 from meshmax.api.registry_uploads import UploadFace
-from meshmax.api.replies import PROMPT_PATHS
 from meshmax.api.sweep_routes import SweepFace
-from meshmax.api.table import ANY_VERB, closed_route
+from meshmax.api.table import ANY_VERB, Table, closed_route
 from meshmax.api.transfer_routes import TransferFace
 
+REQUEST_ID_BYTES: Final = 16  # random, as many as a UUID has
 _POST: Final = ("POST",)
 _GET: Final = ("GET",)
 
@@ -61,7 +58,23 @@ CLOSED: Final = (
 )
 
 
-def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str, ...] = ()) -> Starlette:
+class Application:
+    """What `make_app` makes. ``end_answers`` ends what is under way with an error that says so; ``keep_time``, for whoever
+    has many streams at once, runs until cancelled.
+    """
+
+    def __init__(
+        self, guarded: ASGIApp, end_answers: Callable[[], None], keep_time: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._guarded = guarded
+        self.end_answers, self.keep_time = end_answers, keep_time
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        await self._guarded(scope, receive, send)
+
+
+def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str, ...] = ()) -> Application:
     """The application. ``loopback``: it is bound there, so Host is checked; else every call needs ``node.token``."""
     prompts = Prompts(node)
     mesh = MeshFace(prompts)
@@ -83,7 +96,6 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         *(closed_route(path, verbs, what) for path, verbs, what in CLOSED),
         *mesh.name_routes(),
     ]
-    routes.sort(key=lambda route: route.path not in PROMPT_PATHS)  # they are looked through in turn
     policy = Policy(
         loopback=loopback,
         hostname=socket.gethostname(),
@@ -91,19 +103,5 @@ def make_app(node: ApiNode, *, loopback: bool = True, local_addresses: tuple[str
         token=node.config.token or node.token,
         origins=node.config.origins,
     )
-    app = Starlette(
-        routes=routes,
-        middleware=[Middleware(Guard, policy, lambda: uuid.uuid4().hex)],
-        exception_handlers={HTTPException: _no_route},
-    )
-    app.router.redirect_slashes = False
-    app.state.end_answers = prompts.open_answers.end_all
-    return app
-
-
-async def _no_route(_request: Request, error: Exception) -> Response:
-    """What Ollama's router says of a path or verb that it does not know."""
-    await trio.lowlevel.checkpoint()
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        return PlainTextResponse("405 method not allowed", 405, error.headers)
-    return PlainTextResponse("404 page not found", 404)
+    guard = Guard(Table(routes), policy, partial(secrets.token_hex, REQUEST_ID_BYTES))
+    return Application(guard, prompts.open_answers.end_all, prompts.open_answers.pauses.run)

@@ -82,7 +82,9 @@ def decode_words(body: bytes, words: type[T]) -> T:
         return msgspec.json.decode(body, type=words)
     except msgspec.ValidationError as error:
         raise InvalidRequest(str(error)[:300]) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise InvalidRequest("the request body is not UTF-8 text") from None
+    except msgspec.DecodeError as error:
         raise InvalidRequest(_syntax_error(body, str(error))) from None
     except RecursionError:
         raise InvalidRequest("the JSON is nested too deeply") from None

@@ -16,7 +16,8 @@ import msgspec
 import trio
 from starlette.types import Receive, Scope, Send
 
-from meshmax.api.lines import Lines, open_lines, open_unbegun_lines
+from meshmax.api.lines import Lines, open_lines
+from meshmax.api.pauses import Pauses
 from meshmax.api.replies import (
     ROUTE_HEADER,
     Dialect,
@@ -75,6 +76,7 @@ class OpenAnswers:
     """Answers under way, so that a node that ends can end them with a word rather than in the middle of one."""
 
     def __init__(self) -> None:
+        self.pauses = Pauses()
         self._scopes: set[trio.CancelScope] = set()
         self._ended = False
 
@@ -138,8 +140,11 @@ class PromptReply:
         """Answer; returns when the last byte is sent or the client is gone."""
         async with trio.open_nursery() as nursery:
             if self._stream:
+                lines = self._lines = Lines(send, self._open_answers.count, self._open_answers.pauses)
+                nursery.start_soon(lines.write)
                 nursery.start_soon(watch_client, receive, nursery.cancel_scope, self._keep_alive)
-                failed = await self._answer_in_lines(send)
+                failed = await self._answer_in_lines(lines)
+                await lines.end()
             else:
                 nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
                 failed = await self._answer_whole(scope, receive, send)
@@ -168,30 +173,28 @@ class PromptReply:
             _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
         return None
 
-    async def _answer_in_lines(self, send: Send) -> MeshmaxError | None:
+    async def _answer_in_lines(self, lines: Lines) -> MeshmaxError | None:
         """The error that came before anything was sent, if any."""
-        async with open_unbegun_lines(send, self._open_answers.count) as lines:
-            self._lines = lines
-            try:
-                with self._open_answers.held() as waiting:
-                    async with self._open_answer() as answer:
-                        self._open_answers.release(waiting)
-                        self._route = answer.route
-                        form = self._form = self._form_for(self._route)
-                        if not lines.begun:
-                            lines.begin(form.stream_type, route_headers(self._route))
-                        await self._send_events(answer, form, lines)
-                if waiting.cancelled_caught:
-                    raise ShuttingDown
-            except (MeshmaxError, BaseExceptionGroup) as error:
-                if (ours := only_error(error)) is None:
-                    raise
-                if not lines.begun:
-                    return ours
-                if self._route is None and self._form is not None:  # only its headers have left
-                    await lines.send(self._form.failure(self._reword(ours)))
-                else:
-                    _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
+        try:
+            with self._open_answers.held() as waiting:
+                async with self._open_answer() as answer:
+                    self._open_answers.release(waiting)
+                    self._route = answer.route
+                    form = self._form = self._form_for(self._route)
+                    if not lines.begun:
+                        lines.begin(form.stream_type, route_headers(self._route))
+                    await self._send_events(answer, form, lines)
+            if waiting.cancelled_caught:
+                raise ShuttingDown
+        except (MeshmaxError, BaseExceptionGroup) as error:
+            if (ours := only_error(error)) is None:
+                raise
+            if not lines.begun:
+                return ours
+            if self._route is None and self._form is not None:  # only its headers have left
+                await lines.send(self._form.failure(self._reword(ours)))
+            else:
+                _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
         return None
 
     async def _send_events(self, answer: Answer, form: Form, lines: Lines) -> None:

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import structlog
 import trio
-from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,6 +31,7 @@ NO_REPLY: Final = 499  # the client went away before there was one, as Ollama co
 MAX_HELD_BYTES: Final = 256 * MIB  # of the bodies of all requests; what is made of one takes two or three times as much
 DRAIN_S: Final = 5.0  # how long a refused body may go on arriving
 PREFLIGHT_AGE_S: Final = 43200  # Ollama's 12 hours
+_FROM_MESHMAX: Final = FROM_MESHMAX.encode()
 _ID_CHARACTERS: Final = frozenset(string.ascii_letters + string.digits + string.punctuation)
 _STAINLESS: Final = (
     "arch async custom-poll-interval helper-method lang os package-version poll-helper "
@@ -72,29 +72,28 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request in, or answer it here."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        path, origin = scope["path"], headers.get("origin")
-        verdict = judge(Call(path, headers.get("host", ""), origin, headers.get("authorization", "")), self._policy)
+        headers = dict(reversed(scope["headers"]))  # of a name that comes twice the first counts
+        path, origin = scope["path"], headers[b"origin"].decode("latin-1") if b"origin" in headers else None
+        call = Call(path, _text(headers, b"host"), origin, _text(headers, b"authorization"))
+        verdict = judge(call, self._policy)
         if scope["type"] == "websocket":
             await (self._app if verdict == "ok" else _hang_up)(scope, receive, send)
             return
-        scope[REQUEST_ID] = request_id = self._request_id(headers.get("x-request-id", ""))
+        scope[REQUEST_ID] = request_id = self._request_id(_text(headers, b"x-request-id"))
         cors = {} if verdict in ("host", "origin") else _cors(origin)
         exchange = _Exchange(receive, send, {"x-request-id": request_id, **cors}, self._room)
         scope[HOLD_BODY] = exchange.hold
         app = _refusal(verdict, scope["method"], path) or self._app
-        if FROM_MESHMAX in headers:
+        if _FROM_MESHMAX in headers:
             app = error_reply(Looped(), dialect_of(path))
         try:
-            with structlog.contextvars.bound_contextvars(request_id=request_id):
-                ended_well = await isolate(
-                    "http request", lambda: app(scope, exchange.receive, exchange.send), path=path[:200]
-                )
+            structlog.contextvars.bind_contextvars(request_id=request_id)  # the task is the request's own
+            ended_well = await isolate(
+                "http request", lambda: app(scope, exchange.receive, exchange.send), path=path[:200]
+            )
         finally:
             exchange.let_go()
+            del scope[HOLD_BODY]  # which leads back to the scope: a ring of each request
         dialect = dialect_of(path)
         if not ended_well and not exchange.status:
             await error_reply(InternalError(), dialect)(scope, exchange.receive, exchange.send)
@@ -103,6 +102,10 @@ class Guard:
     def _request_id(self, given: str) -> str:
         sane = 0 < len(given) <= MAX_REQUEST_ID and _ID_CHARACTERS.issuperset(given)
         return given if sane else str(self._new_id())
+
+
+def _text(headers: Mapping[bytes, bytes], name: bytes) -> str:
+    return headers.get(name, b"").decode("latin-1")
 
 
 async def _hang_up(_scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,10 +122,11 @@ def _refusal(verdict: Verdict, method: str, path: str) -> ASGIApp | None:
         )
     if method == "OPTIONS":  # a browser asks without credentials; the call itself is checked in full
         return Response(status_code=204, headers=_PREFLIGHT)
-    refused: dict[str, MeshmaxError] = {"token": Unauthorized(), "cross-origin": Forbidden()}
-    return error_reply(refused[verdict], dialect_of(path)) if verdict in refused else None
+    refused = _UNTRUSTED.get(verdict)
+    return error_reply(refused(), dialect_of(path)) if refused is not None else None
 
 
+_UNTRUSTED: Final[Mapping[Verdict, type[MeshmaxError]]] = {"token": Unauthorized, "cross-origin": Forbidden}
 _WHY_REFUSED: Final = {
     "host": "this API does not serve that Host header: use localhost or the peer's address",
     "origin": "calls from pages of that origin are not allowed: `origins` in the configuration lists further ones",

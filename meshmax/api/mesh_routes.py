@@ -32,6 +32,8 @@ from meshmax.base.errors import InvalidRequest, NotFound
 from meshmax.base.ids import PeerId
 from meshmax.base.names import parse_name
 from meshmax.base.status import PeerView
+from meshmax.services.early_records import EARLY_KEPT
+from meshmax.services.route_records import ROUTES_KEPT
 from meshmax.telemetry.metrics import REGISTRY
 
 PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -195,7 +197,7 @@ class MeshFace:
     async def model(self, request: Request) -> Response:
         """GET /api/v1/models/{name}: with its blobs where the model is here."""
         name = request.path_params["name"]
-        resolved = await self._prompts.find(name)
+        resolved = await self._prompts.find(name, request)
         blobs: list[dict[str, Any]] = []
         for layer in resolved.stored.manifest.blobs if resolved.stored else ():
             blob: dict[str, Any] = {"digest": layer.digest, "size": layer.size, "media_type": layer.media_type}
@@ -228,9 +230,9 @@ class MeshFace:
         if (taken := self._prompts.route(wanted)) is not None:
             return json_reply(request_json(taken, self._peer_names()))
         raise NotFound(
-            f"no request '{wanted[:100]}' is remembered here: the last 200 that came to this peer are, but for those that were"
-            " refused before a peer was chosen, whose reply said all. Only the peer that a prompt came to knows what became of"
-            " it: `meshmax why ID` on its machine, or with --api HOST:PORT"
+            f"no request '{wanted[:100]}' is remembered here: the last {ROUTES_KEPT} that came to this peer are, and of those"
+            f" that were refused the last {EARLY_KEPT}, but for bodies that could not be read, whose reply said all. Only the"
+            " peer that a prompt came to knows what became of it: `meshmax why ID` on its machine, or with --api HOST:PORT"
         )
 
     def _peer_names(self) -> dict[PeerId, str]:

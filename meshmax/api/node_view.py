@@ -19,6 +19,7 @@ from meshmax.services.adopt import Adoption
 from meshmax.services.bundles import Bundles
 from meshmax.services.doctor import Doctor
 from meshmax.services.fetchable import Fetchable
+from meshmax.services.first_moments import FirstMoments
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
 from meshmax.services.ladder import Ladder
@@ -69,6 +70,9 @@ class _Services(Protocol):
 
     @property
     def fetchable(self) -> Fetchable: ...
+
+    @property
+    def first_moments(self) -> FirstMoments: ...
 
     @property
     def router(self) -> Router: ...

@@ -22,6 +22,7 @@ from meshmax.api.ollama_words import ChatBody, EmbedBody, EmbeddingsBody, Genera
 from meshmax.api.prompts import Prompts
 from meshmax.api.replies import InternalError, error_body, json_reply, model_not_found
 from meshmax.api.table import route
+from meshmax.base.catalog import Resolved
 from meshmax.base.errors import (
     BlobNotFound,
     InvalidName,
@@ -229,11 +230,12 @@ class OllamaFace:
         body = await read_words(request, ShowBody)
         if not body.given:
             raise InvalidRequest("model is required")
-        resolved = await self._prompts.find_to_show(body.given)
-        try:
-            described = await self._node.catalog.describe(body.given, bool(body.verbose))
-        except (InvalidName, ModelNotFound):
-            raise model_not_found(body.given) from None
+        with self._prompts.shown(body.given, request):
+            resolved = await self._prompts.find_to_show(body.given, request)
+            try:
+                described = await self._node.catalog.describe(body.given, bool(body.verbose))
+            except (InvalidName, ModelNotFound):
+                raise model_not_found(body.given) from None
         described = msgspec.structs.replace(
             described, system=body.system or described.system, template=body.template or described.template
         )
@@ -287,13 +289,26 @@ class OllamaFace:
     async def embeddings(self, request: Request) -> PromptReply | Response:
         """POST /api/embeddings: the older interface."""
         body = await read_words(request, EmbeddingsBody, PROMPT_BODY_BYTES)
+        if not body.model:
+            raise InvalidRequest("model is required")
         prompt, ignored = ollama_words.embeddings_request(body)
         return await self._vectors(request, body, prompt, ignored, legacy=True)
+
+    async def _find_to_embed(self, name: str, http: Request) -> Resolved:
+        """As `find_to_answer`. Ollama has another sentence here for a model that is not known, and clients look for it."""
+        try:
+            return await self._prompts.find_to_answer(name, http)
+        except NotFound as error:
+            plain = model_not_found(name).message
+            if type(error) is not NotFound or not error.message.startswith(plain):
+                raise
+            more = error.message.removeprefix(plain)
+        raise NotFound(f'model "{name[:200]}" not found, try pulling it first{more}')
 
     async def _vectors(
         self, http: Request, body: EmbedBody | EmbeddingsBody, prompt: EmbedRequest, ignored: list[str], *, legacy: bool
     ) -> PromptReply | Response:
-        resolved = await self._prompts.find_to_answer(body.model, http)
+        resolved = await self._find_to_embed(body.model, http)
         keep_alive_s = ollama_words.keep_alive_s(body.keep_alive)
         if not prompt.inputs:
             return json_reply({"embedding": []} if legacy else {"model": body.model, "embeddings": []})
@@ -326,7 +341,12 @@ class OllamaFace:
         failure: MeshmaxError | None = None
         try:
             async with self._node.pulls.open_pull(name) as transfers:
+                asked = False
                 async for transfer in transfers:
+                    # Who asks for it wants it; one that is paused while somebody watches stays so.
+                    if not asked and transfer.state == "paused":
+                        transfer = await self._node.pulls.steer(transfer.id, "resume")
+                    asked = True
                     for line in lines.on_transfer(transfer, trio.current_time()):
                         await emit(line)
                     if transfer.state in ("failed", "cancelled"):

@@ -1,8 +1,9 @@
 """Prompts in Ollama's JSON: requests into `base.inference` words, events into reply objects.
 
 Pure translation, field by field after Ollama's api/types.go: the order of reply fields is that of its structs, what is
-zero is left out, durations are integer nanoseconds. Requests are typed loosely where Ollama is (null and "" mean not
-given) and bounded everywhere. Not here: lists and facts of models (ollama_models), HTTP (ollama_routes).
+zero is left out (not load_duration, which Ollama always has and clients calculate with), durations are integer nanoseconds.
+Requests are typed loosely where Ollama is (null and "" mean not given) and bounded everywhere. Not here: lists and facts of
+models (ollama_models), HTTP (ollama_routes).
 """
 
 from __future__ import annotations
@@ -256,10 +257,10 @@ def embed_inputs(given: Any, refusal: str = "invalid input type") -> tuple[str, 
 
 
 def dimensions(given: int | None) -> int | None:
-    """How many dimensions to keep, None for all. Raises InvalidRequest."""
-    if not given:
+    """How many dimensions to keep, None for all, which are also meant by a negative number. Raises InvalidRequest."""
+    if not given or given < 0:
         return None
-    if not 0 < given <= MAX_DIMENSIONS:
+    if given > MAX_DIMENSIONS:
         raise InvalidRequest(f"dimensions must be between 1 and {MAX_DIMENSIONS}")
     return given
 
@@ -375,7 +376,7 @@ class ReplyWriter:
 
 
 def measures(event: Finish) -> dict[str, int]:
-    """Ollama's metrics of an answer; what is zero is left out."""
+    """Ollama's metrics of an answer; what is zero is left out, but for ``load_duration``: Ollama's is never quite zero."""
     found = {
         "total_duration": nanoseconds(event.total_s),
         "load_duration": nanoseconds(event.load_s),
@@ -384,7 +385,7 @@ def measures(event: Finish) -> dict[str, int]:
         "eval_count": event.output_tokens,
         "eval_duration": nanoseconds(event.output_s),
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in found.items() if value or name == "load_duration"}
 
 
 def tool_call_json(call: ToolCall, index: int) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Ollama's ``options`` object as `base.inference.Options`: known names typed and bounded, unknown ones set aside.
 
 Rules (ollama-api 1.4): an unknown option is ignored and logged by the caller; a wrong type is the error
-``option "num_ctx" must be of type integer``; null means not given; a fraction given for an integer is cut, as Go does.
+``option "num_ctx" must be of type integer``; null means not given; a fraction given for an integer is cut, as Go does; an integer
+beyond what means anything is brought to the nearest that does, since Ollama takes every one and clients send -1 or 99999
+for "as many as there are". Zero is as good as not given where Ollama says so: num_ctx, and num_predict (no limit).
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from meshmax.base.inference import MAX_STOP, Options
 
 MAX_STOP_CHARACTERS: Final = 1024  # of one stop word
 MAX_OPTIONS: Final = 256  # entries of one object, known or not
+NO_LIMIT: Final = -1  # of num_predict
 _INT64: Final = 1 << 63
 _INT32: Final = (1 << 31) - 1
 
-# Integers with their bounds; seed takes all of 64 bits.
+# Integers with their bounds; what is beyond them is brought to them, but a seed, which takes all of 64 bits.
 _INTEGERS: Final[dict[str, tuple[int, int]]] = {
     "num_keep": (-1, _INT32),
     "seed": (-_INT64, _INT64 - 1),
@@ -70,6 +73,8 @@ def parse_options(given: dict[str, Any]) -> tuple[Options, list[str]]:
             ignored.append(name[:64])
     if known.get("num_ctx") == 0:  # Ollama's zero: decide for me
         del known["num_ctx"]
+    if known.get("num_predict") == 0:
+        known["num_predict"] = NO_LIMIT
     ignored += sorted(known.keys() & _WITHOUT_EFFECT)
     return Options(**{name: value for name, value in known.items() if name not in _WITHOUT_EFFECT}), ignored
 
@@ -78,9 +83,10 @@ def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidRequest(f'option "{name}" must be of type integer')
     low, high = _INTEGERS[name]
-    if not low <= (number := int(value)) <= high:
+    number = int(value)
+    if name == "seed" and not low <= number <= high:
         raise InvalidRequest(f'option "{name}" must be between {low} and {high}')
-    return number
+    return min(max(number, low), high)
 
 
 def _float(name: str, value: Any) -> float:

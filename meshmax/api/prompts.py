@@ -14,13 +14,14 @@ from typing import Final
 import msgspec
 import trio
 from starlette.requests import Request
+from starlette.types import Receive
 
 from meshmax.api.exchange import Form, OpenAnswers, PromptReply
 from meshmax.api.node_view import ApiNode
 from meshmax.api.ollama_words import Remote
 from meshmax.api.replies import Dialect, ShuttingDown, model_not_found
 from meshmax.api.until_back import UntilBack
-from meshmax.api.wishes import asked_priority, asked_wishes
+from meshmax.api.wishes import asked_priority, asked_wishes, is_ahead
 from meshmax.base.catalog import Resolved
 from meshmax.base.errors import (
     Busy,
@@ -31,6 +32,7 @@ from meshmax.base.errors import (
     InvalidRequest,
     MeshmaxError,
     ModelNotFound,
+    NoProviders,
     NotFetched,
     NotFound,
 )
@@ -46,17 +48,18 @@ from meshmax.base.inference import (
     is_load_only,
 )
 from meshmax.base.names import parse_name, split_digest
-from meshmax.base.route import Route, Wishes
+from meshmax.base.route import RequestKind, Route, Wishes
 from meshmax.base.status import NO_ENGINE
 from meshmax.base.units import format_bytes
-from meshmax.core.absence import LostJustNow, lost_just_now
 from meshmax.core.catalog import last_holder
 from meshmax.core.delivery_wait import PATIENCE_S
 from meshmax.core.entry import Entry
+from meshmax.core.explain import kind_of
 from meshmax.core.fair_queue import QUEUE_FULL
 from meshmax.core.pull_first import PullPlan, not_here
-from meshmax.core.refusal import NobodyNow
+from meshmax.core.refusal import TRY_AGAIN, LostJustNow, NobodyNow, lost_just_now
 from meshmax.ports import Answer
+from meshmax.services.early_records import Early, EarlyRecord, EarlyRecords
 from meshmax.services.route_records import LoadRecords
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import SHED
@@ -87,6 +90,7 @@ class Prompts:
         self.open_answers = OpenAnswers()
         self.entry = Entry()
         self.loads = LoadRecords()
+        self._early = EarlyRecords(node.now, trio.current_time)
         self._until_back = UntilBack(node.presence.watch, self.open_answers)
 
     def resolve(self, name: str) -> Resolved:
@@ -98,10 +102,10 @@ class Prompts:
         except ModelNotFound as error:
             raise NotFound(error.message + self.who_had(name)) from None
 
-    async def find(self, name: str) -> Resolved:
-        """As `resolve`; what no neighbour has is looked for farther away first, for SEEK_S at most.
+    async def find(self, name: str, http: Request | None = None) -> Resolved:
+        """As `resolve`; a node that has just started meets the others first; then it is looked for farther away, for SEEK_S.
 
-        Raises LostJustNow where whoever has it may be back in a moment.
+        ``http``: whose client may leave, its body read. Raises LostJustNow where whoever has it may be back in a moment.
         """
         try:
             return self.node.catalog.resolve(name)
@@ -109,6 +113,24 @@ class Prompts:
             return self.resolve(name)
         except ModelNotFound:
             pass
+        if not await self._until_met(name, None if http is None else http.receive) or self._is_known(name):
+            return self.resolve(name)
+        return await self._seek(name)
+
+    async def _until_met(self, name: str, receive: Receive | None) -> bool:
+        """Until the model turns up or whoever is near was met, which takes no time but in a node's first moments.
+
+        False: the client has gone. Raises ShuttingDown.
+        """
+        while not self._is_known(name) and (left_s := self.node.first_moments.left_s()):
+            if self._until_back.is_full:
+                break
+            if not await self._until_back.wait(partial(self._is_known, name), receive, left_s):
+                return False
+        return True
+
+    async def _seek(self, name: str) -> Resolved:
+        """As `resolve`, after SEEK_S at most. Raises LostJustNow."""
         with trio.move_on_after(SEEK_S):
             await self.node.seek(name, lambda: self._is_known(name))
         if not self._is_known(name) and (away := self._lost_just_now(name)):
@@ -125,37 +147,84 @@ class Prompts:
         What can be fetched first will do. The NotFound says what it would take. Raises ShuttingDown, InvalidRequest too.
         """
         try:
-            return await self._find_back(name, http)
+            found = self.node.catalog.resolve(name)
+        except (InvalidName, ModelNotFound):
+            pass
+        else:
+            self._early.on_known(http.scope[REQUEST_ID])
+            return found
+        with self._early.begun(self._early_of(http, name)) as early:
+            return await self._find_farther(name, http, early)
+
+    async def _find_farther(self, name: str, http: Request, early: EarlyRecord) -> Resolved:
+        try:
+            return await self._find_back(name, http, early)
         except NotFound as error:
-            nobody = error
-        found = await self.node.fetchable.find(name)
+            nobody = error.message  # not the error, which knows this frame
+        with early.waiting("nobody has the whole model, and a registry is asked for it"):
+            found = await self.node.fetchable.find(name)
         if isinstance(found, str):
-            raise NotFound(nobody.message + (f"; {found}" if found else ""))
+            raise NotFound(nobody + (f"; {found}" if found else ""))
         return found
 
-    async def _find_back(self, name: str, http: Request) -> Resolved:
-        began_s = trio.current_time()
+    async def _find_back(self, name: str, http: Request, early: EarlyRecord) -> Resolved:
         try:
-            return await self.find(name)
-        except LostJustNow:
-            pass
-        if (asked_wishes(http.headers).policy or self.node.config.routing.policy) == "local-only":
+            settled = self._is_known(name)
+        except InvalidName:
+            settled = True
+        if settled:  # there is nothing to wait for
+            return self.resolve(name)
+        local_only = (asked_wishes(http.headers).policy or self.node.config.routing.policy) == "local-only"
+        began_s = trio.current_time()
+        if not local_only:
+            with early.waiting("this peer has just started, and has not met the others yet"):
+                early.client_left = not await self._until_met(name, http.receive)
+        if early.client_left or self._is_known(name):
+            return self.resolve(name)
+        try:
+            with early.waiting("no peer near has the model, and it is looked for farther away"):
+                return await self._seek(name)
+        except LostJustNow as lost:
+            why = lost.message.removesuffix(TRY_AGAIN)
+        if local_only:
             raise NotFound(f"{not_here(PullPlan(), name[:200], 0)}{self.who_had(name)}")
         left_s = max(0.0, began_s + PATIENCE_S - trio.current_time())
-        await self._until_back.wait(partial(self._is_known, name), http.receive, left_s)
+        with early.waiting(why):
+            early.client_left = not await self._until_back.wait(partial(self._is_known, name), http.receive, left_s)
         if not self._is_known(name) and (away := self._lost_just_now(name)):
             raise away
         return self.resolve(name)
 
-    async def find_to_show(self, name: str) -> Resolved:
+    def _early_of(self, http: Request, name: str) -> Early:
+        try:
+            policy = asked_wishes(http.headers).policy
+        except InvalidRequest:
+            policy = None
+        kind: RequestKind = "vectors" if "embed" in http.scope["path"] else "text"
+        return Early(http.scope[REQUEST_ID], name, policy or self.node.config.routing.policy, kind)
+
+    async def find_to_show(self, name: str, http: Request) -> Resolved:
         """As `find`. Raises NotFetched where a prompt would fetch it first."""
         try:
-            return await self.find(name)
+            return await self.find(name, http)
         except NotFound as error:
-            nobody = error
+            nobody = error.message  # not the error, which knows this frame
         if isinstance(await self.node.fetchable.find(name), str):
-            raise nobody
-        raise NotFetched(f"{nobody.message}; a prompt fetches it first")
+            raise NotFound(nobody)
+        raise NotFetched(f"{nobody}; a prompt fetches it first")
+
+    @contextmanager
+    def shown(self, name: str, http: Request) -> Iterator[None]:
+        """A model is shown within the block. Where ``http`` says that a prompt follows, what refuses it refuses the prompt."""
+        if not is_ahead(http.headers):
+            yield
+            return
+        try:
+            with self._early.begun(self._early_of(http, name)):
+                yield
+        except (NotFetched, Busy):  # which is left to the prompt
+            self._early.on_known(http.scope[REQUEST_ID])
+            raise
 
     def _is_known(self, name: str) -> bool:
         try:
@@ -167,22 +236,29 @@ class Prompts:
     def who_had(self, name: str) -> str:
         """The end of a sentence that tells which peer had the model and when it was last seen; '' where none is known."""
         view = last_holder(name, self.node.presence.lost())
-        here = self._here_of(name)
+        here, pulls = self._here_of(name)
         if view is None:
-            return f": {here} are here, and the pull goes on when a peer that has the rest is back" if here else ""
+            how = "the pull" if pulls else f"`meshmax pull {name[:200]}`"
+            return f": {here} are here, and {how} goes on when a peer that has the rest is back" if here else ""
         ago_s = max(0.0, self.node.now() - view.last_seen_s)
-        gone = f"{ago_s:.0f} s" if ago_s < LONG_S else f"{ago_s / 60:.0f} min"
+        ago = f"{ago_s:.0f} s" if ago_s < LONG_S else f"{ago_s / 60:.0f} min"
+        gone = f"was stopped {ago} ago" if view.status and view.status.leaving else f"has been gone for {ago}"
         kept = f"; {here} are here" if here else ""
-        return f": {self.peer_name(view.peer_id)} had it, and has been gone for {gone}{kept}"
+        return f": {self.peer_name(view.peer_id)} had it, and {gone}{kept}"
 
-    def _here_of(self, name: str) -> str:
-        """How much of a model a pull that has not ended has brought; '' for none. Raises InvalidName."""
+    def _here_of(self, name: str) -> tuple[str, bool]:
+        """How much of a model its newest pull has brought, '' for none; whether that has not ended. Raises InvalidName."""
         key = parse_name(split_digest(name)[0]).key
         for transfer in self.node.pulls.transfers():
-            going = transfer.direction == "in" and transfer.state in ("running", "waiting", "paused")
-            if going and transfer.bytes_done and parse_name(split_digest(transfer.model)[0]).key == key:
-                return f"{format_bytes(transfer.bytes_done)} of its {format_bytes(transfer.bytes_total)}"
-        return ""
+            if transfer.direction != "in" or parse_name(split_digest(transfer.model)[0]).key != key:
+                continue
+            if transfer.state == "done" or self.node.leftovers.freed(transfer.id):
+                break
+            if not transfer.bytes_done:
+                continue
+            going = transfer.state in ("running", "waiting", "paused")
+            return f"{format_bytes(transfer.bytes_done)} of its {format_bytes(transfer.bytes_total)}", going
+        return "", False
 
     def elsewhere(self, name: str) -> str:
         """The end of a sentence about a model that is not here: which peer has it, or had it; '' where none is known."""
@@ -229,16 +305,20 @@ class Prompts:
         ignored: list[str] | None = None,
     ) -> PromptReply:
         """The reply to ``request``. Raises ShuttingDown, CapabilityMissing, InvalidRequest (of a header)."""
-        if self.node.draining.ending:
-            raise ShuttingDown
+        try:
+            if self.node.draining.ending:
+                raise ShuttingDown
+            request = with_capabilities(request, resolved, typed)
+            priority, wishes = asked_priority(http.headers), asked_wishes(http.headers)
+        except MeshmaxError as error:
+            self._early.refused(self._early_of(http, typed), error)
+            raise
         if ignored:
             _log.info("options without effect here were ignored", options=ignored[:20])
-        request = with_capabilities(request, resolved, typed)
-        priority, wishes = asked_priority(http.headers), asked_wishes(http.headers)
         ask = Ask(str(http.scope[REQUEST_ID]), resolved.digest, typed[:200], request, keep_alive_s, priority)
         if dialect == "ollama":  # answers a request that only loads with one object, whatever was asked
             stream = stream and not is_load_only(request)
-        reword = partial(self._reword, embeds=isinstance(request, EmbedRequest))
+        reword = partial(self._reword, typed=typed, embeds=isinstance(request, EmbedRequest))
         return PromptReply(
             lambda: self._open_bounded(ask, resolved, wishes),
             form_for,
@@ -249,10 +329,12 @@ class Prompts:
             lambda: self.route(ask.request_id),
         )
 
-    def _reword(self, error: MeshmaxError, embeds: bool) -> MeshmaxError:
+    def _reword(self, error: MeshmaxError, typed: str, embeds: bool) -> MeshmaxError:
         """``error`` as clients are told it."""
         if self.node.draining.ending and isinstance(error, Draining):
             return ShuttingDown()
+        if isinstance(error, NoProviders) and not self._is_known(typed):  # who had it is gone since the prompt came
+            return NoProviders(error.message + self.who_had(typed))
         return _ollamas_words(error, embeds)
 
     @asynccontextmanager
@@ -260,8 +342,10 @@ class Prompts:
         """The answer, as one of the prompts that this node has room for. Raises Busy."""
         try:
             self.entry.join(ask.priority)
-        except Busy:
+        except Busy as error:
             SHED.labels(where="entry", priority=ask.priority).inc()
+            policy = wishes.policy or self.node.config.routing.policy
+            self._early.refused(Early(ask.request_id, ask.name, policy, kind_of(ask)), error)
             raise
         begun_s = trio.current_time()
         try:
@@ -296,13 +380,18 @@ class Prompts:
     # --- what came of them -------------------------------------------------------------------------------------------
 
     def routes(self) -> tuple[Route, ...]:
-        """The last requests, newest first: those that were routed, and those that only loaded something here."""
+        """The last requests, newest first: those that were routed, those that only loaded something here, those refused."""
         routed, loads = self.node.router.routes(), self.loads.routes()
-        return tuple(sorted((*routed, *loads), key=lambda route: -route.started_at_s)) if loads else routed
+        if loads:
+            routed = tuple(sorted((*routed, *loads), key=lambda route: -route.started_at_s))
+        return self._early.routes(routed)
 
     def route(self, request_id: str) -> Route | None:
         """The newest request with this id, where it is remembered."""
-        found = [route for route in (self.node.router.route(request_id), self.loads.find(request_id)) if route]
+        routed = (self.node.router.route(request_id), self.loads.find(request_id))
+        found = [self._early.told(route) for route in routed if route]
+        if early := self._early.find(request_id):
+            found.append(early)
         return max(found, key=lambda route: route.started_at_s, default=None)
 
 

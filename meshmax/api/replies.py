@@ -13,8 +13,8 @@ from typing import Any, Final, Literal
 import msgspec
 from starlette.responses import Response
 
-from meshmax.base.errors import Busy, MeshmaxError, NotFound, NotOffered, Unauthorized
-from meshmax.core.absence import WentAway
+from meshmax.base.errors import Busy, MeshmaxError, NotFound, NotOffered, Unauthorized, without_frames
+from meshmax.core.refusal import WentAway
 
 JSON_TYPE: Final = "application/json; charset=utf-8"
 
@@ -109,10 +109,13 @@ def not_offered(what: str) -> NotOffered:
 
 
 def only_error(error: BaseException) -> MeshmaxError | None:
-    """The error of our tree that ``error`` is, or the first of a group that holds nothing else; None for anything else."""
+    """The error of our tree that ``error`` is, or the first of a group that holds nothing else; None for anything else.
+
+    It is to be told, so it goes without its frames, which know the request, and who keeps the error.
+    """
     leaves = list(_leaves(error))
     ours = [leaf for leaf in leaves if isinstance(leaf, MeshmaxError)]
-    return ours[0] if ours and len(ours) == len(leaves) else None
+    return without_frames(ours[0]) if ours and len(ours) == len(leaves) else None
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

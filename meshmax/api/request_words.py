@@ -33,8 +33,11 @@ def request_json(route: Route, known: Mapping[PeerId, str] = NOBODY) -> dict[str
         "total_ms": _ms(route.total_s),
         "prompt_tokens": route.prompt_tokens,
         "output_tokens": route.output_tokens,
+        "error": route.error,
+        "message": route.message,
         "candidates": [_candidate_json(candidate) for candidate in route.candidates],
         "attempts": [_attempt_json(attempt, name_of(attempt.peer_id, names)) for attempt in route.attempts],
+        "waits": [{"at_ms": _ms(wait.at_s), "took_ms": _ms(wait.took_s), "why": wait.why} for wait in route.waits],
         "story": list(story(route, names)),
     }
 
@@ -49,6 +52,7 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
         "rtt_ms": _ms(candidate.rtt_s),
         "estimate_ms": _ms(candidate.estimate_s),
         "figures": _figures_json(candidate.figures),
+        "told_wait_ms": _ms(candidate.told_wait_s),
         "verdict": candidate.verdict,
         "why": candidate.why,
     }

@@ -87,6 +87,8 @@ class TransferFace:
         await _read_nothing(request)
         name = _model(request)
         transfer = await self._node.pulls.start_download(name)
+        if transfer.state == "paused":  # who asks for it wants it
+            transfer = await self._node.pulls.steer(transfer.id, "resume")
         return json_reply({"transfer_id": transfer.id}, 202)
 
     async def distribute(self, request: Request) -> Response:

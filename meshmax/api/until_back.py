@@ -1,4 +1,4 @@
-"""Prompts that wait for a peer that was lost a moment ago, and the news of peers that wakes them.
+"""Requests that wait for a peer that is not there yet, or was lost a moment ago, and the news of peers that wakes them.
 
 Rules. Whoever waits looks again with each news, and never in between; the wait ends as well when its client leaves, when the
 node ends, or when its time is over. MAX_WAITING wait at most: one more is told at once what it would be told in the end.
@@ -16,7 +16,7 @@ from starlette.types import Receive
 from meshmax.api.exchange import OpenAnswers, cancel_on_hang_up
 from meshmax.api.replies import ShuttingDown
 
-MAX_WAITING: Final = 256  # prompts: each holds its body, and looks at who is there with each news
+MAX_WAITING: Final = 256  # a prompt holds its body, and looks at who is there with each news
 
 
 class UntilBack:
@@ -33,23 +33,32 @@ class UntilBack:
             self._news.set()
             self._news = trio.Event()
 
-    async def wait(self, over: Callable[[], bool], receive: Receive, most_s: float) -> None:
+    @property
+    def is_full(self) -> bool:
+        """Whether one more would not be kept: who asks again and again then would only spin."""
+        return self._waiting >= MAX_WAITING
+
+    async def wait(self, over: Callable[[], bool], receive: Receive | None, most_s: float) -> bool:
         """Until ``over()``, ``most_s`` seconds at most; no longer than its client stays. Raises ShuttingDown.
 
-        ``receive``: the client's, who has sent all of its request.
+        ``receive``: the client's, who has sent all of its request; None: its leaving is not looked for. False: it has gone.
         """
-        if self._waiting >= MAX_WAITING:
+        if self.is_full:
             await trio.lowlevel.checkpoint()
-            return
+            return True
         self._waiting += 1
+        stays = False
         try:
-            with self._open_answers.held() as held, trio.move_on_after(most_s):
+            with self._open_answers.held() as held, trio.move_on_after(most_s) as patience:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
+                    if receive is not None:
+                        nursery.start_soon(cancel_on_hang_up, receive, nursery.cancel_scope)
                     while not over():
                         await self._news.wait()
+                    stays = True
                     nursery.cancel_scope.cancel()
         finally:
             self._waiting -= 1
         if held.cancelled_caught:
             raise ShuttingDown
+        return stays or patience.cancelled_caught

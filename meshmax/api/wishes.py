@@ -2,7 +2,7 @@
 
 X-Meshmax-Priority: how urgent it is. X-Meshmax-Policy: by which policy it is routed. X-Meshmax-Pull: whether a peer may fetch the
 model first where nobody has it. One that is not valid is an error that says what is accepted; left out, the node's own
-configuration counts.
+configuration counts. X-Meshmax-Ahead: prompt, with a look at a model: a prompt for it follows where that is not refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from meshmax.base.route import POLICIES, Wishes
 PRIORITY: Final = "X-Meshmax-Priority"
 POLICY: Final = "X-Meshmax-Policy"
 PULL: Final = "X-Meshmax-Pull"
+AHEAD: Final = "X-Meshmax-Ahead"
 HEADERS: Final = (PRIORITY, POLICY, PULL)
 
 PRIORITIES: Final[tuple[Priority, ...]] = get_args(Priority)
@@ -38,11 +39,18 @@ def asked_wishes(headers: Headers) -> Wishes:
     return Wishes(_one_of(headers, POLICY, POLICIES), None if pull is None else pull == "true")
 
 
+def is_ahead(headers: Headers) -> bool:
+    """Whether a prompt for the model that is looked at follows. Raises InvalidRequest."""
+    return _one_of(headers, AHEAD, ("prompt",)) is not None
+
+
 def _one_of(headers: Headers, name: str, accepted: Sequence[Word]) -> Word | None:
-    given = headers.get(name)
-    if given is None:
+    if name not in headers:
         return None
-    found = next((word for word in accepted if word == given.strip().lower()), None)
+    given = headers.getlist(name)
+    if len(given) > 1:  # which of them counts nobody could say
+        raise InvalidRequest(f"the header {name} comes {len(given)} times: send one of {', '.join(accepted)}, once")
+    found = next((word for word in accepted if word == given[0].strip().lower()), None)
     if found is None:
-        raise InvalidRequest(f"the header {name} is one of {', '.join(accepted)}, not {given[:40]!r}")
+        raise InvalidRequest(f"the header {name} is one of {', '.join(accepted)}, not {given[0][:40]!r}")
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, NoReturn, TypeVar
 
 
 class Retry(enum.Enum):
@@ -38,6 +38,33 @@ class MeshmaxError(Exception):
     def sentence(cls) -> str:
         """The first line of the class's docstring."""
         return (cls.__doc__ or MeshmaxError.__doc__ or "").strip().splitlines()[0]
+
+
+E = TypeVar("E", bound=BaseException)
+
+
+def without_frames(error: E) -> E:
+    """The error and what led to it, without the places where they came by: for one that is kept.
+
+    A traceback holds the variables of every function on the way, buffers among them, and as a rule one of these leads
+    back to whoever keeps the error: such a ring lives until garbage is looked for.
+    """
+    seen: list[BaseException] = [error]
+    for one in seen:
+        one.__traceback__ = None
+        parts = one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+        seen += [more for more in (one.__cause__, one.__context__, *parts) if more is not None and more not in seen]
+    return error
+
+
+def raise_only(group: BaseExceptionGroup[BaseException]) -> NoReturn:
+    """Raise the one error in ``group``, while that is handled, without a word of the group: they would hold each other."""
+    (only,) = group.exceptions
+    try:
+        raise only
+    finally:
+        only.__context__ = None
+        del only, group
 
 
 class ConfigError(MeshmaxError):
@@ -164,6 +191,11 @@ class Draining(Busy):
 
     code = "draining"
     retry = Retry.OTHER_PEER
+
+    def __init__(self, message: str | None = None, retry_after_s: float = 1.0, *, stopping: bool = False) -> None:
+        """``stopping``: because it ends, which nobody takes back."""
+        self.stopping = stopping
+        super().__init__(message, retry_after_s)
 
 
 class Unauthorized(Refused):
@@ -310,11 +342,18 @@ class EngineCrashed(EngineError):
 
 
 class ContextTooLong(EngineError):
-    """The prompt is longer than the model's context."""
+    """The prompt is longer than the model's context.
+
+    ``prompt_tokens``: how long it is, as the engine here found; 0 where it does not say. It does not cross to a peer.
+    """
 
     code = "context_too_long"
     retry = Retry.NEVER
     http_status = 400
+
+    def __init__(self, message: str | None = None, prompt_tokens: int = 0) -> None:
+        super().__init__(message)
+        self.prompt_tokens = prompt_tokens
 
 
 class CapabilityMissing(EngineError):

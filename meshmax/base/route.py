@@ -38,7 +38,11 @@ class Figures(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A peer that has the model, as the router saw it. ``estimate_s``: time until the whole answer, by our figures."""
+    """A peer that has the model, as the router saw it. ``loaded``: as this request wants it.
+
+    ``estimate_s``: time until the whole answer, by our figures.
+    ``told_wait_s``: how long the peer said that one who comes now waits for a slot, None where it said nothing that counts.
+    """
 
     peer_id: PeerId
     name: str
@@ -50,6 +54,7 @@ class Candidate(msgspec.Struct, frozen=True):
     verdict: Verdict
     why: str
     figures: Figures = Figures()
+    told_wait_s: float | None = None
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -58,6 +63,7 @@ class Attempt(msgspec.Struct, frozen=True):
     ``kind`` "fetch": the peer pulled the model first.
     ``at_s``: when it was sent, after the request came; ``first_token_s`` and ``ended_s`` after that, None if it did not.
     ``tokens``: how many of the client's tokens came from it. ``message``: the error's sentence, without the prompt.
+    ``stopping``: the error is that the peer ended, and was not drained by somebody.
     """
 
     peer_id: PeerId
@@ -68,6 +74,7 @@ class Attempt(msgspec.Struct, frozen=True):
     ended_s: float | None = None
     tokens: int = 0
     message: str = ""
+    stopping: bool = False
 
 
 class Wait(msgspec.Struct, frozen=True):
@@ -87,6 +94,7 @@ class Route(msgspec.Struct, frozen=True):
     ``started_at_s``: Unix time. ``first_token_s``, ``total_s``: after that, None until then. ``model``: as it was asked for.
     ``kind``: what was asked for. ``among``: how many peers could be asked when it came, of whom ``candidates`` tells
     the best. ``output_tokens``: as the engine counts them, the one that ends the answer too; those of ``attempts`` have text.
+    ``error``, ``message``: code and sentence of what ended it, '' where nothing did; never a word of the prompt.
     """
 
     request_id: str
@@ -106,3 +114,5 @@ class Route(msgspec.Struct, frozen=True):
     kind: RequestKind = "text"
     among: int | None = None
     waits: tuple[Wait, ...] = ()
+    error: str = ""
+    message: str = ""

@@ -45,7 +45,8 @@ class ModelPresence(msgspec.Struct, frozen=True):
     ``capabilities`` and ``details`` are what a neighbour needs to list and show the model without asking.
     ``prefill_per_s`` and ``decode_per_s`` are tokens a second, ``load_s`` seconds: measured by that peer, 0 if never.
     ``engine``: what runs it there, '' for the peer's own engine. ``served``: that engine brings the model along, so it runs
-    there and cannot be fetched from there (`is_copy`).
+    there and cannot be fetched from there (`is_copy`). ``context_length``: tokens that it was trained for; ``loaded_context``:
+    tokens with which that peer's own engine has it in memory, 0 where it does not say.
     """
 
     digest: Sha256
@@ -65,6 +66,7 @@ class ModelPresence(msgspec.Struct, frozen=True):
     load_s: float = 0.0
     engine: str = ""
     served: bool = False
+    loaded_context: int = 0
 
     @property
     def is_copy(self) -> bool:
@@ -176,6 +178,7 @@ def lasting(status: PeerStatus) -> tuple[object, ...]:
             _power(model.prefill_per_s),
             model.engine,
             model.served,
+            model.loaded_context,
         )
         for model in status.models
     )
@@ -213,6 +216,16 @@ def with_vitals(status: PeerStatus, vitals: Vitals) -> PeerStatus:
         gpus=vitals.gpus,
         demand=vitals.demand,
     )
+
+
+def cold(status: PeerStatus) -> PeerStatus:
+    """``status`` without what a restart ends: what runs and waits there, and what is in memory."""
+    load = Load(capacity=status.load.capacity, limit=status.load.limit)
+    models = tuple(
+        msgspec.structs.replace(model, state="disk", loaded_context=0) if model.state == "loaded" else model
+        for model in status.models
+    )
+    return msgspec.structs.replace(status, load=load, models=models)
 
 
 def _power(rate: float) -> int:

@@ -44,6 +44,7 @@ PROBE_TIMEOUT_S: Final = 5.0  # a peer says its version in milliseconds, also on
 CONNECT_TIMEOUT_S: Final = 5.0  # the peer is on this machine or on the LAN
 ANSWER_TIMEOUT_S: Final = 60.0  # for answers that do no long work; streams have no limit
 MAX_LINE_BYTES: Final = 8 << 20  # of a streamed answer; Ollama's own clients read no longer ones
+NO_HEADERS: Final[Mapping[str, str]] = {}
 MAX_BODY_BYTES: Final = 64 << 20  # of a whole answer: /api/show verbose of a model with a large vocabulary fits
 
 _BY_STATUS: Final[dict[int, type[MeshmaxError]]] = {
@@ -131,9 +132,9 @@ class PeerClient:
         """The JSON at ``path``. Raises what `error_of_answer` gives, NoPeerRunning, RemoteProtocolError."""
         return self.call("GET", path)
 
-    def call(self, method: str, path: str, body: Any = None) -> Any:
+    def call(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] = NO_HEADERS) -> Any:
         """The JSON that a request answers with, None for an empty answer."""
-        with self.open_answer(method, path, body, timed=True) as answer:
+        with self.open_answer(method, path, body, headers, timed=True) as answer:
             text = answer.read()
             return _decode(text) if text.strip() else None
 
@@ -144,12 +145,15 @@ class PeerClient:
             return _decode(text) if text.strip() else None
 
     @contextmanager
-    def open_answer(self, method: str, path: str, body: Any = None, *, timed: bool = False) -> Iterator[StreamedAnswer]:
+    def open_answer(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] = NO_HEADERS, *, timed: bool = False
+    ) -> Iterator[StreamedAnswer]:
         """A request's answer, read as it comes; leaving the block hangs up, which ends the work at the peer."""
         import httpx
 
         timeout = httpx.USE_CLIENT_DEFAULT if timed else httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        content, headers = (None, None) if body is None else (_encode(body), {"content-type": "application/json"})
+        content = None if body is None else _encode(body)
+        headers = {**headers} if body is None else {"content-type": "application/json", **headers}
         try:
             with self._http.stream(method, path, content=content, headers=headers, timeout=timeout) as response:
                 answer = StreamedAnswer(response)
@@ -287,7 +291,7 @@ def running_api(home: Path) -> str:
         if run is None:
             raise PeerStarting("a peer with this home is starting or ending: try again in a few seconds")
     if run is None:
-        raise NoPeerRunning("no meshmax peer is running here: start one with `meshmax peer`")
+        raise NoPeerRunning(f"no meshmax peer is running here (home {home}): start one with `meshmax peer`")
     return api_url(run.api)
 
 

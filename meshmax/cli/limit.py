@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
@@ -42,6 +43,9 @@ def limit(
         emit_json(answer)
     else:
         emit(table(("WHAT", "LIMIT", "BY"), [_row(answer, key, words) for key, words in _ROWS]))
+    if zeros := [key for key, text in given.items() if text is not None and text.strip().startswith("0")]:
+        options = " ".join(f"--{key.replace('_', '-')} none" for key in zeros)
+        sys.stderr.write(f"0 is no limit, as {options} says more plainly; `meshmax transfers pause` halts a pull\n")
 
 
 def _row(answer: dict[str, Any], key: str, words: str) -> tuple[str, str, str]:

@@ -213,11 +213,20 @@ def _partial_lines(partials: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [
         (
             "partial",
-            f"{format_bytes(each['here_bytes'])} of {each['name']} ({format_bytes(each['size_bytes'])});"
-            f" `meshmax pull {each['name']}` goes on, `meshmax rm {each['name']}` frees it",
+            f"{format_bytes(each['here_bytes'])} of {each['name']} ({format_bytes(each['size_bytes'])}); {_further(each)}",
         )
         for each in partials
     ]
+
+
+def _further(part: dict[str, Any]) -> str:
+    """How a partial becomes whole, or goes."""
+    pull, name = part.get("transfer"), part["name"]
+    if not pull:
+        return f"`meshmax pull {name}` goes on, `meshmax rm {name}` frees it"
+    if part.get("state") == "paused":
+        return f"paused, `meshmax transfers resume {pull}` goes on"
+    return f"{part.get('state')}, `meshmax transfers` says what for"
 
 
 def _resource_lines(resources: dict[str, Any]) -> list[tuple[str, str]]:

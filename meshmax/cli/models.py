@@ -282,7 +282,7 @@ def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = F
     except MeshmaxError as error:
         if NO_MANIFEST not in error.message:
             raise
-        if "had it, and has been gone" in error.message or " are here" in error.message:
+        if " had it, and " in error.message or " are here" in error.message:
             raise NoProviders(error.message) from None  # there is such a model: no hint at how to add one
         # Ollama's interface says it with a status that tells nothing.
         raise NoProviders(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 
 from cyclopts import Parameter
 
-from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NotFetched, NotFound
+from meshmax.base.errors import Busy, InvalidRequest, MeshmaxError, ModelNotFound, NotFetched, NotFound
 from meshmax.base.inference import MAX_PROMPT_BYTES
 from meshmax.base.route import Policy
 from meshmax.base.units import parse_duration_s
@@ -22,6 +22,9 @@ from meshmax.cli.output import emit, emit_json
 
 ThinkFlag = Literal["true", "false", "low", "medium", "high", "max"]
 _EMBEDDING_ONLY: Final = frozenset({"embedding"})
+_AHEAD: Final = {
+    "x-meshmax-ahead": "prompt"
+}  # so that `meshmax why` tells of a prompt that is not sent since this is refused
 
 
 def run(
@@ -94,9 +97,12 @@ def _question(prompt: tuple[str, ...]) -> str | None:
 
 def _capabilities(client: PeerClient, model: str) -> frozenset[str]:
     try:
-        return frozenset(client.call("POST", "/api/show", {"model": model}).get("capabilities") or ())
+        shown = client.call("POST", "/api/show", {"model": model}, _AHEAD)
+        return frozenset(shown.get("capabilities") or ())
     except NotFetched:
         return frozenset()  # the prompt brings it
+    except Busy:
+        return frozenset()  # whoever has it was lost just now: the prompt waits for them
     except NotFound as error:
         if not error.message.endswith("' not found"):
             raise  # it says already who has it, or had it

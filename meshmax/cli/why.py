@@ -8,19 +8,23 @@ from typing import Annotated, Any, Final
 
 from cyclopts import Parameter
 
-from meshmax.base.errors import NotFound
+from meshmax.base.errors import InvalidRequest, NotFound
 from meshmax.cli.client import Target, open_client
 from meshmax.cli.models import HERE, AsJson
 from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable, table
 from meshmax.core.why import CANCELLED, VERDICT_WORDS, seconds
 
 _HEADER: Final = ("PEER", "VERDICT", "EXPECTED", "WAY", "QUEUE", "LOADING", "PROMPT", "ANSWER", "WHY")
+MAX_NAMED: Final = 4  # ids that a text is the beginning of
 _PARTS: Final = ("rtt_ms", "queue_ms", "load_ms", "prompt_ms", "output_ms")
 
 
 def why(
     request: Annotated[
-        str | None, Parameter(help="Its id, as in X-Request-ID and `meshmax run --verbose`; else the last one.")
+        str | None,
+        Parameter(
+            help="Its id, as in X-Request-ID and `meshmax run --verbose`, or how that begins; else the last one."
+        ),
     ] = None,
     /,
     *,
@@ -39,11 +43,28 @@ def why(
                 )
             route = known[0]
         else:
-            route = client.get(f"/api/v1/requests/{quote(request, safe='')}")
+            try:
+                route = client.get(f"/api/v1/requests/{quote(request, safe='')}")
+            except NotFound:
+                if (begun := _begun_by(request, client.get("/api/v1/requests")["requests"])) is None:
+                    raise
+                route = begun
     if as_json:
         emit_json(route)
     else:
         emit(describe(route, time.time()))
+
+
+def _begun_by(text: str, known: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The one of ``known``, newest first, whose id begins with ``text``; None: there is none. Raises InvalidRequest."""
+    found = {route["id"]: route for route in reversed(known) if text and route["id"].startswith(text)}
+    if len(found) > 1:
+        ids = [printable(one) for one in reversed(found)]
+        more = f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
+        raise InvalidRequest(
+            f"{len(ids)} ids begin with '{text[:100]}': {', '.join(ids[:MAX_NAMED])}{more}; give more of the one that you mean"
+        )
+    return next(iter(found.values()), None)
 
 
 def describe(route: dict[str, Any], now_s: float) -> str:

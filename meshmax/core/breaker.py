@@ -160,6 +160,7 @@ class Breakers:
         code: str,
         now: float,
         at_least_s: float = 0.0,
+        priority: Priority = "interactive",
         *,
         most_s: float = MAX_BACKOFF_S,
         sent_s: float = math.inf,
@@ -167,8 +168,12 @@ class Breakers:
     ) -> None:
         """The peer failed: with this model, or (``digest`` None) altogether. Kept out for ``at_least_s``, at most ``most_s``.
 
-        ``sent_s``: when the ask was sent. ``reason``: what was said, for people.
+        A code of NOT_NOW is no failure: see `on_busy`. ``priority``: of the ask, which was sent at ``sent_s``. ``reason``: what
+        was said, for people.
         """
+        if code in NOT_NOW:
+            self.on_busy(peer, digest, at_least_s, now, priority, code)
+            return
         circuit = self._circuit(peer, digest)
         if sent_s < circuit.opened_s or (circuit.is_open and now < circuit.until_s):
             return  # it was sent before the circuit opened

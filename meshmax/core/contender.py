@@ -32,7 +32,8 @@ class ToldWait(msgspec.Struct, frozen=True):
 class Contender(msgspec.Struct, frozen=True):
     """A peer and its copy of the model. ``load`` is as of now: `core.outstanding`. ``standing``: of its circuit
     breakers, for this model. ``prefix_tokens``: how many tokens of this prompt it holds from before, as we believe:
-    `core.prefixes`. ``told``: its word on how long we would wait, None where it gave none that counts."""
+    `core.prefixes`. ``told``: its word on how long we would wait, None where it gave none that counts. ``context_tokens``: that
+    this prompt wants, 0: any will do."""
 
     view: PeerView
     model: ModelPresence
@@ -42,6 +43,22 @@ class Contender(msgspec.Struct, frozen=True):
     standing: Standing = CLOSED
     prefix_tokens: int = 0
     told: ToldWait | None = None
+    context_tokens: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model is in memory there as this prompt wants it: with less context, by the peer's own word, it would be
+        loaded anew, though with no more than it was trained for."""
+        model = self.model
+        if model.state != "loaded":
+            return False
+        there = model.loaded_context
+        return there <= 0 or self.context_tokens <= there or 0 < model.context_length <= there
+
+    @property
+    def lacks_context(self) -> bool:
+        """Whether the model is in memory there, but with too little context."""
+        return self.model.state == "loaded" and not self.is_ready
 
 
 def holders(views: Iterable[PeerView], digest: Sha256) -> list[tuple[PeerView, ModelPresence]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from meshmax.base.errors import EngineError, FirstTokenTimeout, MeshmaxError, PeerGone
+from meshmax.base.errors import Draining, EngineError, FirstTokenTimeout, MeshmaxError, PeerGone
 from meshmax.base.route import Attempt, AttemptKind
 from meshmax.core.continuation import Joint
 from meshmax.core.delivery_words import Choice
@@ -112,6 +112,7 @@ class PeerAttempt:
             ended_s=None if ended_s is None else ended_s - self.sent_s,
             tokens=self.tokens,
             message=error.message if error else "",
+            stopping=isinstance(error, Draining) and error.stopping,
         )
 
     def no_word(self) -> MeshmaxError:

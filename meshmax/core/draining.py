@@ -5,18 +5,23 @@ not begun (waiting for a slot or a load) are sent away at once: another peer beg
 begun go on until the deadline, which then ends them with Draining, so that whoever passes them on to a client carries on
 elsewhere. When none is left the node is drained. A second command changes the deadline alone, the last word counts;
 undraining takes asks again, at any time, and brings nothing back that was ended. Nothing is kept: a node that starts, runs.
+What is refused or ended tells which of the two it was, for people alone: whoever asks goes to another peer in either case.
 Time is seconds of any monotonic clock. Not here: ending an answer (services.drain), telling the mesh (node.draining).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from meshmax.base.drain import DrainState, DrainView
 from meshmax.base.errors import Draining
+
+DRAINED: Final = "this peer was drained before its answer was whole"
+STOPPED: Final = "this peer was stopped before its answer was whole"
+STOPPING: Final = "The peer takes no new work: it is being stopped."
 
 
 class End(msgspec.Struct, frozen=True):
@@ -38,18 +43,19 @@ _Phase = Literal["waiting", "begun", "ending"]
 class DrainCore:
     """The decisions of one node. Every event returns what is to be done now; call `tick` at `deadline`."""
 
-    __slots__ = ("_answers", "_count", "_ended", "_ends_at", "_state")
+    __slots__ = ("_answers", "_count", "_ended", "_ends_at", "_state", "_stopping")
 
     def __init__(self) -> None:
         self._state: DrainState = "running"
         self._answers: dict[int, _Phase] = {}  # by number
         self._count = self._ended = 0
+        self._stopping = False
         self._ends_at = math.inf
 
     def on_ask(self) -> int:
         """An ask came; the number of its answer. Raises Draining."""
         if self._state != "running":
-            raise Draining
+            raise Draining(STOPPING if self._stopping else None, stopping=self._stopping)
         self._count += 1
         self._answers[self._count] = "waiting"
         return self._count
@@ -64,9 +70,10 @@ class DrainCore:
         self._answers.pop(answer, None)
         return self._settle()
 
-    def on_drain(self, deadline_s: float, now: float) -> list[Action]:
-        """Take no ask any more; what runs may go on for ``deadline_s``."""
+    def on_drain(self, deadline_s: float, now: float, *, stopping: bool = False) -> list[Action]:
+        """Take no ask any more; what runs may go on for ``deadline_s``. ``stopping``: the node ends."""
         actions: list[Action] = []
+        self._stopping = self._stopping or stopping
         if self._state == "running":
             self._state, self._ended = "draining", 0
             actions = [Told("draining"), *self._end_those("waiting")]
@@ -79,6 +86,10 @@ class DrainCore:
             return []
         self._state, self._ends_at = "running", math.inf
         return [Told("running")]
+
+    def ended(self) -> Draining:
+        """The error of an answer that `End` ended."""
+        return Draining(STOPPED if self._stopping else DRAINED, stopping=self._stopping)
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""

@@ -3,11 +3,13 @@
 Rules: our own measurements decide; what a peer says of itself counts until we have measured it, and within bounds. Where
 nobody knows a default stands in, but no more than the fastest of the same kind of device is known to do with the model: else
 whoever was never tried would seem faster than all that were measured; not where that is slower than people read, since one
-slow peer alone would keep all prompts. A figure that was measured long ago fades into what the
+slow peer alone would keep all prompts. Before that default stands what we saw the device do with other models, or
+devices of its kind, by the models' sizes. A figure that was measured long ago fades into what the
 peer says, its weight halved every FADE_S: who was slow an hour ago gets another chance. Who waits is expected to wait as long as
 the peer tells (core.told_wait), or, where it does not, as we did there lately, if not longer. Tokens of the prompt that the peer
-holds from before need not be read again. What an answer costs beside others grows with how many those are. Pure: no state, no
-clock. Not here: measuring (core.measurements), what follows (core.policies).
+holds from before need not be read again. A model that is loaded with too little context for the prompt is loaded anew, when what
+runs has ended. What an answer costs beside others grows with how many those are. Pure: no state, no clock. Not here: measuring
+(core.measurements), what follows (core.policies).
 """
 
 from __future__ import annotations
@@ -83,6 +85,14 @@ def expected_work(request: InferRequest, usual_tokens: float | None = None) -> W
     return Work(0 if empty else size // BYTES_PER_TOKEN + IMAGE_TOKENS * images, output)
 
 
+def wanted_context(request: InferRequest) -> int:
+    """Tokens of context that ``request`` wants by its own word, or else by its size; 0: any will do."""
+    named = request.options.num_ctx
+    if named is not None and named > 0:
+        return named
+    return 0 if isinstance(request, EmbedRequest) else expected_work(request).prompt_tokens
+
+
 class Known(msgspec.Struct, frozen=True):
     """The highest rates that are known of a model on one kind of device, tokens a second; infinite where none is."""
 
@@ -120,11 +130,15 @@ def estimate(
     usual = min(MEMORY_BYTES_PER_S[device] / size, MAX_DECODE_PER_S)
     trust = 0.5 ** (figures.age_s / FADE_S)
     others, ratio = known.get(device, _NOTHING), PREFILL_PER_DECODE[device]
-    decode = _rate(figures.decode_per_s, trust, model.decode_per_s, usual, max(others.decode_per_s, READING_PER_S))
-    best = max(others.prefill_per_s, READING_PER_S * ratio)
-    prefill = _rate(figures.prefill_per_s, trust, model.prefill_per_s, usual * ratio, best)
+    pace = figures.pace
+    likely = usual if pace.decode is None else min(pace.decode / size, MAX_DECODE_PER_S)
+    decode = _rate(figures.decode_per_s, trust, model.decode_per_s, usual, likely, others.decode_per_s, READING_PER_S)
+    likely = likely * ratio if pace.prefill is None else pace.prefill / size
+    best, least = others.prefill_per_s, READING_PER_S * ratio
+    prefill = _rate(figures.prefill_per_s, trust, model.prefill_per_s, usual * ratio, likely, best, least)
     unread = work.prompt_tokens
-    if contender.prefix_tokens and model.state == "loaded":
+    ready = contender.is_ready
+    if contender.prefix_tokens and ready:
         unread = max(0, unread - contender.prefix_tokens)
     fixed_s = trust * (figures.first_token_s or 0.0)
     ahead, capacity = ahead_of(load), load.capacity if load.capacity > 1 else 1
@@ -137,10 +151,13 @@ def estimate(
     turn_s = fixed_s + min(unread, LONG_PROMPT) / prefill + output_s  # if all take as long as ours
     if figures.turn_s is not None and figures.turn_s > turn_s:
         turn_s = figures.turn_s  # who looks for the shortest queue finds the most underrated one
+    queue_s = _queue_s(contender.told, places, turn_s / capacity)
+    if not ready and load.running > 0 and contender.lacks_context:
+        queue_s = max(queue_s, turn_s)
     return Estimate(
         rtt_of(contender),
-        _queue_s(contender.told, places, turn_s / capacity),
-        0.0 if model.state == "loaded" else _load_s(contender, size, device, trust),
+        queue_s,
+        0.0 if ready else _load_s(contender, size, device, trust),
         fixed_s + unread / prefill,
         output_s,
     )
@@ -178,10 +195,14 @@ def rtt_of(contender: Contender) -> float:
     return DEFAULT_RTT_S if contender.rtt_s is None else contender.rtt_s
 
 
-def _rate(measured: float | None, trust: float, advertised: float, usual: float, known: float) -> float:
-    seed = max(min(usual, UNTRIED * known), MIN_RATE_PER_S)
+def _rate(
+    measured: float | None, trust: float, advertised: float, usual: float, likely: float, known: float, least: float
+) -> float:
+    """``likely``: where it tells nothing; but little more than the best that is ``known``, if that is more than ``least``."""
     if advertised > 0 and math.isfinite(advertised):
         seed = max(min(advertised, usual * ADVERTISED_AGAINST), MIN_RATE_PER_S)
+    else:
+        seed = max(min(likely, UNTRIED * max(known, least)), MIN_RATE_PER_S)
     if not measured:
         return seed
     return 1 / (trust / max(measured, MIN_RATE_PER_S) + (1 - trust) / seed)
@@ -192,4 +213,6 @@ def _load_s(contender: Contender, size: int, device: Device, trust: float) -> fl
     seed_s = START_S[device] + size / LOAD_BYTES_PER_S
     if model.load_s > 0 and math.isfinite(model.load_s):
         seed_s = max(min(model.load_s, MAX_LOAD_S), seed_s / ADVERTISED_AGAINST)
+    elif pace_per_s := contender.figures.pace.load:
+        seed_s = min(max(size / pace_per_s, START_S[device]), MAX_LOAD_S)
     return seed_s if measured is None else trust * min(measured, MAX_LOAD_S) + (1 - trust) * seed_s

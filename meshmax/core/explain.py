@@ -14,14 +14,19 @@ from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, EmbedRequest, is_load_only
 from meshmax.base.route import Candidate, Policy, RequestKind, Verdict
 from meshmax.base.status import MAX_PEER_NAME
-from meshmax.core.estimate import ahead_of, rtt_of
+from meshmax.core.contender import ToldWait
+from meshmax.core.estimate import BOAST_S, ahead_of, rtt_of
 from meshmax.core.policies import STICKY, TURNS, Judged, tier_of
+from meshmax.core.told_wait import CALM_S
 
 MAX_HEADER: Final = (
     600  # characters of a line in a header, the sign that it was cut included; servers take 8 KiB of headers
 )
 MAX_LINE: Final = 2000  # characters of the line that is kept: a sentence with the names of some peers
-_TRIED_WORDS: Final = {Busy.code: "was busy", Draining.code: "is being drained"}
+MIN_TOLD_S: Final = 0.05  # of a wait; less is not worth a word
+MISTOLD: Final = 0.5  # of a wait that was told: that much more or less is worth a word
+WAS_STOPPED: Final = "stopped"  # in place of the code of an error that says so
+_TRIED_WORDS: Final = {Busy.code: "was busy", Draining.code: "is being drained", WAS_STOPPED: "was stopped"}
 
 
 def explain(
@@ -101,7 +106,7 @@ def kind_of(ask: Ask) -> RequestKind:
 def candidate_of(judged: Judged, verdict: Verdict, words: str = "") -> Candidate:
     """What is told of a contender. ``words``: why it was kept out."""
     contender = judged.contender
-    view, loaded = contender.view, contender.model.state == "loaded"
+    view, loaded = contender.view, contender.is_ready
     return Candidate(
         peer_id=view.peer_id,
         name=view.status.name if view.status else "",
@@ -113,12 +118,15 @@ def candidate_of(judged: Judged, verdict: Verdict, words: str = "") -> Candidate
         verdict=verdict,
         why=f"{words}; {_describe(judged)}" if words else _describe(judged),
         figures=judged.figures,
+        told_wait_s=contender.told.told_s if contender.told else None,
     )
 
 
 def plain_name(name: str) -> str:
     """A peer's name as a header can carry it: printable ASCII without separators of the line, at most MAX_PEER_NAME."""
-    kept = "".join(c if c.isascii() and c.isprintable() and c not in ",;" else "?" for c in name[:MAX_PEER_NAME])
+    kept = name[:MAX_PEER_NAME]
+    if not (kept.isascii() and kept.isprintable()) or "," in kept or ";" in kept:
+        kept = "".join(c if c.isascii() and c.isprintable() and c not in ",;" else "?" for c in kept)
     return kept.strip() or "unnamed"
 
 
@@ -129,11 +137,22 @@ def _describe(judged: Judged) -> str:
     state = f"loaded on {where}" if model.state == "loaded" else f"on disk beside a {where}"
     if judged.device != model.device:
         state = "on disk, too large for its GPU"
-    if contender.prefix_tokens and model.state == "loaded":
-        state += f" with {contender.prefix_tokens} token{'s' * (contender.prefix_tokens != 1)} of the prompt read"
+    if contender.lacks_context:
+        state += f" with {model.loaded_context} of the {contender.context_tokens} tokens of context that this wants: a new load"
+    if contender.prefix_tokens and contender.is_ready:
+        state += f" with about {contender.prefix_tokens} token{'s' * (contender.prefix_tokens != 1)} of the prompt read"
     away = "here" if view.state == "self" else f"{rtt_of(contender) * 1000:.1f} ms away ({view.path})"
     waiting = max(0, ahead_of(contender.load) - max(contender.load.capacity, 1) + 1)
-    return f"{state}, {away}, {waiting} queued"
+    return f"{state}, {away}, {waiting} queued{_told(contender.told) if contender.told else ''}"
+
+
+def _told(told: ToldWait) -> str:
+    """The peer's own word on the wait, and what it is taken for where it was found to be wrong; '' where a slot is free."""
+    if told.wait_s < (BOAST_S if told.free else MIN_TOLD_S):
+        return ""
+    word = f", told: you would wait {told.told_s:.1f} s"
+    taken = abs(told.wait_s - told.told_s) >= MISTOLD * max(told.told_s, CALM_S)
+    return f"{word}, taken for {told.wait_s:.1f} s by its former words" if taken else word
 
 
 def _rule(best: Candidate, sooner: Candidate, policy: Policy) -> str:

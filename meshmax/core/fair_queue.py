@@ -20,6 +20,7 @@ nobody listens for so long, and another peer may be free. Each step takes O(log 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final
@@ -29,6 +30,7 @@ import msgspec
 from meshmax.base.errors import Busy
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Priority
+from meshmax.core.context import Context
 from meshmax.core.ewma import Ewma
 
 QUEUE_FULL: Final = "server busy, please try again.  maximum pending requests exceeded"  # Ollama's words, two blanks
@@ -49,7 +51,8 @@ Requester = PeerId | None  # None: ourselves
 class Ask(msgspec.Struct):
     """A request that waits for a model or uses it. ``slots`` 0: it waits for the load only.
 
-    ``charged_s``: of slot time, when it started at ``started_s``.
+    ``charged_s``: of slot time, when it started at ``started_s``. ``best``: the context that it wants, ``least``: with which it
+    is content where that cannot be had.
     """
 
     id: int
@@ -61,6 +64,8 @@ class Ask(msgspec.Struct):
     since_s: float = 0.0
     started_s: float = 0.0
     charged_s: float = 0.0
+    best: Context = Context()
+    least: Context = Context()
 
 
 class _Account:
@@ -100,24 +105,32 @@ class _Lane:
         self.requesters -= not account.asks
         self._tidy(ask.requester, account)
 
-    def take(self, cost_s: float) -> Ask:
-        """The next one; there must be one."""
-        while True:
-            served_s, _, requester = heapq.heappop(self._heap)
+    def take(self, cost_s: float, most_tokens: float = math.inf) -> Ask | None:
+        """The next one that wants a context of no more than ``most_tokens``; those that are passed over keep their turn."""
+        passed: list[tuple[float, int, Requester]] = []
+        found: Ask | None = None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            served_s, _, requester = entry
             account = self._accounts.get(requester)
-            if account and account.asks and account.served_s == served_s:
-                break
-        _, ask = account.asks.popitem(last=False)
-        del self.asks[ask.id]
-        self._served_s = max(self._served_s, served_s)
-        account.served_s += cost_s
-        account.running += 1
-        if account.asks:
-            self._push(requester, account)
-        else:
-            self.requesters -= 1
-        ask.charged_s = cost_s
-        return ask
+            if not (account and account.asks and account.served_s == served_s):
+                continue
+            found = next((ask for ask in account.asks.values() if ask.best.tokens <= most_tokens), None)
+            if found is None:
+                passed.append(entry)
+                continue
+            del account.asks[found.id], self.asks[found.id]
+            self._served_s = max(self._served_s, served_s)
+            account.served_s += cost_s
+            account.running += 1
+            if account.asks:
+                self._push(requester, account)
+            else:
+                self.requesters -= 1
+            found.charged_s = cost_s
+        for entry in passed:
+            heapq.heappush(self._heap, entry)
+        return found
 
     def settle(self, ask: Ask, took_s: float) -> None:
         """One that was taken has ended."""
@@ -161,13 +174,38 @@ class _Line:
     def __init__(self) -> None:
         self.lanes: dict[Priority, _Lane] = {"interactive": _Lane(), "batch": _Lane()}
         self.visitors: OrderedDict[int, Ask] = OrderedDict()  # that need no slot
+        self.wanted: dict[int, tuple[int, Context]] = {}  # contexts of those that wait, by their tokens: of how many
         self.service = Ewma()  # seconds that a slot is used for one ask
         self.parallel = 1
         self.running = 0
         self.passed_over = 0  # interactive asks started since a batch ask could have been
 
     def __len__(self) -> int:
-        return len(self.visitors) + sum(len(lane.asks) for lane in self.lanes.values())
+        return len(self.visitors) + len(self.lanes["interactive"].asks) + len(self.lanes["batch"].asks)
+
+    def want(self, context: Context, more: int) -> None:
+        """So many more wait for this context, or fewer."""
+        count = self.wanted.get(context.tokens, (0, context))[0] + more
+        if count:
+            self.wanted[context.tokens] = count, context
+        else:
+            del self.wanted[context.tokens]
+
+    def take(self, free_slots: int, now: float, most_tokens: float) -> Ask | None:
+        """The next ask that wants a context of no more than ``most_tokens``."""
+        visitor = next((ask for ask in self.visitors.values() if ask.best.tokens <= most_tokens), None)
+        if visitor is not None:
+            return self.visitors.pop(visitor.id)
+        lane = self.next_lane(now) if free_slots > 0 else None
+        if lane is None:
+            return None
+        mean_s = self.service.value
+        cost_s = GUESSED_SERVICE_S if mean_s is None else mean_s
+        ask = lane.take(cost_s, most_tokens)
+        if ask is None:  # where nobody in it can be served now the other one is
+            other = self.lanes["batch" if lane is self.lanes["interactive"] else "interactive"]
+            ask = other.take(cost_s, most_tokens)
+        return ask
 
     def next_lane(self, now: float) -> _Lane | None:
         interactive, batch = self.lanes["interactive"], self.lanes["batch"]
@@ -250,6 +288,7 @@ class FairQueue:
             line.lanes[ask.priority].add(ask)
         else:
             line.visitors[ask.id] = ask
+        line.want(ask.best, 1)
         self._waiting[ask.id] = ask
         key = ask.requester, ask.priority
         self._held[key] = self._held.get(key, 0) + 1
@@ -272,17 +311,19 @@ class FairQueue:
                 line.service.add(now - ask.started_s, now)
                 line.lanes[ask.priority].settle(ask, now - ask.started_s)
 
-    def start_next(self, digest: Sha256, free_slots: int, now: float) -> Ask | None:
-        """The ask that may use the model now, which is loaded and has ``free_slots``; None if there is none."""
+    def largest(self, digest: Sha256) -> Context:
+        """The largest context that somebody waits for, of this model."""
+        line = self._lines.get(digest)
+        return line.wanted[max(line.wanted)][1] if line and line.wanted else Context()
+
+    def start_next(self, digest: Sha256, free_slots: int, now: float, most_tokens: float = math.inf) -> Ask | None:
+        """The ask that may use the model now, which is loaded with ``most_tokens`` of context and has ``free_slots``; None if
+        there is none. One that wants more waits on, and is next as soon as it can be."""
         line = self._lines.get(digest)
         if line is None or not len(line):
             return None
-        if line.visitors:
-            _, ask = line.visitors.popitem(last=False)
-        elif free_slots > 0 and (lane := line.next_lane(now)):
-            mean_s = line.service.value
-            ask = lane.take(GUESSED_SERVICE_S if mean_s is None else mean_s)
-        else:
+        ask = line.take(free_slots, now, most_tokens)
+        if ask is None:
             return None
         ask.started_s = now
         line.running += 1
@@ -290,15 +331,24 @@ class FairQueue:
         self._give_place_back(ask)
         return ask
 
-    def drop(self, digest: Sha256) -> list[int]:
-        """Nobody waits for this model any more: who did."""
+    def drop(self, digest: Sha256, tokens: int = 0) -> list[int]:
+        """The model could not be loaded with ``tokens`` of context. Who is content with less waits for that, the others, who are
+        returned, wait no more; 0: nobody does."""
         line = self._lines.get(digest)
         if line is None:
             return []
-        dropped = [*line.visitors, *line.lanes["interactive"].asks, *line.lanes["batch"].asks]
-        for ask_id in sorted(dropped):
-            self.leave(ask_id, 0.0)  # it waits, so that the time does not matter
-        return sorted(dropped)
+        waiting = [*line.visitors, *line.lanes["interactive"].asks, *line.lanes["batch"].asks]
+        dropped = []
+        for ask_id in sorted(waiting):
+            ask = self._waiting[ask_id]
+            if ask.least.tokens >= tokens:
+                dropped.append(ask_id)
+                self.leave(ask_id, 0.0)  # it waits, so that the time does not matter
+            else:  # also who wants less than that: were it to fail as well, nobody would wait any more
+                line.want(ask.best, -1)
+                ask.best = ask.least
+                line.want(ask.best, 1)
+        return dropped
 
     def on_loaded(self, digest: Sha256, parallel: int) -> None:
         """The model answers ``parallel`` asks at once."""
@@ -335,6 +385,7 @@ class FairQueue:
 
     def _give_place_back(self, ask: Ask) -> None:
         del self._waiting[ask.id]
+        self._lines[ask.digest].want(ask.best, -1)
         key = ask.requester, ask.priority
         self._held[key] -= 1
         self._of[ask.priority] -= 1

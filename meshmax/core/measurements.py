@@ -4,7 +4,7 @@ are, whoever gives them. Feeds core.routing.
 Rules: figures are means over time (core.ewma), kept per (peer, model, device), since a model that moved to another device
 runs at another speed, and are of the peer without others beside us. How the time until the first
 token divides into waiting for a slot and reading the prompt is the peer's word; their sum is ours, so a lie in one is paid
-in the other. Failures are the circuit breakers' (core.breaker), which are reached through here. Each table is
+in the other. Failures are told to the circuit breakers (core.breaker), which are kept here. Each table is
 bounded; what was not used for longest goes first. Time is passed in. Not here: what the figures mean for a choice
 (core.routing), who takes the measurements (services.router).
 """
@@ -18,10 +18,9 @@ from typing import Final, TypeVar
 import msgspec
 
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.inference import Priority
 from meshmax.base.status import Device, Load
 from meshmax.core.backoff import Random
-from meshmax.core.breaker import MAX_BACKOFF_S, NO_JITTER, NOT_NOW, Breakers, Standing
+from meshmax.core.breaker import NO_JITTER, Breakers
 from meshmax.core.ewma import Ewma
 
 MAX_SPEEDS: Final = 4096  # (peer, model, device) entries of about 1 KiB: 256 peers with 16 models in use each
@@ -40,15 +39,30 @@ SHARE: Final[dict[Device, float]] = {
     "gpu": 0.1,
     "cpu": 0.5,
 }  # how much each answer beside ours slows it: GPUs batch well
+BOUND_BY_MEMORY_PER_S: Final = 250.0  # tokens; who is faster has a small model, bound by other things than memory
 MAX_RATE_PER_S: Final = 1e6  # tokens; no device decodes faster, so a larger figure was not measured well
 
 V = TypeVar("V")
 
 
+class Pace(msgspec.Struct, frozen=True):
+    """What a device did with whatever models it ran for us, in bytes of weights a second: tokens of an answer and of a prompt a
+    second, times the size of the model, and the size over the seconds of a load. What it would do with another model follows from
+    that one's size. What was not measured of it is the mean of its kind of device, None where there is none."""
+
+    decode: float | None = None
+    prefill: float | None = None
+    load: float | None = None
+
+
+NO_PACE: Final = Pace()
+
+
 class Figures(msgspec.Struct, frozen=True):
     """Means measured by us of one model on one peer; None where never. ``first_token_s``: of short prompts, less the
     round trip and of waiting. ``turn_s``: seconds in which one slot becomes free, whoever has it. ``age_s``: seconds since
-    the last answer, infinite before the first."""
+    the last answer, infinite before the first. ``pace``: of the device, with any model; none where both rates of this one
+    were measured."""
 
     first_token_s: float | None = None
     prefill_per_s: float | None = None
@@ -56,6 +70,7 @@ class Figures(msgspec.Struct, frozen=True):
     load_s: float | None = None
     age_s: float = math.inf
     turn_s: float | None = None
+    pace: Pace = NO_PACE
 
 
 NOTHING: Final = Figures()
@@ -82,15 +97,40 @@ class _Speed:
         return self.read_tokens.value / self.read_s.value if self.read_tokens.value and self.read_s.value else None
 
 
+class _Paces:
+    """Of one device, or of all of a kind."""
+
+    __slots__ = ("_decode", "_load", "_prefill", "pace")
+
+    def __init__(self) -> None:
+        self._decode, self._prefill, self._load = Ewma(), Ewma(), Ewma()
+        self.pace = NO_PACE
+
+    def add(self, seen: Pace, kind: Pace, now: float) -> None:
+        """``seen`` was measured; ``kind`` stands in for what never was."""
+        means = []
+        for mean, new, usual in (
+            (self._decode, seen.decode, kind.decode),
+            (self._prefill, seen.prefill, kind.prefill),
+            (self._load, seen.load, kind.load),
+        ):
+            if new is not None:
+                mean.add(new, now)
+            means.append(usual if mean.value is None else mean.value)
+        self.pace = Pace(*means)
+
+
 class Measurements:
     """The bounded table of what we measured. Owned by one task; every ``now`` is of one monotonic clock, in seconds."""
 
-    __slots__ = ("_answers", "_rtts", "_speeds", "_turns", "breakers")
+    __slots__ = ("_answers", "_kinds", "_paces", "_rtts", "_speeds", "_turns", "breakers")
 
     def __init__(self, random: Random = NO_JITTER) -> None:
         """``random``: jitter of the breakers' backoff."""
         self.breakers = Breakers(random)
         self._speeds: OrderedDict[tuple[PeerId, Sha256, Device], _Speed] = OrderedDict()
+        self._paces: OrderedDict[tuple[PeerId, Device], _Paces] = OrderedDict()
+        self._kinds: dict[Device, _Paces] = {}
         self._answers: OrderedDict[Sha256, Ewma] = OrderedDict()
         self._rtts: OrderedDict[PeerId, Ewma] = OrderedDict()
         self._turns: OrderedDict[PeerId, Ewma] = OrderedDict()
@@ -109,14 +149,19 @@ class Measurements:
         prompt_tokens: int,
         now: float,
         prompt_s: float = 0.0,
+        size: int = 0,
     ) -> None:
         """The first event came ``waited_s`` after sending, of which reading the prompt took ``prompt_s`` by the peer's word.
+        ``size``: of the model in bytes, 0 where it is not known.
 
         Without that word (0) all of it counts as reading: then the model must have been loaded, and nobody ahead of us.
         """
         without_rtt_s = max(waited_s - (self.rtt_s(peer) or 0.0), 1e-4)
         read_s = min(prompt_s, without_rtt_s) if prompt_s > 0 else without_rtt_s
-        self._speed(peer, digest, device).on_read(prompt_tokens, read_s, now)
+        speed = self._speed(peer, digest, device)
+        speed.on_read(prompt_tokens, read_s, now)
+        if prompt_tokens >= MIN_PREFILL_TOKENS and (per_s := speed.prefill_per_s()):
+            self._on_pace(peer, device, Pace(prefill=per_s * size), now)
 
     def on_wait(self, peer: PeerId, waited_s: float, load: Load, now: float) -> None:
         """We waited so long for a slot at ``peer``, which had ``load`` when we asked. Nothing is learnt where one was free."""
@@ -137,17 +182,22 @@ class Measurements:
         load_s: float,
         now: float,
         beside: int = 0,
+        size: int = 0,
     ) -> None:
         """The answer is whole: ``tokens`` came in the ``span_s`` after the first event. ``load_s``: how long the peer loaded
-        the model first. ``beside``: how many other answers it gave meanwhile, as far as we know.
+        the model first. ``beside``: how many other answers it gave meanwhile, as far as we know. ``size``: of the
+        model, as for `on_first_token`.
         """
         self.breakers.on_answered(peer, digest, now)
         speed = self._speed(peer, digest, device)
         if tokens >= MIN_DECODE_TOKENS:
             alone = tokens / max(span_s, 1e-6) * (1 + SHARE[device] * max(beside, 0))
             speed.decode.add(min(alone, MAX_RATE_PER_S), now)
+            if alone < BOUND_BY_MEMORY_PER_S:
+                self._on_pace(peer, device, Pace(decode=alone * size), now)
         if load_s >= MIN_LOAD_S:
             speed.load.add(load_s, now)
+            self._on_pace(peer, device, Pace(load=size / load_s), now)
 
     def on_no_word(
         self, peer: PeerId, digest: Sha256, device: Device, waited_s: float, load: Load, now: float, *, loaded: bool
@@ -184,44 +234,6 @@ class Measurements:
         mean = self._answers.get(digest)
         return mean.value if mean else None
 
-    def on_success(self, peer: PeerId, digest: Sha256, _now: float = 0.0) -> None:
-        """The peer speaks, its answer begins: its circuits close."""
-        self.breakers.on_success(peer, digest)
-
-    def on_failure(
-        self,
-        peer: PeerId,
-        digest: Sha256 | None,
-        code: str,
-        now: float,
-        at_least_s: float = 0.0,
-        priority: Priority = "interactive",
-        *,
-        sent_s: float = math.inf,
-        most_s: float = MAX_BACKOFF_S,
-        reason: str = "",
-    ) -> None:
-        """The peer failed: with this model, or (``digest`` None) altogether. ``at_least_s``: it asked to be left alone so long.
-
-        A code of NOT_NOW (busy...) is no failure. ``priority``: of the request that was turned away, sent at ``sent_s``.
-        """
-        if code in NOT_NOW:
-            self.breakers.on_busy(peer, digest, at_least_s, now, priority, code)
-        else:
-            self.breakers.on_failure(peer, digest, code, now, at_least_s, most_s=most_s, sent_s=sent_s, reason=reason)
-
-    def standing(self, peer: PeerId, digest: Sha256, now: float, priority: Priority = "interactive") -> Standing:
-        """Whether ``peer`` may be asked for this model: see core.breaker."""
-        return self.breakers.standing(peer, digest, now, priority)
-
-    def on_probe_sent(self, peer: PeerId, digest: Sha256, now: float) -> bool:
-        """An ask goes to ``peer``; call it for each. True: it is a probe, say `on_probe_ended` when it is over."""
-        return self.breakers.on_probe_sent(peer, digest, now)
-
-    def on_probe_ended(self, peer: PeerId, digest: Sha256, sent_s: float) -> None:
-        """A probe, sent at ``sent_s``, has ended: to call in any case."""
-        self.breakers.on_probe_ended(peer, digest, sent_s)
-
     def rtt_s(self, peer: PeerId) -> float | None:
         """The mean round trip, None if never measured."""
         mean = self._rtts.get(peer)
@@ -233,7 +245,8 @@ class Measurements:
         turn = self._turns.get(peer)
         turn_s = turn.value if turn and now - turn.at_s < TURN_KEPT_S else None
         if speed is None:
-            return Figures(turn_s=turn_s) if turn_s is not None else NOTHING
+            pace = self._pace(peer, device)
+            return NOTHING if turn_s is None and pace is NO_PACE else Figures(turn_s=turn_s, pace=pace)
         at_s = max(speed.first_token.at_s, speed.read_s.at_s, speed.decode.at_s, speed.load.at_s)
         return Figures(
             speed.first_token.value,
@@ -242,7 +255,18 @@ class Measurements:
             speed.load.value,
             max(0.0, now - at_s),
             turn_s,
+            NO_PACE if speed.decode.value and speed.read_s.value else self._pace(peer, device),
         )
+
+    def _pace(self, peer: PeerId, device: Device) -> Pace:
+        paces = self._paces.get((peer, device)) or self._kinds.get(device)
+        return paces.pace if paces else NO_PACE
+
+    def _on_pace(self, peer: PeerId, device: Device, seen: Pace, now: float) -> None:
+        if seen.decode or seen.prefill or seen.load:
+            kind = self._kinds.setdefault(device, _Paces())
+            kind.add(seen, NO_PACE, now)
+            _touch(self._paces, (peer, device), _Paces(), MAX_PEERS).add(seen, kind.pace, now)
 
     def _speed(self, peer: PeerId, digest: Sha256, device: Device) -> _Speed:
         return _touch(self._speeds, (peer, digest, device), _Speed(), MAX_SPEEDS)

@@ -8,7 +8,7 @@ import msgspec
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.status import Path, PeerStatus
+from meshmax.base.status import ModelPresence, Path, PeerStatus
 
 MAX_WHY: Final = 200  # characters kept of an address that failed, and of a cause
 
@@ -39,6 +39,7 @@ class PeerEntry(msgspec.Struct):
     addresses: tuple[str, ...] = ()
     signed: Signed | None = None
     status: PeerStatus | None = None
+    warm: PeerStatus | None = None  # as the peer told it before it was lost, while ``status`` is the cold of it
     seen: bool = False  # it was seen by its own sign (mDNS), or connected, or a person named it
     named: bool = False  # a list of peers named it; neither seen nor named: we know it by hearsay
     asked: bool = False  # a person gave its address
@@ -49,6 +50,7 @@ class PeerEntry(msgspec.Struct):
     connected_at: float = 0.0
     alive_at: float | None = None  # its last sign of life on a connection
     leaving: bool = False  # it said farewell
+    had: tuple[ModelPresence, ...] = ()  # the models that it told before its farewell, which names none
     parted: bool = False  # it has too many neighbours, or we have
     address: str = ""
     path: Path = "direct"  # how the connection gets there

@@ -1,13 +1,14 @@
 """Who is there: a bounded table of peers, their newest statuses, and whom to dial when.
 
-Rules. Of one peer's statuses the one with the highest sequence wins, whoever brought it. A sighting (an address that
-somebody named) makes a peer worth dialling; of two peers that see each other at once the one with the smaller PeerId dials
-first and the other waits a moment, so that they seldom cross. Enough neighbours are enough (core.neighbours): then only who was
-asked for by a person, or is tried as a better one, is dialled. Failed dials back off, and so do connections on which no
-heartbeat ever came back (another libp2p program on the LAN does not speak our protocols); a new address starts afresh. Of the
-peers that were lost last, CANARIES are dialled every few seconds for as long as they are gone; when one of them, or anybody
-lost, is met again, the network is back and all others are dialled again within SPREAD_S, each at a moment of its own. Who says
-that we are not of its mesh is dialled again rarely, and kept aside (`refused`).
+Rules. Of one peer's statuses the one with the highest sequence wins, whoever brought it; of one that was lost and is back,
+what a restart ends (its load, what is in its memory) counts again once it speaks as the instance that it was. A sighting (an
+address that somebody named) makes a peer worth dialling; of two peers that see each other at once the one with the smaller
+PeerId dials first and the other waits a moment, so that they seldom cross. Enough neighbours are enough (core.neighbours):
+then only who was asked for by a person, or is tried as a better one, is dialled. Failed dials back off, and so do
+connections on which no heartbeat ever came back (another libp2p program on the LAN does not speak our protocols); a new
+address starts afresh. Of the peers that were lost last, CANARIES are dialled every few seconds for as long as they are gone;
+when one of them, or anybody lost, is met again, the network is back and all others are dialled again within SPREAD_S, each
+at a moment of its own. Who says that we are not of its mesh is dialled again rarely, and kept aside (`refused`).
 
 A peer is online while it is connected; after that it is shown as offline until GONE_AFTER_S after its last sign of life, and
 not at all if it said farewell or parted. What others tell never makes a peer online: only its own connection does. Peers of which
@@ -28,7 +29,7 @@ from typing import Final
 
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.status import MAX_ADDRESSES, Path, PeerStatus, Vitals, vitals_of, with_vitals
+from meshmax.base.status import MAX_ADDRESSES, Path, PeerStatus, Vitals, cold, vitals_of, with_vitals
 from meshmax.core.backoff import Random, backoff_s
 from meshmax.core.neighbours import MAX_NEIGHBOURS, NEIGHBOURS, TRIALS, candidate, surplus
 from meshmax.core.peer_entry import MAX_WHY, Dial, PeerEntry, Refusal, changed_of
@@ -123,6 +124,8 @@ class PeerTable:
         if entry := self._entry(peer_id, now, seen=True, connected=True):
             lost = entry.proven and not entry.connected and entry.failures > 0
             if not entry.connected:
+                if entry.alive_at is not None:
+                    _chill(entry)
                 entry.connected_at, entry.leaving, entry.chosen = now, False, chosen
             entry.connected, entry.dialing, entry.dial_at, entry.trial = True, False, None, False
             entry.address, entry.path, entry.dialled = address, path, chosen
@@ -194,11 +197,16 @@ class PeerTable:
             return False
         if hearsay:
             self._add_teller(entry, bearer)
-        before = entry.status
+        before = entry.warm or entry.status
         if before and changed_of(before) >= changed_of(status):
             return False
+        doubted = entry.warm is not None and hearsay and entry.warm.instance == status.instance
         later = before is not None and before.sequence > status.sequence and before.instance == status.instance
-        entry.status = with_vitals(status, vitals_of(before)) if before and later else status
+        entry.status, entry.warm = with_vitals(status, vitals_of(before)) if before and later else status, None
+        if doubted:
+            _chill(entry)
+        if status.leaving and before and not before.leaving:
+            entry.had = before.models
         entry.signed, entry.leaving = signed, status.leaving
         if status.leaving:
             entry.last_sign_at, entry.dial_at, entry.tellers = now, None, ()
@@ -209,11 +217,17 @@ class PeerTable:
     def on_vitals(self, peer_id: PeerId, vitals: Vitals) -> bool:
         """A neighbour's word of itself; True if it was news."""
         entry = self._entries.get(peer_id)
-        if not entry or not entry.status or entry.leaving or entry.status.instance != vitals.instance:
+        if not entry or not entry.status or entry.leaving:
             return False
-        if entry.status.sequence >= vitals.sequence:
+        newer = entry.status.sequence < vitals.sequence
+        if entry.status.instance != vitals.instance:
+            return newer and _chill(entry)  # it was started again, and its new status follows
+        known, entry.warm = entry.warm, None
+        if not (newer or known):
             return False
-        entry.status = with_vitals(entry.status, vitals)
+        entry.status = known or entry.status
+        if newer:
+            entry.status = with_vitals(entry.status, vitals)
         return True
 
     def on_told(self, entry: PeerEntry, teller: PeerId, there: bool) -> None:
@@ -412,6 +426,14 @@ class _Rooms:
                 return False
         beyond = MAX_NEIGHBOURS - NEIGHBOURS if entry.asked else TRIALS if entry.trial else 0
         return self._neighbours + beyond > 0
+
+
+def _chill(entry: PeerEntry) -> bool:
+    """Whether it is the same that it was is not known: what a restart ends does not count. True if that is news."""
+    if entry.status is None or entry.warm is not None:
+        return False
+    entry.warm, entry.status = entry.status, cold(entry.status)
+    return True
 
 
 def _kind(entry: PeerEntry) -> int:

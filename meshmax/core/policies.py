@@ -96,7 +96,7 @@ def _by_latency(judged: list[Judged], choice: Choice) -> list[Judged]:
     best_s = keyed[0][0]
     limit_s = max(best_s * (1 + TIER_MARGIN), best_s + TIER_MARGIN_S)
     close = bisect_right(keyed, limit_s, key=_EFFECTIVE_S)
-    first = sorted(keyed[:close], key=lambda k: tier_of(k[3].device, k[3].contender.model.state == "loaded"))
+    first = sorted(keyed[:close], key=lambda k: tier_of(k[3].device, k[3].contender.is_ready))
     return [k[3] for k in (*first, *keyed[close:])]
 
 
@@ -135,7 +135,7 @@ def _by_weight(judged: list[Judged], choice: Choice) -> list[Judged]:
 
 def _by_prefix(judged: list[Judged], choice: Choice) -> list[Judged]:
     def key(one: Judged) -> tuple[int, bytes]:
-        held = one.contender.prefix_tokens if one.contender.model.state == "loaded" else 0
+        held = one.contender.prefix_tokens if one.contender.is_ready else 0
         return -held, hashlib.blake2b(one.peer_id.encode(), key=choice.key[:64], digest_size=8).digest()
 
     return sorted(judged, key=key)

@@ -8,8 +8,15 @@ not enough, the one used longest ago takes no new ask (they wait for its next tu
 never unloaded. Models are loaded in the order in which somebody began to wait for them. Where a load took more than was
 thought, or other programs take memory, idle ones go until the rest fits. What was preloaded takes free room only, and goes
 first as long as nobody used it. Models in the memory of others' engines take none of ours. A crash ends a model's asks that
-run; those that wait load it anew. Time is seconds of any monotonic clock. Not here: who is next (core.fair_queue),
-processes, events, who sees the errors (services.residency), how much a model takes (core.memory).
+run; those that wait load it anew.
+
+Contexts (core.context). A model is loaded with the largest context that somebody waits for. One that is loaded with less than a
+later ask wants takes no new ask, and is loaded anew when what runs has ended; like one that gives way it lets models that others
+wait for go first. What was loaded serves at least those that it has slots for before that, in their order, so numbers that
+creep up keep nobody waiting for ever. Where a load fails, those that are content with less have one more.
+
+Time is seconds of any monotonic clock. Not here: who is next (core.fair_queue), processes, events, who sees the errors
+(services.residency), how much a model takes (core.memory).
 """
 
 from __future__ import annotations
@@ -24,22 +31,22 @@ import msgspec
 
 from meshmax.base.errors import EngineUnavailable
 from meshmax.base.ids import Sha256
-from meshmax.base.inference import Finish, Priority
-from meshmax.base.status import Speed
+from meshmax.base.inference import Priority
+from meshmax.core.context import ANY, Wish
 from meshmax.core.fair_queue import Ask, FairQueue, Requester
 from meshmax.core.memory import Need, Room
 
 MAX_LOADED: Final = 8  # models in memory at once: each is a process, and they share the processors
 MAX_PEER_KEEP_ALIVE_S: Final = 3600.0  # that a peer may ask for: who else needs the memory can wait for the end of that
+SMALLER: Final = "a smaller num_ctx needs less memory; when there is more, `meshmax stop` the model and ask again"
 MAX_NEEDS: Final = 1024  # models of which is remembered what they take; as many as a peer lists
-RATE_WEIGHT: Final = 0.3  # of the newest measurement in an EWMA: a few answers make the figure, one outlier does not
-MIN_RATE_TOKENS: Final = 8  # fewer tokens measure overhead, not rate
 
 
 class Load(msgspec.Struct, frozen=True):
-    """Load the model, then say `on_loaded` or `on_load_failed`."""
+    """Load the model with so many tokens of context (0: the usual), then say `on_loaded` or `on_load_failed`."""
 
     digest: Sha256
+    context_tokens: int = 0
 
 
 class Unload(msgspec.Struct, frozen=True):
@@ -80,16 +87,18 @@ class _Resident(msgspec.Struct):
     preloaded_by: int | None = None  # the ask that loaded it ahead of any that needs it; None: it was used
     parallel: int = 1
     doomed: bool = False  # goes when its running asks have ended, and starts no other
+    outgrown: bool = False  # the same, because somebody waits who wants a larger context
+    context_tokens: int = 0
     foreign: bool = False  # in the memory of an engine that brings it along, so nothing of ours gives way to it
     running: dict[int, Ask] = {}
 
     @property
     def is_usable(self) -> bool:
-        return self.phase is Phase.LOADED and not self.doomed
+        return self.phase is Phase.LOADED and not self.doomed and not self.outgrown
 
     @property
     def stays(self) -> bool:
-        return self.phase is not Phase.UNLOADING and not self.doomed
+        return self.phase is not Phase.UNLOADING and not self.doomed and not self.outgrown
 
     @property
     def goes_last(self) -> tuple[bool, bool, float]:
@@ -99,6 +108,11 @@ class _Resident(msgspec.Struct):
     @property
     def free_slots(self) -> int:
         return self.parallel - sum(ask.slots for ask in self.running.values())
+
+    def has_place_for(self, ask: Ask) -> bool:
+        """Whether it could start now, where nobody waits before it."""
+        large = self.foreign or ask.best.tokens <= self.context_tokens
+        return large and self.is_usable and self.free_slots >= ask.slots
 
     @property
     def expires_at(self) -> float:
@@ -136,6 +150,9 @@ class ResidencyCore:
         self._queue = queue
         self._max_loaded = max_loaded
         self._residents: dict[Sha256, _Resident] = {}
+        # Contexts with which a load has failed, of models that are in memory, or waited for, with less.
+        self._ceilings: dict[Sha256, int] = {}
+        self._regrowing: dict[Sha256, _Resident] = {}  # as they were, of models that are to be loaded anew with more
         self._bereft: set[int] = set()  # asks that ran on a model which crashed and has left, and have not ended yet
 
     def on_ask(
@@ -148,19 +165,30 @@ class ResidencyCore:
         takes_slot: bool = True,
         requester: Requester = None,
         priority: Priority = "interactive",
+        wish: Wish = ANY,
     ) -> list[Action]:
         """A request came; ``ask`` is its number, never used before. Without a slot it waits for the load only.
 
-        Raises Busy; EngineUnavailable: the model, which is not in memory, can never be.
+        Raises Busy; EngineUnavailable: the model, which is not in memory with as large a context, can never be.
         """
-        asked = Ask(ask, digest, keep_alive_s, requester, priority, int(takes_slot))
+        asked = Ask(ask, digest, keep_alive_s, requester, priority, int(takes_slot), best=wish.best, least=wish.least)
         resident = self._residents.get(digest)
-        why = self._room.too_small_for(self._needs.get(digest, Need()))
-        if why and resident is None and not self._foreign(digest):
-            raise EngineUnavailable(why)
-        free = resident is not None and resident.is_usable and resident.free_slots >= asked.slots
+        if not self._foreign(digest) and (resident is None or asked.best.tokens > resident.context_tokens):
+            self._refuse_hopeless(asked)
+        free = resident is not None and resident.has_place_for(asked)
         self._queue.join(asked, now, at_once=free and not self._queue.waiting(digest))
         return self._advance(now)
+
+    def _refuse_hopeless(self, asked: Ask) -> None:
+        """Of one that wants a larger context than there is: what failed a moment ago, or can never fit, is not tried."""
+        ceiling = self._ceilings.get(asked.digest, math.inf)
+        if asked.best.tokens >= ceiling:
+            if asked.least.tokens >= ceiling:
+                raise EngineUnavailable(f"the model could not be loaded with a context of {ceiling} tokens: {SMALLER}")
+            asked.best = asked.least
+        need = asked.best.need if asked.best.tokens else self._needs.get(asked.digest, Need())
+        if why := self._room.too_small_for(need):
+            raise EngineUnavailable(why)
 
     def on_end(self, ask: int, now: float) -> list[Action]:
         """A request has ended, or whoever asked went away while it waited. Idempotent."""
@@ -172,7 +200,7 @@ class ResidencyCore:
         return self._advance(now)
 
     def on_need(self, digest: Sha256, need: Need) -> None:
-        """What the model will take when it is loaded; say so before an ask for one that is not in memory."""
+        """What the model will take when it is loaded with the usual context; say so before it is preloaded."""
         self._needs[digest] = need
         self._needs.move_to_end(digest)
         if len(self._needs) > MAX_NEEDS:
@@ -193,20 +221,26 @@ class ResidencyCore:
             self._fits(self._need(digest), self._ours()) and self.taken + self._need(digest) <= self._room.budget_bytes
         )
 
-    def on_preload(self, ask: int, digest: Sha256, keep_alive_s: float, now: float) -> list[Action] | None:
+    def on_preload(
+        self, ask: int, digest: Sha256, keep_alive_s: float, now: float, wish: Wish = ANY
+    ) -> list[Action] | None:
         """Load the model before anybody asks: None if there is no room for it now, else as `on_ask` without a slot."""
         if not self.has_room(digest):
             return None
-        actions = self.on_ask(ask, digest, keep_alive_s, now, takes_slot=False)
+        actions = self.on_ask(ask, digest, keep_alive_s, now, takes_slot=False, wish=wish)
         self._residents[digest].preloaded_by = ask
         return actions
 
-    def on_loaded(self, digest: Sha256, parallel: int, now: float, need: Need | None = None) -> list[Action]:
+    def on_loaded(
+        self, digest: Sha256, parallel: int, now: float, need: Need | None = None, context_tokens: int = 0
+    ) -> list[Action]:
         """The model is in memory and answers ``parallel`` asks at once. Too late if it was given up meanwhile.
 
-        ``need``: what it really takes, if that is known.
+        ``need``: what it really takes, if that is known; ``context_tokens``: what it has, if that is more than was wanted. An
+        engine that gives less is not asked again.
         """
         resident = self._residents[digest]
+        resident.context_tokens = max(resident.context_tokens, context_tokens)
         resident.need = need or resident.need
         if resident.phase is Phase.LOADING:
             resident.phase, resident.parallel, resident.used_at = Phase.LOADED, parallel, now
@@ -214,9 +248,12 @@ class ResidencyCore:
         return self._advance(now)
 
     def on_load_failed(self, digest: Sha256, now: float) -> list[Action]:
-        """The model could not be loaded: those who wait for it hear so."""
-        self._residents.pop(digest, None)
-        failed = self._queue.drop(digest)
+        """The model could not be loaded: those who wait for it hear so, but for those that are content with less."""
+        resident = self._residents.pop(digest, None)
+        tokens = resident.context_tokens if resident and self._ceilings.pop(digest, None) is None else 0
+        failed = self._queue.drop(digest, tokens)
+        if self._queue.waiting(digest):
+            self._ceilings[digest] = tokens
         return [*map(Fail, failed), *self._advance(now)]
 
     def on_crashed(self, digest: Sha256, now: float) -> list[Action]:
@@ -241,6 +278,7 @@ class ResidencyCore:
 
     def on_unloaded(self, digest: Sha256, now: float) -> list[Action]:
         """The model has left memory."""
+        self._ceilings.pop(digest, None)
         if resident := self._residents.pop(digest, None):
             self._bereft |= resident.running.keys()
         return self._advance(now)
@@ -275,13 +313,32 @@ class ResidencyCore:
         """For how long the model stays after an ask that names ``asked_s``. None: what was asked for it while it is in
         memory, else ``usual_s``. An ask of a peer's (not ``ours``) has it stay longer, within bounds, and never less long.
         """
-        resident = self._residents.get(digest)
-        kept_s = resident.keep_alive_s if resident and resident.stays else usual_s
+        resident = self._staying(digest)
+        kept_s = resident.keep_alive_s if resident else usual_s
         if asked_s is None or not (ours or kept_s >= 0):
             return kept_s
         if ours:
             return asked_s
         return max(kept_s, MAX_PEER_KEEP_ALIVE_S if asked_s < 0 else min(asked_s, MAX_PEER_KEEP_ALIVE_S))
+
+    def context_tokens(self, digest: Sha256) -> int | None:
+        """With how large a context the model is in memory; None if it is not, or has been told to leave."""
+        resident = self._staying(digest)
+        return resident.context_tokens if resident else None
+
+    def room_for(self, digest: Sha256) -> int | None:
+        """Bytes that the model may have if models that nobody uses give way to it; None: no bound."""
+        if self._room.budget_bytes is None:
+            return None
+        others = (r for r in self._ours() if r.digest != digest and (r.running or r.phase is Phase.LOADING))
+        return max(self._room.budget_bytes - sum(r.need.total for r in others), 0)
+
+    def _staying(self, digest: Sha256) -> _Resident | None:
+        """The model where it is in memory to stay, or leaves it to come back with a larger context."""
+        resident = self._residents.get(digest)
+        if resident and not resident.doomed and (resident.outgrown or resident.phase is not Phase.UNLOADING):
+            return resident
+        return self._regrowing.get(digest) if resident is None else None
 
     @property
     def taken(self) -> int:
@@ -308,12 +365,38 @@ class ResidencyCore:
         return len(self._queue)
 
     def _advance(self, now: float) -> list[Action]:
-        return [*self._start(now), *self._expire(now), *self._shrink(), *self._load(now), *self._evict()]
+        self._forgive()
+        started = self._start(now)
+        self._outgrow()
+        return [*started, *self._expire(now), *self._shrink(), *self._load(now), *self._evict()]
+
+    def _forgive(self) -> None:
+        """Whoever wanted a larger context has gone: what there is is large enough again."""
+        for resident in self._residents.values():
+            if resident.outgrown and resident.phase is Phase.LOADED:
+                resident.outgrown = self._wanted_tokens(resident.digest) > resident.context_tokens
+        if self._regrowing:
+            self._regrowing = {d: r for d, r in self._regrowing.items() if self._queue.waiting(d)}
+        if self._ceilings:
+            self._ceilings = {d: c for d, c in self._ceilings.items() if d in self._residents or self._queue.waiting(d)}
+
+    def _outgrow(self) -> None:
+        for resident in self._residents.values():
+            if resident.is_usable and not resident.foreign:
+                resident.outgrown = self._wanted_tokens(resident.digest) > resident.context_tokens
+                if resident.outgrown:
+                    self._queue.yield_turn(resident.digest)
+
+    def _wanted_tokens(self, digest: Sha256) -> int:
+        return self._queue.largest(digest).tokens
 
     def _start(self, now: float) -> list[Action]:
         started: list[Action] = []
         for resident in self._residents.values():
-            while resident.is_usable and (ask := self._queue.start_next(resident.digest, resident.free_slots, now)):
+            most = math.inf if resident.foreign else resident.context_tokens
+            while resident.is_usable and (
+                ask := self._queue.start_next(resident.digest, resident.free_slots, now, most)
+            ):
                 resident.running[ask.id] = ask
                 resident.used_at, resident.keep_alive_s = now, ask.keep_alive_s
                 if ask.id != resident.preloaded_by:
@@ -327,7 +410,7 @@ class ResidencyCore:
             for resident in self._residents.values()
             if resident.phase is Phase.LOADED
             and not resident.running
-            and (resident.doomed or resident.expires_at <= now)
+            and (resident.doomed or resident.outgrown or resident.expires_at <= now)
         ]
 
     def _load(self, now: float) -> list[Action]:
@@ -341,9 +424,13 @@ class ResidencyCore:
                 blocked = blocked or not self._fits(self._need(digest), self._ours())
                 if blocked:
                     continue
-            need = Need() if foreign else self._needs.get(digest, Need())
-            self._residents[digest] = _Resident(digest, Phase.LOADING, now, keep_alive_s, need, foreign=foreign)
-            loads.append(Load(digest))
+            need = Need() if foreign else self._next_need(digest)
+            tokens = self._wanted_tokens(digest)
+            self._residents[digest] = _Resident(
+                digest, Phase.LOADING, now, keep_alive_s, need, foreign=foreign, context_tokens=tokens
+            )
+            self._regrowing.pop(digest, None)
+            loads.append(Load(digest, tokens))
         return loads
 
     def _evict(self) -> list[Action]:
@@ -358,7 +445,7 @@ class ResidencyCore:
                 self._queue.yield_turn(resident.digest)
                 if not resident.running:
                     actions.append(self._unload(resident))
-            kept.append(_Resident(digest, Phase.LOADING, 0.0, 0.0, self._needs.get(digest, Need())))
+            kept.append(_Resident(digest, Phase.LOADING, 0.0, 0.0, self._next_need(digest)))
         return actions
 
     def _shrink(self) -> list[Action]:
@@ -379,8 +466,13 @@ class ResidencyCore:
         """What somebody waits for and has no room, longest first."""
         return [digest for digest, _ in self._queue.wanted() if digest not in self._residents]
 
+    def _next_need(self, digest: Sha256) -> Need:
+        """What the model will take by its next load."""
+        largest = self._queue.largest(digest)
+        return largest.need if largest.tokens else self._needs.get(digest, Need())
+
     def _need(self, digest: Sha256) -> int:
-        return self._needs.get(digest, Need()).total
+        return self._next_need(digest).total
 
     def _fits(self, need_bytes: int, others: Collection[_Resident]) -> bool:
         taken = sum(resident.need.total for resident in others)
@@ -388,24 +480,6 @@ class ResidencyCore:
 
     def _unload(self, resident: _Resident) -> Action:
         resident.phase = Phase.UNLOADING
+        if resident.outgrown and not resident.doomed:
+            self._regrowing[resident.digest] = resident
         return Unload(resident.digest)
-
-
-def speed_after_load(speed: Speed, took_s: float) -> Speed:
-    """The EWMA with one more load."""
-    return msgspec.structs.replace(speed, load_s=_ewma(speed.load_s, took_s))
-
-
-def speed_after_answer(speed: Speed, finish: Finish) -> Speed:
-    """The EWMA with one more answer; parts of it that are too short to measure do not count."""
-    prefill, decode = speed.prefill_per_s, speed.decode_per_s
-    read = finish.prompt_tokens - finish.cached_tokens
-    if read >= MIN_RATE_TOKENS and finish.prompt_s > 0:
-        prefill = _ewma(prefill, read / finish.prompt_s)
-    if finish.output_tokens >= MIN_RATE_TOKENS and finish.output_s > 0:
-        decode = _ewma(decode, finish.output_tokens / finish.output_s)
-    return msgspec.structs.replace(speed, prefill_per_s=prefill, decode_per_s=decode)
-
-
-def _ewma(old: float, new: float) -> float:
-    return new if old == 0 else old + RATE_WEIGHT * (new - old)

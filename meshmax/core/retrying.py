@@ -21,7 +21,7 @@ from meshmax.base.errors import (
     Retry,
     StoreError,
 )
-from meshmax.core.absence import went_away
+from meshmax.core.refusal import went_away
 
 NOBODY_ELSE: Final = ", and no other peer could carry it on"  # an answer that broke off
 _PASSING = (PeerGone, ConnectError, EngineCrashed, Busy)

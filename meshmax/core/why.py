@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from meshmax.base.errors import Draining
 from meshmax.base.ids import PeerId
 from meshmax.base.route import Attempt, AttemptKind, Candidate, Policy, RequestKind, Route, Verdict, Wait
 
@@ -113,6 +114,8 @@ def _outcome(route: Route) -> str:
     if route.state == "cancelled":
         return f"The client went away{after}, {said} had been said."
     middle = f" in the middle of the answer, {said} had been said" if route.first_token_s is not None else ""
+    if route.message and not route.attempts:
+        return f"It was refused{after}: {route.message.rstrip('.')}."
     return f"It failed{after}{middle}."
 
 
@@ -136,7 +139,7 @@ def _read(route: Route) -> str:
 
 def _choice(route: Route) -> list[str]:
     if not route.candidates:
-        return [f"{route.line[:1].upper()}{route.line[1:]}."] if route.line else []
+        return [f"{route.line[:1].upper()}{route.line[1:]}."] if route.line and not route.message else []
     asked = [attempt.peer_id for attempt in route.attempts if attempt.kind != "fetch"]
     chosen = next((c for c in route.candidates if c.verdict == "chosen"), None)
     best = next((c for c in route.candidates if c.peer_id in asked[:1]), chosen)
@@ -218,10 +221,15 @@ def _fetched(attempt: Attempt) -> str:
 
 def reason(attempt: Attempt, who: str = "") -> str:
     """Why an attempt ended, in words, with what was said. ``who``: what the peer is called, which need not be said again."""
+    if attempt.stopping:
+        return "it was stopped" if attempt.first_token_s is not None else "it is being stopped"
+    if attempt.error == Draining.code:
+        return _ERROR_WORDS[Draining.code]  # all that its sentence says
     words = _ERROR_WORDS.get(attempt.error, attempt.error.replace("_", " "))
     message = attempt.message.rstrip(".").removeprefix(f"{who}: ")
-    if who and message.startswith(f"{who} "):
-        message = "it " + message.removeprefix(f"{who} ")
+    for name in filter(None, (who, "this peer")):  # as it calls itself
+        if message.startswith(f"{name} "):
+            message = "it " + message.removeprefix(f"{name} ")
     if message.startswith(words):
         return message
     return f"{words} ({message})" if message and message.lower() != words else words

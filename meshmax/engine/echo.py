@@ -39,10 +39,10 @@ from meshmax.base.inference import (
     merge_options,
 )
 from meshmax.base.status import Gpu
+from meshmax.core.memory import DEFAULT_CONTEXT_TOKENS
 from meshmax.ports import LoadedFacts
 
 DIMENSIONS: Final = 64  # of the vectors; small, since only their identity matters
-DEFAULT_CONTEXT_TOKENS: Final = 4096  # as the other engines' default
 
 _WORD: Final = re.compile(r"\s*\S+|\s+$")
 
@@ -86,7 +86,7 @@ class EchoModel:
         self.facts = LoadedFacts(
             size=model.size,
             size_vram=0,
-            context_length=config.context_tokens or model.parameters.num_ctx or DEFAULT_CONTEXT_TOKENS,
+            context_length=model.parameters.num_ctx or config.context_tokens or DEFAULT_CONTEXT_TOKENS,
             device="cpu",
             parallel=config.parallel,
         )
@@ -122,7 +122,8 @@ class EchoModel:
             raise CapabilityMissing(f"{self._model.name} does not support {'vision' if images else lacks}")
         if (needed := len(_words(_prompt(request)))) >= self.facts.context_length:
             raise ContextTooLong(
-                f"the prompt has {needed} tokens, the model's context {self.facts.context_length}: shorten the prompt"
+                f"the prompt has {needed} tokens, the model's context {self.facts.context_length}: shorten the prompt",
+                needed,
             )
 
     async def _tokens(self, request: GenerateRequest | ChatRequest) -> AsyncGenerator[Event, None]:

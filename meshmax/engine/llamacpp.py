@@ -3,8 +3,8 @@
 It decides how a model is loaded (context, threads, batch) and which of llama.cpp's endpoints answers which request:
 chat and templated prompts go to /v1/chat/completions (which finds thinking and tool calls in the text), raw prompts and
 those with `context` to /completion, those with a suffix to /infill, texts to /v1/embeddings. The context is fixed at
-load: the model's or first request's num_ctx, else the configured size, else 4096, never more than the model was trained
-for; a later request with a larger num_ctx is answered with what there is. Images and template overrides are refused.
+load: the model's num_ctx, which is the requests' where they name one (core.context), else the configured size, else 4096,
+never more than the model was trained for. Images and template overrides are refused.
 Not here: the process itself (llamacpp_process), the wording (llamacpp_words).
 """
 
@@ -200,7 +200,7 @@ class LlamaCppModel:
         try:
             async with self._http.open_response("POST", asked.path, asked.body) as response:
                 if response.status != 200:
-                    raise words.error_of(response.status, await response.read())
+                    raise words.error_of(response.status, await response.read(), self._model.details.context_length)
                 async with aclosing(response.lines()) as lines, aclosing(_chunks(lines)) as chunks:
                     async with aclosing(self._events(request, chunks, asked)) as events:
                         yield events

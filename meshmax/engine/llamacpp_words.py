@@ -50,8 +50,14 @@ SAMPLING_DEFAULTS: Final = Options(
     presence_penalty=0.0,
     frequency_penalty=0.0,
 )
+# Tokens back for which repetition is punished where all of the context is meant (-1), which llama.cpp does not take; it keeps
+# four bytes for each of them.
+LONGEST_LOOK_BACK: Final = 1 << 17
 MAX_TOOL_CALLS: Final = 128  # of one answer; a model that calls more is in a loop
 _MS: Final = 1e-3
+_MORE_CONTEXT: Final = (
+    "shorten the prompt, ask with a larger num_ctx, or set engine.context_tokens of the peer that answers higher"
+)
 _CUT_OFF: Final = "the engine's answer ended before it was finished"
 
 MAX_REASON: Final = 200  # characters of llama.cpp's own words on why it did not load a model
@@ -73,7 +79,7 @@ def sampling(asked: Options, model: Options) -> dict[str, Any]:
         "top_p": options.top_p,
         "min_p": options.min_p,
         "typical_p": options.typical_p,
-        "repeat_last_n": options.repeat_last_n,
+        "repeat_last_n": LONGEST_LOOK_BACK if (options.repeat_last_n or 0) < 0 else options.repeat_last_n,
         "repeat_penalty": options.repeat_penalty,
         "presence_penalty": options.presence_penalty,
         "frequency_penalty": options.frequency_penalty,
@@ -256,8 +262,8 @@ class CompletionReader:
         return _finish(reason, self._last.get("timings") or {}, self._last.get("tokens_evaluated"))
 
 
-def error_of(status: int, body: bytes) -> MeshmaxError:
-    """What llama.cpp's error answer means."""
+def error_of(status: int, body: bytes, trained: int = 0) -> MeshmaxError:
+    """What llama.cpp's error answer means. ``trained``: tokens that the model takes at most; 0: it does not say."""
     try:
         told = msgspec.json.decode(body, type=dict[str, Any]).get("error")
     except msgspec.DecodeError:
@@ -265,9 +271,12 @@ def error_of(status: int, body: bytes) -> MeshmaxError:
     error = told if isinstance(told, dict) else {}
     kind, message = str(error.get("type") or ""), str(error.get("message") or f"HTTP status {status}")[:2000]
     if kind == "exceed_context_size_error":
+        tokens, context = error.get("n_prompt_tokens"), error.get("n_ctx")
+        most = isinstance(context, int) and 0 < trained <= context
+        remedy = "the model takes no more, shorten the prompt" if most else _MORE_CONTEXT
         return ContextTooLong(
-            f"the prompt has {error.get('n_prompt_tokens')} tokens, the model's context {error.get('n_ctx')}: "
-            "shorten the prompt, or ask with a larger num_ctx when the model is loaded"
+            f"the prompt has {tokens} tokens, the model's context {context}: {remedy}",
+            tokens if isinstance(tokens, int) and tokens > 0 else 0,
         )
     if status == 501 or kind == "not_supported_error":
         return CapabilityMissing(message)

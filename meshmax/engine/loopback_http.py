@@ -8,7 +8,7 @@ redirects, no proxies, no deadlines: those are the caller's. What breaks is an E
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -18,12 +18,37 @@ import msgspec
 import trio
 
 from meshmax.base.errors import EngineCrashed
+from meshmax.base.foreign import words_of
 
 READ_BYTES: Final = 65536
 MAX_BODY_BYTES: Final = 64 << 20  # vectors of one call, the largest answer that is not streamed, are far smaller
 MAX_LINE_BYTES: Final = 8 << 20  # of a stream; a token is some hundred bytes
 
+_END: Final = h11.EndOfMessage()
 _BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+class RequestHeads:
+    """The heads of requests to one server, which differ by their kind and their length alone: h11 checks and writes each once."""
+
+    def __init__(self, headers: Sequence[tuple[str, str]]) -> None:
+        self._headers = headers
+        self._known: dict[tuple[str, str, bool], tuple[h11.Request, bytes]] = {}  # as many as we know paths
+
+    def begin(self, method: str, target: str, content: bytes, *, close: bool) -> tuple[h11.Connection, bytes]:
+        """What reads the response, and all that is to be sent for it. ``close``: it is the last one of its connection."""
+        kind = method, target, close
+        if kind not in self._known:
+            request = h11.Request(
+                method=method, target=target, headers=[*self._headers, *([("Connection", "close")] if close else [])]
+            )
+            written = h11.Connection(h11.CLIENT).send(request) or b""
+            self._known[kind] = request, written.removesuffix(b"\r\n")
+        request, head = self._known[kind]
+        connection = h11.Connection(h11.CLIENT)
+        connection.send(request)
+        connection.send(_END)  # of what it is told: the length and the body are ours to write
+        return connection, b"%bContent-Length: %d\r\n\r\n%b" % (head, len(content), content)
 
 
 class Response:
@@ -34,7 +59,12 @@ class Response:
         self._connection = connection
         self.status = 0
         self.heard = False  # anything came
-        self.headers: dict[str, str] = {}  # names in lower case; of several with one name the last
+        self._headers: Iterable[tuple[bytes, bytes]] = ()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """With names in lower case; of several with one name the last."""
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self._headers}
 
     async def receive(self) -> bytes | None:
         """More of the body; None at its end. Raises EngineCrashed when it breaks off."""
@@ -53,12 +83,13 @@ class Response:
         return bytes(body)
 
     async def lines(self) -> AsyncGenerator[bytes, None]:
-        """The body's lines, without their ends; close it (`aclosing`). Raises EngineCrashed as `receive` does."""
+        """The body's lines, without their ends and the empty ones; close it (`aclosing`). Raises EngineCrashed as `receive`."""
         pending = b""
         while (data := await self.receive()) is not None:
             *whole, pending = (pending + data).split(b"\n")
             for line in whole:
-                yield line.removesuffix(b"\r")
+                if kept := line.removesuffix(b"\r"):
+                    yield kept
             if len(pending) > MAX_LINE_BYTES:
                 raise EngineCrashed("a line of the engine's answer is too long")
         if pending:
@@ -72,7 +103,7 @@ class Response:
         if not isinstance(event, h11.Response):
             raise EngineCrashed("the engine broke off before its answer")
         self.status = event.status_code
-        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in event.headers}
+        self._headers = event.headers
 
     def is_over(self) -> bool:
         """Whether the whole answer is here, and the server can be asked again over the same connection."""
@@ -95,7 +126,7 @@ class Response:
         except h11.RemoteProtocolError:  # whose words quote what came, which may be our key
             raise EngineCrashed("the engine broke off: its answer is not whole, or no HTTP") from None
         except _BROKEN as error:
-            raise EngineCrashed(f"the engine broke off: {error or type(error).__name__}") from None
+            raise EngineCrashed(f"the engine broke off: {words_of(error)}") from None
         return event
 
     async def _receive(self) -> bytes:
@@ -108,20 +139,14 @@ class LoopbackHttp:
     def __init__(self, address: str, key: str) -> None:
         parts = urlsplit(address)
         self._host, self._port = parts.hostname or "127.0.0.1", parts.port or 80
-        self._headers = [
-            ("Host", f"{self._host}:{self._port}"),
-            ("Authorization", f"Bearer {key}"),
-            ("Content-Type", "application/json"),
-            ("Connection", "close"),
-        ]
+        host, bearer = f"{self._host}:{self._port}", f"Bearer {key}"
+        self._heads = RequestHeads([("Host", host), ("Authorization", bearer), ("Content-Type", "application/json")])
 
     @asynccontextmanager
     async def open_response(self, method: str, path: str, body: object = None) -> AsyncIterator[Response]:
         """Send a request (``body`` as JSON) and wait for the status; leaving closes the connection. Raises EngineCrashed."""
         content = b"" if body is None else msgspec.json.encode(body)
-        connection = h11.Connection(h11.CLIENT)
-        head = h11.Request(method=method, target=path, headers=[*self._headers, ("Content-Length", str(len(content)))])
-        data = b"".join(filter(None, map(connection.send, (head, h11.Data(data=content), h11.EndOfMessage()))))
+        connection, data = self._heads.begin(method, path, content, close=True)
         stream = await self._connect()
         try:
             await self._send(stream, data)
@@ -141,4 +166,4 @@ class LoopbackHttp:
         try:
             await stream.send_all(data)
         except _BROKEN as error:
-            raise EngineCrashed(f"the engine broke off: {error or type(error).__name__}") from None
+            raise EngineCrashed(f"the engine broke off: {words_of(error)}") from None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
 from typing import Final, TypeVar
 
 import msgspec
@@ -170,6 +171,7 @@ class OllamaModel:
     ) -> None:
         self._engine, self._http, self._where = engine, http, where
         self._digest, self._name = model.digest, name
+        self._capabilities = model.details.capabilities
         self.alive = True
         self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", int(places.total_tokens))
         self._places = places
@@ -177,20 +179,16 @@ class OllamaModel:
     @asynccontextmanager
     async def answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
         """See ports.LoadedModel. Busy where the daemon is. All models of a daemon share its places."""
-        async with shared_place(self._places), self._answer(request) as events:
+        async with shared_place(self._places), await self._asked(request) as events:
             yield events
 
-    @asynccontextmanager
-    async def _answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
+    async def _asked(self, request: InferRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         if isinstance(request, EmbedRequest):
-            async with aclosing(self._vectors(request)) as events:
-                yield events
-            return
+            return aclosing(self._vectors(request))
         words.refuse_continuing(request)
+        words.refuse_images(request, self._name, self._capabilities)
         path, body = await self._route(request)
-        async with open_prompt(self._http, path, body, self._where) as lines:
-            async with aclosing(self._events(request, lines)) as events:
-                yield events
+        return open_prompt(self._http, path, body, self._where, partial(self._events, request))
 
     async def _route(self, request: ChatRequest | GenerateRequest) -> tuple[str, dict[str, object]]:
         if isinstance(request, GenerateRequest):

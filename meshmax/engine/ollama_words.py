@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import datetime
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final
 
 import msgspec
@@ -295,6 +295,16 @@ def refuse_continuing(request: GenerateRequest | ChatRequest) -> None:
         raise CapabilityMissing("an answer cannot be continued here in the middle of its thinking")
     if isinstance(request, GenerateRequest) and not request.raw and as_chat(request) is None:
         raise CapabilityMissing("an answer to a prompt with context, suffix or template cannot be continued here")
+
+
+def refuse_images(request: GenerateRequest | ChatRequest, model: str, capabilities: Collection[str]) -> None:
+    """Raises CapabilityMissing for images that nobody would look at: a real Ollama answers as if they had not been there.
+
+    A model whose capabilities are not known is left to the daemon.
+    """
+    turns: Iterable[Message | GenerateRequest] = request.messages if isinstance(request, ChatRequest) else (request,)
+    if capabilities and "vision" not in capabilities and any(turn.images for turn in turns):
+        raise CapabilityMissing(f'"{model}" does not support vision')
 
 
 def _common(request: ChatRequest | GenerateRequest, model: str) -> dict[str, Any]:

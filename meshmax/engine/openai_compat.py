@@ -12,7 +12,8 @@ import os
 import stat
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -126,20 +127,15 @@ class OpenAiModel:
     @asynccontextmanager
     async def answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
         """See ports.LoadedModel. Busy where the server is. All models of a server share its places."""
-        async with shared_place(self._places), self._answer(request) as events:
+        async with shared_place(self._places), self._asked(request) as events:
             yield events
 
-    @asynccontextmanager
-    async def _answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
+    def _asked(self, request: InferRequest) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         if isinstance(request, EmbedRequest):
-            async with aclosing(self._vectors(request)) as events:
-                yield events
-            return
+            return aclosing(self._vectors(request))
         with shared.named(self._where):
             path, body = self._route(request)
-        async with open_prompt(self._http, path, body, self._where) as lines:
-            async with aclosing(self._events(request, lines)) as events:
-                yield events
+        return open_prompt(self._http, path, body, self._where, partial(self._events, request))
 
     def _route(self, request: ChatRequest | GenerateRequest) -> tuple[str, dict[str, object]]:
         if isinstance(request, GenerateRequest) and words.is_bare(request):

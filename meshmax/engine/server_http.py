@@ -13,8 +13,9 @@ after the times below. The key stands in one header; errors never quote it, what
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Final
 
 import h11
@@ -24,9 +25,11 @@ import trio
 from meshmax import __version__
 from meshmax.base.config import parse_server_url
 from meshmax.base.errors import Busy, EngineCrashed, EngineUnavailable
+from meshmax.base.foreign import words_of
+from meshmax.base.inference import Event
 from meshmax.base.loop_guard import FROM_MESHMAX
 from meshmax.engine.idle_connections import IdleConnections, Line
-from meshmax.engine.loopback_http import Response
+from meshmax.engine.loopback_http import RequestHeads, Response
 from meshmax.engine.server_words import error_of, named
 
 CONNECT_S: Final = 5.0  # TCP and TLS; a server that lives takes a fraction of a second
@@ -37,6 +40,8 @@ END_S: Final = 0.01  # after an answer's last word; servers end their message wi
 MAX_CALL_BYTES: Final = 8 << 20  # of an answer to a call: lists of thousands of models, vectors of sixteen texts
 
 _BROKEN: Final = (OSError, trio.BrokenResourceError, trio.ClosedResourceError)
+Read = Callable[[AsyncIterator[bytes]], AsyncGenerator[Event, None]]
+Begin = Callable[[], tuple[h11.Connection, bytes]]
 Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 
 
@@ -60,7 +65,7 @@ class ServerHttp:
         bare = self._port == (443 if self._tls else 80)
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"{scheme}://{host}{'' if bare else f':{self._port}'}{self._path}"  # never holds a password
-        self._headers = [
+        headers = [
             ("Host", host if bare else f"{host}:{self._port}"),
             ("User-Agent", f"meshmax/{__version__}"),
             ("Accept", "application/json, text/event-stream"),
@@ -68,7 +73,8 @@ class ServerHttp:
             (FROM_MESHMAX, "1"),
         ]
         if key:
-            self._headers.append(("Authorization", f"Bearer {key}"))
+            headers.append(("Authorization", f"Bearer {key}"))
+        self._heads = RequestHeads(headers)
         self._idle = IdleConnections()
 
     @property
@@ -101,12 +107,9 @@ class ServerHttp:
         own. Raises EngineUnavailable where there is no connection, EngineCrashed afterwards.
         """
         content = b"" if body is None else msgspec.json.encode(body)
-        headers = [*self._headers, ("Content-Length", str(len(content)))]
-        if not prompt:
-            headers.append(("Connection", "close"))
-        head = h11.Request(method=method, target=self._path + path, headers=headers)
         over = False
-        line, response = await self._begun(head, content, self._idle.try_take() if prompt else None)
+        begin = partial(self._heads.begin, method, self._path + path, content, close=not prompt)
+        line, response = await self._begun(begin, self._idle.try_take() if prompt else None)
         try:
             yield response
             over = prompt and response.is_over()
@@ -120,11 +123,10 @@ class ServerHttp:
         """Close the connections that wait for the next prompt."""
         self._idle.drop_all()
 
-    async def _begun(self, head: h11.Request, content: bytes, kept: Line | None) -> tuple[Line, PatientResponse]:
+    async def _begun(self, begin: Begin, kept: Line | None) -> tuple[Line, PatientResponse]:
         """The response to a request that was sent, over ``kept`` or a fresh connection."""
         began_s = trio.current_time()
-        connection = h11.Connection(h11.CLIENT)
-        data = b"".join(filter(None, map(connection.send, (head, h11.Data(data=content), h11.EndOfMessage()))))
+        connection, data = begin()
         line = kept or await self._fresh()
         response = PatientResponse(line.stream, connection)
         sent = False
@@ -141,7 +143,7 @@ class ServerHttp:
         if sent:
             return line, response
         self.drop_idle()  # where one was closed, the others probably were
-        return await self._begun(head, content, None)
+        return await self._begun(begin, None)
 
     async def _fresh(self) -> Line:
         tcp = await self._open()
@@ -188,7 +190,7 @@ class PatientResponse(Response):
             try:
                 await self._stream.send_all(data)
             except _BROKEN as error:
-                raise EngineCrashed(f"the server broke off: {error or type(error).__name__}") from None
+                raise EngineCrashed(f"the server broke off: {words_of(error)}") from None
         if waiting.cancelled_caught:
             raise EngineCrashed(f"the server read nothing for {SILENCE_S:g} s")
 
@@ -199,14 +201,18 @@ class PatientResponse(Response):
 
 
 @asynccontextmanager
-async def open_prompt(http: ServerHttp, path: str, body: object, where: str) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The lines of a streamed answer. ``where``: the server, in words. Raises what a status other than 200 means."""
+async def open_prompt(
+    http: ServerHttp, path: str, body: object, where: str, read: Read
+) -> AsyncIterator[AsyncIterator[Event]]:
+    """A streamed answer, whose lines ``read`` makes events of. ``where``: the server, in words. Raises what a status other
+    than 200 means.
+    """
     with named(where):
         async with http.open_response("POST", path, body, prompt=True) as response:
             if response.status != 200:
                 raise error_of(response.status, response.headers, await response.read(), where, http.hidden)
-            async with aclosing(response.lines()) as lines:
-                yield lines
+            async with aclosing(response.lines()) as lines, aclosing(read(lines)) as events:
+                yield events
 
 
 async def read_out(lines: AsyncIterator[bytes]) -> None:
@@ -230,9 +236,12 @@ async def _whole(response: PatientResponse) -> bytes:
 
 @asynccontextmanager
 async def shared_place(places: trio.CapacityLimiter) -> AsyncIterator[None]:
-    """One of a server's places, waited for in turn; one task may have several."""
+    """One of a server's places, waited for in turn; one task may have several. Where one is free no task switches."""
     borrower = object()
-    await places.acquire_on_behalf_of(borrower)
+    if places.available_tokens > 0:
+        places.acquire_on_behalf_of_nowait(borrower)
+    else:
+        await places.acquire_on_behalf_of(borrower)
     try:
         yield
     finally:

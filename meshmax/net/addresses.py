@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -17,7 +18,7 @@ import msgspec
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.core.candidates import leads_here
-from meshmax.net.interfaces import is_zoned, recent_interfaces, running_interfaces
+from meshmax.net.interfaces import Interface, is_zoned, recent_interfaces, running_interfaces
 
 MAX_MULTIADDR: Final = 400  # characters; a DNS name has at most 253, a PeerId 52
 _CIRCUIT: Final = "/p2p-circuit"
@@ -119,10 +120,13 @@ def allow_any(ip: str) -> bool:
 
 def interface_addresses() -> list[str]:
     """IP addresses of the interfaces that run or ran a moment ago: IPv4 before IPv6, loopback last; link-local with a zone."""
-    found = [
-        f"{ip}%{interface.name}" if is_zoned(ip) else ip for interface in recent_interfaces() for ip in interface.ips
-    ]
-    return sorted(dict.fromkeys(found), key=_preference)
+    return list(_in_order(recent_interfaces()))
+
+
+@lru_cache(maxsize=1)  # they seldom change, and each status tells them
+def _in_order(interfaces: tuple[Interface, ...]) -> tuple[str, ...]:
+    found = [f"{ip}%{interface.name}" if is_zoned(ip) else ip for interface in interfaces for ip in interface.ips]
+    return tuple(sorted(dict.fromkeys(found), key=_preference))
 
 
 def running_addresses() -> tuple[str, ...]:

@@ -100,6 +100,7 @@ class Gate:
         passage.state = "over"
         passage.settled.set()
         passage.ended.set()
+        passage.welcome = passage.cut = _nothing  # they know the link, which knows the passage
         self._waiting.discard(passage)
         self._guests.discard(passage)
 
@@ -267,8 +268,9 @@ class Gate:
         """Why the peer may not use ``protocol``, once it is known who it is."""
         if self._admission is None:
             return None
-        with trio.move_on_after(limits.ADMISSION_TIMEOUT_S):
-            await passage.settled.wait()
+        if not passage.settled.is_set():
+            with trio.move_on_after(limits.ADMISSION_TIMEOUT_S):
+                await passage.settled.wait()
         if passage.state == "over":
             return PeerGone("the connection was lost during the admission")
         if passage.state != "member":
@@ -327,6 +329,10 @@ class _Told:
             self._opened_s, self._lines = now, 0
         self._lines += not known
         return not known and self._lines <= self.LINES
+
+
+def _nothing() -> None:
+    """The connection has ended already."""
 
 
 async def nothing_more(stream: Stream) -> None:

@@ -16,6 +16,7 @@ from typing import Generic, Protocol, TypeVar
 import trio
 
 from meshmax.base.errors import ConnectError, InvalidRequest, MeshmaxError
+from meshmax.base.foreign import words_of
 from meshmax.base.ids import PeerId
 from meshmax.core.candidates import leads_here
 from meshmax.net import library, limits
@@ -176,4 +177,4 @@ def _cause(error: BaseException) -> str:
         error = error.exceptions[0]
     if isinstance(error, OSError) and error.errno and error.errno > 0:  # the names' errors have numbers of their own
         return os.strerror(error.errno)
-    return f"{error or type(error).__name__}"[:200]
+    return words_of(error)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from meshmax.base.errors import ConnectError
+from meshmax.base.foreign import words_of
 from meshmax.base.traversal import TurnServer
 from meshmax.base.units import KIB, MIB
 from meshmax.net.asyncio_bridge import Loop, open_loop
@@ -131,7 +132,7 @@ class _Channel:
             self._end("it failed")
 
     def _failed(self, error: Exception) -> None:
-        self._end(str(error) or type(error).__name__)
+        self._end(words_of(error))
 
     async def _connect(self, theirs: Description) -> None:
         opened = trio.Event()

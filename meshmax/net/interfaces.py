@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-RECENT_S: Final = 1.0  # a status is signed four times a second while prompts come
+RECENT_S: Final = 3.0  # services.network_watch looks each two seconds, so that a status does not look itself
 
 _MULTICAST_FLAG: Final = "multicast"
 

@@ -3,8 +3,9 @@
 Who does what: trio's thread wants, cancels and closes; the worker reads, verifies through ``sink`` or ``read``, and writes.
 Each direction of a lane is sealed by one thread only, so frame numbers need no lock: the fetcher's by trio's thread, the
 server's by the worker. What the fetching worker has to tell is queued and told in trio's thread, several at once. A lane
-that ends with an End or by our own `close` has ended in order; any other end is PeerGone. Not here: how a lane is opened
-and counted (net.lanes), frames (wire.lane_frames).
+that ends with an End or by our own `close` has ended in order; any other end is PeerGone. What holds its buffers of 1 MiB
+is let go of at its end, whoever still knows the lane. Not here: how a lane is opened and counted (net.lanes), frames
+(wire.lane_frames).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from meshmax.base.errors import (
     PeerGone,
     RemoteProtocolError,
     StoreError,
+    without_frames,
 )
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES
@@ -70,7 +72,7 @@ class _Lane:
         self._closed = threading.Event()
         self._started = False
         self._woken = trio.Event()
-        self._result: Outcome[None] | None = None
+        self._result: Outcome[MeshmaxError | None] | None = None
 
     @property
     def open(self) -> bool:
@@ -97,7 +99,9 @@ class _Lane:
 
     def _release(self) -> None:
         self._socket.close()
-        self._ended()
+        del self._opener, self._sealer  # nothing is said or heard any more, and their buffers are large
+        ended, self._ended = self._ended, _nothing  # it knows the place of this lane, which knows the lane
+        ended()
 
     async def _drive(self, work: Callable[[], None], tell_all: Callable[[], None]) -> None:
         """Run ``work`` in a thread, calling ``tell_all`` whenever the thread calls `_wake`, until it has ended."""
@@ -111,7 +115,9 @@ class _Lane:
         # The thread cache itself, not to_thread.run_sync: this task goes on while the thread works, and needs no nursery
         # (whose groups would wrap every error) for that. Threads are counted by net.lanes, as lanes.
         trio.lowlevel.start_thread_soon(
-            work, lambda result: token.run_sync_soon(self._finished, result), f"lane with {self.peer[-8:]}"
+            lambda: _error_of(work),
+            lambda result: token.run_sync_soon(self._finished, result),
+            f"lane with {self.peer[-8:]}",
         )
         try:
             while self._result is None:
@@ -128,18 +134,34 @@ class _Lane:
                     self._woken = trio.Event()
             self._release()
             tell_all()  # what was done before a cancellation counts, too
+        result, self._result = self._result, None
+        error = result.unwrap()
+        del result
         try:
-            self._result.unwrap()
-        except MeshmaxError:
-            if not ours:
-                raise
+            if error is not None and not ours:
+                raise error
+        finally:
+            del error  # it comes to know this frame
 
     async def _gather(self) -> None:
         """Wait a moment if what comes next may well be told together with what follows it."""
 
-    def _finished(self, result: Outcome[None]) -> None:
+    def _finished(self, result: Outcome[MeshmaxError | None]) -> None:
         self._result = result
         self._woken.set()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _error_of(work: Callable[[], None]) -> MeshmaxError | None:
+    """How ``work`` ended. Without the frames of its thread, whose variables are views of the buffers."""
+    try:
+        work()
+    except MeshmaxError as error:
+        return without_frames(error)
+    return None
 
 
 class TcpFetchLane(_Lane):
@@ -154,7 +176,7 @@ class TcpFetchLane(_Lane):
         self._events: deque[LaneEvent] = deque()  # at most one a want
         self._waking = False
         self._piece_bytes = PIECE_BYTES  # until a chunk has come quickly
-        self._wake: Callable[[], None] = lambda: None
+        self._token: trio.lowlevel.TrioToken | None = None
 
     def want(self, digest: Sha256, indexes: Sequence[int]) -> None:
         """See ports.FetchLane."""
@@ -181,16 +203,12 @@ class TcpFetchLane(_Lane):
         pace: Pace = at_once,
     ) -> None:
         """See ports.FetchLane."""
-        token = trio.lowlevel.current_trio_token()
-
-        def wake() -> None:
-            token.run_sync_soon(self._wake_up)
+        self._token = trio.lowlevel.current_trio_token()
 
         def tell_all() -> None:
             while self._events:
                 tell(self._events.popleft())
 
-        self._wake = wake
         await self._drive(lambda: self._work(sink, pace), tell_all)
 
     def _require_open(self) -> None:
@@ -204,7 +222,11 @@ class TcpFetchLane(_Lane):
     def _farewell(self) -> None:
         self._socket.send_now(self._sealer.seal(Kind.END))
 
-    def _wake_up(self) -> None:
+    def _wake(self) -> None:
+        if self._token is not None:
+            self._token.run_sync_soon(self._woken_by_thread)
+
+    def _woken_by_thread(self) -> None:
         self._woken.set()
 
     async def _gather(self) -> None:

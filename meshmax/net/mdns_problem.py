@@ -6,6 +6,8 @@ import errno
 import sys
 from typing import Final
 
+from meshmax.base.foreign import words_of
+
 _REFUSED: Final = (
     "the system refuses to send multicast: let UDP port 5353 through this machine's firewall, out and in"
     + (", and allow the local network under Privacy in the system's settings" if sys.platform == "darwin" else "")
@@ -33,5 +35,5 @@ def problem_of(error: BaseException, where: str = "") -> str:
     """A sentence for ``error``; ``where`` names the interface."""
     words = _SENTENCES.get(error.errno or 0) if isinstance(error, OSError) else None
     if words is None:
-        words = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
+        words = words_of(error)
     return f"{where}: {words}" if where else words

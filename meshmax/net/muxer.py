@@ -2,15 +2,19 @@
 
 What is decided here: a peer that sends past its bounds loses its connection; credit is given back in large pieces (the library
 sends a window update after each read, however small, which was most of the frames of a short exchange); a stream
-begins with its first data, not with a frame of its own; what needs no waiting
-takes no lock (the library takes five in turn for a read, each a turn of the event loop). Not here: streams as ports.Stream
+begins, and is acknowledged, with its first data, not with a frame of its own; what needs no waiting
+takes no lock (the library takes five in turn for a read, each a turn of the event loop), and a stream that comes or is opened
+passes through no task or channel of the library. Whatever frames a peer sends, the others have their turns, and of its pings,
+or streams that it begins twice, few are answered. Not here: streams as ports.Stream
 (net.stream), which parts of the library run (net.library).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import struct
+from collections.abc import Callable
 from typing import Any, Final
 
 import trio
@@ -23,9 +27,14 @@ MAX_FRAME_BYTES: Final = (
     65_519  # of one Noise message: a frame that is longer leaves in two, and needs the library's lock
 )
 FRAMES_A_TURN: Final = 64  # worked off before others have a turn; a message of the cipher may hold five thousand
+ANSWERS_AT_ONCE: Final = 16  # to pings: the library sends one each 30 s, other programs some in a row
+ANSWERS_PER_S: Final = 2.0  # later; each costs a message of the cipher, more than the frame that asks for it
 SYN: Final = 1  # flag of a stream's first frame
+ACK: Final = 2  # flag of the first frame of who was asked
+RST: Final = 8  # flag of a stream's last frame, at once
 _DATA: Final = 0
 _WINDOW_UPDATE: Final = 1
+_PING: Final = 2
 _HEADER: Final = struct.Struct("!BBHII")  # version, type, flags, stream, length
 
 
@@ -35,40 +44,42 @@ def bounded_yamux() -> Any:
     from libp2p.stream_muxer.yamux import yamux
 
     yamux.YamuxStream = _thrifty_stream()  # it makes this class for each stream
+    yamux.read_exactly = _taking_turns(yamux.read_exactly)  # it reads each header and body with this
 
-    class BoundedYamux(yamux.Yamux):  # type: ignore[misc]
-        """Yamux that ends the connection of a peer that sends past its windows, which the library only logs."""
-
-        allowed_bytes = limits.MAX_GUEST_BUFFER_BYTES  # unread, of all streams; more once the peer is a member
-
-        def __init__(self, *args: Any, **named: Any) -> None:
-            super().__init__(*args, **named)
-            self.streams_lock = _FreeLock()  # taken once for each frame that comes
-
-        async def _write_frame(self, data: bytes) -> None:
-            # From the cipher's number to the wire's queue nothing waits, so frames cannot overtake each other.
-            if _is_bare_syn(data):
-                self.streams[_HEADER.unpack(data)[3]].unsaid = SYN  # leaves with the first data
-                await trio.lowlevel.checkpoint()
-            elif len(data) <= MAX_FRAME_BYTES and not self._write_lock.locked():
-                await self.secured_conn.write(data)
-            else:
-                await super()._write_frame(data)
-
-        async def _read_data_body(self, length: int) -> bytes:
-            held = sum(map(len, self.stream_buffers.values()))
-            if held + length > self.allowed_bytes:
-                raise trio.TooSlowError  # the one exception for which the library closes the connection
-            return bytes(await super()._read_data_body(length))
-
-        def _sweep_stale_streams(self, now: float | None = None) -> int:
-            # It drops what a slow reader has not read a minute after both ends closed, and calls that the end.
-            for stream_id, stream in self.streams.items():
-                if self.stream_buffers.get(stream_id):
-                    stream._closed_at = 0.0  # to the sweep: never
-            return int(super()._sweep_stale_streams(now))
+    class BoundedYamux(_Bounds, yamux.Yamux):  # type: ignore[misc]
+        """See the module."""
 
     return BoundedYamux
+
+
+def _taking_turns(read_exactly: Any) -> Any:
+    """The library's function, which gives others a turn now and then.
+
+    Nothing else is done of every frame: for pings and kinds that nobody knows not even a lock is taken, so that a message of
+    the cipher, which is full of them, would be worked off in one go.
+    """
+    taken = 0
+
+    async def read(reader: Any, count: int, *retries: int) -> bytes:
+        nonlocal taken
+        taken += 1
+        if taken % FRAMES_A_TURN == 0:
+            await trio.lowlevel.checkpoint()
+        data: bytes = await reader.read(count)
+        return data if len(data) == count else await read_exactly(_Begun(data, reader), count, *retries)
+
+    return read
+
+
+class _Begun:
+    """A reader of which ``data`` has come already."""
+
+    def __init__(self, data: bytes, reader: Any) -> None:
+        self._data, self._reader = data, reader
+
+    async def read(self, count: int) -> bytes:
+        data, self._data = self._data, b""
+        return data or bytes(await self._reader.read(count))
 
 
 class _FreeLock:
@@ -78,41 +89,160 @@ class _FreeLock:
     """
 
     def __init__(self) -> None:
-        self._lock = trio.Lock()
+        self._held = False
+        self._waiting = trio.lowlevel.ParkingLot()
         self._taken = 0
 
     async def __aenter__(self) -> None:
         self._taken += 1
         if self._taken % FRAMES_A_TURN == 0:
             await trio.lowlevel.checkpoint()
-        try:
-            self._lock.acquire_nowait()
-        except trio.WouldBlock:
-            await self._lock.acquire()
+        if self._held:
+            await self._waiting.park()  # whoever is woken holds it
+        self._held = True
 
     async def __aexit__(self, *_: object) -> None:
-        self._lock.release()
+        if self._waiting:
+            self._waiting.unpark()
+        else:
+            self._held = False
 
 
-def _is_bare_syn(frame: bytes) -> bool:
-    if len(frame) != _HEADER.size:
+class _Bounds:
+    """Over the library's connection: ends that of a peer that sends past its windows, which the library only logs."""
+
+    allowed_bytes = limits.MAX_GUEST_BUFFER_BYTES  # unread, of all streams; more once the peer is a member
+    new_stream_send_channel: Any
+    stream_backlog_semaphore: trio.Semaphore
+    event_shutting_down: trio.Event
+    next_stream_id: int
+    streams: dict[int, Any]
+    stream_buffers: dict[int, bytearray]
+    stream_events: dict[int, trio.Event]
+    secured_conn: Any
+    on_close: Any
+    _write_lock: trio.Lock
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.streams_lock = _FreeLock()  # taken once for most frames that come
+        self._answers_s = -math.inf  # when the next one is due at that pace
+        self._comers = self.new_stream_send_channel = _Comers(self.new_stream_send_channel)
+
+    async def start(self) -> None:
+        """See the library's."""
+        try:
+            await super().start()  # type: ignore[misc]
+        finally:  # nothing more comes; what it would be told to knows the connection: a ring of references
+            self._comers.take = self.on_close = None
+            self.remove_stream = _nothing
+
+    def hand_over(self, take: Callable[[Any], None]) -> None:
+        """From now on ``take`` is given each stream that the peer opens, at once; the library's swarm hears of none."""
+        self._comers.take = take
+
+    def open_now(self) -> Any:
+        """A stream that the peer hears of with the first data. Raises trio.WouldBlock where 256 are open."""
+        if self.event_shutting_down.is_set():
+            raise trio.ClosedResourceError("the connection is closed")
+        self.stream_backlog_semaphore.acquire_nowait()
+        stream_id, self.next_stream_id = self.next_stream_id, self.next_stream_id + 2
+        stream = _thrifty_stream()(stream_id, self, True)
+        stream._owns_backlog_slot, stream.unsaid = True, SYN
+        self.streams[stream_id] = stream
+        self.stream_buffers[stream_id], self.stream_events[stream_id] = bytearray(), trio.Event()
+        return stream
+
+    async def _write_frame(self, data: bytes) -> None:
+        # From the cipher's number to the wire's queue nothing waits, so frames cannot overtake each other.
+        if len(data) == _HEADER.size and self._is_left_out(data):
+            await trio.lowlevel.checkpoint_if_cancelled()
+        elif len(data) <= MAX_FRAME_BYTES and not self._write_lock.locked():
+            await self.secured_conn.write(data)
+        else:
+            await super()._write_frame(data)  # type: ignore[misc]
+
+    def _is_left_out(self, header: bytes) -> bool:
+        """Whether the frame, which has no body, need not be sent."""
+        _, kind, flags, stream_id, credit = _HEADER.unpack(header)
+        if kind == _PING:
+            return flags == ACK and not self._may_answer()
+        stream = self.streams.get(stream_id)
+        if kind != _WINDOW_UPDATE or credit or stream is None:
+            return False
+        if flags == RST:  # where it is not we that end the stream, the peer has begun it twice
+            return not (stream.resetting or self._may_answer())
+        if flags in (SYN, ACK):  # all that it says: it leaves with the stream's first data
+            stream.unsaid |= flags
+            return True
         return False
-    _, kind, flags, _, credit = _HEADER.unpack(frame)
-    return bool(kind == _WINDOW_UPDATE and flags == SYN and credit == 0)
+
+    def _may_answer(self) -> bool:
+        """One frame more that asks for nothing but an answer."""
+        now = trio.current_time()
+        due_s = max(self._answers_s, now - (ANSWERS_AT_ONCE - 1) / ANSWERS_PER_S)
+        if due_s > now:
+            return False
+        self._answers_s = due_s + 1.0 / ANSWERS_PER_S
+        return True
+
+    async def _read_data_body(self, length: int) -> bytes:
+        held = sum(map(len, self.stream_buffers.values()))
+        if held + length > self.allowed_bytes:
+            raise trio.TooSlowError  # the one exception for which the library closes the connection
+        session = self.secured_conn
+        if getattr(session, "high_watermark", 0) - getattr(session, "low_watermark", 0) >= length:
+            return bytes(await session.read(length))  # came with its header: there is nothing to have a deadline for
+        return bytes(await super()._read_data_body(length))  # type: ignore[misc]
+
+    def _sweep_stale_streams(self, now: float | None = None) -> int:
+        # It drops what a slow reader has not read a minute after both ends closed, and calls that the end.
+        for stream_id, stream in self.streams.items():
+            if self.stream_buffers.get(stream_id):
+                stream._closed_at = 0.0  # to the sweep: never
+        return int(super()._sweep_stale_streams(now))  # type: ignore[misc]
+
+
+async def _nothing(_stream: Any) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+class _Comers:
+    """In the place of the channel on which the library hands over the streams that the peer opens; ``take`` gets them first."""
+
+    def __init__(self, channel: trio.MemorySendChannel[Any]) -> None:
+        self._channel = channel
+        self.take: Callable[[Any], None] | None = None
+
+    async def send(self, stream: Any) -> None:
+        if self.take is not None:
+            self.take(stream)
+        else:
+            await self._channel.send(stream)
+
+    def close(self) -> None:
+        self._channel.close()
 
 
 class _Thrift:
     """Over the library's stream, whose attributes it uses. ``unsaid``: the flags that its next frame has to carry."""
 
     unsaid = 0
+    resetting = False  # by us
     stream_id: int
     conn: Any
     recv_window: int
     target_recv_window: int
     send_closed: bool
+    window_lock: Any
+    close_lock: Any
     _credit_bytes = 0
     _closed = False
     _credited: trio.Event | None = None  # while a writer waits for credit
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.window_lock, self.close_lock = _FreeLock(), _FreeLock()
 
     # The library sets these two as attributes, in many places, and tells nobody.
     @property
@@ -161,11 +291,16 @@ class _Thrift:
             return
         raise trio.BrokenResourceError(f"the peer read nothing for {CREDIT_TIMEOUT_S:g} s")
 
+    async def reset(self) -> None:
+        self.resetting = True
+        await super().reset()  # type: ignore[misc]
+
     async def close(self) -> None:
-        await self._say_syn()
+        await self.say()
         await super().close()  # type: ignore[misc]
 
-    async def _say_syn(self) -> None:
+    async def say(self) -> None:
+        """Say what waits for data to go out with; nothing where nothing does."""
         flags, self.unsaid = self.unsaid, 0
         if flags:  # a frame of data without data: to `_write_frame` this one is not to be put off
             await self.conn._write_frame(_HEADER.pack(0, _DATA, flags, self.stream_id, 0))

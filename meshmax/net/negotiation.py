@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import trio
 
-from meshmax.base.errors import ConfigError, PeerGone, RemoteProtocolError, VersionMismatch
+from meshmax.base.errors import ConfigError, MeshmaxError, PeerGone, RemoteProtocolError, VersionMismatch
 from meshmax.base.ids import PeerId
 from meshmax.ports import Stream
 
@@ -59,41 +59,43 @@ async def hear(stream: Stream, protocol: str) -> None:
 
 
 class _Answers:
-    """The peer's two lines, as far as they have come: reading them may be cancelled, and goes on where it was."""
+    """The peer's two lines, as far as they have come: reading them may be cancelled, and goes on where it was.
+
+    ``rest``: what came and was not taken, the beginning of a line or what follows both.
+    """
 
     def __init__(self, protocol: str) -> None:
         self._protocol = protocol
         self._due = [protocol, _MULTISTREAM]
-        self._seen = b""
+        self.rest = b""
 
-    async def read(self, stream: Stream) -> None:
-        """Until both have come; at once where they have. Raises as `hear`."""
+    async def read(self, stream: Stream, ahead_bytes: int = 0) -> None:
+        """Until both have come; at once where they have. What follows them may be read ahead. Raises as `hear`."""
         while self._due:
-            answer = await self._line(stream)
-            if answer == "na":
-                await stream.reset()
-                raise VersionMismatch(f"the peer does not speak {self._protocol}")
-            if answer != self._due.pop():
-                await stream.reset()
+            needs = 1 + self.rest[0] - len(self.rest) if self.rest else 1
+            part = await stream.receive_some(max(needs, ahead_bytes))
+            try:
+                if not part:
+                    raise PeerGone("the peer closed the stream before it was open")
+                self._take(part)
+            except MeshmaxError:
+                with trio.CancelScope(shield=True):  # which does not block
+                    await stream.reset()
+                raise
+
+    def _take(self, part: bytes) -> None:
+        self.rest += part
+        while self._due and self.rest:
+            length = self.rest[0]
+            if not 1 <= length <= _MAX_LINE_BYTES:
                 raise RemoteProtocolError("the peer's answer is not multistream-select's")
-
-    async def _line(self, stream: Stream) -> str:
-        await self._fill(stream, 1)
-        length = self._seen[0]
-        if not 1 <= length <= _MAX_LINE_BYTES:
-            await stream.reset()
-            raise RemoteProtocolError("the peer's answer is not multistream-select's")
-        await self._fill(stream, 1 + length)
-        line, self._seen = self._seen[1:], b""
-        return line.decode(errors="replace").rstrip("\n")
-
-    async def _fill(self, stream: Stream, count: int) -> None:
-        while len(self._seen) < count:
-            part = await stream.receive_some(count - len(self._seen))
-            if not part:
-                await stream.reset()
-                raise PeerGone("the peer closed the stream before it was open")
-            self._seen += part
+            if len(self.rest) <= length:
+                return
+            line, self.rest = self.rest[1 : 1 + length].decode(errors="replace").rstrip("\n"), self.rest[1 + length :]
+            if line == "na":
+                raise VersionMismatch(f"the peer does not speak {self._protocol}")
+            if line != self._due.pop():
+                raise RemoteProtocolError("the peer's answer is not multistream-select's")
 
 
 class EagerStream:
@@ -121,7 +123,11 @@ class EagerStream:
         """See ports.Stream."""
         if self._unsaid:
             await self.send_all(b"")
-        await self._answers.read(self._stream)
+        await self._answers.read(self._stream, max_bytes)
+        if rest := self._answers.rest:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            self._answers.rest = rest[max_bytes:]
+            return rest[:max_bytes]
         return await self._stream.receive_some(max_bytes)
 
     async def send_all(self, data: bytes) -> None:
@@ -163,7 +169,7 @@ async def propose_on(connection: Any, protocol: str, refused: Callable[[], Excep
                 answer += part
                 if not due.startswith(answer):
                     raise refused()
-        connection.read = read
+        del connection.read  # its class's is there again; to set that would make a ring of references
         agreed.set()
         return bytes(await read(n))
 

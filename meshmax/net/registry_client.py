@@ -9,7 +9,6 @@ Every failure becomes an error of our tree. Not here: which registry to ask, wha
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -32,6 +31,7 @@ from meshmax.base.errors import (
     Refused,
     RemoteProtocolError,
 )
+from meshmax.base.foreign import words_of
 from meshmax.base.ids import Sha256
 from meshmax.base.model import MAX_MANIFEST_BYTES
 from meshmax.base.names import ModelName
@@ -357,8 +357,7 @@ def _why(error: BaseException) -> str:
     for each in (error, *causes):
         if text := str(each).strip():
             return text
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
-    return f"{words}, without a reason given"
+    return words_of(error)
 
 
 @contextmanager

@@ -10,11 +10,11 @@ net.library's. A frozen peer is not noticed here: nothing on a member's connecti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -31,6 +31,7 @@ from meshmax.net.door import Door, listen_near
 from meshmax.net.draining import Draining
 from meshmax.net.links import Change, LinkTable
 from meshmax.net.negotiation import EagerStream, negotiate
+from meshmax.net.promises import Promises
 from meshmax.net.stream import LibraryStream
 from meshmax.net.tcp import TcpTransport
 from meshmax.net.upgrader import Link, Upgrader, reason
@@ -67,14 +68,15 @@ class LibrarySwarm:
         self._links = LinkTable[Link](attrgetter("view"))  # of members
         self._draining = Draining(nursery, self._links, self._ask_idle)
         self._ended = False
-        self._answers: dict[str, Callable[[Any], Awaitable[None]]] = {}
+        self._answers: dict[str, Callable[[_Comer], Awaitable[None]]] = {}
+        self._promises = Promises()
         self._opened: Counter[PeerId] = Counter()
         self._served: Counter[PeerId] = Counter()
-        self._upgrader = Upgrader(self._network, nursery, self._welcome, self._lost)
+        self._upgrader = Upgrader(self._network, nursery, self._welcome, self._lost, self._take)
         self._dialler = Dialler(transport, allow, self._upgrader.outbound)
         self.door = Door(nursery, allow, self._accept)
-        self._network.set_stream_handler(self._answer)
-        host.set_stream_handler(IDLE, self._answer_idle)
+        self._network.set_stream_handler(self._answer_early)
+        self._register(IDLE, self._answer_idle)
         if gate.checks:
             self.serve(MEMBER, nothing_more)
         for _, listener in listeners:
@@ -206,30 +208,30 @@ class LibrarySwarm:
 
     async def open_stream(self, peer_id: PeerId, protocol: str, *, eager: bool = False) -> Stream:
         """See ports.Swarm. Raises Busy where MAX_STREAMS_PER_PEER are open already."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()  # what the stream is for takes turns of the event loop
         link = self._links.best(peer_id) or next(reversed(self._guest_links(peer_id)), None)
         if link is None:
             raise PeerGone("not connected to the peer")
         if eager:
             return await self._open_eagerly(link, protocol)
-        stream = await self._open_on(link)
+        stream = self._open_on(link)
         with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
             await _agree(stream, protocol)
             return stream
         raise PeerGone(_NO_ANSWER)
 
     async def _open_eagerly(self, link: Link, protocol: str) -> Stream:
-        return EagerStream(await self._open_on(link), protocol)
+        return EagerStream(self._open_on(link), protocol)
 
     async def _ask_idle(self, link: Link) -> bool:
-        stream = await self._open_on(link, asks=True)
+        stream = self._open_on(link, asks=True)
         await _agree(stream, IDLE)
         try:
             return await stream.receive_some(1) == _YES
         finally:
             stream.give_up()
 
-    async def _open_on(self, link: Link, *, asks: bool = False) -> LibraryStream:
+    def _open_on(self, link: Link, *, asks: bool = False) -> LibraryStream:
         """A stream on which no protocol is agreed yet; ``asks``: only about the link. Raises Busy, PeerGone."""
         peer_id = link.view.peer_id
         if self._opened[peer_id] >= limits.MAX_STREAMS_PER_PEER:
@@ -238,34 +240,17 @@ class LibrarySwarm:
         if not asks:
             link.opened()
         self._gate.using(link.passage, 1)
-        opening = _Opening()
-        self._nursery.start_soon(self._open_raw, link, opening, partial(self._closed_ours, link, asks))
-        with trio.move_on_after(limits.NEW_STREAM_TIMEOUT_S):
-            try:
-                await opening.done.wait()
-                if opening.stream is not None:
-                    opening.taken = True
-                    return opening.stream
-            finally:
-                if not opening.taken:
-                    opening.abandoned = True
-                    if opening.stream is not None:
-                        opening.stream.give_up()
-        raise PeerGone(opening.why or _NO_ANSWER)
-
-    async def _open_raw(self, link: Link, opening: _Opening, closed: Callable[[], None]) -> None:
-        # In a task of its own: the library loses one of a connection's 256 slots each time this is cancelled.
         try:
-            net_stream = await link.connection.new_stream()
+            muxed = link.connection.muxed_conn.open_now()
+        except trio.WouldBlock:
+            self._uncount(link, asks)
+            raise Busy("the connection to this peer carries as many streams as it can") from None
         except library.failures() as error:
-            opening.why = f"the connection was lost ({reason(error)})"
-            closed()
-        else:
-            stream = LibraryStream(link.view.peer_id, net_stream, self._say_farewell, closed)
-            if opening.abandoned:
-                await stream.reset()
-            opening.stream = stream
-        opening.done.set()
+            self._uncount(link, asks)
+            raise PeerGone(f"the connection was lost ({reason(error)})") from None
+        stream = LibraryStream(peer_id, muxed, self._say_farewell, partial(self._closed_ours, link))
+        stream.asks = asks
+        return stream
 
     # --- streams that peers open -------------------------------------------------------------------------------------
 
@@ -277,62 +262,93 @@ class LibrarySwarm:
         to: Literal["members", "anyone"] = "members",
     ) -> None:
         """See ports.Swarm."""
-        self._answers[protocol] = partial(self._serve_one, protocol, to, answer)
-        self._host.set_stream_handler(protocol, self._answers[protocol])
+        self._register(protocol, partial(self._serve_one, protocol, to, answer))
+        self._promises.keep(protocol)
 
-    async def _answer(self, net_stream: Any) -> None:
-        """Every inbound stream, before its protocol is known."""
-        peer_id = PeerId(str(net_stream.muxed_conn.peer_id))
+    def promise(self, protocols: Iterable[str]) -> None:
+        """See ports.PromisesProtocols."""
+        for protocol in protocols:
+            if protocol not in self._answers:
+                self._promises.add(protocol)
+                self._register(protocol, partial(self._serve_soon, protocol))
+
+    def promised_all(self) -> tuple[str, ...]:
+        """See ports.PromisesProtocols."""
+        left = self._promises.end()
+        for protocol in left:
+            del self._answers[protocol]
+            self._host.remove_stream_handler(protocol)
+        return left
+
+    def _register(self, protocol: str, answer: Callable[[_Comer], Awaitable[None]]) -> None:
+        self._answers[protocol] = answer
+        self._host.set_stream_handler(protocol, partial(_answered, answer))
+
+    async def _serve_soon(self, protocol: str, comer: _Comer) -> None:
+        await self._promises.wait(protocol)
+        if protocol in self._answers and protocol not in self._promises:
+            await self._answers[protocol](comer)
+        else:
+            await comer.stream.reset()
+
+    def _take(self, link: Link, muxed: Any) -> None:
+        self._nursery.start_soon(self._answer, link, muxed)
+
+    async def _answer_early(self, net_stream: Any) -> None:
+        """A stream that came before its connection was ours; the library's swarm has a task for it."""
         link = self._upgrader.links.get(net_stream.muxed_conn)
-        closed = partial(self._closed_theirs, link, peer_id, net_stream)
-        stream = LibraryStream(peer_id, net_stream, self._say_farewell, closed)
-        if link is not None:
-            link.opened()
+        if link is None:
+            await net_stream.reset()
+        else:
+            await self._answer(link, net_stream.muxed_stream)
+
+    async def _answer(self, link: Link, muxed: Any) -> None:
+        """Every inbound stream, before its protocol is known."""
+        peer_id = link.view.peer_id
+        stream = LibraryStream(peer_id, muxed, self._say_farewell, partial(self._closed_theirs, link))
+        link.opened()
         crowded = self._served[peer_id] >= limits.MAX_STREAMS_PER_PEER or self._served.total() >= limits.MAX_STREAMS
         self._served[peer_id] += 1
-        if crowded or link is None:
+        if crowded:
             await stream.reset()
             return
-        net_stream.meshmax_stream = stream, link.passage
         welcome = self._gate.stream_opened(link.passage)
         try:
-            if welcome and await isolate("stream", partial(self._negotiate_and_answer, net_stream), peer=peer_id):
+            if welcome and await isolate(
+                "stream", partial(self._negotiate_and_answer, _Comer(stream, link)), peer=peer_id
+            ):
                 await stream.aclose()
         finally:
             self._gate.stream_closed(link.passage)
             stream.give_up()
 
-    async def _negotiate_and_answer(self, net_stream: Any) -> None:
-        stream, _ = net_stream.meshmax_stream
+    async def _negotiate_and_answer(self, comer: _Comer) -> None:
+        stream = comer.stream
         try:
             # Who sent its first message along waits for ours, so the consent can go with that; the library sends two frames.
             if protocol := stream.try_agree(self._answers):
                 if not stream.has_more:
                     await stream.send_all(b"")
-                await self._answers[protocol](net_stream)
+                await self._answers[protocol](comer)
             else:
-                await self._host._swarm_stream_handler(net_stream)
+                await self._host._swarm_stream_handler(library.net_stream(stream.muxed, comer))
         except library.failures() as error:
             raise RemoteProtocolError(f"the stream failed: {reason(error)}") from error
 
-    async def _serve_one(
-        self, protocol: str, to: Literal["members", "anyone"], answer: Answer, net_stream: Any
-    ) -> None:
-        stream, passage = net_stream.meshmax_stream
-        serve = partial(self._gate.serve, passage, stream, protocol, to, answer)
+    async def _serve_one(self, protocol: str, to: Literal["members", "anyone"], answer: Answer, comer: _Comer) -> None:
+        stream = comer.stream
+        serve = partial(self._gate.serve, comer.link.passage, stream, protocol, to, answer)
         if not await isolate("answer", serve, peer=stream.peer, protocol=protocol):
             await stream.reset()
 
-    async def _answer_idle(self, net_stream: Any) -> None:
-        stream, passage = net_stream.meshmax_stream
-        link = self._upgrader.links.get(net_stream.muxed_conn)
-        if link is None or passage.state != "member":
-            await stream.reset()
+    async def _answer_idle(self, comer: _Comer) -> None:
+        if comer.link.passage.state != "member":
+            await comer.stream.reset()
             return
-        net_stream.meshmax_asks = True
-        link.discount()
+        comer.stream.asks = True
+        comer.link.discount()
         with suppress(PeerGone):  # then the question is void
-            await stream.send_all(_YES if self._draining.may_end(link) else _NO)
+            await comer.stream.send_all(_YES if self._draining.may_end(comer.link) else _NO)
 
     # --- ends --------------------------------------------------------------------------------------------------------
 
@@ -341,12 +357,15 @@ class LibrarySwarm:
         if counter[peer_id] <= 0:
             del counter[peer_id]
 
-    def _closed_theirs(self, link: Link | None, peer_id: PeerId, net_stream: Any) -> None:
-        self._closed(self._served, peer_id)
-        if link is not None and not hasattr(net_stream, "meshmax_asks"):
+    def _closed_theirs(self, link: Link, stream: LibraryStream) -> None:
+        self._closed(self._served, stream.peer)
+        if not stream.asks:
             link.closed()
 
-    def _closed_ours(self, link: Link, asks: bool) -> None:
+    def _closed_ours(self, link: Link, stream: LibraryStream) -> None:
+        self._uncount(link, stream.asks)
+
+    def _uncount(self, link: Link, asks: bool) -> None:
         self._closed(self._opened, link.view.peer_id)
         if not asks:
             link.closed()
@@ -380,14 +399,16 @@ async def _agree(stream: LibraryStream, protocol: str) -> None:
             stream.give_up()
 
 
-class _Opening:
-    """A stream on its way from the task that makes it to the one that wants it."""
+class _Comer(NamedTuple):
+    """A stream that a peer opened, and where it came."""
 
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.stream: LibraryStream | None = None
-        self.abandoned = self.taken = False
-        self.why = ""
+    stream: LibraryStream
+    link: Link
+
+
+async def _answered(answer: Callable[[_Comer], Awaitable[None]], net_stream: Any) -> None:
+    """``answer`` as the library calls it."""
+    await answer(net_stream.meshmax_comer)
 
 
 def _advertised(listeners: Sequence[tuple[str, Listener]], transport: Transport, peer_id: PeerId) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import trio
 
 from meshmax.base.errors import ConnectError
+from meshmax.base.foreign import words_of
 from meshmax.base.ids import PeerId, parse_peer_id
 from meshmax.base.status import Path
 from meshmax.net import library, limits
@@ -79,10 +80,14 @@ class Upgrader:
         nursery: trio.Nursery,
         welcome: Callable[[Link], None],
         lost: Callable[[Link], None],
+        take: Callable[[Link, Any], None],
     ) -> None:
-        """``network`` is the library's swarm. ``welcome`` and ``lost``: a link became a member's; one has ended."""
+        """``network`` is the library's swarm. ``welcome`` and ``lost``: a link became a member's; one has ended.
+
+        ``take`` is given each stream that a peer opens, net.muxer's.
+        """
         self._network, self._nursery = network, nursery
-        self._welcome, self._on_lost = welcome, lost
+        self._welcome, self._on_lost, self._take = welcome, lost, take
         self.links: dict[Any, Link] = {}
         self.closed = False
 
@@ -141,9 +146,11 @@ class Upgrader:
         if sum(link.view.peer_id == peer_id for link in self.links.values()) >= limits.MAX_CONNECTIONS_PER_PEER:
             raise ConnectError("there are too many connections with the peer")
         wire.authenticated()
+        library.shorten(connection)
         view = ConnectionView(peer_id, wire.address, direction, time.time(), path)
         link = self.links[connection.muxed_conn] = Link(view, wire, connection, self._welcome)
         pending.on_end = partial(self._lost, link)
+        connection.muxed_conn.hand_over(partial(self._take, link))
         return link
 
     def _lost(self, link: Link) -> None:
@@ -158,8 +165,9 @@ class _Pending:
         self.on_end: Callable[[], None] | None = None
 
     def end(self) -> None:
-        if self.on_end is not None:
-            self.on_end()
+        on_end, self.on_end = self.on_end, None  # it knows the link, and by it the wire that calls this
+        if on_end is not None:
+            on_end()
 
 
 def reason(error: BaseException) -> str:
@@ -167,4 +175,4 @@ def reason(error: BaseException) -> str:
     cause = error
     while cause.__cause__ is not None and str(cause.__cause__):
         cause = cause.__cause__
-    return f"{type(cause).__name__}: {cause}"[:200]
+    return words_of(cause)

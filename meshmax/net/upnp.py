@@ -18,6 +18,7 @@ import h11
 import trio
 
 from meshmax.base.errors import Busy, ConnectError, Refused, RemoteProtocolError
+from meshmax.base.foreign import words_of
 from meshmax.base.reachability import MappingProtocol
 from meshmax.wire.upnp import (
     CONFLICT,
@@ -157,7 +158,7 @@ async def _fetch(method: str, url: str, headers: Mapping[str, str] | None = None
                 request = h11.Request(method=method, target=target, headers=list(fields.items()))
                 document = await _exchange(stream, request, body)
         except (h11.ProtocolError, OSError, trio.BrokenResourceError) as error:
-            reason = str(error) or type(error).__name__
+            reason = words_of(error)
     if document is None:
         raise ConnectError("the router does not answer", [(url, "upnp", reason)])
     return document

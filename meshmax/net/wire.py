@@ -139,6 +139,18 @@ class Wire:
         del self._incoming[:n]
         return data
 
+    async def try_read_message(self) -> bytes | None:
+        """What follows two bytes that say how long it is, whole; None: the connection is over. Cancelling loses nothing."""
+        while not self.cut_off:
+            ends = 2 + int.from_bytes(self._incoming[:2], "big")
+            if len(self._incoming) >= ends:
+                data = bytes(self._incoming[2:ends])
+                del self._incoming[:ends]
+                return data
+            if not await self._receive(max(ends - len(self._incoming), limits.READ_AHEAD_BYTES)):
+                break
+        return None
+
     async def _receive(self, max_bytes: int) -> bool:
         """More of what the peer sends; False: the connection is over."""
         if self._allowance_bytes is not None:
@@ -155,8 +167,10 @@ class Wire:
             self.cut()
         elif self._allowance_bytes is not None:
             self._allowance_bytes -= len(data)
+        if self.cut_off:
+            return False
         self._incoming += data
-        return bool(data)
+        return True
 
     async def close(self) -> None:
         """The library's word for `cut`; what is queued has a moment to go out first (a farewell, a refusal)."""
@@ -170,6 +184,8 @@ class Wire:
         if not self.cut_off:
             self.cut_off = True
             self._stream.close()
+            self._incoming.clear()  # nobody reads or sends them any more, and the library's parts hold each other and us
+            self._outgoing.clear()
             self._queued.set()
             self._sent.set()
             self.agreed.set()

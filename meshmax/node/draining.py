@@ -48,9 +48,13 @@ class NodeDrain:
 
     def changed(self) -> None:
         """The drain is in another state."""
-        if self._node.state != "starting":
-            self._node.state = "running" if self.here.view.state == "running" else "draining"
-            self._node.changed()
+        node = self._node
+        if (before := node.state) != "starting":
+            node.state = "running" if self.here.view.state == "running" else "draining"
+            if before == node.state:
+                node.changed()
+            else:
+                node.presence.own.issue()  # now: the next prompt goes by it
 
     async def drain(self, peer: PeerId, deadline_s: float) -> DrainView:
         """Drain a peer, ourselves too. Raises Refused (the open mesh), OutOfScope, PeerGone."""
@@ -86,7 +90,7 @@ class NodeDrain:
         """Take nothing any more, for others or for our own API."""
         self.ending = True
         self._ends_at = trio.current_time() + deadline_s
-        self.here.drain(deadline_s)
+        self.here.drain(deadline_s, stopping=True)
 
     def waiting_for(self) -> tuple[int, int]:
         """(prompts of our own API whose answers are not whole, other peers that we still owe an answer or a word)."""

@@ -77,6 +77,7 @@ def follow_mesh(node: Node, first_seen: FirstSeen) -> None:
         for key in list(first_seen.items()):
             first_seen.forget(key)
         node.presence.on_mesh_change()
+        node.first_moments.begin()
         if peer_id is not None:
             node.presence.on_sighting(peer_id, addresses)
         node.catalog.note_names()

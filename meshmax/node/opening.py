@@ -37,7 +37,7 @@ from meshmax.node.serving import open_node_serving
 from meshmax.node.traversing import open_traversal
 from meshmax.node.visiting import make_doctor
 from meshmax.node.world import World, real_world, several_engines
-from meshmax.ports import Lanes
+from meshmax.ports import Lanes, PromisesProtocols
 from meshmax.services.adopt import Adoption, run_watch
 from meshmax.services.backends import Backends, open_backends
 from meshmax.services.blob_server import BlobServer
@@ -47,6 +47,7 @@ from meshmax.services.catalog import CatalogService, open_catalog
 from meshmax.services.distribute import Distribution
 from meshmax.services.drain import open_drain
 from meshmax.services.fetchable import Fetchable
+from meshmax.services.first_moments import FirstMoments
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage, Kept
 from meshmax.services.guards import MODEL_GUARDS
@@ -79,7 +80,28 @@ from meshmax.store.identity import load_identity
 from meshmax.store.limits_file import load_override, save_override
 from meshmax.store.sequence_file import load_sequence, save_sequence
 from meshmax.telemetry.isolate import isolate
+from meshmax.wire.protocols import (
+    BLOB,
+    DRAIN,
+    INFER,
+    LANE,
+    LEASE,
+    LOOK_BACK,
+    MODEL,
+    OBSERVE,
+    PULL,
+    RELAY_HOP,
+    RELAY_STOP,
+    RENDEZVOUS,
+    SIGNAL,
+    STATUS,
+    TICKET,
+)
 
+# By every node, or by what its configuration and machine allow. Who comes before they are served waits for them.
+SERVED: Final = (
+    STATUS, MODEL, PULL, BLOB, INFER, LANE, DRAIN, LEASE, TICKET, LOOK_BACK, SIGNAL, OBSERVE, RENDEZVOUS, RELAY_HOP, RELAY_STOP,
+)  # fmt: skip
 GPU_REFRESH_S: Final = 15.0  # as often as a status goes out by itself
 
 
@@ -100,10 +122,12 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
         node.store = await enter(open_store(models, home.path / "state", world.run_sync))
         node.membership = make_membership(node)
         node.swarm = await enter(world.open_swarm(config, identity.private_bytes, node.membership))
+        if isinstance(node.swarm, PromisesProtocols):
+            node.swarm.promise(SERVED)
         await enter(open_membership(node.membership, node.swarm))
         node.engine = world.engine(config, home.path / "logs")
         unasked = "ollama" if config.engine.ollama == "auto" else ""
-        node.backends = Backends(world.backends(config), node.changed, node.runs_itself, unasked)
+        node.backends = Backends(world.backends(config), node.engines_changed, node.runs_itself, unasked)
 
         async def save_limits(override: Override) -> None:
             await world.run_sync(partial(save_override, home.path, override))
@@ -111,6 +135,9 @@ async def open_node(config: Config, world: World | None = None) -> AsyncIterator
         override, local_time = load_override(home.path), partial(_local_time, world.unix_now)
         node.limits = await enter(open_throttle(Plan(config.limits), override, save_limits, world.clock, local_time))
         await _Opening(node, stack).run()
+        if isinstance(node.swarm, PromisesProtocols):
+            node.swarm.promised_all()
+        node.first_moments.begin()
         node.state = "running"
         node.changed()
         yield node
@@ -173,7 +200,7 @@ class _Opening:
         node.adoption = Adoption(store.models.adopt, node.catalog.refresh, world.run_sync)
 
     async def _open_serving(self) -> None:
-        """Protocols are served before anybody can know our address, so that no early peer is refused."""
+        """Protocols are served before anybody is told our address; who knows it from before waits for them (SERVED)."""
         node, world, store = self.node, self.world, self.store
         if world.open_lanes is not None and self.config.lanes_per_peer:
             lanes = self.lanes = await self.enter(
@@ -218,13 +245,14 @@ class _Opening:
                 StatusSequence(load_sequence(node.home.path)),
                 self._keep_sequence,
                 node.traversal.connector.connect,
-                node.traversal.reachability,
+                node.traversal.stand,
                 node.traversal.on_silent,
             )
         )
         node.garbage.leases.connect = node.traversal.connector.connect
         node.network.watch(node.presence.on_network_change)
         node.presence.watch(node.traversal.connector.on_news)
+        node.first_moments = FirstMoments(node.ladder.reports, node.presence.watch)
         follow_mesh(node, self.first_seen)
         await self.enter(open_node_dht(node))
         await self.enter(open_announcing(node))
@@ -257,7 +285,7 @@ class _Opening:
                 room=node.garbage.sweeper.room,
                 guard=self.kept.pins.require_free,
                 naming=node.catalog,
-                seek=node.seek,
+                seek=self._meet_and_seek,
             )
         )
         node.partials, node.pulling = pulls.partials, pulls.pulling
@@ -299,6 +327,10 @@ class _Opening:
             node.fetchable.entry,
         )
         node.router = node.prompts
+
+    async def _meet_and_seek(self, name: str, found: Callable[[], bool]) -> bool:
+        await self.node.first_moments.wait(found)
+        return found() or await self.node.seek(name, found)
 
     async def _stored(self, model: StoredModel) -> None:
         await self.node.catalog.refresh()

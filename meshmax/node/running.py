@@ -37,6 +37,7 @@ from meshmax.services.catalog import CatalogService
 from meshmax.services.distribute import Distribution
 from meshmax.services.doctor import Doctor
 from meshmax.services.fetchable import Fetchable
+from meshmax.services.first_moments import FirstMoments
 from meshmax.services.fsck import Fsck
 from meshmax.services.garbage import Garbage
 from meshmax.services.ladder import Ladder
@@ -107,6 +108,7 @@ class Node:
         self.pulls: Pulls
         self.distribution: Distribution
         self.fetchable: Fetchable
+        self.first_moments: FirstMoments
         self.prompts: PullFirst  # the router below, which counts what is under way
         self.router: Router
         self.repositories: Repositories
@@ -182,6 +184,11 @@ class Node:
         if self.state != "starting":
             self.presence.changed()
 
+    def engines_changed(self) -> None:
+        """What engines of others offer has changed: what they ran may be gone."""
+        self.residency.look_at_engines()
+        self.changed()
+
     def describe(self) -> PeerStatus:
         """Our status, but for what presence fills in (sequence, time)."""
         reading = self._meter.read(trio.current_time())
@@ -242,6 +249,7 @@ class Node:
         details = stored.details
         loaded = next((view for view in self.residency.loaded() if view.digest == stored.manifest.digest), None)
         speed = self.residency.speed(stored.manifest.digest)
+        engine = self._engine_of(stored.manifest.digest)
         return ModelPresence(
             stored.manifest.digest,
             tuple(parse_name(model.name).full for model in models[:64]),
@@ -258,7 +266,8 @@ class Node:
             prefill_per_s=speed.prefill_per_s,
             decode_per_s=speed.decode_per_s,
             load_s=speed.load_s,
-            engine=self._engine_of(stored.manifest.digest),
+            engine=engine,
+            loaded_context=loaded.context_length if loaded and not engine else 0,
         )
 
     def _engine_of(self, digest: Sha256) -> str:

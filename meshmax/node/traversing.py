@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from meshmax.base.membership import OPEN_MESH
-from meshmax.base.reachability import UNKNOWN, Reachability
+from meshmax.base.reachability import UNKNOWN, Reachability, ReachState
 from meshmax.core.own_addresses import told_addresses
 from meshmax.net.addresses import is_lan_address, parse_endpoint
 from meshmax.node.connecting import open_node_connector, open_signalling
@@ -52,10 +52,14 @@ class Traversal:
         """Where we stand now."""
         return self.where.view if self.where is not None else UNKNOWN
 
+    def stand(self) -> ReachState:
+        """The one word of it; each prompt asks several times."""
+        return self.where.state if self.where is not None else UNKNOWN.state
+
     @property
     def reached(self) -> bool:
         """Whether peers anywhere reach us without help."""
-        return self.reachability().state in ("public", "mapped")
+        return self.stand() in ("public", "mapped")
 
     @property
     def relays_members(self) -> bool:

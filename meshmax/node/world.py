@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import trio
 
 from meshmax.base.config import DEFAULT_CONTROL_PORT, Config, parse_host_port
+from meshmax.base.errors import MeshmaxError, without_frames
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.core.backoff import Random
 from meshmax.engine.echo import EchoEngine
@@ -104,7 +105,7 @@ def real_world() -> World:
         _open_swarm,
         _rungs,
         _engine,
-        _disk_threads(),
+        disk_threads(),
         time.time,
         system_random,
         open_registry_client,
@@ -198,10 +199,25 @@ def several_engines(own: Engine, owners: Callable[[], Mapping[Sha256, Backend]])
     return SeveralEngines(own, owners)
 
 
-def _disk_threads() -> RunSync:
+def disk_threads() -> RunSync:
+    """A few threads for what waits for the disk. Errors that are expected leave no frame of them behind, whose variables are
+    chunks: trio's own frames and an error that passes through them hold each other until garbage is looked for."""
     limiter = trio.CapacityLimiter(DISK_THREADS)
 
     async def run_sync(work: Callable[[], T], /) -> T:
-        return await trio.to_thread.run_sync(work, limiter=limiter)
+        found, error = await trio.to_thread.run_sync(partial(_outcome, work), limiter=limiter)
+        if error is None:
+            return found[0]
+        try:
+            raise error
+        finally:
+            del error  # it comes to know this frame
 
     return run_sync
+
+
+def _outcome(work: Callable[[], T]) -> tuple[list[T], MeshmaxError | OSError | None]:
+    try:
+        return [work()], None
+    except (MeshmaxError, OSError) as error:
+        return [], without_frames(error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol, runtime_checkable
 
@@ -263,6 +263,19 @@ class HearsPeers(Protocol):
 
         ``over``: on that connection; None: on any of its connections. None where there is none.
         """
+        ...
+
+
+@runtime_checkable
+class PromisesProtocols(Protocol):
+    """What a swarm may offer besides `Swarm`: that who comes before all protocols are served waits for them."""
+
+    def promise(self, protocols: Iterable[str]) -> None:
+        """``protocols`` will be served: a peer's stream of one waits until it is, for a bounded time."""
+        ...
+
+    def promised_all(self) -> tuple[str, ...]:
+        """Nothing more will be served: promises that were not kept are void, and returned."""
         ...
 
 

@@ -14,7 +14,7 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Event, RoutedEvent
 from meshmax.base.model import StoredModel
 from meshmax.base.route import Route, Wishes
-from meshmax.base.status import Load, PeerView, Speed
+from meshmax.base.status import Device, Load, PeerView, Speed
 from meshmax.ports.common import Progress
 
 WISHES: Final = Wishes()
@@ -147,6 +147,10 @@ class Residency(Protocol):
 
     def loaded(self) -> tuple[LoadedView, ...]:
         """Models in memory, longest remaining first."""
+        ...
+
+    def device(self, digest: Sha256) -> Device | None:
+        """Where the model is in memory; None where it is not."""
         ...
 
     def load(self) -> Load:

@@ -53,6 +53,7 @@ class Backends:
         self._runs_itself = runs_itself
         self._on_change = on_change
         self._offers: list[tuple[OfferedModel, ...]] = [() for _ in self._backends]
+        self._met = [False for _ in self._backends]  # whether each has ever offered something
         self.problems: list[str] = ["" for _ in self._backends]
         self._wake = [trio.Event() for _ in self._backends]
         self._owners: dict[Sha256, Backend] = {}
@@ -77,11 +78,13 @@ class Backends:
         return sum(offers[0].parallel for offers in self._offers if offers)
 
     def reports(self) -> tuple[BackendReport, ...]:
-        """How each backend stands; nothing of one that nobody asked for and that is not there."""
+        """How each backend stands; nothing of one that nobody asked for and that never was there."""
         return tuple(
             BackendReport(backend.name, len(offers), offers[0].origin if offers else "", problem)
-            for backend, offers, problem in zip(self._backends, self._offers, self.problems, strict=True)
-            if offers or backend.name != self._unasked
+            for backend, offers, problem, met in zip(
+                self._backends, self._offers, self.problems, self._met, strict=True
+            )
+            if met or backend.name != self._unasked
         )
 
     def owners(self) -> Mapping[Sha256, Backend]:
@@ -206,6 +209,7 @@ class Backends:
         if bool(found) != bool(self._offers[place]):
             _log.info("backend", engine=self._backends[place].name, models=len(found))
         self._offers[place] = found
+        self._met[place] = True
         owners: dict[Sha256, Backend] = {}
         table: dict[Sha256, OfferedModel] = {}
         for backend, offers in zip(self._backends, self._offers, strict=True):

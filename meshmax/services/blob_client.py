@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from meshmax.base.errors import MeshmaxError, PeerGone, RemoteProtocolError
+from meshmax.base.errors import MeshmaxError, PeerGone, RemoteProtocolError, without_frames
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Haves
 from meshmax.ports import Stream, Swarm
@@ -98,12 +98,20 @@ class Session:
 
     async def run(self, swarm: Swarm, addresses: tuple[str, ...]) -> None:
         """The whole session; ``addresses`` are where to dial the peer if it is not connected."""
-        with self._scope:
-            try:
-                await self._connected(swarm, addresses)
-            except MeshmaxError as error:
-                self._failure = error
-        self._landing.inbox.put(Gone(self.peer, self._failure))
+        try:
+            with self._scope:
+                try:
+                    await self._connected(swarm, addresses)
+                except MeshmaxError as error:
+                    self._fail(error)
+            self._landing.inbox.put(Gone(self.peer, self._failure))
+        finally:
+            self._assembly = wire.Assembly(self._map)  # parts of chunks that do not come to their ends
+            self._lanes = None  # they know this session
+
+    def _fail(self, error: MeshmaxError) -> None:
+        # Its frames hold this session, which would hold them by it, with what they had just received.
+        self._failure = self._failure or without_frames(error)
 
     async def _connected(self, swarm: Swarm, addresses: tuple[str, ...]) -> None:
         with trio.move_on_after(OPEN_TIMEOUT_S) as opening:
@@ -117,7 +125,7 @@ class Session:
             try:
                 await self._stream(swarm)
             except MeshmaxError as error:
-                self._failure = self._failure or error
+                self._fail(error)
             nursery.cancel_scope.cancel()
 
     async def _stream(self, swarm: Swarm) -> None:
@@ -148,7 +156,7 @@ class Session:
                 while (message := await frames.try_receive(wire.FROM_SERVER)) is not None:
                     await self._take(message)
             except MeshmaxError as error:
-                self._failure = self._failure or error
+                self._fail(error)
             nursery.cancel_scope.cancel()
 
     async def _write(self, frames: FrameStream, scope: trio.CancelScope) -> None:
@@ -162,7 +170,7 @@ class Session:
                 await self._wake.wait()
                 self._wake = trio.Event()
         except MeshmaxError as error:
-            self._failure = error
+            self._fail(error)
             scope.cancel()
 
     async def _take(self, message: wire.FromServer) -> None:

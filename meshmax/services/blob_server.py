@@ -16,7 +16,15 @@ from typing import Final
 
 import trio
 
-from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError, PeerGone, RemoteProtocolError, StoreCorrupt
+from meshmax.base.errors import (
+    BlobNotFound,
+    Busy,
+    MeshmaxError,
+    PeerGone,
+    RemoteProtocolError,
+    StoreCorrupt,
+    without_frames,
+)
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import Haves
 from meshmax.core.relay_quota import RELAY_PIECE_BYTES, RelayQuota
@@ -131,11 +139,15 @@ class _Session:
                 nursery.start_soon(self._tell, nursery.cancel_scope)
                 await self._serve(next_read)
             except MeshmaxError as error:
-                self._failure = self._failure or error
+                self._fail(error)
             nursery.cancel_scope.cancel()
         if self._failure:
             self._offers.gone(self._digest, self._peer)
             raise self._failure
+
+    def _fail(self, error: MeshmaxError) -> None:
+        # Its frames hold chunks and this session, which would hold them by it.
+        self._failure = self._failure or without_frames(error)
 
     async def _hear(self, wants: trio.MemorySendChannel[int], scope: trio.CancelScope) -> None:
         try:
@@ -143,7 +155,7 @@ class _Session:
                 while (message := await self._frames.try_receive(wire.FROM_FETCHER)) is not None:
                     self._take(message, wants)
         except MeshmaxError as error:
-            self._failure = error
+            self._fail(error)
             scope.cancel()
 
     def _take(self, message: wire.FromFetcher, wants: trio.MemorySendChannel[int]) -> None:
@@ -173,7 +185,7 @@ class _Session:
                 async for index in wants:
                     await reads.send((index, None if index in self._cancelled else await self._read(index)))
         except MeshmaxError as error:
-            self._failure = error
+            self._fail(error)
             scope.cancel()
 
     async def _read(self, index: int) -> bytes | None:
@@ -212,7 +224,7 @@ class _Session:
                 if news:
                     await self._send(news)
         except MeshmaxError as error:
-            self._failure = self._failure or error
+            self._fail(error)
             scope.cancel()
 
     async def _look(self) -> Haves:

@@ -29,6 +29,10 @@ class Brought(Protocol):
         """How much they answer at once."""
         ...
 
+    def look_at(self, digest: Sha256) -> None:
+        """Something has happened to one there: see soon how its engine stands."""
+        ...
+
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
         """Load and keep one so long, or unload it (0). Raises ModelNotFound, EngineError, InvalidRequest (it cannot)."""
         ...
@@ -48,6 +52,9 @@ class NothingBrought:
     def parallel(self) -> int:
         """Nothing."""
         return 0
+
+    def look_at(self, digest: Sha256) -> None:
+        """Nothing to do."""
 
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
         """Nothing to do."""

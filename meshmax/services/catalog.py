@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NoReturn, Protocol
 
 import msgspec
 import trio
@@ -31,9 +31,9 @@ from meshmax.base.ids import MapAddress, PeerId, Sha256
 from meshmax.base.model import Manifest, ModelRecord, Signed, StoredModel
 from meshmax.base.names import ModelName, parse_name, split_digest
 from meshmax.base.status import PeerView
-from meshmax.core.absence import MAX_NAMED
 from meshmax.core.catalog import FirstSeen, held_elsewhere, merge, name_of_kept, resolve
 from meshmax.core.pins import Pins
+from meshmax.core.refusal import MAX_NAMED
 from meshmax.ports import BlobStore, ModelStore, Progress, Signer
 from meshmax.telemetry.isolate import isolate
 from meshmax.telemetry.log import get_logger
@@ -96,6 +96,9 @@ class CatalogService:
         self._pins = pins or Pins()
         self._brought = brought
         self._local: tuple[StoredModel, ...] = ()
+        self._unsigned = trio.Event()  # set while there are models without a record that nobody has tried to sign
+        self._tried: set[tuple[str, Sha256]] = set()
+        self._signing: set[tuple[str, Sha256]] = set()  # those that somebody reads and signs right now
         self._of: tuple[object, ...] = ()  # what the entries below were made of
         self._entries: tuple[CatalogEntry, ...] = ()
 
@@ -103,7 +106,8 @@ class CatalogService:
 
     def entries(self) -> tuple[CatalogEntry, ...]:
         """Every model, local and remote, newest first. Made anew only where something changed, since each prompt asks."""
-        views = tuple((view.peer_id, view.state, view.status) for view in self._peers()[1:])
+        # Not their loads, which change with every prompt anywhere.
+        views = tuple((view.peer_id, view.state, view.status and view.status.models) for view in self._peers()[1:])
         of = (self._local, self._offered(), views, dict(self._fractions()), self._pins.items())
         if of != self._of:
             self._of, self._entries = of, self._merged(parts=False)
@@ -237,9 +241,13 @@ class CatalogService:
         return stored
 
     async def refresh(self) -> None:
-        """Read the local models anew; tell the mesh."""
+        """Read the local models anew; tell the mesh. What has no record gets one in the background."""
         self._local = await self._models.models()
         self._on_change()
+        unsigned = self._without_record()
+        self._tried &= unsigned
+        if unsigned - self._tried:
+            self._unsigned.set()
 
     async def refresh_if_changed(self) -> bool:
         """Take up what other programs changed in the store, which they may share; True if there was something.
@@ -266,10 +274,26 @@ class CatalogService:
         return taken_back or bool(new)
 
     async def sign_missing_records(self) -> None:
-        """Give every local model that has none a record of ours, so that peers can fetch it."""
+        """Give every local model that has none a record of ours, so that peers can fetch it without taking it on trial."""
         for stored in self._local:
-            if stored.record is None:
-                await isolate("record", partial(self._put, parse_name(stored.name), stored.manifest))
+            key = (stored.name, stored.manifest.digest)
+            if stored.record is None and key not in self._signing and key in self._without_record():
+                self._tried.add(key)
+                self._signing.add(key)
+                try:
+                    await isolate("record", partial(self._put, parse_name(stored.name), stored.manifest))
+                finally:
+                    self._signing.discard(key)
+
+    async def run_signing(self) -> NoReturn:
+        """Sign what is here without a record, now and when more comes, as by adoption; what failed is tried with the next."""
+        while True:
+            await self.sign_missing_records()
+            await self._unsigned.wait()
+            self._unsigned = trio.Event()
+
+    def _without_record(self) -> set[tuple[str, Sha256]]:
+        return {(stored.name, stored.manifest.digest) for stored in self._local if stored.record is None}
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -335,7 +359,7 @@ async def open_catalog(catalog: CatalogService) -> AsyncIterator[CatalogService]
     """The catalog with the store's models read, signing missing records in the background."""
     await catalog.refresh()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(catalog.sign_missing_records)
+        nursery.start_soon(catalog.run_signing)
         try:
             yield catalog
         finally:

@@ -16,6 +16,7 @@ from meshmax.base.inference import Ask
 from meshmax.base.status import NO_ENGINE, Device, Load, ModelPresence, PeerView
 from meshmax.core.contender import Contender, holders
 from meshmax.core.eligibility import kept_out
+from meshmax.core.estimate import wanted_context
 from meshmax.core.explain import plain_name
 from meshmax.core.memory_fit import device_of
 from meshmax.core.prefixes import Mark, Prefixes
@@ -40,8 +41,10 @@ class Contenders:
         if own is not None:
             found[self._peer_id] = own
         held = self.prefixes.held(ask.digest, marks, now) if marks else {}
+        tokens = wanted_context(ask.request)
         return {
-            peer: self._contender(ask, view, model, held.get(peer, 0), now) for peer, (view, model) in found.items()
+            peer: self._contender(ask, view, model, held.get(peer, 0), tokens, now)
+            for peer, (view, model) in found.items()
         }
 
     def stand(self, ask: Ask) -> Hashable:
@@ -72,12 +75,14 @@ class Contenders:
             if entry is None or (view.status.engine == NO_ENGINE and not entry.served):
                 return None
             model = ModelPresence(ask.digest, (entry.name,), "disk", entry.size, _device(view))
-        loaded = next((m for m in self._residency.loaded() if m.digest == ask.digest), None)
-        if loaded is not None:
-            return view, msgspec.structs.replace(model, state="loaded", device=loaded.device)
+        device = self._residency.device(ask.digest)
+        if device is not None:
+            return view, msgspec.structs.replace(model, state="loaded", device=device)
         return view, msgspec.structs.replace(model, state="disk")
 
-    def _contender(self, ask: Ask, view: PeerView, model: ModelPresence, held: int, now: float) -> Contender:
+    def _contender(
+        self, ask: Ask, view: PeerView, model: ModelPresence, held: int, tokens: int, now: float
+    ) -> Contender:
         peer, status, measured = view.peer_id, view.status, self._bench.measurements
         assert status is not None  # holders() and _own() say so
         waits, outstanding = self._bench.waits, self._bench.outstanding
@@ -91,11 +96,11 @@ class Contenders:
             told = waits.of(peer, model.digest, status.sequence, status.load, sent, now)
             if view.rtt_s is not None:
                 measured.on_rtt(peer, view.rtt_s, now)
-        standing = measured.standing(peer, model.digest, now, ask.priority)
+        standing = measured.breakers.standing(peer, model.digest, now, ask.priority)
         if standing.state == "open" and standing.code == Busy.code and peer != self._peer_id:
             has_room = load.running < load.capacity and not load.queued
             measured.breakers.on_load(peer, model.digest, has_room, now)
-            standing = measured.standing(peer, model.digest, now, ask.priority)
+            standing = measured.breakers.standing(peer, model.digest, now, ask.priority)
         return Contender(
             view=view,
             model=model,
@@ -105,6 +110,7 @@ class Contenders:
             standing=standing,
             prefix_tokens=held,
             told=told if model.state == "loaded" else None,
+            context_tokens=tokens,
         )
 
 

@@ -12,12 +12,13 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Final
 
 import msgspec
 import trio
 
-from meshmax.base.errors import MeshmaxError
+from meshmax.base.errors import MeshmaxError, raise_only, without_frames
 from meshmax.base.inference import Delta, Event, RoutedEvent, Vector
 from meshmax.core.delivery import Delivery
 from meshmax.core.delivery_words import Action, Cancel, Done, Fail, Give, Start, Suspect
@@ -34,6 +35,7 @@ CLOSE_S: Final = 1.0  # after the end, for the attempt to close its books
 Waits = Callable[["RequestDelivery", bool], None]
 
 _log = get_logger("delivery")
+_attempts: Final = cache(ATTEMPTS.labels)
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -60,7 +62,7 @@ class RequestDelivery:
         while not self._ready and self._error is None:
             await self._wait_news()
         if self._error is not None and not self._ready:
-            raise self._error
+            raise _anew(self._error)
 
     def __aiter__(self) -> RequestDelivery:
         return self
@@ -69,10 +71,11 @@ class RequestDelivery:
         """The next event, a Finish at the end. Raises what nobody could make good."""
         while not self._ready:
             if self._error is not None:
-                raise self._error
+                raise _anew(self._error)
             if self._core.over:
-                with trio.move_on_after(CLOSE_S):
-                    await self._wait_idle()
+                if self._running:
+                    with trio.move_on_after(CLOSE_S):
+                        await self._wait_idle()
                 raise StopAsyncIteration
             await self._wait_news()
         event = self._ready.popleft()
@@ -149,7 +152,7 @@ class RequestDelivery:
             self._retimed.set()
 
     def _start(self, action: Start) -> None:
-        ATTEMPTS.labels(kind=action.kind).inc()
+        _attempts(kind=action.kind).inc()
         # Known at once, since it may be cancelled before its task has begun.
         scope, trial = trio.CancelScope(), self._trial_for(action)
         self._running[action.attempt] = (scope, trial)
@@ -172,7 +175,7 @@ class RequestDelivery:
         self._idle.set()
         self._idle = trio.Event()
         if error is not None:
-            self.do(self._core.on_failed(attempt, error, trio.current_time()))
+            self.do(self._core.on_failed(attempt, without_frames(error), trio.current_time()))
 
     @property
     def full(self) -> bool:
@@ -188,6 +191,13 @@ class RequestDelivery:
         while not self._has_room:
             self._room = trio.Event()
             await self._room.wait()
+
+
+def _anew(error: MeshmaxError) -> MeshmaxError:
+    """``error`` to be raised: the one that is kept would know the frames that it goes through, and they know who keeps it."""
+    made = type(error).__new__(type(error), *error.args)
+    made.__dict__.update(error.__dict__)
+    return made
 
 
 def _size(event: RoutedEvent) -> int:
@@ -236,6 +246,7 @@ async def open_delivery(
     core: Delivery, trial_for: Callable[[Start], Trial], waits: Waits
 ) -> AsyncIterator[RequestDelivery]:
     """The request under way, begun; leaving the block ends it. ``waits`` is told when it begins to wait, and when it ends."""
+    failed: MeshmaxError | None = None
     try:
         async with trio.open_nursery() as nursery:
             delivery = RequestDelivery(core, trial_for, nursery, waits)
@@ -243,10 +254,16 @@ async def open_delivery(
                 nursery.start_soon(delivery.run_clock)
                 delivery.begin()
                 yield delivery
+            except MeshmaxError as error:  # out of the nursery it would be in one ring with what that cancels
+                failed = error
             finally:
                 delivery.close()
             nursery.cancel_scope.cancel()
+        if failed is not None:
+            raise failed
     except BaseExceptionGroup as group:
         if len(group.exceptions) != 1:
             raise
-        raise group.exceptions[0] from None  # noqa: ASYNC123  the block's own, with its own traceback
+        raise_only(group)  # the block's own, with its own traceback
+    finally:
+        del failed

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Final, NoReturn
+from typing import NoReturn
 
 import trio
 
 from meshmax.base.drain import DrainView
-from meshmax.base.errors import Draining
 from meshmax.core.draining import Action, DrainCore, End
 from meshmax.telemetry.log import get_logger
-
-HANDED_OVER: Final = "this peer was drained before its answer was whole"
 
 _log = get_logger("drain")
 
@@ -47,13 +44,17 @@ class Drain:
                 yield lambda: self._core.on_begun(number)
         finally:
             del self._scopes[number]
-            self._do(self._core.on_end(number))
+            if actions := self._core.on_end(number):  # else nothing has changed that anybody waits for
+                self._do(actions)
         if scope.cancelled_caught:
-            raise Draining(HANDED_OVER)
+            raise self._core.ended()
 
-    def drain(self, deadline_s: float) -> DrainView:
-        """Take nothing any more; end what still runs after ``deadline_s``. Cheap; again, it changes the deadline."""
-        self._do(self._core.on_drain(deadline_s, trio.current_time()))
+    def drain(self, deadline_s: float, *, stopping: bool = False) -> DrainView:
+        """Take nothing any more; end what still runs after ``deadline_s``. Cheap; again, it changes the deadline.
+
+        ``stopping``: because the node ends.
+        """
+        self._do(self._core.on_drain(deadline_s, trio.current_time(), stopping=stopping))
         return self.view
 
     def undrain(self) -> DrainView:

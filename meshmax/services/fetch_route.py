@@ -10,12 +10,13 @@ from typing import Final
 
 import msgspec
 
-from meshmax.base.errors import MeshmaxError
+from meshmax.base.errors import Draining, MeshmaxError
 from meshmax.base.inference import Ask
 from meshmax.base.route import Attempt, Policy, RequestState, Route
 from meshmax.core.explain import kind_of
 from meshmax.core.pull_first import PullPlan, Taker
 from meshmax.ports import Answer
+from meshmax.services.route_records import later
 
 CANDIDATES_KEPT: Final = 32  # of one request
 
@@ -108,23 +109,22 @@ class FetchRoute:
     def _attempt(self) -> Attempt:
         code, message = (self._failed.code, self._failed.message) if self._failed else ("", "")
         at_s = self._taken_s - self.began_s
-        return Attempt(self.taker.peer_id, code, kind="fetch", at_s=at_s, ended_s=self._took_s, message=message)
+        stopping = isinstance(self._failed, Draining) and self._failed.stopping
+        return Attempt(
+            self.taker.peer_id,
+            code,
+            kind="fetch",
+            at_s=at_s,
+            ended_s=self._took_s,
+            message=message,
+            stopping=stopping,
+        )
 
     def _onto(self, route: Route) -> Route:
         """``route``, which began when the fetch had ended, as the client saw it."""
         took_s = self._taken_s - self.began_s + (self._took_s or 0.0)
-        return msgspec.structs.replace(
-            route,
-            line=f"{self.line}; {route.line}",
-            attempts=(*self._attempts(), *(_later(attempt, took_s) for attempt in route.attempts)),
-            started_at_s=self.at_s,
-            first_token_s=None if route.first_token_s is None else route.first_token_s + took_s,
-            total_s=None if route.total_s is None else route.total_s + took_s,
-        )
-
-
-def _later(attempt: Attempt, by_s: float) -> Attempt:
-    return msgspec.structs.replace(attempt, at_s=attempt.at_s + by_s)
+        told = later(route, took_s, attempts=self._attempts())
+        return msgspec.structs.replace(told, line=f"{self.line}; {route.line}", started_at_s=self.at_s)
 
 
 def ascii_of(text: str) -> str:

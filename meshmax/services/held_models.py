@@ -15,11 +15,12 @@ import msgspec
 import trio
 
 from meshmax.base.catalog import LoadedView, ModelFile
+from meshmax.base.config import EngineConfig
 from meshmax.base.errors import EngineUnavailable, MeshmaxError
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import InferRequest, Options, merge_options
-from meshmax.base.status import Speed
-from meshmax.core.memory import Need
+from meshmax.base.status import Device, Speed
+from meshmax.core.memory import Need, context_tokens
 from meshmax.core.residency import ResidentView
 from meshmax.ports import Engine, LoadedModel
 from meshmax.services.model_memory import ModelMemory
@@ -32,8 +33,8 @@ _log = get_logger("residency")
 class HeldEvents(Protocol):
     """Who is told what came of a model."""
 
-    def on_loaded(self, digest: Sha256, parallel: int, need: Need) -> None:
-        """It is in memory, takes ``need`` there, and answers ``parallel`` asks at once."""
+    def on_loaded(self, digest: Sha256, parallel: int, need: Need, context_tokens: int) -> None:
+        """It is in memory, takes ``need`` there, and answers ``parallel`` asks at once, each with ``context_tokens``."""
         ...
 
     def on_load_failed(self, digest: Sha256, error: MeshmaxError) -> None:
@@ -53,6 +54,8 @@ class HeldModel:
         self.leave = trio.Event()
         self.file: ModelFile | None = None
         self.model: LoadedModel | None = None
+        self.load_s = 0.0
+        self.broken = False  # an answer failed because its engine was not there any more
 
     @property
     def ready(self) -> bool:
@@ -62,7 +65,18 @@ class HeldModel:
     @property
     def crashed(self) -> bool:
         """Whether it was, and has ended by itself."""
-        return self.model is not None and not self.model.alive and not self.leave.is_set()
+        ended = self.model is not None and (self.broken or not self.model.alive)
+        return ended and not self.leave.is_set()
+
+    @property
+    def served(self) -> bool:
+        """Whether an engine runs it that brings it along: no file of ours was loaded."""
+        return self.file is not None and not self.file.path
+
+    @property
+    def device(self) -> Device | None:
+        """Where it is in memory and to stay; None unless it is."""
+        return None if self.model is None or self.leave.is_set() or not self.model.alive else self.model.facts.device
 
     def view(self, resident: ResidentView, speed: Speed, offset_s: float) -> LoadedView | None:
         """It as people see it; None unless it is in memory. ``offset_s``: from the core's clock to Unix time."""
@@ -93,13 +107,13 @@ class HeldModels:
         self,
         engine: Engine,
         model_file: Callable[[Sha256], Awaitable[ModelFile]],
-        load_timeout_s: float,
+        config: EngineConfig,
         memory: ModelMemory,
         speeds: ModelSpeeds,
         nursery: trio.Nursery,
         events: HeldEvents,
     ) -> None:
-        self._engine, self._model_file, self._load_timeout_s = engine, model_file, load_timeout_s
+        self._engine, self._model_file, self._config = engine, model_file, config
         self._memory, self._speeds, self._nursery, self._events = memory, speeds, nursery, events
         self._held: dict[Sha256, HeldModel] = {}
 
@@ -111,10 +125,10 @@ class HeldModels:
         """All of them."""
         return frozenset(self._held)
 
-    def load(self, digest: Sha256, request: InferRequest) -> None:
-        """Begin to load a model that is not held, as ``request`` wants it."""
+    def load(self, digest: Sha256, request: InferRequest, tokens: int) -> None:
+        """Begin to load a model that is not held, as ``request`` wants it, but with ``tokens`` of context (0: its own)."""
         held = self._held[digest] = HeldModel()
-        self._nursery.start_soon(self._run, digest, held, request)
+        self._nursery.start_soon(self._run, digest, held, request, tokens)
 
     def leave(self, digest: Sha256) -> None:
         """Begin to unload one that is held, or give its load up."""
@@ -123,10 +137,10 @@ class HeldModels:
         if held.model is None:
             held.scope.cancel()
 
-    async def _run(self, digest: Sha256, held: HeldModel, request: InferRequest) -> None:
+    async def _run(self, digest: Sha256, held: HeldModel, request: InferRequest, tokens: int) -> None:
         try:
             with held.scope:
-                await self._hold(digest, held, request)
+                await self._hold(digest, held, request, tokens)
         except MeshmaxError as error:
             if held.model is None:
                 _log.warning("not loaded", digest=digest[:12], code=error.code, error=error.message)
@@ -137,27 +151,30 @@ class HeldModels:
         del self._held[digest]
         self._events.on_unloaded(digest)
 
-    async def _hold(self, digest: Sha256, held: HeldModel, request: InferRequest) -> None:
+    async def _hold(self, digest: Sha256, held: HeldModel, request: InferRequest, tokens: int) -> None:
         begun = trio.current_time()
         file = await self._model_file(digest)
-        held.file = file_to_load(file, request)
+        held.file = file_to_load(file, request, self._config, tokens)
         # The deadline ends with the load: the block below stays open for as long as the model is in memory.
-        with trio.CancelScope(deadline=begun + self._load_timeout_s) as loading:
+        with trio.CancelScope(deadline=begun + self._config.load_timeout_s) as loading:
             async with self._engine.open_model(held.file) as model:
                 loading.deadline = math.inf
                 held.model = model
-                took_s = trio.current_time() - begun
+                held.load_s = took_s = trio.current_time() - begun
                 self._speeds.on_load(digest, took_s)
-                _log.info("loaded", model=held.file.name, digest=digest[:12], seconds=round(took_s, 3))
-                need = self._memory.on_loaded(held.file, model.facts)
-                self._events.on_loaded(digest, model.facts.parallel, need)
+                facts, need = model.facts, self._memory.on_loaded(held.file, model.facts)
+                what = {"model": held.file.name, "digest": digest[:12], "context": facts.context_length}
+                _log.info("loaded", **what, seconds=round(took_s, 3))
+                self._events.on_loaded(digest, facts.parallel, need, facts.context_length)
                 await held.leave.wait()
         if loading.cancelled_caught:
-            raise EngineUnavailable(f"the model did not load within {self._load_timeout_s:g} s")
+            raise EngineUnavailable(f"the model did not load within {self._config.load_timeout_s:g} s")
 
 
-def file_to_load(file: ModelFile, request: InferRequest) -> ModelFile:
-    """``file`` with the options of ``request`` that count for a load."""
+def file_to_load(file: ModelFile, request: InferRequest, config: EngineConfig, tokens: int = 0) -> ModelFile:
+    """``file`` with the options of ``request`` that count for a load, and ``tokens`` of context; 0, or as many as it has by
+    itself: its own."""
     asked = request.options
-    loading = Options(num_ctx=asked.num_ctx, num_gpu=asked.num_gpu, num_thread=asked.num_thread or None)
+    num_ctx = tokens if tokens and tokens != context_tokens(file, config) else None
+    loading = Options(num_ctx=num_ctx, num_gpu=asked.num_gpu, num_thread=asked.num_thread or None)
     return msgspec.structs.replace(file, parameters=merge_options(loading, file.parameters))

@@ -19,7 +19,7 @@ from meshmax.base.errors import PeerGone, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask, Delta, EmbedRequest, Event, Finish, Vector
 from meshmax.core.liveness import Silence
-from meshmax.ports import HearsPeers, Stream, Swarm
+from meshmax.ports import Stream, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.wire.failure import Failure, error_of
 from meshmax.wire.infer import ASK_PART, REPLY, Accepted, Events, Reply, ask_parts, check_reply
@@ -65,7 +65,8 @@ async def open_remote_answer(
                 raise PeerGone(f"the peer took nothing of the request for {SILENCE_S:g} s")
             if large:
                 on_step("heard")
-        heard_s = partial(swarm.heard_s, peer) if isinstance(swarm, HearsPeers) else _unheard
+        hears = getattr(swarm, "heard_s", None)  # of ports.HearsPeers, which takes long to ask for
+        heard_s = _unheard if hears is None else partial(hears, peer)
         yield RemoteEvents(frames, ask, on_step, heard_s)
     finally:
         with trio.CancelScope(shield=True):  # reset does not block; without it the peer would work on

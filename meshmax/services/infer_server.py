@@ -1,14 +1,14 @@
 """Serves /meshmax/infer/1.0.0 from this node's Residency: the model must be here, others are not asked.
 
 A request lives as long as its stream: the moment the requester closes or resets it, says another word, or is lost, the
-work is cancelled and the engine stops. Three tasks a request, in one nursery: one makes events, one sends them (those that
-are ready together in one frame, with many answers those of a moment; a KeepAlive when there are none), one watches the
-requester. While a request comes in, it is bounded here: how many of them, and the bytes that requests hold, in all and per
-peer. Once it is whole, the Residency alone says whether it may wait; in both cases the answer is Busy if not.
+work is cancelled and the engine stops. Three tasks a request: one makes events, one says that the request is accepted and sends
+them (those that are ready together in one frame, with many answers those of a moment; a KeepAlive when there are none), one
+watches the requester. While a request comes in, it is bounded here: how many of them, and the bytes that requests hold, in all
+and per peer. Once it is whole, the Residency alone says whether it may wait; in both cases the answer is Busy if not.
 
-How a model is loaded here (num_ctx, num_gpu, num_thread) is for this node's own requests, its configuration and the model
-to say: a peer's words on it are passed over, and its request is answered with what there is. Neither prompts nor answers
-are logged. Not here: queues and slots of a model (services.residency).
+Where a model runs here, and with how many threads (num_gpu, num_thread), is for this node's own requests, its configuration
+and the model to say: a peer's words on it are passed over. Its num_ctx counts as far as there is room for it (core.context).
+Neither prompts nor answers are logged. Not here: queues and slots of a model (services.residency).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ SEND_DEADLINE_S: Final = 30.0  # a requester that takes nothing for so long hold
 
 Precedence = Callable[[], AbstractContextManager[None]]
 
+_ACCEPTED: Final = REPLY.encode(Accepted())
 _log = get_logger("infer_server")
 
 
@@ -84,10 +85,9 @@ class InferServer:
         assembly = AskAssembly()
         try:
             with self._place(frames.peer):
-                ask = _without_load_options(await self._receive_ask(frames, assembly))
+                ask = _without_machine_options(await self._receive_ask(frames, assembly))
             with structlog.contextvars.bound_contextvars(request_id=ask.request_id, peer=frames.peer):
                 _log.debug("request taken", digest=ask.digest)
-                await _send(frames, REPLY.encode(Accepted()))
                 await _Exchange(self._residency, frames, ask, self._precedence).run()
         finally:
             _add(self.held, frames.peer, -assembly.held_bytes)
@@ -134,8 +134,8 @@ def _add(counts: Counter[PeerId], peer: PeerId, more: int) -> None:
         del counts[peer]
 
 
-def _without_load_options(ask: Ask) -> Ask:
-    options = msgspec.structs.replace(ask.request.options, num_ctx=None, num_gpu=None, num_thread=None)
+def _without_machine_options(ask: Ask) -> Ask:
+    options = msgspec.structs.replace(ask.request.options, num_gpu=None, num_thread=None)
     return msgspec.structs.replace(ask, request=msgspec.structs.replace(ask.request, options=options))
 
 
@@ -153,9 +153,11 @@ class _Exchange:
         # The engine may be MAX_EVENTS ahead of the wire, not more: a slow requester slows the engine down.
         made, ready = trio.open_memory_channel[Event | Failure](MAX_EVENTS)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch, nursery.cancel_scope)
-            nursery.start_soon(self._make, made)
             nursery.start_soon(self._send, ready, nursery.cancel_scope)
+            nursery.start_soon(self._watch, nursery.cancel_scope)
+            await self._make(
+                made
+            )  # at once: every turn of the event loop before the engine is asked is time that is waited
         if self._error is not None:
             raise self._error
 
@@ -178,7 +180,7 @@ class _Exchange:
                     async with self._residency.open_answer(self._ask, self._frames.peer) as events:
                         async for event in events:
                             waiting.close()
-                            await made.send(event)
+                            await _put(made, event)
             except MeshmaxError as error:
                 # Those that are turned away are counted; under overload they would be all that the log says.
                 (_log.debug if isinstance(error, Busy) else _log.info)("request failed", code=error.code)
@@ -186,6 +188,7 @@ class _Exchange:
 
     async def _send(self, ready: trio.MemoryReceiveChannel[Event | Failure], scope: trio.CancelScope) -> None:
         try:
+            await _send(self._frames, _ACCEPTED)
             await self._send_all(ready)
         except PeerGone as error:
             self._error = error
@@ -205,6 +208,14 @@ class _Exchange:
                 return
             for frame in sendable:
                 await _send(self._frames, frame)
+
+
+async def _put(made: trio.MemorySendChannel[Event | Failure], event: Event) -> None:
+    """Without a turn of the event loop where there is room: what the engine said in one breath goes out in one frame."""
+    try:
+        made.send_nowait(event)
+    except trio.WouldBlock:
+        await made.send(event)
 
 
 async def _next_batch(

@@ -16,6 +16,7 @@ import trio
 
 from meshmax.base.discovery import RungReport, SeenBy
 from meshmax.base.errors import ConnectError, MeshmaxError
+from meshmax.base.foreign import words_of
 from meshmax.base.ids import PeerId
 from meshmax.core.backoff import Random
 from meshmax.core.ladder import RungRecord
@@ -170,5 +171,5 @@ def _sentence(error: BaseException) -> str:
     if isinstance(first, MeshmaxError):
         return first.message
     if isinstance(first, OSError):
-        return (first.strerror or str(first) or type(first).__name__)[:200]
+        return words_of(first)
     return f"an error in meshmax itself ({type(first).__name__}: {first})"[:200]

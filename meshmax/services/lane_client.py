@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 import trio
 
-from meshmax.base.errors import ConnectError, MeshmaxError, NotOffered, PeerGone
+from meshmax.base.errors import ConnectError, MeshmaxError, NotOffered, PeerGone, without_frames
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.units import MIB
 from meshmax.core.lane_ways import LanePeer, Way, WayMemory, ways_to
@@ -289,7 +289,7 @@ class SourceLanes:
                 finally:
                     self._drop(lane)
         except MeshmaxError as error:
-            self._opener.failed(self._peer, error)
+            self._opener.failed(self._peer, without_frames(error))  # else it and `_use` would hold each other
         finally:
             tried.set()
 

@@ -16,7 +16,15 @@ from typing import Final
 
 import trio
 
-from meshmax.base.errors import BlobNotFound, Busy, MeshmaxError, PeerGone, RemoteProtocolError, StoreError
+from meshmax.base.errors import (
+    BlobNotFound,
+    Busy,
+    MeshmaxError,
+    PeerGone,
+    RemoteProtocolError,
+    StoreError,
+    without_frames,
+)
 from meshmax.base.ids import Sha256
 from meshmax.ports import ChunkReader, Lanes, ServeLane, Stream, Swarm, Throttle
 from meshmax.services.frames import FrameStream
@@ -83,7 +91,7 @@ class LaneServer:
             try:
                 await lane.run(partial(self._read, lane, served, pace), partial(self._pace, lane, pace))
             except MeshmaxError as error:
-                failure = error
+                failure = without_frames(error)
             nursery.cancel_scope.cancel()
         for digest in served if failure else ():
             self._offers.gone(digest, lane.peer)

@@ -1,4 +1,4 @@
-"""Pulls that ended before their model was whole: which models the partials here belong to, and how a person frees them.
+"""Pulls that ended before their model was whole, or halt: which models the partials here belong to, how a person frees them.
 
 A partial knows its blob alone; the names are remembered here as pulls go by, over restarts too, until the model is whole
 or its partials are gone. Not here: pulls (services.pull), partials that nobody came back for (services.sweep).
@@ -31,14 +31,20 @@ MAX_BLOBS: Final = 64  # of one model that are remembered; models have under 10
 
 Begun = Mapping[str, Mapping[Sha256, int]]  # name -> its blobs' digests and sizes
 _ENDED: Final = frozenset({"done", "failed", "cancelled"})
+_HALTED: Final = frozenset({"paused", "waiting"})
 
 
 class Leftover(msgspec.Struct, frozen=True):
-    """What is here of a model that nobody is pulling now. ``here_bytes`` of ``size_bytes``."""
+    """What is here of a model of which nothing moves now: ``here_bytes`` of ``size_bytes``.
+
+    ``transfer``: the id of its pull, which is paused or waits (``state``); '' where there is none.
+    """
 
     name: str
     here_bytes: int
     size_bytes: int
+    transfer: str = ""
+    state: str = ""
 
 
 class Leftovers:
@@ -55,6 +61,8 @@ class Leftovers:
         self._transfers, self._here, self._drop, self._save = transfers, here, drop, save
         self._begun: dict[str, dict[Sha256, int]] = {name: dict(blobs) for name, blobs in known.items()}
         self._dropped = False
+        # Ids of the pulls whose partials a person freed, as long as those are told of.
+        self._freed: frozenset[str] = frozenset()
         self._woken = trio.Event()
 
     def wake(self) -> None:
@@ -76,7 +84,7 @@ class Leftovers:
         for transfer in reversed(self._transfers()):  # the oldest first, so that a name's newest pull decides
             if transfer.direction != "in" or not transfer.blobs:
                 continue
-            name = str(parse_name(split_digest(transfer.model)[0]))
+            name = _name_of(transfer)
             self._begun.pop(name, None)
             if transfer.state != "done":
                 self._begun[name] = {blob.digest: blob.size for blob in transfer.blobs[:MAX_BLOBS]}
@@ -86,13 +94,20 @@ class Leftovers:
 
     async def list(self) -> tuple[Leftover, ...]:
         """Those of which something is here."""
-        here, going = await self._here(), self._going()
+        here, going, pulls = await self._here(), self._going(), self._pulls()
         found = []
         for name, blobs in self._begun.items():
-            size = sum(here.get(digest, 0) for digest in blobs)
-            if size and not going & blobs.keys():
+            size, pull = sum(here.get(digest, 0) for digest in blobs), pulls.get(name)
+            if size and pull is not None and pull.state in _HALTED:
+                found.append(Leftover(name, size, sum(blobs.values()), pull.id, pull.state))
+            elif size and not going & blobs.keys():
                 found.append(Leftover(name, size, sum(blobs.values())))
         return tuple(found)
+
+    def _pulls(self) -> dict[str, Transfer]:
+        """The newest pull of each name."""
+        pulls = (transfer for transfer in reversed(self._transfers()) if transfer.direction == "in")
+        return {_name_of(transfer): transfer for transfer in pulls}
 
     async def drop(self, name: str) -> bool:
         """Delete what is here of the model ``name``, but for what a pull needs now; whether there was something.
@@ -113,9 +128,19 @@ class Leftovers:
                     await trio.sleep(LOOK_S)  # a pull that was just cancelled still closes its files
             if not left:
                 self._begun.pop(known, None)
+                self._free(known)
                 self._dropped = True
                 self.wake()
         return dropped
+
+    def freed(self, transfer: str) -> bool:
+        """Whether nothing is here any more of what the pull with this id fetched, since a person freed it."""
+        return transfer in self._freed
+
+    def _free(self, name: str) -> None:
+        known = {transfer.id for transfer in self._transfers()}
+        pull = self._pulls().get(name)
+        self._freed = (self._freed & known) | ({pull.id} if pull else set())
 
     async def run_keeper(self) -> None:
         """Save what is remembered whenever that changed, until cancelled."""
@@ -131,6 +156,10 @@ class Leftovers:
         """The blobs that pulls need now."""
         running = (t for t in self._transfers() if t.direction == "in" and t.state not in _ENDED)
         return frozenset(blob.digest for transfer in running for blob in transfer.blobs)
+
+
+def _name_of(transfer: Transfer) -> str:
+    return str(parse_name(split_digest(transfer.model)[0]))
 
 
 class HasPulls(Protocol):

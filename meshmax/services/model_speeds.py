@@ -1,21 +1,20 @@
 """How fast models answered and loaded on this node since it started: an EWMA for each, fed by what loads and answers took.
 
-Not here: the EWMA (core.residency), how fast other peers are (core.measurements).
+Not here: the EWMA (core.speed), how fast other peers are (core.measurements).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
 
 import msgspec
 import trio
 
 from meshmax.base.ids import Sha256
-from meshmax.base.inference import Event, Finish
+from meshmax.base.inference import Finish
 from meshmax.base.status import Speed
-from meshmax.core.residency import speed_after_answer, speed_after_load
+from meshmax.core.speed import speed_after_answer, speed_after_load
 
 MAX_MEASURED: Final = 256  # models whose rates are remembered; the one measured longest ago is forgotten first
 
@@ -34,17 +33,12 @@ class ModelSpeeds:
         """It was loaded."""
         self._remember(digest, speed_after_load(self.speed(digest), took_s))
 
-    async def measured(
-        self, digest: Sha256, answer: AsyncIterator[Event], begun: float, load_s: float
-    ) -> AsyncGenerator[Event, None]:
-        """``answer``, measured, whose Finish tells the ``load_s`` that it waited, and all the time since ``begun``."""
-        async for event in answer:
-            if isinstance(event, Finish):
-                self._remember(digest, speed_after_answer(self.speed(digest), event))
-                # An engine that brings its models along loads them by itself, and tells how long that took.
-                load_s += event.load_s
-                event = msgspec.structs.replace(event, load_s=load_s, total_s=trio.current_time() - begun)
-            yield event
+    def measured(self, digest: Sha256, finish: Finish, begun: float, load_s: float) -> Finish:
+        """The end of an answer counts: ``finish`` with the ``load_s`` that it waited and all the time since ``begun``."""
+        self._remember(digest, speed_after_answer(self.speed(digest), finish))
+        # An engine that brings its models along loads them by itself, and tells how long that took.
+        total_s = trio.current_time() - begun
+        return msgspec.structs.replace(finish, load_s=load_s + finish.load_s, total_s=total_s)
 
     def _remember(self, digest: Sha256, speed: Speed) -> None:
         self._speeds[digest] = speed

@@ -27,6 +27,7 @@ from meshmax.wire.status import fitted
 
 STATUS_PAUSE_S: Final = 0.25  # load changes with every prompt; neighbours need it soon, not each time
 STATUS_REFRESH_S: Final = 15.0
+SOON_S: Final = 0.01  # what made the change goes first: a prompt is on its way to its engine by then
 
 Keep = Callable[[int], Awaitable[None]]  # writes a bound of the sequence down
 
@@ -78,6 +79,7 @@ class OwnStatus:
         while True:
             with trio.move_on_after(STATUS_REFRESH_S):
                 await self._changed.wait()
+                await trio.sleep(SOON_S)
             await self.reserve()
             self._changed = trio.Event()
             self._issue(self._forced)

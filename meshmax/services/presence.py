@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, NoReturn
 
+import msgspec
 import trio
 
 from meshmax.base.config import Config
 from meshmax.base.errors import MeshmaxError, NotAMember
 from meshmax.base.ids import PeerId
-from meshmax.base.reachability import UNKNOWN, Reachability, ReachState
+from meshmax.base.reachability import ReachState
 from meshmax.base.status import PeerStatus, PeerView
 from meshmax.core.backoff import Random
 from meshmax.core.clones import Clones
@@ -65,11 +66,11 @@ class PresenceService:
         sequence: StatusSequence | None = None,
         keep: Keep | None = None,
         connect: Connect | None = None,
-        reachability: Callable[[], Reachability] = lambda: UNKNOWN,
+        stand: Callable[[], ReachState] = lambda: "unknown",
         on_silent: Callable[[PeerId], None] = lambda peer_id: None,
     ) -> None:
         self._swarm = swarm
-        self._connect, self._reachability = connect, reachability
+        self._connect, self._stand = connect, stand
         self._signer = signer
         self._config = config
         self._unix_now = unix_now
@@ -90,7 +91,7 @@ class PresenceService:
 
     def peers(self) -> tuple[PeerView, ...]:
         """Ourselves first, then online peers by round trip, then those that were lost seconds ago."""
-        entries, stand = self._table.shown(trio.current_time()), self._reachability().state
+        entries, stand = self._table.shown(trio.current_time()), self._stand()
         return (self._self_view(), *(self._view(entry, stand) for entry in entries))
 
     def view(self, peer_id: PeerId) -> PeerView | None:
@@ -145,7 +146,7 @@ class PresenceService:
 
     def lost(self) -> tuple[PeerView, ...]:
         """Peers that are gone, as they were last known, also those that `peers` shows no more: for an hour at most."""
-        return tuple(self._view(entry) for entry in self._table.lost(trio.current_time()))
+        return tuple(_with_had(self._view(entry), entry) for entry in self._table.lost(trio.current_time()))
 
     def on_sighting(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
         """A person has just named this peer, as with a ticket."""
@@ -319,8 +320,15 @@ class PresenceService:
         seen_at = entry.last_sign_at if entry.alive_at is None else entry.alive_at
         seen_s = self._unix_now() - (trio.current_time() - seen_at)
         mapped = entry.status.mapped if entry.status else ()
-        path = told_path(entry.path, entry.address, entry.dialled, mapped, stand or self._reachability().state)
+        path = told_path(entry.path, entry.address, entry.dialled, mapped, stand or self._stand())
         return PeerView(entry.peer_id, state, path, entry.status, entry.address, entry.rtt_s, seen_s)  # type: ignore[arg-type]
+
+
+def _with_had(view: PeerView, entry: PeerEntry) -> PeerView:
+    """``view`` with the models that the peer had before it said farewell."""
+    if view.status is None or not view.status.leaving:
+        return view
+    return msgspec.structs.replace(view, status=msgspec.structs.replace(view.status, models=entry.had))
 
 
 def _is_farther(entry: PeerEntry) -> bool:
@@ -342,17 +350,17 @@ async def open_presence(
     sequence: StatusSequence | None = None,
     keep: Keep | None = None,
     connect: Connect | None = None,
-    reachability: Callable[[], Reachability] = lambda: UNKNOWN,
+    stand: Callable[[], ReachState] = lambda: "unknown",
     on_silent: Callable[[PeerId], None] = lambda peer_id: None,
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
     ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
     writes down how far it may come. ``connect``: how peers are connected to, if not by dialling alone (services.connector).
-    ``reachability``: where we stand now. ``on_silent``: a connected peer lets us wait longer than it should.
+    ``stand``: where we stand now; cheap. ``on_silent``: a connected peer lets us wait longer than it should.
     """
     presence = PresenceService(
-        swarm, signer, config, describe, unix_now, random, sequence, keep, connect, reachability, on_silent
+        swarm, signer, config, describe, unix_now, random, sequence, keep, connect, stand, on_silent
     )
     await presence.own.reserve()
     swarm.serve(STATUS, presence.heartbeat.answer)

@@ -149,8 +149,12 @@ class BlobFetch:
                 nursery.cancel_scope.cancel()
         finally:
             self._keep_the_rest()
-        if failure:
-            raise failure
+            self._sessions.clear()  # they know this fetch
+        try:
+            if failure:
+                raise failure
+        finally:
+            del failure  # it comes to know this frame
 
     def _keep_the_rest(self) -> None:
         """Mark the chunks that were written while the fetch came to its end, by an error or a cancellation."""

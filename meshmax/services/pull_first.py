@@ -31,15 +31,15 @@ from meshmax.base.errors import (
     NoProviders,
     NotFound,
     PeerGone,
+    raise_only,
 )
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, RoutedEvent, is_load_only
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.route import RequestState, Route, Wishes
-from meshmax.core.absence import AGAIN_S, LostJustNow
 from meshmax.core.explain import kind_of, plain_line
 from meshmax.core.pull_first import MAX_TRIES, PullPlan, Taker, not_here, plan_pull, who_could
-from meshmax.core.refusal import NobodyNow
+from meshmax.core.refusal import AGAIN_S, LostJustNow, NobodyNow
 from meshmax.core.retrying import passes
 from meshmax.ports import Answer, Catalog, Presence, Router
 from meshmax.ports.services import WISHES
@@ -150,7 +150,7 @@ class PullFirst:
         self._on_ask(ask)
         if (earlier := self._fetches.get(ask.request_id)) and earlier.over:
             del self._fetches[ask.request_id]  # another try under the same id
-        at_s, entered = self._unix_now(), False
+        at_s, began_s, entered = self._unix_now(), trio.current_time(), False
         try:
             try:
                 async with self._router.open_answer(ask, wishes) as answer:
@@ -162,12 +162,12 @@ class PullFirst:
                     raise
                 nobody = error
             async with AsyncExitStack() as stack:
-                yield await self._fetch_or_tell(ask, wishes, stack, nobody, at_s)
+                yield await self._fetch_or_tell(ask, wishes, stack, nobody, at_s, began_s)
         finally:
             self.under_way -= 1
 
     async def _fetch_or_tell(
-        self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError, at_s: float
+        self, ask: Ask, wishes: Wishes, stack: AsyncExitStack, error: MeshmaxError, at_s: float, began_s: float
     ) -> Answer:
         try:
             return await self._fetched(ask, wishes, stack, error)
@@ -186,8 +186,10 @@ class PullFirst:
                         policy=wishes.policy or self._config.policy,
                         state="failed",
                         started_at_s=at_s,
-                        total_s=0.0,
+                        total_s=trio.current_time() - began_s,
                         kind=kind_of(ask),
+                        error=nobody.code,
+                        message=plain_line(nobody.message),
                     )
                 )
             raise nobody from None
@@ -251,7 +253,7 @@ class PullFirst:
         except BaseExceptionGroup as group:
             if len(group.exceptions) != 1:
                 raise
-            raise group.exceptions[0] from None  # noqa: ASYNC123  the block's own, as it is
+            raise_only(group)  # the block's own, as it is
         finally:
             fetch.close("cancelled", trio.current_time() - fetch.began_s)
 

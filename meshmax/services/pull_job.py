@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 import trio
 
-from meshmax.base.errors import IntegrityError, MeshmaxError, NoProviders, Retry, StoreFull
+from meshmax.base.errors import IntegrityError, MeshmaxError, NoProviders, Retry, StoreFull, without_frames
 from meshmax.base.events import Download, Transfer, TransferState
 from meshmax.base.ids import Sha256
 from meshmax.base.model import Layer
@@ -170,7 +170,7 @@ class Job:
                     await self._steps.run()
                     self._end("done", phase="success")
                 except MeshmaxError as error:
-                    await self._failed(error)
+                    await self._failed(without_frames(error))
 
     async def _failed(self, error: MeshmaxError) -> None:
         """Wait until another try is worth it, or end."""
@@ -253,7 +253,7 @@ class Job:
 
     def _state(self) -> tuple[TransferState, str]:
         if self._paused:
-            return "paused", PAUSED
+            return "paused", f"{PAUSED}, and `meshmax transfers resume {self.board.value.id}` goes on"
         if self._waits_for:
             return "waiting", self._waits_for
         fetch = self._tally.fetch()

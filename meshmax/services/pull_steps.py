@@ -284,8 +284,8 @@ class Steps:
                 partial,
                 lambda: world.sources_of_blob(layer.digest),
                 world.random,
-                lambda: self._on_chunk(layer, fetch),
-                lambda: self._patience_s(choice, fetch),
+                lambda: self._on_chunk(layer),
+                lambda: self._patience_s(choice, layer),
                 opener=world.opener,
                 throttle=world.throttle,
                 local=world.local(layer.digest),
@@ -309,13 +309,15 @@ class Steps:
             with trio.CancelScope(deadline=trio.current_time() + CLOSE_TIMEOUT_S, shield=True):
                 await partial.aclose()
 
-    def _on_chunk(self, layer: Layer, fetch: BlobFetch) -> None:
-        if layer.size - fetch.done_bytes <= AHEAD_BYTES and layer != self._tally.layers[-1]:
+    def _on_chunk(self, layer: Layer) -> None:
+        left_bytes = layer.size - self._world.fetching[layer.digest].done_bytes
+        if left_bytes <= AHEAD_BYTES and layer != self._tally.layers[-1]:
             self._world.prepare_lanes(self._digest)
         self._watch.on_chunk()
 
-    def _patience_s(self, choice: Choice, fetch: BlobFetch) -> float:
-        return TRIAL_WAIT_S if _on_doubtful_trial(choice, fetch) else self._watch.patience_s()
+    def _patience_s(self, choice: Choice, layer: Layer) -> float:
+        doubtful = _on_doubtful_trial(choice, self._world.fetching[layer.digest])
+        return TRIAL_WAIT_S if doubtful else self._watch.patience_s()
 
     # --- the whole digest --------------------------------------------------------------------------------------------
 

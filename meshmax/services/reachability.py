@@ -20,7 +20,7 @@ import trio
 from meshmax.base.errors import ManifestInvalid, MeshmaxError, RemoteProtocolError
 from meshmax.base.ids import PeerId
 from meshmax.base.model import Signed
-from meshmax.base.reachability import PortMapping, Reachability
+from meshmax.base.reachability import PortMapping, Reachability, ReachState
 from meshmax.core.networks import BlockedNetworks, network_of
 from meshmax.core.reachability import DialledBack, FilterSeen, Look, MappedSeen, SeenFrom, Whereabouts, scope_of
 from meshmax.net.links import is_worse
@@ -90,6 +90,11 @@ class ReachabilityService:
         self._told: tuple[Reachability, bool] = (self.view, self.udp_blocked)
 
     # --- what is known -----------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> ReachState:
+        """`view`'s, without all that it takes to make one."""
+        return self._core.view.state
 
     @property
     def view(self) -> Reachability:

@@ -12,9 +12,9 @@ import msgspec
 from meshmax.base.errors import MeshmaxError
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Ask
-from meshmax.base.route import Attempt, Candidate, RequestState, Route
+from meshmax.base.route import Attempt, Candidate, RequestState, Route, Wait
 from meshmax.core.delivery import Delivery
-from meshmax.core.explain import explain, kind_of
+from meshmax.core.explain import WAS_STOPPED, explain, kind_of, plain_line
 from meshmax.core.refusal import NobodyNow
 from meshmax.core.routing import Decision
 
@@ -34,20 +34,25 @@ class RouteRecord:
         self._core: Delivery | None = core
         self._decision: Decision | None = decision
         self._started_at_s = started_at_s
+        self._told: tuple[object, Route] | None = None  # what was known when it was told last, and what was told
         self._final: Route | None = None
 
     def route(self) -> Route:
         """As of now."""
-        if self._core is None or self._decision is None:
+        core = self._core
+        if core is None or self._decision is None:
             assert self._final is not None
             return self._final
-        return self._route(self._core, self._decision, "running", None)
+        known = core.attempts(), core.waited(), core.first_speaker, core.first_token_s, core.finish, core.error
+        if self._told is None or self._told[0] != known:  # its beginning goes to the log and to the client
+            self._told = known, self._route(core, self._decision, "running", None)
+        return self._told[1]
 
     def close(self, state: RequestState, total_s: float) -> Route:
         """It is over after ``total_s``."""
         if self._core is not None and self._decision is not None:
             self._final = self._route(self._core, self._decision, state, total_s)
-            self._core = self._decision = None
+            self._core = self._decision = self._told = None
         return self.route()
 
     def _route(self, core: Delivery, decision: Decision, state: RequestState, total_s: float | None) -> Route:
@@ -57,7 +62,7 @@ class RouteRecord:
         asked_before = _before(attempts, chosen)
         candidates = tuple(_verdict(c, chosen, failed) for c in decision.candidates)
         names = {c.peer_id: c.name for c in candidates}
-        tried = {a.peer_id: a.error for a in asked_before if a.error and a.error != "cancelled"}
+        tried = {a.peer_id: _code(a) for a in asked_before if a.error and a.error != "cancelled"}
         last = chosen or (attempts[-1].peer_id if attempts else PeerId(""))
         finish = core.finish
         refused = f"; {core.error.message}" if isinstance(core.error, NobodyNow) else ""
@@ -89,7 +94,25 @@ class RouteRecord:
             output_tokens=finish.output_tokens if finish else sum(attempt.tokens for attempt in attempts),
             kind=self._kind,
             among=len(decision.order),
+            error=core.error.code if core.error else "",
+            message=plain_line(core.error.message) if core.error else "",
         )
+
+
+def _code(attempt: Attempt) -> str:
+    return WAS_STOPPED if attempt.stopping else attempt.error
+
+
+def later(route: Route, by_s: float, attempts: tuple[Attempt, ...] = (), waits: tuple[Wait, ...] = ()) -> Route:
+    """``route`` as a client saw it that had come ``by_s`` before; ``attempts``, ``waits``: what there was until then."""
+    replace = msgspec.structs.replace
+    return replace(
+        route,
+        attempts=(*attempts, *(replace(attempt, at_s=attempt.at_s + by_s) for attempt in route.attempts)),
+        waits=(*waits, *(replace(wait, at_s=wait.at_s + by_s) for wait in route.waits)),
+        first_token_s=None if route.first_token_s is None else route.first_token_s + by_s,
+        total_s=None if route.total_s is None else route.total_s + by_s,
+    )
 
 
 def _before(attempts: Sequence[Attempt], chosen: PeerId | None) -> Sequence[Attempt]:
@@ -161,17 +184,21 @@ class LoadRecords:
             self._routes.popitem(last=False)
         state: RequestState = "cancelled"
         attempt = Attempt(peer_id, "cancelled")
+        code = message = ""
         try:
             yield route
             state, attempt = "done", Attempt(peer_id)
         except MeshmaxError as error:
-            state, attempt = "failed", Attempt(peer_id, error.code, message=error.message)
+            code, message = error.code, error.message
+            state, attempt = "failed", Attempt(peer_id, code, message=message)
             raise
         finally:
             took_s = now() - began_s
             if number in self._routes:
                 ended = msgspec.structs.replace(attempt, ended_s=took_s)
-                self._routes[number] = msgspec.structs.replace(route, state=state, total_s=took_s, attempts=(ended,))
+                self._routes[number] = msgspec.structs.replace(
+                    route, state=state, total_s=took_s, attempts=(ended,), error=code, message=plain_line(message)
+                )
 
     def find(self, request_id: str) -> Route | None:
         """The newest with this id."""

@@ -239,7 +239,7 @@ class _Request:
             self._shared.contenders.prefixes.on_lost(lost)
         if core.refuted is not None:
             now = trio.current_time()
-            self._shared.bench.measurements.on_failure(core.refuted, self._ask.digest, EngineError.code, now)
+            self._shared.bench.measurements.breakers.on_failure(core.refuted, self._ask.digest, EngineError.code, now)
         spoke = [attempt for attempt in attempts if not attempt.error]
         if self._marks and spoke and core.finish is not None:
             peer = spoke[-1].peer_id

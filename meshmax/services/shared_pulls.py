@@ -16,6 +16,7 @@ import trio
 
 from meshmax.base.errors import Busy, MeshmaxError, NoProviders, NotFound, PeerGone, error_for
 from meshmax.base.ids import PeerId, Sha256
+from meshmax.core.delivery_wait import PATIENCE_S
 from meshmax.ports import Pulls, Swarm
 from meshmax.services.frames import FrameStream
 from meshmax.services.pull_progress import FINAL
@@ -28,7 +29,7 @@ REQUEST_TIMEOUT_S: Final = 10.0  # for a connection, and for the first answer
 SILENCE_S: Final = 10.0  # without a word an asked peer is gone; it has one every 2 s
 TRIES: Final = 3  # a peer may not have heard yet that the model exists
 PAUSE_S: Final = 1.0
-WAIT_S: Final = 60.0  # without a byte, for want of a source, a pull goes on waiting; a prompt does not
+WAIT_S: Final = 60.0  # without a byte from sources that are there a pull goes on; a prompt does not wait for it
 LOG_S: Final = 10.0  # between words in the log on how far a pull is
 
 _Key = tuple[PeerId, Sha256, str]  # the last is a name
@@ -49,7 +50,7 @@ class SharedPull:
         self.waiting = 0
         self._idle = False
         self._progress_s = trio.current_time()
-        self._ended = trio.Event()
+        self._turned = trio.Event()  # it waits now, or goes on, or has ended; a new one each time
         self._told_s = trio.current_time()
 
     @property
@@ -64,6 +65,8 @@ class SharedPull:
         verifies = not idle and 0 < bytes_total <= bytes_done
         if verifies or idle != self._idle or bytes_done > self.bytes_done:
             self._progress_s = now
+        if idle != self._idle:
+            self._turn()
         self._idle, self.reason = idle, reason or self.reason
         self.bytes_done, self.bytes_total = bytes_done, bytes_total
         if now - self._told_s >= LOG_S:
@@ -75,19 +78,26 @@ class SharedPull:
         if not self.over:
             self.done, self.error = error is None, error
         self.begun.set()
-        self._ended.set()
+        self._turn()
+
+    def _turn(self) -> None:
+        turned, self._turned = self._turned, trio.Event()
+        turned.set()
 
     async def wait(self, until_s: float = math.inf) -> None:
-        """Until the model is there. Raises why it will not be; NoProviders where nothing came for WAIT_S, or at ``until_s``."""
+        """Until the model is there. Raises why it will not be; NoProviders where nothing came for WAIT_S, or at ``until_s``.
+
+        A pull that itself waits, as for a source, is waited for PATIENCE_S, as a holder is that was lost just now.
+        """
         began_s = trio.current_time()
         while not self.over:
-            ends_s = min(until_s, self._progress_s + WAIT_S)
+            ends_s = min(until_s, self._progress_s + (PATIENCE_S if self._idle else WAIT_S))
             if trio.current_time() >= ends_s:
                 waited_s = trio.current_time() - began_s
                 why = f": {self.reason}" if self.reason else f" within {waited_s:.0f} s"
                 raise NoProviders(f"model '{self._model}' could not be fetched{why}")
             with trio.move_on_at(ends_s):
-                await self._ended.wait()
+                await self._turned.wait()
         self.check()
 
     def check(self) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import trio
@@ -35,17 +36,22 @@ class SlotWords:
         """Something began to wait, began, or ended."""
         self._told_s = -math.inf
 
-    async def watched(self, ask: Ask, answer: AsyncIterator[Event]) -> AsyncGenerator[Event, None]:
-        """The events of ``answer``, which holds a slot from now on."""
+    @contextmanager
+    def watched(self, ask: Ask) -> Iterator[Callable[[Event], None]]:
+        """An answer that holds a slot within the block: call what it gives with each event."""
         number, said, whole = next(self._numbers), 0, False
+
+        def on_event(event: Event) -> None:
+            nonlocal said, whole
+            if isinstance(event, Delta):
+                said += event.tokens
+                self._waits.on_said(number, said, trio.current_time())
+            elif isinstance(event, Finish):
+                whole = event.done_reason != "length"
+
         self._waits.on_start(number, ask.digest, trio.current_time(), limit_of(ask.request))
         try:
-            async for event in answer:
-                if isinstance(event, Delta):
-                    said += event.tokens
-                    self._waits.on_said(number, said, trio.current_time())
-                whole = whole or (isinstance(event, Finish) and event.done_reason != "length")
-                yield event
+            yield on_event
         finally:
             self._waits.on_end(number, trio.current_time(), whole=whole)
 

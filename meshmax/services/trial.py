@@ -7,8 +7,8 @@ what a failure leads to (core.delivery).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import cache
 from typing import Final, Protocol
 
 import trio
@@ -50,7 +50,10 @@ _OF_ONE_PEER: Final = (
 )  # another one might do better
 _OF_THE_WHOLE_PEER: Final = ("peer_gone", "connect", "version_mismatch", "remote_protocol")  # not of one model on it
 
+TryNext = Callable[[], Awaitable[Sequence[Event] | None]]  # more of an answer, None at its end
+
 _log = get_logger("trial")
+_requests, _first_token = cache(REQUESTS.labels), cache(FIRST_TOKEN.labels)
 
 
 class Feed(Protocol):
@@ -78,37 +81,12 @@ class Bench:
         self.peer_id = peer_id
         self.comebacks = Comebacks(presence, measurements.breakers)
         self.on_news: Callable[[], None] = lambda: None  # called when another peer may be asked, or not any more
-        self._swarm, self._residency, self._presence = swarm, residency, presence
+        self.swarm, self.residency, self._presence = swarm, residency, presence
 
     def sequence(self, peer: PeerId) -> int:
         """Of the newest status of ``peer``; 0 if there is none."""
         view = self._presence.view(peer)
         return view.status.sequence if view and view.status else 0
-
-    @asynccontextmanager
-    async def open_at(self, peer: PeerId, ask: Ask, on_step: Callable[[Step], None]) -> AsyncIterator[_Source]:
-        """The answer of one peer."""
-        if peer == self.peer_id:
-            async with self._residency.open_answer(ask) as events:
-                yield _Own(events)
-        else:
-            async with open_remote_answer(self._swarm, peer, ask, on_step) as remote:
-                yield remote
-
-
-class _Source(Protocol):
-    async def try_next(self) -> Sequence[Event] | None: ...
-
-
-class _Own:
-    """Our own answer, event by event."""
-
-    def __init__(self, events: AsyncIterator[Event]) -> None:
-        self._events = events
-
-    async def try_next(self) -> Sequence[Event] | None:
-        event = await anext(self._events, None)
-        return None if event is None else (event,)
 
 
 class Trial:
@@ -141,7 +119,7 @@ class Trial:
         """
         self._sequence = self._bench.sequence(self._peer)
         self._bench.outstanding.on_sent(self._peer, self._sequence)
-        self._probe = self._bench.measurements.on_probe_sent(self._peer, self._ask.digest, self._sent_s)
+        self._probe = self._bench.measurements.breakers.on_probe_sent(self._peer, self._ask.digest, self._sent_s)
         if self._probe:
             self._bench.on_news()
 
@@ -149,9 +127,13 @@ class Trial:
         """Returns when the whole answer was passed on. Raises what the peer or the engine says."""
         bench = self._bench
         try:
-            on_step = self._reaching(feed.on_step) if self._probe else feed.on_step
-            async with bench.open_at(self._peer, self._ask, on_step) as source:
-                await self._pass_on(source, feed)
+            if self._peer == bench.peer_id:
+                async with bench.residency.open_answer(self._ask) as events:
+                    await self._pass_on(_one_by_one(events), feed)
+            else:
+                on_step = self._reaching(feed.on_step) if self._probe else feed.on_step
+                async with open_remote_answer(bench.swarm, self._peer, self._ask, on_step) as remote:
+                    await self._pass_on(remote.try_next, feed)
         except MeshmaxError as error:
             self._on_error(error)
             raise self._named(error) from None
@@ -159,7 +141,7 @@ class Trial:
             bench.outstanding.on_ended(self._peer, self._sequence, bench.sequence(self._peer))
             self._on_cancelled(self._probe)
             bench.on_news()
-            REQUESTS.labels(where=self._where, outcome=self._outcome).inc()
+            _requests(where=self._where, outcome=self._outcome).inc()
 
     def _reaching(self, on_step: Callable[[Step], None]) -> Callable[[Step], None]:
         """``on_step``, and that the peer can be reached as soon as it takes the probe."""
@@ -172,8 +154,8 @@ class Trial:
 
         return told
 
-    async def _pass_on(self, source: _Source, feed: Feed) -> None:
-        while (events := await source.try_next()) is not None:
+    async def _pass_on(self, try_next: TryNext, feed: Feed) -> None:
+        while (events := await try_next()) is not None:
             now = trio.current_time()
             if not self._first_event_s:
                 self._on_first(now)
@@ -188,8 +170,8 @@ class Trial:
 
     def _on_first(self, now: float) -> None:
         self._first_event_s = max(now - self._sent_s, 1e-9)
-        FIRST_TOKEN.labels(where=self._where).observe(self._first_event_s)
-        self._bench.measurements.on_success(self._peer, self._ask.digest, now)
+        _first_token(where=self._where).observe(self._first_event_s)
+        self._bench.measurements.breakers.on_success(self._peer, self._ask.digest)
         self._bench.on_news()  # also where it is no probe, but was asked for before the circuit opened
         if not is_load_only(self._ask.request):
             self._bench.first_tokens.add(self._peer, self._expected_s, self._first_event_s)
@@ -214,7 +196,7 @@ class Trial:
             queued_s = waited_s - (measured.rtt_s(self._peer) or 0.0) - load_s - prompt_s
             measured.on_wait(self._peer, queued_s, self._contender.load, now)
             self._bench.waits.on_waited(self._peer, self._contender.told, queued_s)
-        idle = model.state == "loaded" and self._free and load_s < MIN_LOAD_S and (fair or not embeds)
+        idle = self._contender.is_ready and self._free and load_s < MIN_LOAD_S and (fair or not embeds)
         if prompt_s > 0 or idle:
             measured.on_first_token(
                 self._peer,
@@ -224,6 +206,7 @@ class Trial:
                 prompt_tokens=finish.prompt_tokens - finish.cached_tokens,
                 now=now,
                 prompt_s=prompt_s,
+                size=model.size,
             )
         measured.on_finish(
             self._peer,
@@ -234,6 +217,7 @@ class Trial:
             load_s=load_s,
             now=now,
             beside=self._beside,
+            size=model.size,
         )
 
     @property
@@ -249,7 +233,7 @@ class Trial:
             return  # our own queue is asked each time, which costs nothing
         digest = None if error.code in _OF_THE_WHOLE_PEER else self._ask.digest
         pause_s = error.retry_after_s if isinstance(error, Busy) else 0.0
-        self._bench.measurements.on_failure(
+        self._bench.measurements.breakers.on_failure(
             self._peer,
             digest,
             error.code,
@@ -269,7 +253,7 @@ class Trial:
         elif self._outcome == "cancelled" and not is_load_only(self._ask.request):
             self._on_left()
         if probe:
-            self._bench.measurements.on_probe_ended(self._peer, self._ask.digest, self._sent_s)
+            self._bench.measurements.breakers.on_probe_ended(self._peer, self._ask.digest, self._sent_s)
 
     def _on_left(self) -> None:
         """The client left, or another peer was faster: what that tells of this one."""
@@ -283,7 +267,7 @@ class Trial:
         # It would have taken longer than that; without these only the quick ones would count.
         waited_s = now - self._sent_s
         if waited_s > first_tokens.late_s(self._peer, self._expected_s):
-            loaded = model.state == "loaded"
+            loaded = self._contender.is_ready
             measured.on_no_word(self._peer, model.digest, self._device, waited_s, load, now, loaded=loaded)
             self._bench.waits.on_waited(self._peer, self._contender.told, waited_s)
         if waited_s > self._expected_s:
@@ -307,6 +291,14 @@ class Trial:
             when = "in the middle of its answer" if self._first_event_s else "before it answered"
             return PeerGone(f"{self._name} went away {when}")
         return type(error)(f"{self._name}: {error.message}")
+
+
+def _one_by_one(events: AsyncIterator[Event]) -> TryNext:
+    async def try_next() -> Sequence[Event] | None:
+        event = await anext(events, None)
+        return None if event is None else (event,)
+
+    return try_next
 
 
 def _spoken(delta: Delta) -> int:

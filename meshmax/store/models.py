@@ -305,7 +305,8 @@ class FileModelStore:
         if record is not None:
             word = _RecordFile(record.signer, record.payload, record.signature)
             self._disk.write_whole(self._layout.record(name, manifest.digest), canonical(word))
-        self._disk.write_whole(path, manifest.raw, self._layout.partials)
+        if old is None or old.digest != manifest.digest:  # else it stays as old as it is, which lists tell by the file
+            self._disk.write_whole(path, manifest.raw, self._layout.partials)
         if record is None:
             self._disk.unlink(self._layout.record(name, manifest.digest))
         if old is not None and old.digest != manifest.digest:

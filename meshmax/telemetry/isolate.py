@@ -3,7 +3,8 @@
 A peer's failure, or a programming error that one request ran into, ends that request; it is logged and counted. The
 errors of our tree are logged as one line, others with their traceback. Cancellation passes through. Strangers can make
 us fail as often as they like, so a boundary logs at most LINES a window and then how many it kept to itself. That somebody
-left is how connections end and no failure to a person: it is counted, and logged for who debugs.
+left is how connections end and no failure to a person: it is counted, and logged for who debugs. What is left of an error
+afterwards has no frames any more: whoever kept it, as a session keeps why it ended, would keep itself and its buffers by it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from meshmax.base.errors import MeshmaxError
+from meshmax.base.errors import MeshmaxError, without_frames
 from meshmax.telemetry.log import get_logger
 from meshmax.telemetry.metrics import FAILURES
 
@@ -59,6 +60,7 @@ async def isolate(
     try:
         await work()
     except MeshmaxError as error:
+        without_frames(error)
         if failed is not None:
             failed(error)
         _report(what, error.code, error, error.message, context)
@@ -69,6 +71,7 @@ async def isolate(
             _report(what, "group", error, str(error.exceptions[0])[:300], context)
         else:
             _report(what, "unexpected", error, "", context)
+        without_frames(error)
     else:
         return True
     return False

@@ -1,4 +1,4 @@
-"""What this machine and this process use now: CPU, memory, disk. Readings are cheap and never block."""
+"""What this machine and this process use now, or did up to WINDOW_S ago: CPU, memory, disk. Readings never block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 import psutil
 
-CPU_WINDOW_S: Final = 1.0  # two readings closer than that would measure noise
+WINDOW_S: Final = 1.0  # two readings of the CPU closer than that measure noise, and a look takes half a millisecond
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -27,17 +27,20 @@ class Meter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process = psutil.Process()
-        self._cpu_percent = 0.0
-        self._cpu_read_at = float("-inf")
+        self._last: Reading | None = None
+        self._read_at = float("-inf")
         psutil.cpu_percent(None)  # the first call only starts the measurement
 
     def read(self, now: float) -> Reading:
-        """The machine at ``now`` (monotonic seconds)."""
-        if now - self._cpu_read_at >= CPU_WINDOW_S:
-            self._cpu_percent, self._cpu_read_at = psutil.cpu_percent(None), now
+        """The machine at ``now`` (monotonic seconds), or WINDOW_S before."""
+        if self._last is None or now - self._read_at >= WINDOW_S:
+            self._last, self._read_at = self._look(), now
+        return self._last
+
+    def _look(self) -> Reading:
         memory = psutil.virtual_memory()
         return Reading(
-            self._cpu_percent,
+            psutil.cpu_percent(None),
             memory.total - memory.available,
             memory.total,
             self._disk_free_bytes(),

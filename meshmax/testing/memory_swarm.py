@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from typing import Literal, Protocol
@@ -27,6 +27,7 @@ from meshmax.net.admission import Answer, Gate, Passage, nothing_more
 from meshmax.net.announce import Announcer
 from meshmax.net.draining import Draining
 from meshmax.net.links import Change, LinkTable
+from meshmax.net.promises import Promises
 from meshmax.ports import Admission, ByteStream, ConnectionView, Stream, SwarmEvent
 from meshmax.telemetry.isolate import isolate
 from meshmax.testing.memory_adoption import STREAM_FAILURES, Meeting, Meetings
@@ -218,6 +219,7 @@ class MemorySwarm:
         self._draining = Draining(nursery, self._connections, self._ask_idle)
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._answers: dict[str, tuple[Literal["members", "anyone"], Answer]] = {}
+        self._promises = Promises()
         if gate.checks:
             self.serve(MEMBER, nothing_more)
         self._serving: Counter[PeerId] = Counter()
@@ -362,6 +364,9 @@ class MemorySwarm:
         there = Pipe(self._network, self.peer_id, peer_id, connection.on_arrival)
         back = Pipe(self._network, peer_id, self.peer_id, connection.on_arrival)
         other = connection.other(self.peer_id)
+        if protocol in other._promises:
+            with connection.in_use():
+                await other._promises.wait(protocol)
         if protocol not in other._answers:
             raise VersionMismatch(f"the peer does not speak {protocol}")
         connection.pipes |= {there: None, back: None}
@@ -421,6 +426,17 @@ class MemorySwarm:
     ) -> None:
         """See ports.Swarm."""
         self._answers[protocol] = (to, answer)
+        self._promises.keep(protocol)
+
+    def promise(self, protocols: Iterable[str]) -> None:
+        """See ports.PromisesProtocols."""
+        for protocol in protocols:
+            if protocol not in self._answers:
+                self._promises.add(protocol)
+
+    def promised_all(self) -> tuple[str, ...]:
+        """See ports.PromisesProtocols."""
+        return self._promises.end()
 
     async def disconnect(self, peer_id: PeerId, last: ConnectionView | None = None) -> None:
         """See ports.Swarm."""

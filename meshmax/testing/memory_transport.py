@@ -173,6 +173,7 @@ class MemoryBytes:
         """See net.wire.ByteStream. The other end reads what is on its way, then the end."""
         if not self._closed:
             self._closed = True
+            self._arriving.clear()  # nobody reads here any more
             self._wires.forget(self)
             self._change()
             self.twin._broken = True

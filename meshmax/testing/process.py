@@ -65,6 +65,7 @@ class PeerProcess:
         self.home = home
         self.log = log
         self.api = ""
+        self._ending = False
 
     @property
     def peer_id(self) -> str:
@@ -119,11 +120,17 @@ class PeerProcess:
         """SIGCONT."""
         self.process.send_signal(signal.SIGCONT)
 
-    def stop(self) -> int:
-        """SIGTERM; its exit code. Killed if it does not end in time."""
-        if self.process.poll() is None:
+    def end(self) -> None:
+        """SIGTERM, without waiting. Once: at a second one a peer ends there and then."""
+        if self.process.poll() is None and not self._ending:
+            self._ending = True
             self.thaw()
             self.process.terminate()
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code. Killed if it does not end in time."""
+        self.end()
+        if self.process.poll() is None:
             try:
                 self.process.wait(STOP_DEADLINE_S)
             except subprocess.TimeoutExpired:

@@ -157,7 +157,7 @@ class Entry:
                     load,
                     self.measurements.figures(peer_id, digest, told.model.device, now),
                     sim.mesh.rtts[self.number][number] if number in self.neighbours else None,
-                    self.measurements.standing(peer_id, digest, now),
+                    self.measurements.breakers.standing(peer_id, digest, now),
                     held.get(peer_id, 0),
                     self.waits.of(peer_id, digest, told.sequence, told.load, sent, now),
                 ),
@@ -338,7 +338,7 @@ class Simulation:
         rtt_s = self.mesh.rtts[entry.number][number]
         sequence = told.sequence if told else 0
         if contender:
-            entry.measurements.on_probe_sent(self.ids[number], contender.model.digest, self.now)
+            entry.measurements.breakers.on_probe_sent(self.ids[number], contender.model.digest, self.now)
             entry.outstanding.on_sent(self.ids[number], sequence)
             entry.neighbours.add(number)
         outage = peer.outage_at(self.now)
@@ -363,7 +363,7 @@ class Simulation:
         request.failures += 1
         if contender:
             entry.outstanding.on_ended(self.ids[number], sequence, int(self.now / TOLD_EVERY_S))
-            entry.measurements.on_failure(self.ids[number], None, "peer_gone", self.now)
+            entry.measurements.breakers.on_failure(self.ids[number], None, "peer_gone", self.now)
             entry.prefixes.on_lost(self.ids[number])
         request.said += said
         request.left -= said
@@ -399,6 +399,7 @@ class Simulation:
             prompt_tokens=prompt - plan.cached,
             now=now,
             prompt_s=plan.prompt_s,
+            size=contender.model.size,
         )
         measured.on_finish(
             peer_id,
@@ -409,6 +410,7 @@ class Simulation:
             load_s=plan.load_s,
             now=now,
             beside=min(load.running + load.queued, load.capacity - 1),
+            size=contender.model.size,
         )
         marks = self.marks(request.conversation, request.turn)
         entry.prefixes.on_answered(digest, marks, peer_id, contender.prefix_tokens, plan.cached, now)

@@ -47,6 +47,7 @@ MAX_ALL_NAMES: Final = 4096  # names of all models; each is looked at whenever a
 MAX_CAPABILITIES: Final = 16  # of one model; engines know five
 MAX_NUMBER: Final = (1 << 62) - 1  # counts, bytes and seconds; leaves sums room in 64 bits
 MAX_RATE: Final = 1e9
+MAX_CONTEXT: Final = 1 << 31  # tokens; a thousand times what models are made for
 MAX_CAPACITY: Final = 1 << 20  # answers at once; figures are divided by it
 MAX_INSTANCE: Final = 32  # characters; ours are 16
 MAX_NOTICES: Final = (
@@ -180,6 +181,7 @@ def _fitted_model(model: ModelPresence, names: tuple[str, ...]) -> ModelPresence
         parameter_size=_text(model.parameter_size),
         quantization_level=_text(model.quantization_level),
         context_length=_number(model.context_length),
+        loaded_context=min(_number(model.loaded_context), MAX_CONTEXT),
         embedding_length=_number(model.embedding_length),
         capabilities=tuple(map(_text, model.capabilities[:MAX_CAPABILITIES])),
         modified_at_s=_number(model.modified_at_s),
@@ -233,7 +235,8 @@ def _within_bounds(status: PeerStatus) -> bool:
         texts += [model.family, model.parameter_size, model.quantization_level, model.engine, *model.capabilities]
         numbers += [model.size, model.context_length, model.embedding_length, model.modified_at_s]
         if (
-            not HEX64.fullmatch(model.digest)
+            not 0 <= model.loaded_context <= MAX_CONTEXT
+            or not HEX64.fullmatch(model.digest)
             or len(model.names) > MAX_NAMES
             or len(model.capabilities) > MAX_CAPABILITIES
             or any(len(n) > MAX_NAME for n in model.names)

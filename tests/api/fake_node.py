@@ -182,6 +182,9 @@ class FakeLeftovers:
         await trio.lowlevel.checkpoint()
         return tuple(self.known)
 
+    def freed(self, transfer: str) -> bool:
+        return False
+
     async def drop(self, name: str) -> bool:
         await trio.lowlevel.checkpoint()
         before, self.known = self.known, [each for each in self.known if each.name != str(parse_name(name))]
@@ -426,6 +429,7 @@ class FakeNode:
         self.leftovers = FakeLeftovers()
         self.distribution = FakeDistribution()
         self.fetchable = Fetchable(self.catalog, None, config.routing)
+        self.first_moments = SimpleNamespace(left_s=lambda: 0.0)  # they are over
         self.ladder = FakeLadder()
         self.reachability = SimpleNamespace(view=Reachability(), udp_blocked=False)
         self.doctor = FakeDoctor()

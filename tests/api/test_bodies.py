@@ -27,6 +27,7 @@ def nested(depth: int) -> Any:
         (b"  \n", "missing request body"),
         (b'{"model":', "unexpected EOF"),
         (b"hello", "invalid character 'h' at byte 0"),
+        (b'{"model": "\xff"}', "the request body is not UTF-8 text"),
         (b'{"model":"x",}', "trailing comma in object (byte 13)"),
         (b"[]", "Expected `object`, got `array`"),
         (b'{"model":5}', "Expected `str`, got `int` - at `$.model`"),

@@ -120,7 +120,7 @@ async def test_transfers_and_requests_are_told_by_their_ids(client: httpx.AsyncC
     assert (await client.get("/api/v1/requests/r1")).json()["id"] == "r1"
     unknown = await client.get("/api/v1/requests/r2")
     assert unknown.status_code == 404
-    assert "but for those that were refused before a peer was chosen, whose reply said all" in unknown.json()["error"]
+    assert "of those that were refused the last 100" in unknown.json()["error"]
     assert "no peer 'nosuch' is known here" in (await client.get("/api/v1/nodes/nosuch")).json()["error"]
 
 

@@ -68,7 +68,7 @@ def test_a_load_or_unload_is_answered_without_measures(reason: Any, chat: bool) 
 
 def test_what_is_zero_is_left_out_and_tool_calls_end_with_stop() -> None:
     reply = ReplyWriter("m", chat=False).finish(Finish("tool_calls", output_tokens=1), NOW_S)
-    assert list(reply) == ["model", "created_at", "response", "done", "done_reason", "eval_count"]
+    assert list(reply) == ["model", "created_at", "response", "done", "done_reason", "load_duration", "eval_count"]
     assert reply["done_reason"] == "stop"
 
 
@@ -225,6 +225,9 @@ def test_another_input_is_refused(given: Any) -> None:
 def test_the_older_embedding_is_not_normalised() -> None:
     request, _ = ollama_words.embeddings_request(EmbeddingsBody(prompt="x"))
     assert request == EmbedRequest(("x",), normalize=False)
+    assert ollama_words.embed_request(EmbedBody(input="x", dimensions=-1))[0] == EmbedRequest(("x",))
+    with pytest.raises(InvalidRequest, match="dimensions must be between 1 and 65536"):
+        ollama_words.embed_request(EmbedBody(input="x", dimensions=65537))
     assert ollama_words.embed_request(EmbedBody(input="x", truncate=False, dimensions=8))[0] == EmbedRequest(
         ("x",), truncate=False, dimensions=8
     )

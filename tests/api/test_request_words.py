@@ -7,11 +7,11 @@ import msgspec
 
 from meshmax.api.request_words import request_json
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.route import Attempt, Candidate, Figures, Route
+from meshmax.base.route import Attempt, Candidate, Figures, Route, Wait
 
 DESK, ATTIC = PeerId("desk-id"), PeerId("attic-id")
 CANDIDATE = Candidate(
-    DESK, "desk", "gpu", True, 0.0012345, 2, 2.0, "chosen", "near", Figures(0.001, 0.2, 0.0, 0.3, 1.5)
+    DESK, "desk", "gpu", True, 0.0012345, 2, 2.0, "chosen", "near", Figures(0.001, 0.2, 0.0, 0.3, 1.5), 1.2
 )
 ROUTE = Route(
     "r1",
@@ -23,6 +23,7 @@ ROUTE = Route(
     model="m",
     started_at_s=1_761_498_924.5,
     first_token_s=0.05,
+    waits=(Wait(0.01, None, "attic is busy"),),
 )
 
 
@@ -34,6 +35,8 @@ def test_moments_are_rfc_3339_and_lengths_are_milliseconds() -> None:
         "rtt_ms": 1.0, "queue_ms": 200.0, "load_ms": 0.0, "prompt_ms": 300.0, "output_ms": 1500.0,
     }  # fmt: skip
     assert shown["candidates"][0]["rtt_ms"] == 1.234
+    assert shown["candidates"][0]["told_wait_ms"] == 1200.0
+    assert shown["waits"] == [{"at_ms": 10.0, "took_ms": None, "why": "attic is busy"}]
     first, second = shown["attempts"]
     assert (first["name"], first["at_ms"], first["ended_ms"], first["tokens"]) == ("desk", 0.0, 1000.0, 7)
     assert (second["name"], second["at_ms"], second["ended_ms"]) == ("...attic-id", 1001.0, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from meshmax.base.errors import Refused
@@ -92,3 +93,25 @@ async def test_a_distribution_that_says_nothing_or_too_much_is_refused(
     client: httpx.AsyncClient, body: dict[str, Any]
 ) -> None:
     assert (await client.post("/api/v1/models/far/distribute", json=body)).status_code == 400
+
+
+async def test_a_pull_of_what_is_paused_lets_it_go_on(
+    client: httpx.AsyncClient, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steered: list[tuple[str, str]] = []
+    steer = node.pulls.steer
+
+    async def noted(transfer_id: str, action: str) -> Any:
+        steered.append((transfer_id, action))
+        return await steer(transfer_id, action)
+
+    monkeypatch.setattr(node.pulls, "steer", noted)
+    script = node.pulls.script
+    script[2] = msgspec.structs.replace(script[2], state="paused")  # while somebody watches: it stays so
+    assert "success" in (await client.post("/api/pull", json={"model": "far"})).text
+    assert steered == []
+    script[0] = msgspec.structs.replace(script[0], state="paused", reason="paused by request")
+    assert "success" in (await client.post("/api/pull", json={"model": "far"})).text
+    assert steered == [("t1", "resume")]
+    assert (await client.post("/api/v1/models/far/download", json={})).status_code == 202
+    assert steered == [("t1", "resume")] * 2

@@ -52,6 +52,18 @@ async def test_a_header_that_is_not_valid_is_told_with_what_is(
     assert node.router.asks == []
 
 
+@pytest.mark.parametrize("second", ["latency", "affinity"])
+async def test_a_header_that_comes_twice_is_told_what_is_accepted(
+    client: httpx.AsyncClient, node: Any, second: str
+) -> None:
+    for path, body in PROMPTS:
+        twice = [("x-meshmax-policy", "latency"), ("x-meshmax-policy", second)]
+        reply = await client.post(path, json=body, headers=twice)
+        assert reply.status_code == 400
+        assert "X-Meshmax-Policy comes 2 times: send one of latency, least-loaded" in reply.text
+    assert node.router.asks == []
+
+
 async def test_pages_may_send_these_headers(client: httpx.AsyncClient) -> None:
     reply = await client.options("/api/chat", headers={"origin": "http://localhost:3000"})
     assert "X-Meshmax-Priority" in reply.headers["access-control-allow-headers"]

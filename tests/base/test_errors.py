@@ -3,7 +3,7 @@
 import pytest
 
 from meshmax.base import errors
-from meshmax.base.errors import Busy, ConnectError, MeshmaxError, error_for
+from meshmax.base.errors import Busy, ConnectError, MeshmaxError, PeerGone, error_for, raise_only, without_frames
 
 CLASSES = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, MeshmaxError)]
 
@@ -43,3 +43,47 @@ def test_a_failed_connection_names_every_attempt() -> None:
     )
     assert "/ip4/10.0.0.1/tcp/1 (tcp: refused)" in error.message
     assert len(error.attempts) == 2
+
+
+def test_an_error_that_is_kept_holds_nothing_of_the_places_it_came_by() -> None:
+    def fail() -> None:
+        try:
+            raise OSError("no route")
+        except OSError as error:
+            raise PeerGone("it left") from error
+
+    with pytest.raises(PeerGone) as caught:
+        fail()
+    kept = without_frames(caught.value)
+    assert kept.message == "it left"
+    assert str(kept.__cause__) == "no route"
+    assert kept.__traceback__ is None
+    assert kept.__cause__ is not None
+    assert kept.__cause__.__traceback__ is None
+
+
+def test_errors_that_led_to_each_other_are_kept_without_frames_too() -> None:
+    one, other = PeerGone("one"), PeerGone("other")
+    one.__context__, other.__context__ = other, one
+    group = ExceptionGroup("both", [one, other])
+    try:
+        raise group
+    except ExceptionGroup:
+        assert group.__traceback__ is not None
+    assert without_frames(group).__traceback__ is None
+    assert one.__traceback__ is None
+
+
+def test_the_only_error_of_a_group_is_raised_as_it_is_and_the_two_do_not_hold_each_other() -> None:
+    one = PeerGone("one")
+
+    def fail() -> None:
+        try:
+            raise ExceptionGroup("a group", [one])
+        except ExceptionGroup as group:
+            raise_only(group)
+
+    with pytest.raises(PeerGone) as caught:
+        fail()
+    assert caught.value is one
+    assert one.__context__ is None

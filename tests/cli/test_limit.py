@@ -54,3 +54,18 @@ def test_the_word_that_is_shown_for_no_limit_is_taken_as_well(fake_peer: FakePee
 def test_help_says_what_reset_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["limit", "--help"]) == 0
     assert "Forget what was set by command" in " ".join(capsys.readouterr().out.split())
+
+
+def test_that_0_is_no_limit_is_said_since_it_may_be_meant_otherwise(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_peer.on("GET", "/api/v1/limits", {"limits": LIMITS, "set": SET})
+    fake_peer.on("PUT", "/api/v1/limits", {"limits": LIMITS, "set": SET})
+    assert main(["limit", "--down", "0", "--peer-up", "0/s"]) == 0
+    assert fake_peer.bodies("/api/v1/limits")[-1] == {**SET, "down": 0, "peer_up": 0}
+    said = capsys.readouterr()
+    assert said.err == (
+        "0 is no limit, as --down none --peer-up none says more plainly; `meshmax transfers pause` halts a pull\n"
+    )
+    assert main(["limit", "--down", "none", "--up", "10MB/s"]) == 0
+    assert capsys.readouterr().err == ""

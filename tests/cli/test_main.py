@@ -63,7 +63,9 @@ def test_without_a_running_peer_a_command_says_how_to_start_one(
 ) -> None:
     monkeypatch.delenv("MESHMAX_API", raising=False)
     assert main([command, "--home", str(tmp_path)]) == 4
-    assert capsys.readouterr().err == "Error: no meshmax peer is running here: start one with `meshmax peer`\n"
+    assert capsys.readouterr().err == (
+        f"Error: no meshmax peer is running here (home {tmp_path}): start one with `meshmax peer`\n"
+    )
 
 
 def test_a_peer_that_is_just_starting_is_told_from_none(

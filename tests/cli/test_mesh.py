@@ -224,6 +224,30 @@ def test_status_names_what_an_interrupted_pull_left_and_what_can_be_done(
     assert line in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.parametrize(
+    ("state", "further"),
+    [
+        ("paused", "paused, `meshmax transfers resume t7` goes on"),
+        ("waiting", "waiting, `meshmax transfers` says what for"),
+    ],
+)
+def test_status_names_what_a_pull_that_halts_has_already(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str], state: str, further: str
+) -> None:
+    part = {
+        "name": "big:8b",
+        "here_bytes": 1_300_000_000,
+        "size_bytes": 4_900_000_000,
+        "transfer": "t7",
+        "state": state,
+    }
+    fake_peer.on("GET", "/api/v1/status", STATUS | {"partials": [part]})
+    fake_peer.on("GET", "/api/v1/nodes", {"nodes": NODES})
+    fake_peer.on("GET", "/api/v1/models", {"models": {}})
+    assert main(["status"]) == 0
+    assert f"partial       1.3 GB of big:8b (4.9 GB); {further}" in capsys.readouterr().out.splitlines()
+
+
 REACHABILITY = {
     "addresses": 2, "lan": True, "state": "mapped", "why": "2 observers reached us at 81.2.69.142:4444", "udp_blocked": False,
     "nat": {"udp": "open", "mapping": "endpoint-independent", "filtering": "unknown", "tcp_mapping": "address-dependent"},

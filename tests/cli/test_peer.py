@@ -9,6 +9,7 @@ from meshmax.base.config import Config
 from meshmax.base.errors import ConfigError
 from meshmax.base.membership import OPEN_MESH, SCOPES, MeshId, MeshView
 from meshmax.cli.peer import (
+    YOUNG_OBJECTS,
     _only_error,
     banner,
     ending_words,
@@ -113,7 +114,8 @@ def test_what_is_there_when_a_peer_is_up_is_not_looked_through_again() -> None:
         spare_lasting_objects()
         assert gc.get_freeze_count() > frozen
         assert not any(each is lasting for each in gc.get_objects())
-        assert gc.get_threshold() == thresholds
+        assert gc.get_threshold()[0] == YOUNG_OBJECTS
     finally:
+        gc.set_threshold(*thresholds)
         if not frozen:
             gc.unfreeze()

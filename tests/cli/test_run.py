@@ -178,8 +178,22 @@ def test_who_had_a_model_is_not_contradicted(peer: FakePeer, capsys: pytest.Capt
     assert capsys.readouterr().err == f"Error: {said}\n"
 
 
+def test_where_whoever_has_the_model_was_lost_just_now_the_prompt_waits(
+    peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "a, which has model 'm', was lost 2 s ago and is looked for: try again"
+    peer.on("POST", "/api/show", {"error": said, "code": "busy"}, 503)
+    assert main(["run", "m", "hello"]) == 0
+    assert capsys.readouterr() == ("Paris.\n", "")
+
+
 def test_what_a_prompt_fetches_first_is_asked_for(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     said = "model 'm' not found; a prompt fetches it first"
     peer.on("POST", "/api/show", {"error": said, "code": "not_fetched"}, 404)
     assert main(["run", "m", "hi"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_the_look_at_the_model_says_that_a_prompt_follows(peer: FakePeer) -> None:
+    assert main(["run", "m", "hi"]) == 0
+    assert [sent.get("x-meshmax-ahead") for sent in peer.sent] == ["prompt", None]

@@ -76,3 +76,27 @@ def test_where_no_prompt_came_yet_that_is_said(fake_peer: FakePeer, capsys: pyte
     error = capsys.readouterr().err
     assert "no prompt has come to this peer yet" in error
     assert "are known where they came" in error
+
+
+def test_how_an_id_begins_is_enough_and_its_newest_try_is_told(
+    fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries = [SHOWN | {"id": "ab12", "model": model} for model in ("newest", "older")]
+    fake_peer.on("GET", "/api/v1/requests", {"requests": [SHOWN | {"id": "ac34"}, *tries]})
+    assert main(["why", "ab", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == tries[0]
+
+
+def test_where_several_ids_begin_so_they_are_named(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("GET", "/api/v1/requests", {"requests": [SHOWN | {"id": f"ab{n}"} for n in range(6)]})
+    assert main(["why", "ab"]) == 2
+    said = capsys.readouterr().err
+    assert "6 ids begin with 'ab': ab0, ab1, ab2, ab3 and 2 more; give more of the one that you mean" in said
+
+
+def test_where_no_id_begins_so_the_peer_says_why(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"error": "no request 'x' is remembered here", "code": "not_found"}
+    fake_peer.on("GET", "/api/v1/requests/x", said, 404)
+    fake_peer.on("GET", "/api/v1/requests", {"requests": [SHOWN]})
+    assert main(["why", "x"]) == 3
+    assert said["error"] in capsys.readouterr().err

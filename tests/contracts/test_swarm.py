@@ -9,10 +9,10 @@ import pytest
 import trio
 import trio.testing
 
-from meshmax.base.errors import Busy, ConnectError, PeerGone, RemoteProtocolError, VersionMismatch
+from meshmax.base.errors import Busy, ConnectError, MeshmaxError, PeerGone, RemoteProtocolError, VersionMismatch
 from meshmax.base.ids import PeerId
 from meshmax.net import limits
-from meshmax.ports import Stream, Swarm
+from meshmax.ports import PromisesProtocols, Stream, Swarm
 from meshmax.testing.memory_swarm import SeededSigner
 from tests.contracts.swarm_lan import Lan, LoopbackLan, MemoryLan, SimLan
 
@@ -408,3 +408,67 @@ async def test_the_other_side_sees_at_once_that_a_swarm_closed(lan: Lan, clock: 
             with pytest.raises(PeerGone):
                 await stream.receive_some(1)
             assert [(await events.receive()).kind for _ in range(2)] == ["connected", "disconnected"]
+
+
+# --- protocols that are served a moment after the peer listens -------------------------------------------------------
+
+
+@pytest.mark.parametrize("eager", [False, True])
+async def test_a_stream_of_a_promised_protocol_waits_until_it_is_served(lan: Lan, clock: Any, eager: bool) -> None:
+    async with lan.open(1) as a, lan.open(2) as b:
+        assert isinstance(b, PromisesProtocols)
+        b.promise([ECHO])
+        with trio.fail_after(60):
+            await a.dial(b.peer_id, b.addresses)
+            said: list[bytes] = []
+
+            async def ask() -> None:
+                stream = await a.open_stream(b.peer_id, ECHO, eager=eager)
+                await stream.send_all(b"early")
+                said.append(await stream.receive_some(100))
+                await stream.aclose()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                await trio.sleep(0.5)
+                assert not said
+                b.serve(ECHO, echo)
+            assert said == [b"early"]
+            b.promise([ECHO])  # it is served already
+            assert b.promised_all() == ()
+            await ask()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+async def test_a_promise_that_is_not_kept_refuses_who_waited_and_who_comes_later(
+    lan: Lan, clock: Any, eager: bool
+) -> None:
+    async with lan.open(1) as a, lan.open(2) as b:
+        assert isinstance(b, PromisesProtocols)
+        b.promise([ECHO])
+        refused: list[MeshmaxError] = []
+
+        async def ask() -> None:
+            try:
+                stream = await a.open_stream(b.peer_id, ECHO, eager=eager)
+                await stream.send_all(b"early")
+                assert await stream.receive_some(100) == b""
+                await stream.aclose()
+            except (PeerGone, VersionMismatch) as error:
+                refused.append(error)
+
+        with trio.fail_after(60):
+            await a.dial(b.peer_id, b.addresses)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                await trio.sleep(0.5)
+                assert b.promised_all() == (ECHO,)
+            await ask()
+        assert len(refused) == 2
+        assert isinstance(refused[1], VersionMismatch)
+        b.serve(ECHO, echo)  # late, and served all the same
+        with trio.fail_after(60):
+            stream = await a.open_stream(b.peer_id, ECHO)
+            await stream.send_all(b"x")
+            assert await stream.receive_some(1) == b"x"
+            await stream.aclose()

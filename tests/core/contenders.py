@@ -7,7 +7,7 @@ from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
 from meshmax.core.breaker import CLOSED, Standing
 from meshmax.core.contender import Contender
 from meshmax.core.estimate import Work, estimate, total_s
-from meshmax.core.measurements import Figures
+from meshmax.core.measurements import NO_PACE, Figures
 
 MODEL = Sha256("ab" * 32)
 GB = 1_000_000_000
@@ -25,6 +25,8 @@ def peer(name: str, **how: Any) -> Contender:
         prefill_per_s=how.get("says_prefill", 0.0),
         decode_per_s=how.get("says_decode", 0.0),
         load_s=how.get("says_load_s", 0.0),
+        context_length=how.get("trained", 0),
+        loaded_context=how.get("context", 0),
     )
     peer_id = PeerId(name)
     status = PeerStatus(
@@ -45,10 +47,18 @@ def peer(name: str, **how: Any) -> Contender:
         load_s=how.get("load_s"),
         age_s=how.get("age_s", 0.0),
         turn_s=how.get("turn_s"),
+        pace=how.get("pace", NO_PACE),
     )
     load = Load(how.get("running", 0), how.get("queued", 0), how.get("capacity", 4), how.get("limit", 0))
     return Contender(
-        view, model, load, figures, how.get("rtt_s", 0.001), how.get("standing", CLOSED), how.get("held", 0)
+        view,
+        model,
+        load,
+        figures,
+        how.get("rtt_s", 0.001),
+        how.get("standing", CLOSED),
+        how.get("held", 0),
+        context_tokens=how.get("wants", 0),
     )
 
 

@@ -296,9 +296,16 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0.0, 70.0))
     def wait(self, seconds: float) -> None:
+        self.pass_time(seconds)
+
+    def pass_time(self, seconds: float) -> None:
         self.now += seconds
         if self.probe is not None and self.now >= self.asks[self.probe] + PROBE_S:
             self.probe = None  # it has not failed, so that it is none any more
+
+    def moment(self) -> None:
+        """What is sent and what ends are never of the very same moment: asks are told apart by when they were sent."""
+        self.pass_time(0.001)
 
     @rule()
     def ask(self) -> None:
@@ -306,6 +313,7 @@ class BreakerMachine(RuleBasedStateMachine):
         state = self.breakers.standing(A, MODEL, self.now).state
         if state == "open":
             return
+        self.moment()
         self.count += 1
         self.asks[self.count] = self.now
         probe = self.breakers.on_probe_sent(A, MODEL, self.now)
@@ -316,6 +324,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     def end(self, data: st.DataObject) -> tuple[float, bool]:
         """When it was sent, and whether it was the probe."""
+        self.moment()
         number = data.draw(st.sampled_from(sorted(self.asks)))
         probe = number == self.probe
         if probe:
@@ -383,3 +392,11 @@ class BreakerMachine(RuleBasedStateMachine):
 
 
 TestBreakerMachine = BreakerMachine.TestCase
+
+
+def test_an_error_that_says_not_now_is_no_failure_whoever_tells_of_it() -> None:
+    breakers = Breakers()
+    breakers.on_failure(A, MODEL, "busy", 0.0, 5.0, "batch")
+    assert breakers.standing(A, MODEL, 1.0).state == "closed"
+    turned_away = breakers.standing(A, MODEL, 1.0, "batch")
+    assert (turned_away.code, turned_away.failures) == ("busy", 0)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshmax.base.errors import Draining
-from meshmax.core.draining import DrainCore, End, Told
+from meshmax.core.draining import DRAINED, STOPPED, STOPPING, DrainCore, End, Told
 
 
 def with_answers(begun: int, waiting: int = 0) -> DrainCore:
@@ -109,3 +109,18 @@ def test_nobody_is_admitted_while_draining_and_each_ending_is_said_once(events: 
         view = core.snapshot(now)
         assert (view.state == "drained") <= (view.running == 0)
         assert (view.left_s is None) == (view.state != "draining")
+
+
+def test_what_is_refused_or_ended_says_whether_the_node_is_drained_or_ends() -> None:
+    core = with_answers(1)
+    core.on_drain(60.0, 0.0)
+    with pytest.raises(Draining) as drained:
+        core.on_ask()
+    assert (drained.value.message, drained.value.stopping) == (Draining.sentence(), False)
+    assert (core.ended().message, core.ended().stopping) == (DRAINED, False)
+    core.on_drain(5.0, 1.0, stopping=True)
+    core.on_drain(1.0, 2.0)  # who ends is not drained any more
+    with pytest.raises(Draining) as stopped:
+        core.on_ask()
+    assert (stopped.value.message, stopped.value.stopping) == (STOPPING, True)
+    assert (core.ended().message, core.ended().stopping) == (STOPPED, True)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, InferRequest, Message, Options
 from meshmax.base.status import Device
@@ -19,9 +21,12 @@ from meshmax.core.estimate import (
     estimate,
     expected_work,
     known_rates,
+    wanted_context,
 )
+from meshmax.core.measurements import Pace
 from tests.core.contenders import (
     CHAT,
+    GB,
     peer,
     seconds,
 )
@@ -65,6 +70,34 @@ def test_tokens_that_a_peer_holds_need_not_be_read_again() -> None:
     assert estimate(more, Work(200, 50), "gpu").prompt_s == 0
     unloaded = peer("a", state="disk", decode=10.0, prefill=100.0, held=150)
     assert estimate(unloaded, Work(200, 50), "gpu").prompt_s == pytest.approx(2)
+
+
+def test_a_model_that_is_loaded_with_too_little_context_is_loaded_anew_and_holds_nothing_of_the_prompt() -> None:
+    how = {"state": "loaded", "decode": 10.0, "prefill": 100.0, "load_s": 3.0, "held": 150, "context": 512}
+    for enough in ({"wants": 512}, {"wants": 0}, {"wants": 1024, "context": 0}, {"wants": 1024, "trained": 512}):
+        parts = estimate(peer("a", **(how | enough)), Work(200, 50), "cpu")
+        assert (parts.load_s, parts.prompt_s) == pytest.approx((0.0, 0.5))
+    parts = estimate(peer("a", **how, wants=513), Work(200, 50), "cpu")
+    assert (parts.queue_s, parts.load_s, parts.prompt_s) == pytest.approx((0.0, 3.0, 2.0))
+    parts = estimate(peer("a", **how, wants=513, running=1), Work(200, 50), "cpu")
+    assert parts.queue_s == pytest.approx(2.0 + parts.output_s)  # what runs ends before that
+
+
+@pytest.mark.parametrize(
+    ("request_", "tokens"),
+    [
+        (GenerateRequest("x" * 400, options=Options(num_ctx=8192)), 8192),
+        (GenerateRequest("x" * 400), 100),
+        (ChatRequest((Message("user", "x" * 80),), options=Options(num_ctx=0)), 20),
+        (ChatRequest((Message("user", "x" * 80),), options=Options(num_ctx=-1)), 20),
+        (EmbedRequest(("x" * 400,)), 0),
+        (EmbedRequest(("x" * 400,), options=Options(num_ctx=64)), 64),
+    ],
+)
+def test_the_context_that_a_request_wants_is_what_it_names_or_else_its_size(
+    request_: InferRequest, tokens: int
+) -> None:
+    assert wanted_context(request_) == tokens
 
 
 @pytest.mark.parametrize(("age_s", "rate"), [(0.0, 2.0), (FADE_S, 1 / (0.5 / 2 + 0.5 / 8)), (math.inf, 8.0)])
@@ -129,3 +162,28 @@ def test_one_very_slow_peer_is_not_the_measure_of_those_that_were_never_tried() 
     untried = estimate(peer("x"), Work(0, 256), "cpu", known)
     assert untried.output_s <= 256 / READING_PER_S
     assert untried.output_s < 256 / 0.3 / 10
+
+
+def test_who_never_ran_a_model_does_by_its_size_what_it_did_with_others() -> None:
+    pace = Pace(decode=100e9, prefill=2e12, load=1e9)
+    parts = estimate(peer("x", pace=pace, rtt_s=0.0, size=4 * GB), Work(500, 100), "gpu")
+    assert parts.output_s == pytest.approx(100 / 25)
+    assert parts.prompt_s == pytest.approx(500 / 500)
+    assert parts.load_s == pytest.approx(4.0)
+    twice = estimate(peer("x", pace=pace, rtt_s=0.0, size=8 * GB), Work(500, 100), "gpu")
+    assert (twice.output_s, twice.prompt_s, twice.load_s) == pytest.approx((8.0, 2.0, 8.0))
+
+
+def test_what_a_device_did_with_others_changes_nothing_where_the_model_was_measured_or_told_of() -> None:
+    for how in (
+        {"decode": 9.0, "prefill": 90.0, "load_s": 3.0},
+        {"says_decode": 9.0, "says_prefill": 50.0, "says_load_s": 9.0},
+    ):
+        with_pace = peer("x", pace=Pace(1e12, 1e14, 1e10), **how)
+        assert estimate(with_pace, CHAT, "cpu") == estimate(peer("x", **how), CHAT, "cpu")
+
+
+@given(st.floats(0, 1e30), st.floats(0, 1e30), st.floats(0, 1e30), st.integers(0, 1 << 62))
+def test_no_pace_makes_an_estimate_that_is_not_a_number(decode: float, prefill: float, load: float, size: int) -> None:
+    found = estimate(peer("x", pace=Pace(decode, prefill, load), size=size), CHAT, "gpu")
+    assert all(math.isfinite(part) and part >= 0 for part in (found.output_s, found.prompt_s, found.load_s))

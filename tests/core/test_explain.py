@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from meshmax.base.ids import PeerId
 from meshmax.base.route import Policy
 from meshmax.base.status import Gpu
-from meshmax.core.contender import Contender
+from meshmax.core.contender import Contender, ToldWait
 from meshmax.core.explain import MAX_HEADER, explain, header_line, plain_name
 from meshmax.core.routing import decide
 from tests.core.contenders import (
@@ -145,9 +145,18 @@ def test_a_name_can_stand_in_a_header(name: str) -> None:
     assert "," not in shown
 
 
+def test_a_model_that_would_be_loaded_anew_for_its_context_is_told_as_such() -> None:
+    decision = decide([peer("a", state="loaded", context=512, wants=1024, held=9)], CHAT)
+    (candidate,) = decision.candidates
+    assert not candidate.loaded
+    words = "loaded on CPU with 512 of the 1024 tokens of context that this wants: a new load, 1.0 ms away"
+    assert candidate.why.startswith(words)
+    assert words in explain(decision.candidates, decision.order[0])
+
+
 def test_what_a_peer_holds_of_the_prompt_and_what_does_not_fit_is_told() -> None:
     held = decide([peer("a", **GPU, held=1800)], CHAT).candidates[0]
-    assert held.why == "loaded on GPU with 1800 tokens of the prompt read, 1.0 ms away (direct), 0 queued"
+    assert held.why == "loaded on GPU with about 1800 tokens of the prompt read, 1.0 ms away (direct), 0 queued"
     small = decide([peer("a", state="disk", device="gpu", size=9 * GB, gpus=(Gpu("g", 0, 8 * GB),))], CHAT)
     assert small.candidates[0].device == "cpu"
     assert small.candidates[0].why.startswith("on disk, too large for its GPU, ")
@@ -170,3 +179,21 @@ def test_another_policy_is_named_where_it_passed_over_a_sooner_one() -> None:
     alone = decide([peer("a", **CPU, **OURS), peer("b", **GPU)], CHAT, policy="local-only")
     line = explain(alone.candidates, alone.order[0], policy=alone.policy)
     assert line.endswith("; only this machine was asked for")
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (None, "2 queued"),
+        (ToldWait(1.2, 1.2), "2 queued, told: you would wait 1.2 s"),
+        (ToldWait(6.0, 1.2), "2 queued, told: you would wait 1.2 s, taken for 6.0 s by its former words"),
+        (ToldWait(1.3, 1.2), "2 queued, told: you would wait 1.2 s"),
+        (ToldWait(2.0, 0.0, free=1), "2 queued, told: you would wait 0.0 s, taken for 2.0 s by its former words"),
+        (ToldWait(0.0, 0.0, free=2), "2 queued"),
+    ],
+)
+def test_what_a_peer_told_of_its_wait_is_told_and_what_it_is_taken_for(told: ToldWait | None, words: str) -> None:
+    contender = msgspec.structs.replace(peer("kitchen", **GPU, running=4, queued=1), told=told)
+    (candidate,) = decide([contender], CHAT).candidates
+    assert candidate.why == f"loaded on GPU, 1.0 ms away (direct), {words}"
+    assert candidate.told_wait_s == (told.told_s if told else None)

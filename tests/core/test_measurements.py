@@ -7,7 +7,7 @@ import pytest
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.status import Load
 from meshmax.core import measurements
-from meshmax.core.measurements import Figures, Measurements
+from meshmax.core.measurements import NO_PACE, Figures, Measurements, Pace
 
 A, B = PeerId("a"), PeerId("b")
 MODEL, OTHER = Sha256("ab" * 32), Sha256("cd" * 32)
@@ -57,23 +57,12 @@ def test_an_answer_all_at_once_is_fast_but_finite() -> None:
     assert measured.figures(A, MODEL, "gpu", 1.0).decode_per_s == measurements.MAX_RATE_PER_S
 
 
-def test_failures_are_the_breakers() -> None:
+def test_a_whole_answer_is_told_to_the_breakers() -> None:
     measured = Measurements()
-    measured.on_failure(A, None, "peer_gone", 0.0)
-    assert measured.standing(A, MODEL, 0.4).state == "open"
-    assert measured.standing(A, MODEL, 1.0).state == "half-open"
-    assert measured.on_probe_sent(A, MODEL, 1.0)
-    measured.on_probe_ended(A, MODEL, 1.0)
-    assert measured.standing(A, MODEL, 1.0).state == "half-open"
+    measured.breakers.on_failure(A, None, "peer_gone", 0.0)
+    assert measured.breakers.standing(A, MODEL, 0.4).state == "open"
     measured.on_finish(A, MODEL, "gpu", tokens=1, span_s=1.0, load_s=0.0, now=2.0)
-    assert measured.standing(A, MODEL, 2.0).state == "closed"
-
-
-def test_a_batch_request_that_was_turned_away_keeps_no_interactive_one_out() -> None:
-    measured = Measurements()
-    measured.on_failure(A, MODEL, "busy", 0.0, at_least_s=5.0, priority="batch")
-    assert measured.standing(A, MODEL, 1.0).state == "closed"
-    assert measured.standing(A, MODEL, 1.0, "batch").code == "busy"
+    assert measured.breakers.standing(A, MODEL, 2.0).state == "closed"
 
 
 def test_the_tables_are_bounded_and_forget_what_was_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,3 +154,42 @@ def test_an_answer_that_was_left_measures_how_fast_it_came(tokens: int, span_s: 
     measured = Measurements()
     measured.on_left(A, MODEL, "gpu", tokens, span_s, 1.0)
     assert measured.figures(A, MODEL, "gpu", 1.0).decode_per_s == per_s
+
+
+def test_what_a_device_did_with_one_model_tells_of_its_work_on_others_and_of_others_of_its_kind() -> None:
+    measured = Measurements()
+    measured.on_finish(A, MODEL, "gpu", tokens=100, span_s=2.0, load_s=4.0, now=1.0, size=4_000_000_000)
+    measured.on_first_token(
+        A, MODEL, "gpu", waited_s=1.0, prompt_tokens=1000, now=1.0, prompt_s=1.0, size=4_000_000_000
+    )
+    pace = Pace(decode=200e9, prefill=4e12, load=1e9)
+    for peer, model in ((A, OTHER), (B, OTHER), (B, MODEL)):
+        assert measured.figures(peer, model, "gpu", 1.0).pace == pace
+    assert measured.figures(A, MODEL, "cpu", 1.0).pace == NO_PACE
+
+
+def test_a_devices_own_pace_goes_before_that_of_its_kind_where_it_was_measured() -> None:
+    measured = Measurements()
+    measured.on_finish(A, MODEL, "gpu", tokens=100, span_s=2.0, load_s=4.0, now=1.0, size=4_000_000_000)
+    measured.on_finish(B, MODEL, "gpu", tokens=100, span_s=4.0, load_s=0.0, now=1.0, size=4_000_000_000)
+    own = measured.figures(B, OTHER, "gpu", 1.0).pace
+    assert own.decode == pytest.approx(100e9)
+    assert own.load == pytest.approx(1e9)
+    assert own.prefill is None
+
+
+@pytest.mark.parametrize(("tokens", "span_s", "size"), [(100, 0.1, 10**8), (3, 1.0, 10**9), (100, 2.0, 0)])
+def test_small_models_short_answers_and_unknown_sizes_tell_nothing_of_a_devices_pace(
+    tokens: int, span_s: float, size: int
+) -> None:
+    measured = Measurements()
+    measured.on_finish(A, MODEL, "gpu", tokens=tokens, span_s=span_s, load_s=0.0, now=1.0, size=size)
+    assert measured.figures(A, OTHER, "gpu", 1.0) == Figures()
+
+
+def test_paces_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "MAX_PEERS", 2)
+    measured = Measurements()
+    for number in range(5):
+        measured.on_finish(PeerId(f"p{number}"), MODEL, "gpu", tokens=100, span_s=2.0, load_s=0.0, now=1.0, size=10**9)
+    assert len(measured._paces) == 2

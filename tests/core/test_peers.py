@@ -6,9 +6,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshmax.base.ids import PeerId, peer_id_of
+from meshmax.base.ids import PeerId, Sha256, peer_id_of
 from meshmax.base.model import Signed
-from meshmax.base.status import PeerStatus
+from meshmax.base.status import Load, ModelPresence, PeerStatus, Wait, vitals_of
 from meshmax.core.peers import GONE_AFTER_S, GOSSIP_DIALS, LOST_S, MAX_BACKOFF_S, YIELD_S, Dial, PeerTable
 
 IDS = sorted(peer_id_of(bytes([n]) * 32) for n in range(1, 40))
@@ -206,3 +206,83 @@ def test_other_addresses_that_are_told_during_a_dial_are_dialled_as_soon_as_it_e
     assert peers.tick(2.0) == [Dial(HIGH, (other, ADDRESS))]
     peers.on_dial_failed(HIGH, now=3.0)
     assert not peers.tick(3.0)
+
+
+# --- a peer that was lost and is back: what a restart ends ------------------------------------------------------------
+
+MODEL = Sha256("ab" * 32)
+BUSY = Load(2, 3, 2, 8, (Wait(MODEL, 4.0),))
+
+
+def told(sequence: int, instance: str, state: str = "loaded", load: Load = BUSY) -> tuple[PeerStatus, Signed]:
+    models = (ModelPresence(MODEL, ("m",), state, 1000),)  # type: ignore[arg-type]
+    made = PeerStatus(HIGH, sequence, 0, "x", "0", models=models, load=load, instance=instance, changed=sequence)
+    return made, Signed(HIGH, bytes([sequence]) * 10, bytes(64))
+
+
+def known_before(instance: str = "one") -> PeerTable:
+    peers = table(LOW)
+    peers.on_connected(HIGH, ADDRESS, 0.0)
+    peers.on_status(*told(5, instance), HIGH, 0.0)
+    peers.on_round_trip(HIGH, 0.01, 0.0)
+    return peers
+
+
+def seen(peers: PeerTable) -> tuple[str, int, int]:
+    entry = peers.entry(HIGH)
+    assert entry is not None
+    assert entry.status is not None
+    return entry.status.models[0].state, entry.status.load.running, len(entry.status.load.waits)
+
+
+def test_what_a_restart_ends_does_not_count_of_a_peer_that_is_back_until_it_has_spoken() -> None:
+    peers = known_before()
+    assert seen(peers) == ("loaded", 2, 1)
+    peers.on_disconnected(HIGH, 1.0)
+    peers.on_connected(HIGH, ADDRESS, 2.0)
+    assert seen(peers) == ("disk", 0, 0)
+    entry = peers.entry(HIGH)
+    assert entry is not None
+    assert entry.status is not None
+    assert (entry.status.load.capacity, entry.status.load.limit) == (2, 8)  # of its configuration
+    assert peers.on_status(*told(9, "two", "disk", Load(0, 0, 2, 8)), HIGH, 2.1)
+    assert seen(peers) == ("disk", 0, 0)
+    assert peers.on_vitals(HIGH, vitals_of(told(10, "two")[0]))
+    assert seen(peers) == ("disk", 2, 1)
+
+
+def test_one_that_is_back_as_the_instance_that_it_was_has_all_that_it_had() -> None:
+    for sequence, news in ((5, 2), (6, 1)):  # nothing new, and something
+        peers = known_before()
+        peers.on_disconnected(HIGH, 1.0)
+        peers.on_connected(HIGH, ADDRESS, 2.0)
+        load = msgspec.structs.replace(BUSY, running=news)
+        assert peers.on_vitals(HIGH, vitals_of(told(sequence, "one", load=load)[0]))
+        assert seen(peers) == ("loaded", news, 1)
+        assert not peers.on_vitals(HIGH, vitals_of(told(sequence, "one")[0]))
+
+
+def test_one_whose_loss_nobody_noticed_is_found_out_by_its_first_word() -> None:
+    peers = known_before()
+    assert peers.on_vitals(HIGH, vitals_of(told(8, "two")[0]))
+    assert seen(peers) == ("disk", 0, 0)
+    assert not peers.on_vitals(HIGH, vitals_of(told(9, "two")[0]))
+    assert peers.on_status(*told(9, "two"), HIGH, 1.0)
+    assert seen(peers) == ("loaded", 2, 1)
+
+
+def test_a_late_word_of_the_former_instance_does_not_make_it_what_it_was() -> None:
+    peers = known_before()
+    peers.on_disconnected(HIGH, 1.0)
+    peers.on_connected(HIGH, ADDRESS, 2.0)
+    assert peers.on_status(*told(6, "one"), IDS[3], 2.1)  # another peer brings what it said before
+    assert seen(peers) == ("disk", 0, 0)
+    assert peers.on_vitals(HIGH, vitals_of(told(6, "one")[0]))
+    assert seen(peers) == ("loaded", 2, 1)
+
+
+def test_a_first_connection_to_one_that_others_told_of_takes_their_word() -> None:
+    peers = table(LOW)
+    peers.on_status(*told(5, "one"), IDS[3], 0.0)
+    peers.on_connected(HIGH, ADDRESS, 1.0)
+    assert seen(peers) == ("loaded", 2, 1)

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from meshmax.base.errors import Busy
 from meshmax.base.ids import Sha256
-from meshmax.base.inference import Finish
-from meshmax.base.status import Speed
 from meshmax.core.fair_queue import FairQueue
 from meshmax.core.residency import (
     Action,
@@ -19,8 +17,6 @@ from meshmax.core.residency import (
     ResidencyCore,
     Start,
     Unload,
-    speed_after_answer,
-    speed_after_load,
 )
 
 A, B, C = (Sha256(letter * 64) for letter in "abc")
@@ -261,15 +257,3 @@ def test_an_ask_whose_model_crashed_counts_as_running_until_it_has_ended() -> No
     assert world.core.running == 1
     world.end(0)
     assert world.core.running == 0
-
-
-def test_speed_is_an_ewma_of_uncached_prompt_and_output() -> None:
-    first = speed_after_answer(
-        Speed(), Finish(prompt_tokens=30, cached_tokens=20, prompt_s=0.1, output_tokens=100, output_s=2.0)
-    )
-    assert (first.prefill_per_s, first.decode_per_s) == (100.0, 50.0)
-    second = speed_after_answer(first, Finish(output_tokens=100, output_s=1.0))
-    assert second.prefill_per_s == 100.0
-    assert second.decode_per_s == pytest.approx(65.0)
-    assert speed_after_answer(second, Finish(output_tokens=2, output_s=9.0)) == second
-    assert speed_after_load(second, 2.0).load_s == 2.0

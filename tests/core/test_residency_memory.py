@@ -200,7 +200,7 @@ class World:
         self.running: set[int] = set()
         self.phase: dict[Sha256, str] = {}
         self.took = dict(SIZES)
-        self.crashed: set[Sha256] = set()
+        self.bereft: set[int] = set()  # that run on a model which crashed
         self.now = 0.0
 
     def perform(self, actions: list[Action]) -> None:
@@ -212,8 +212,8 @@ class World:
                     assert not self.phase or others + SIZES[digest] <= self.budget
                     self.phase[digest], self.took[digest] = "loading", SIZES[digest]
                 case Unload(digest):
-                    users = {ask for ask in self.running if self.asked[ask] == digest}
-                    assert not users or digest in self.crashed
+                    users = {ask for ask in self.running - self.bereft if self.asked[ask] == digest}
+                    assert not users
                     self.phase[digest] = "unloading"
                 case Start(ask):
                     assert self.phase[self.asked[ask]] == "loaded"
@@ -256,12 +256,11 @@ class World:
             self.perform(self.core.on_loaded(digest, 2, self.now, Need(self.took[digest])))
         elif self.phase.get(digest) == "unloading":
             del self.phase[digest]
-            self.crashed.discard(digest)
             self.perform(self.core.on_unloaded(digest, self.now))
 
     def crash(self, digest: Sha256) -> None:
         if self.phase.get(digest) == "loaded":
-            self.crashed.add(digest)
+            self.bereft |= {ask for ask in self.running if self.asked[ask] == digest}
             self.perform(self.core.on_crashed(digest, self.now))
 
     def resize(self, budget: int) -> None:

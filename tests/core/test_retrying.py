@@ -20,7 +20,7 @@ from meshmax.base.errors import (
     StoreCorrupt,
     StoreError,
 )
-from meshmax.core.absence import WentAway
+from meshmax.core.refusal import WentAway
 from meshmax.core.retrying import is_final, most_telling, passes
 
 

@@ -206,6 +206,15 @@ def test_a_conversation_stays_with_who_holds_it_while_that_pays() -> None:
     assert decide([peer("a", **GPU), peer("b", **CPU, held=7500)], long).order[0] == "a"
 
 
+def test_a_peer_whose_model_need_not_be_loaded_anew_for_its_context_goes_first() -> None:
+    how = {"state": "loaded", "decode": 30.0, "load_s": 20.0, "wants": 8192}
+    short, long = peer("short", **how, context=4096), peer("long", **how, context=8192, rtt_s=0.5)
+    assert list(decide([short, long], CHAT).order) == ["long", "short"]
+    how["wants"] = 4096
+    short, long = peer("short", **how, context=4096), peer("long", **how, context=8192, rtt_s=0.5)
+    assert list(decide([short, long], CHAT).order) == ["short", "long"]
+
+
 def test_a_model_too_large_for_a_gpu_does_not_count_as_on_one() -> None:
     small = peer("a", state="disk", device="gpu", size=20 * GB, gpus=(Gpu("g", 0, 8 * GB),))
     large = peer("b", state="disk", device="gpu", size=20 * GB, gpus=(Gpu("g", 0, 24 * GB),), rtt_s=0.3)

@@ -3,8 +3,9 @@
 import msgspec
 import pytest
 
+from meshmax.base.errors import Draining
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.route import Attempt, Candidate, Figures, Route
+from meshmax.base.route import Attempt, Candidate, Figures, Route, Wait
 from meshmax.core.why import reason, seconds, story
 
 A, B, C = PeerId("12D3KooWaaaaaaaa"), PeerId("12D3KooWbbbbbbbb"), PeerId("12D3KooWcccccccc")
@@ -47,6 +48,23 @@ def test_who_was_asked_first_is_told_by_the_policy(policy: str, words: str) -> N
     assert story(route(policy=policy))[2].startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("stopping", "first_token_s", "words"),
+    [
+        (False, None, "it is being drained"),
+        (False, 0.1, "it is being drained"),
+        (True, None, "it is being stopped"),
+        (True, 0.1, "it was stopped"),
+    ],
+)
+def test_a_peer_that_was_stopped_was_not_drained_whatever_it_said(
+    stopping: bool, first_token_s: float | None, words: str
+) -> None:
+    for message in (Draining.sentence(), "gone"):
+        attempt = Attempt(A, "draining", first_token_s, message=message, stopping=stopping)
+        assert reason(attempt, "desk") == words
+
+
 def test_tokens_without_text_are_told_so_that_those_of_the_tries_add_up() -> None:
     attempts = (Attempt(A, "peer_gone", 0.2, ended_s=1.0, tokens=25), Attempt(B, "", 0.3, "continuation", tokens=502))
     assert story(route(attempts=attempts, output_tokens=528))[1] == (
@@ -64,7 +82,7 @@ def test_where_an_answer_moved_and_why_is_told() -> None:
     first, then = story(route(attempts=attempts))[-2:]
     assert first == (
         "At 0 ms desk was asked; its first word came 0.20 s later; it gave 64 tokens;"
-        " it was given up after 2.00 s: it is being drained (this peer is being drained)."
+        " it was given up after 2.00 s: it is being drained."
     )
     assert then == (
         "At 2.01 s attic was asked to carry on from there; its first word came 0.30 s later; it gave 56 tokens;"
@@ -87,6 +105,15 @@ def test_where_an_answer_moved_and_why_is_told() -> None:
 )
 def test_each_outcome_has_its_sentence(fields: dict[str, object], words: str) -> None:
     assert story(route(**fields))[1] == words
+
+
+def test_one_that_was_refused_is_told_why_and_what_it_waited_for() -> None:
+    waits = (Wait(0.0, 4.0, "no peer near has the model, and it is looked for farther away"),)
+    fields = {"candidates": (), "first_token_s": None, "waits": waits, "message": "model 'm' not found."}
+    assert story(route(state="failed", error="not_found", **fields))[1:] == (
+        "It was refused after 3.40 s: model 'm' not found.",
+        "At 0 ms it waited for 4.00 s: no peer near has the model, and it is looked for farther away.",
+    )
 
 
 def test_a_fetch_and_a_hedge_are_told() -> None:

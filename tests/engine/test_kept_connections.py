@@ -99,7 +99,7 @@ async def test_calls_that_are_no_prompts_keep_no_connection(autojump_clock: Any)
         assert server.asked == [1, 1]
 
 
-async def test_only_a_few_idle_connections_are_kept(autojump_clock: Any) -> None:
+async def test_only_so_many_idle_connections_are_kept(autojump_clock: Any) -> None:
     async with open_server() as (server, http):
         for _ in range(2):
             async with trio.open_nursery() as nursery:

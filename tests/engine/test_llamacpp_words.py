@@ -21,6 +21,7 @@ from meshmax.base.inference import ChatRequest, Delta, GenerateRequest, Message,
 from meshmax.engine.call_ids import new_call_id
 from meshmax.engine.llamacpp import load_words
 from meshmax.engine.llamacpp_words import (
+    LONGEST_LOOK_BACK,
     MAX_TOOL_CALLS,
     ChatReader,
     CompletionReader,
@@ -61,6 +62,13 @@ def test_what_nobody_asked_for_is_ollamas_default_not_llamacpps() -> None:
         -1,
     )
     assert "seed" not in body
+
+
+def test_repetition_is_looked_for_in_all_of_the_context_where_ollama_says_minus_one_which_llamacpp_does_not_take() -> (
+    None
+):
+    assert sampling(Options(repeat_last_n=-1), Options())["repeat_last_n"] == LONGEST_LOOK_BACK
+    assert sampling(Options(repeat_last_n=0), Options())["repeat_last_n"] == 0
 
 
 def test_what_was_asked_wins_over_the_models_parameters_which_win_over_defaults() -> None:
@@ -254,3 +262,10 @@ def test_a_chunk_that_holds_several_tokens_counts_them() -> None:
     delta = bare.on_chunk({"content": "more", "timings": {"predicted_n": 3}})
     assert delta == Delta("more", tokens=3)
     assert bare.text == "said more"
+
+
+@pytest.mark.parametrize(("trained", "helps"), [(0, True), (5, False), (4, False), (6, True)])
+def test_a_larger_context_is_advised_only_where_the_model_takes_one(trained: int, helps: bool) -> None:
+    body = b'{"error":{"type":"exceed_context_size_error","n_prompt_tokens":9,"n_ctx":5}}'
+    said = error_of(400, body, trained).message
+    assert ("larger num_ctx" in said, "the model takes no more, shorten the prompt" in said) == (helps, not helps)

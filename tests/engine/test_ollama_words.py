@@ -245,3 +245,13 @@ def test_a_description_is_bounded_and_keeps_what_is_told() -> None:
     assert told.model_info["tokens"] == []
     assert told.model_info["odd"] is None
     assert told.modified_at_s == 0.0
+
+
+def test_images_are_refused_where_nobody_would_look_at_them() -> None:
+    shown = ChatRequest((Message("user", "look", images=(b"png",)), Message("user", "well?")))
+    for request in (shown, GenerateRequest("look", images=(b"png",))):
+        with pytest.raises(CapabilityMissing, match='"m" does not support vision'):
+            words.refuse_images(request, "m", ("completion",))
+        words.refuse_images(request, "m", ("completion", "vision"))
+        words.refuse_images(request, "m", ())
+    words.refuse_images(GenerateRequest("words alone"), "m", ("completion",))

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import trio
 
-from meshmax.api import server
+from meshmax.api import connection, server
 from meshmax.api.server import Bound, serve_api
 from meshmax.base.config import Config
 from meshmax.base.errors import ConfigError
@@ -82,7 +82,7 @@ async def until(what: Any) -> None:
 @asynccontextmanager
 async def serving(app: Any) -> AsyncIterator[Callable[[], Awaitable[trio.SocketStream]]]:
     """``app`` alone behind the server; gives what connects to it."""
-    app.state = SimpleNamespace(end_answers=lambda: None)
+    app.end_answers = lambda: None
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server._serve, app, listener)
@@ -126,7 +126,7 @@ async def test_a_connection_that_is_asked_to_close_closes_after_an_answer(stream
 
 
 async def test_a_connection_that_is_idle_after_an_answer_closes_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "IDLE_S", 0.2)
+    monkeypatch.setattr(connection, "IDLE_S", 0.2)
     async with running() as api:
         async with await api.send("POST /api/generate HTTP/1.1", prompt(2)) as client:
             assert b'"done":true' in await read_reply(client)
@@ -170,7 +170,7 @@ async def test_a_client_that_hangs_up_leaves_the_pull() -> None:
 
 
 async def test_a_client_that_does_not_read_holds_the_answer_up_and_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "SEND_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connection, "SEND_TIMEOUT_S", 0.5)
     async with running(engine={"echo_tokens_per_s": 1e6}) as api:
         stream = await api.connect()
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -369,6 +369,26 @@ async def test_one_connection_takes_every_form_of_request_in_turn() -> None:
             await client.send_all(b"POST / HTTP/1.0\r\nContent-Length: 4\r\n\r\nlast")
             assert (await read_reply(client)).endswith(b"\r\n\r\nlast")
             assert await client.receive_some(1) == b""
+
+
+async def test_a_client_that_reads_slowly_gets_every_byte() -> None:
+    body = random.Random(1).randbytes(8 * 1024 * 1024)
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        length = (b"content-length", str(len(body)).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        for start in range(0, len(body), 1_000_001):  # more than a socket takes at once
+            piece = body[start : start + 1_000_001]
+            await send({"type": "http.response.body", "body": piece, "more_body": start + len(piece) < len(body)})
+
+    async with serving(app) as connect, await connect() as client:
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        came = b""
+        with trio.fail_after(60):
+            while len(came) < len(body) or not came.endswith(body[-100:]):
+                await trio.sleep(0.001)
+                came += await client.receive_some(300_000)
+    assert came.partition(b"\r\n\r\n")[2] == body
 
 
 async def test_a_reply_that_was_cancelled_before_a_byte_of_it_left_gives_way_to_another() -> None:

@@ -35,6 +35,7 @@ from meshmax.ports import (
     LaneLacking,
     LaneStoreFailed,
 )
+from meshmax.testing.garbage import collector_off
 from meshmax.wire import lane_frames
 from meshmax.wire.lane import CHACHA20_POLY1305, MAX_WANTS, LaneAsk
 from tests.loopback.lane_site import DIGEST, FETCHER, OTHER, PROMPTLY_S, SERVER, chunk_of, quietly, read, site
@@ -377,3 +378,20 @@ async def test_a_port_where_nobody_listens_is_a_connect_error() -> None:
     async with site() as here:
         with pytest.raises(ConnectError, match="port 1:"):
             await here.pair(1)
+
+
+@pytest.mark.parametrize("cuts", ["fetcher", "server"])
+async def test_a_lane_that_was_cut_in_the_middle_leaves_no_buffer_at_either_end(cuts: str) -> None:
+    with collector_off() as left:
+        for _ in range(3):
+            async with site() as here:
+                lane, served = await here.pair()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(quietly, partial(served.run, read))
+                    nursery.start_soon(quietly, partial(lane.run, lambda *_: None, here.tell))
+                    lane.want(DIGEST, list(range(40)))
+                    await here.hear(2)
+                    (lane if cuts == "fetcher" else served).close()
+            del here, lane, served, nursery
+    assert not left.buffers
+    assert not left.rings

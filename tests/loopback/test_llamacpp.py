@@ -173,7 +173,7 @@ async def test_cancelling_a_load_leaves_no_process(tmp_path: Path) -> None:
 
 async def test_the_key_is_in_no_process_list_and_nobody_answers_without_it(model: LlamaCppModel) -> None:
     process = psutil.Process(model.pid)
-    key = next(value for name, value in model._http._headers if name == "Authorization").removeprefix("Bearer ")
+    key = next(value for name, value in model._http._heads._headers if name == "Authorization").removeprefix("Bearer ")
     assert len(key) >= 32
     assert all(key not in word for word in (*process.cmdline(), *process.environ().values()))
     (listening,) = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]

@@ -47,11 +47,11 @@ async def test_a_request_carries_key_and_json_and_asks_for_no_second() -> None:
     assert body == b'{"a":1}'
 
 
-async def test_lines_come_one_by_one_however_they_were_cut() -> None:
+async def test_lines_come_one_by_one_without_empty_ones_however_they_were_cut() -> None:
     chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (b"data: 1\n\nda", b"ta: 2\r\n", b"rest"))
     async with server(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n") as http:
         async with http.open_response("GET", "/") as response, aclosing(response.lines()) as lines:
-            assert [line async for line in lines] == [b"data: 1", b"", b"data: 2", b"rest"]
+            assert [line async for line in lines] == [b"data: 1", b"data: 2", b"rest"]
 
 
 @pytest.mark.parametrize(

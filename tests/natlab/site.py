@@ -195,7 +195,7 @@ class Site:
     def stop(self, *names: str) -> None:
         """SIGTERM for all of them, and wait."""
         for name in names:
-            self.peers[name].process.terminate()
+            self.peers[name].end()
         for name in names:
             self.peers.pop(name).stop()
 

@@ -7,8 +7,8 @@ from typing import Any, Final
 import pytest
 import trio
 
-from meshmax.base.errors import PeerGone
-from meshmax.net.muxer import CREDIT_TIMEOUT_S, FRAMES_A_TURN, SYN, bounded_yamux
+from meshmax.base.errors import Busy, PeerGone
+from meshmax.net.muxer import ANSWERS_AT_ONCE, ANSWERS_PER_S, CREDIT_TIMEOUT_S, FRAMES_A_TURN, SYN, bounded_yamux
 from meshmax.net.negotiation import parse_proposal, proposal
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import Stream
@@ -19,7 +19,8 @@ ECHO: Final = "/meshmax/echo/1.0.0"
 POUR: Final = "/meshmax/pour/1.0.0"
 MUTE: Final = "/meshmax/mute/1.0.0"
 POURED_BYTES: Final = 3_000_000  # many times a stream's first window
-DATA, WINDOW_UPDATE, ACK, FIN, RST = 0, 1, 2, 4, 8
+DATA, WINDOW_UPDATE, PING = 0, 1, 2
+ACK, FIN, RST = 2, 4, 8
 
 Pair = tuple[LibrarySwarm, LibrarySwarm]
 
@@ -58,7 +59,7 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     async def record(self: Any, data: bytes) -> None:
         _, kind, flags, stream_id, length = struct.unpack("!BBHII", data[:12])
-        if stream_id and (kind, flags, length) != (WINDOW_UPDATE, SYN, 0):
+        if stream_id and (kind, flags, length) not in ((WINDOW_UPDATE, SYN, 0), (WINDOW_UPDATE, ACK, 0)):  # put off
             seen.append((kind, flags))
         await write(self, data)
 
@@ -66,7 +67,7 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-async def test_a_request_and_its_answer_take_a_frame_each_and_two_to_begin_and_end(
+async def test_a_request_and_its_answer_take_a_frame_each_and_one_to_end(
     autojump_clock: Any, pair: Pair, frames: list[tuple[int, int]]
 ) -> None:
     a, b = pair
@@ -75,7 +76,29 @@ async def test_a_request_and_its_answer_take_a_frame_each_and_two_to_begin_and_e
     assert await stream.receive_some(4) == b"word"
     await stream.reset()
     await trio.sleep(1)
-    assert frames == [(DATA, SYN), (WINDOW_UPDATE, ACK), (DATA, 0), (WINDOW_UPDATE, RST)]
+    assert frames == [(DATA, SYN), (DATA, ACK), (WINDOW_UPDATE, RST)]
+
+
+async def test_who_waits_for_more_before_it_says_anything_acknowledges_the_stream_by_itself(
+    autojump_clock: Any, pair: Pair, frames: list[tuple[int, int]]
+) -> None:
+    a, b = pair
+    heard = bytearray()
+
+    async def listen(stream: Stream) -> None:
+        while data := await stream.receive_some(4):
+            heard.extend(data)
+
+    b.serve(MUTE, listen)
+    stream = await a.open_stream(b.peer_id, MUTE, eager=True)
+    await stream.send_all(b"wo")
+    await trio.sleep(1)
+    assert frames == [(DATA, SYN), (DATA, ACK)]
+    await stream.send_all(b"rd")
+    await stream.send_eof()
+    assert await stream.receive_some(4) == b""
+    await stream.aclose()
+    assert heard == b"word"
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -162,6 +185,21 @@ async def test_a_writer_without_credit_goes_on_when_the_peer_reads_and_ends_when
         assert ended[1] < lost_s + 0.5
 
 
+async def test_a_connection_that_carries_all_the_streams_it_can_says_so_and_goes_on_when_one_ends(
+    autojump_clock: Any, pair: Pair
+) -> None:
+    a, b = pair
+    (link,) = a._links.of(b.peer_id)
+    muxed = [link.connection.muxed_conn.open_now() for _ in range(256)]
+    with pytest.raises(Busy):
+        await a.open_stream(b.peer_id, ECHO, eager=True)
+    assert not a.streams(b.peer_id)
+    await muxed.pop().reset()
+    stream = await a.open_stream(b.peer_id, ECHO, eager=True)
+    await stream.send_all(b"word")
+    assert await stream.receive_some(4) == b"word"
+
+
 async def test_two_writers_without_credit_both_go_on_when_it_comes(autojump_clock: Any, pair: Pair) -> None:
     a, b = pair
     reads, came = trio.Event(), 0
@@ -186,25 +224,38 @@ async def test_two_writers_without_credit_both_go_on_when_it_comes(autojump_cloc
 
 
 class OneMessage:
-    """A secured connection over which one message came, and no more will."""
+    """A secured connection over which one message came, and no more will but what ``come`` brings."""
 
     is_initiator = True
 
-    def __init__(self, data: bytes) -> None:
-        self.left = bytearray(data)
+    def __init__(self, data: bytes, piece_bytes: int = 1 << 20) -> None:
+        self.left, self.written = bytearray(data), list[bytes]()
+        self._piece_bytes, self._news = piece_bytes, trio.Event()
+
+    def come(self, data: bytes) -> None:
+        self.left += data
+        self._news.set()
 
     async def read(self, count: int) -> bytes:
-        if not self.left:
-            await trio.sleep_forever()
-        data = bytes(self.left[:count])
-        del self.left[:count]
+        while not self.left:
+            self._news = trio.Event()
+            await self._news.wait()
+        data = bytes(self.left[: min(count, self._piece_bytes)])
+        del self.left[: len(data)]
         return data
 
+    async def write(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self.written.append(data)
 
-@pytest.mark.parametrize("kind", [DATA, WINDOW_UPDATE])
-async def test_a_message_full_of_frames_of_no_length_keeps_nobody_waiting(kind: int) -> None:
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [(DATA, 0), (WINDOW_UPDATE, 0), (DATA, ACK), (PING, ACK), (PING, 0), (PING, FIN), (9, 0), (255, 0xFFFF)],
+)
+async def test_a_message_full_of_frames_of_no_length_keeps_nobody_waiting(kind: int, flags: int) -> None:
     frames = 5000
-    message = OneMessage(struct.pack("!BBHII", 0, kind, 0, 99, 0) * frames)
+    message = OneMessage(struct.pack("!BBHII", 0, kind, flags, 99, 0) * frames)
     muxer = bounded_yamux()(message, "peer", is_initiator=True)
     turns = 0
     async with trio.open_nursery() as nursery:
@@ -214,3 +265,47 @@ async def test_a_message_full_of_frames_of_no_length_keeps_nobody_waiting(kind: 
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
     assert turns >= frames // FRAMES_A_TURN
+
+
+async def test_of_a_flood_of_pings_few_are_answered_and_later_ones_are_again(autojump_clock: Any) -> None:
+    ping = struct.pack("!BBHII", 0, PING, SYN, 0, 7)
+    message = OneMessage(ping * 5000)
+    muxer = bounded_yamux()(message, "peer", is_initiator=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(muxer.handle_incoming)
+        await trio.sleep(0.1)
+        assert message.written == [struct.pack("!BBHII", 0, PING, ACK, 0, 7)] * ANSWERS_AT_ONCE
+        for _ in range(10):  # at the pace of who is no flood
+            await trio.sleep(1 / ANSWERS_PER_S)
+            message.come(ping)
+        await trio.sleep(1)
+        assert len(message.written) == ANSWERS_AT_ONCE + 10
+        nursery.cancel_scope.cancel()
+
+
+async def test_of_a_stream_that_is_begun_again_and_again_few_beginnings_are_answered(autojump_clock: Any) -> None:
+    begins, resets = (struct.pack("!BBHII", 0, WINDOW_UPDATE, flags, 99, 0) for flags in (SYN, RST))
+    message, streams = OneMessage(begins * 5000), list[Any]()
+    muxer = bounded_yamux()(message, "peer", is_initiator=True)
+    muxer.hand_over(streams.append)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(muxer.handle_incoming)
+        await trio.sleep(0.1)
+        assert message.written == [resets] * ANSWERS_AT_ONCE
+        (stream,) = streams
+        await stream.reset()  # which is no answer, and is said
+        assert message.written == [resets] * (ANSWERS_AT_ONCE + 1)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 5, 11, 12])
+async def test_a_header_that_comes_in_pieces_is_put_together(autojump_clock: Any, piece_bytes: int) -> None:
+    ping = struct.pack("!BBHII", 0, PING, SYN, 0, 7)
+    message = OneMessage(b"", piece_bytes)
+    muxer = bounded_yamux()(message, "peer", is_initiator=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(muxer.handle_incoming)
+        message.come(ping * 3)
+        await trio.sleep(1)
+        assert len(message.written) == 3
+        nursery.cancel_scope.cancel()

@@ -18,6 +18,7 @@ from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import Stream
 from meshmax.services.ladder import Ladder
 from meshmax.services.presence import open_presence
+from meshmax.testing.garbage import collector_off
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.testing.sim_network import CONTROL_PORT, SimNetwork
 
@@ -221,3 +222,45 @@ async def test_a_peer_that_moved_is_not_lost_when_its_old_connection_dies(autoju
             assert (
                 trio.current_time() - (presence.peers()[1].last_seen_s - 1e9) < 10
             )  # it is beaten with on the new one
+
+
+async def test_a_stream_that_has_ended_leaves_no_ring_of_references(autojump_clock: Clock) -> None:
+    async with open_swarms(2) as (server, other):
+        await open_and_use(other, server)
+        with collector_off() as left:
+            for close in ("aclose", "reset"):
+                stream = await other.open_stream(server.peer_id, ECHO)
+                assert await says_back(stream) == b"hello"
+                await getattr(stream, close)()
+                del stream
+            await trio.sleep(1)
+    assert not left.rings
+
+
+@pytest.mark.parametrize("ends", ["by_us", "by_the_peer", "while_in_use", "in_order"])
+async def test_a_connection_that_was_lost_leaves_no_ring_of_references(autojump_clock: Clock, ends: str) -> None:
+    async with open_swarms(2) as (server, other):
+
+        async def lose_one() -> None:
+            if ends == "while_in_use":
+                stream = await other.open_stream(server.peer_id, ECHO)
+                assert await says_back(stream) == b"hello"
+                await other.disconnect(server.peer_id)
+                with pytest.raises(PeerGone):
+                    await says_back(stream)
+            elif ends == "in_order":
+                await dial_again(other, server)  # beside which the older one is spare, and ends
+            else:
+                one, peer = (server, other) if ends == "by_the_peer" else (other, server)
+                await one.disconnect(peer.peer_id)
+            await trio.sleep(12)
+            if ends != "in_order":
+                await other.dial(server.peer_id, server.addresses)
+            assert await open_and_use(other, server) == b"hello"
+            await trio.sleep(12)
+
+        await lose_one()  # what is made once is made
+        with collector_off() as left:
+            for _ in range(3):
+                await lose_one()
+    assert not {name: n for name, n in left.rings.items() if not name.startswith("meshmax.testing.")}

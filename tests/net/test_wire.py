@@ -132,3 +132,19 @@ async def test_nothing_is_read_from_a_wire_that_was_cut(autojump_clock: Any) -> 
     assert await wire.read(4) == b"more"
     wire.cut()
     assert await wire.read(4) == b""
+
+
+async def test_a_message_is_read_whole_whatever_the_pieces_in_which_it_comes(autojump_clock: Any) -> None:
+    near, far, _ = await pair(MemoryWires())
+    wire = Wire(near, lambda: None)
+    wire.authenticated()
+    long = bytes(60_000)
+    for piece in (b"\0", b"\4wo", b"rd\0\0", len(long).to_bytes(2, "big") + long[:5000]):
+        await far.send_all(piece)
+        with trio.move_on_after(1):
+            assert await wire.try_read_message() == b"word"
+            assert await wire.try_read_message() == b""
+    await far.send_all(long[5000:] + b"\0\5half")
+    assert await wire.try_read_message() == long
+    far.close()
+    assert await wire.try_read_message() is None

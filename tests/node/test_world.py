@@ -1,7 +1,7 @@
 """The real world's swarm: who may connect, and who may be a member."""
 
 import random
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +9,14 @@ import pytest
 import trio
 
 from meshmax.base.config import Config, ServeConfig
-from meshmax.base.errors import NotAMember
+from meshmax.base.errors import ChunkMismatch, NotAMember
 from meshmax.base.membership import MeshId, Ticket
+from meshmax.base.units import MIB
 from meshmax.node import world
 from meshmax.ports import Stream
 from meshmax.services.membership import MembershipService
 from meshmax.store.mesh_files import MeshFiles
+from meshmax.testing.garbage import collector_off
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.wire.ticket import ticket_text
 
@@ -62,3 +64,19 @@ async def test_the_open_mesh_has_no_members_beyond_the_lan_whoever_may_connect(
     near: Any = From(NEAR)
     await opened["admission"].admit(near, "in")
     assert admitted == [near.address]
+
+
+async def test_what_failed_in_a_disk_thread_keeps_no_chunk() -> None:
+    def check() -> None:
+        chunk = bytearray(MIB)
+        raise ChunkMismatch(f"{len(chunk)} bytes are not the chunk")
+
+    run_sync = world.disk_threads()
+    with collector_off() as left:
+        for _ in range(3):
+            with suppress(ChunkMismatch):
+                await run_sync(check)
+            with suppress(FileNotFoundError):
+                await run_sync(Path("/none/there").stat)
+    assert not left.buffers
+    assert not left.rings

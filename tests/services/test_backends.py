@@ -130,6 +130,9 @@ async def test_one_that_nobody_asked_for_is_told_of_only_where_it_is(autojump_cl
         found.error = None
         await trio.sleep(MAX_PAUSE_S)
         assert backends.reports()[0] == BackendReport("ollama", 1, "the ollama", "")
+        found.error = EngineUnavailable("killed")
+        await trio.sleep(MAX_PAUSE_S)
+        assert backends.reports()[0] == BackendReport("ollama", 0, "", "killed")
 
 
 async def test_the_first_that_offers_a_model_runs_it(autojump_clock: Clock) -> None:

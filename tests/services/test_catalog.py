@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -13,7 +14,7 @@ from meshmax.base.errors import InvalidName, ModelNotFound, NoProviders, OutOfSc
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import ModelDetails, ModelRecord
 from meshmax.base.names import parse_name
-from meshmax.base.status import ModelPresence, PeerStatus, PeerView
+from meshmax.base.status import Load, ModelPresence, PeerStatus, PeerView
 from meshmax.core.catalog import MAX_FIRST_SEEN, FirstSeen
 from meshmax.services.catalog import DESCRIBE_DEADLINE_S, CatalogService, open_catalog
 from meshmax.testing.gguf import build_gguf
@@ -144,12 +145,58 @@ async def test_names_of_the_mesh_are_noted_once() -> None:
         assert not catalog.note_names()
 
 
+async def test_loads_of_peers_make_no_list_anew_but_their_models_and_their_going_do() -> None:
+    async with open_world() as (world, catalog):
+        view = holder(KITCHEN)
+        assert view.status is not None
+        world.views = (view,)
+        entries = catalog.entries()
+        busy = msgspec.structs.replace(view.status, load=Load(1, 0, 4), sequence=2)
+        world.views = (msgspec.structs.replace(view, status=busy, rtt_s=0.1),)
+        assert catalog.entries() is entries
+        world.views = (msgspec.structs.replace(view, status=msgspec.structs.replace(busy, models=())),)
+        assert catalog.entries() == ()
+        world.views = (msgspec.structs.replace(view, status=None),)
+        assert catalog.entries() == ()
+        world.views = (view,)
+        assert catalog.entries() == entries
+
+
 async def test_a_model_that_was_here_before_us_gets_a_record() -> None:
     async with open_world() as (world, catalog):
         await world.models.add_model("old", b"weights")
         await catalog.refresh()
         await catalog.sign_missing_records()
         assert all(stored.record for stored in catalog.local())
+
+
+async def test_a_model_that_comes_without_a_record_gets_one_in_the_background() -> None:
+    async with open_world() as (world, catalog):
+        await trio.testing.wait_all_tasks_blocked()
+        for name in ("adopted", "later"):
+            await world.models.add_model(name, name.encode())
+            await catalog.refresh()
+            await trio.testing.wait_all_tasks_blocked()
+            assert all(stored.record for stored in catalog.local())
+        assert len(catalog.local()) == 2
+
+
+async def test_a_model_that_cannot_be_signed_is_not_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+
+    async def gone(_digest: Sha256) -> None:
+        nonlocal asked
+        await trio.lowlevel.checkpoint()
+        asked += 1
+
+    async with open_world() as (world, catalog):
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(world.blobs, "haves", gone)
+        await world.models.add_model("broken", b"weights")
+        for _ in range(3):
+            await catalog.refresh()
+            await trio.testing.wait_all_tasks_blocked()
+        assert asked == 1
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from meshmax.base.errors import Draining, OutOfScope, PeerGone, Refused
 from meshmax.base.ids import PeerId
 from meshmax.base.inference import Delta, Finish, GenerateRequest, Moved
 from meshmax.base.membership import OPEN_MESH, MeshId
+from meshmax.core.why import story
 from meshmax.ports import Stream
 from meshmax.services.drain_exchange import ASK_TIMEOUT_S, REQUEST_TIMEOUT_S, DrainServer, ask_drain
 from meshmax.services.residency import ModelResidency
@@ -102,6 +103,21 @@ async def test_undraining_in_the_middle_ends_nothing(autojump_clock: Clock) -> N
         site[0].drain.undrain()
         nursery.start_soon(take, site[0].residency, ended)
     assert ended == ["whole", "whole"]
+
+
+async def test_why_tells_whether_a_peer_was_drained_or_stopped(autojump_clock: Clock) -> None:
+    async with open_site(3, echo_tokens_per_s=10) as site:
+        only_on(site, 1, 2)
+        for number, stopping, words in ((1, False, "it is being drained."), (2, True, "it was stopped.")):
+            async with site[0].router.open_answer(ask()) as answer:
+                assert answer.route.peer_id == site[number].peer_id
+                await anext(answer.events)
+                site[number].drain.drain(0.0, stopping=stopping)
+                if stopping:
+                    site[1].drain.undrain()
+                _ = [event async for event in answer.events]
+            told = story(site[0].router.routes()[0])
+            assert any(words in line for line in told), told
 
 
 def only_on(site: Site, *holders: int) -> None:

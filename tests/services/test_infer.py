@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from meshmax.base.errors import Busy, ModelNotFound, PeerGone, Refused, RemoteProtocolError
 from meshmax.base.inference import ChatRequest, Delta, EmbedRequest, Event, Finish, GenerateRequest, Message, Options
+from meshmax.core.memory import DEFAULT_CONTEXT_TOKENS
 from meshmax.ports import Stream
 from meshmax.services import infer_server
 from meshmax.services.frames import FrameStream
@@ -380,13 +381,14 @@ async def test_a_model_that_stays_for_ever_stays_whatever_a_peer_says(autojump_c
         assert site[1].residency.loaded()
 
 
-async def test_how_a_model_is_loaded_is_not_for_a_peer_to_say(autojump_clock: Clock) -> None:
+async def test_of_a_model_that_does_not_say_what_it_was_trained_for_a_peer_has_no_more_context_than_usual(
+    autojump_clock: Clock,
+) -> None:
     greedy = GenerateRequest(WORDS, options=Options(num_ctx=1 << 20, num_gpu=999, num_thread=1, seed=7))
     async with open_site(2, echo_tokens_per_s=1e9) as site:
         await remote(site, greedy)
         (loaded,) = site[1].residency.loaded()
-        default = loaded.context_length
-        assert default < 1 << 20
+        assert loaded.context_length == DEFAULT_CONTEXT_TOKENS
         await site[1].residency.unload(MODEL)
         await trio.sleep(1)
         async with site[1].residency.open_answer(ask(greedy)) as events:

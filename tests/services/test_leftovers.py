@@ -52,11 +52,29 @@ async def test_what_an_interrupted_pull_left_is_shown_by_its_models_name_and_fre
     world.leftovers.note()
     assert await world.leftovers.list() == (Leftover("big:latest", 300, 2000),)
     assert not await world.leftovers.drop("other")
+    assert not world.leftovers.freed("t")
     assert await world.leftovers.drop("BIG")
+    assert world.leftovers.freed("t")
     assert world.here == {OTHER: 7}
     assert await world.leftovers.list() == ()
     with pytest.raises(InvalidName):
         await world.leftovers.drop("../big")
+
+
+async def test_what_a_pull_that_halts_has_already_is_shown_with_its_pull_and_not_freed(autojump_clock: Clock) -> None:
+    world = World()
+    world.here = {BIG: 300}
+    world.transfers = [transfer("big", "running", BIG, SMALL)]
+    world.leftovers.note()
+    halted: tuple[TransferState, ...] = ("paused", "waiting")
+    for state in halted:
+        world.transfers = [transfer("big", state, BIG, SMALL), transfer("big", "cancelled", BIG)]  # newest first
+        assert await world.leftovers.list() == (Leftover("big:latest", 300, 2000, "t", state),)
+        assert not await world.leftovers.drop("big")
+    world.transfers = [transfer("big", "paused")]  # of which, after a restart, no more is known
+    assert await world.leftovers.list() == (Leftover("big:latest", 300, 2000, "t", "paused"),)
+    world.here = {}
+    assert await world.leftovers.list() == ()
 
 
 async def test_a_pull_that_was_completed_leaves_nothing_and_a_blob_that_another_pull_needs_stays(

@@ -10,7 +10,6 @@ import trio.testing
 
 from meshmax.base.config import Config
 from meshmax.base.ids import PeerId
-from meshmax.base.reachability import Reachability
 from meshmax.base.status import PeerStatus
 from meshmax.net import limits
 from meshmax.services.heartbeat import SILENT_S
@@ -52,7 +51,7 @@ async def open_pair(state: str = "unknown") -> AsyncIterator[Pair]:
                     Ladder((), random.Random(seed)),
                     lambda: 1e9 + trio.current_time(),
                     random.Random(seed),
-                    reachability=lambda: Reachability(state),  # type: ignore[arg-type]
+                    stand=lambda: state,  # type: ignore[arg-type, return-value]
                     on_silent=partial(note_silence, silent) if seed == 1 else lambda peer_id: None,
                 )
             )

@@ -29,8 +29,8 @@ from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.inference import Ask, Delta, Finish, GenerateRequest, RoutedEvent
 from meshmax.base.route import Route, Wishes
 from meshmax.base.status import PeerView
-from meshmax.core.absence import LostJustNow
-from meshmax.core.refusal import NobodyNow
+from meshmax.core.delivery_wait import PATIENCE_S
+from meshmax.core.refusal import LostJustNow, NobodyNow
 from meshmax.services.pull_first import SLOWEST_BYTES_PER_S, TOLD_S, PullFirst
 from meshmax.services.shared_pulls import WAIT_S, SharedPull
 from tests.core.test_pull_first import MODEL, SIZE, STORE, peer
@@ -260,11 +260,11 @@ async def test_a_pull_that_fails_ends_the_answer_with_its_reason(autojump_clock:
 async def test_a_pull_that_waits_is_waited_for_only_so_long_and_from_its_last_byte(autojump_clock: Clock) -> None:
     world = World(ME, STORE)
     waits = News("waiting", reason="nobody has the rest")
-    world.play = [(0.0, waits), (WAIT_S - 1, News("running")), (10.0, waits), (9999.0, News("done"))]
+    world.play = [(0.0, waits), (PATIENCE_S - 1, News("running")), (10.0, waits), (9999.0, News("done"))]
     began = trio.current_time()
     with pytest.raises(NoProviders, match="nobody has the rest"):
         await text(world)
-    assert trio.current_time() - began == pytest.approx(WAIT_S - 1 + 10 + WAIT_S)
+    assert trio.current_time() - began == pytest.approx(PATIENCE_S - 1 + 10 + PATIENCE_S)
 
 
 async def test_the_deadline_of_a_request_holds_for_fetching_too(autojump_clock: Clock) -> None:

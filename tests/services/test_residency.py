@@ -1,7 +1,7 @@
 """The residency service over the echo engine, in virtual time."""
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -46,6 +46,13 @@ async def crash_at_first_event(residency: ModelResidency, engine: EchoEngine) ->
     async with residency.open_answer(ask()) as events:
         async for _event in events:
             engine.models[0].crash()
+
+
+async def fail_at_first_event(residency: ModelResidency, asked: Ask) -> None:
+    with suppress(EngineUnavailable):
+        async with residency.open_answer(asked) as events:
+            await anext(events)
+            raise EngineUnavailable("it cannot be reached")
 
 
 def finish(events: list[Event]) -> Finish:
@@ -217,13 +224,6 @@ async def test_unload_waits_for_running_answers(autojump_clock: trio.abc.Clock) 
         await residency.unload(A)
 
 
-async def test_the_request_that_loads_a_model_sets_its_context(autojump_clock: trio.abc.Clock) -> None:
-    async with residency_of(EchoEngine(CONFIG)) as residency:
-        await answer(residency, ask(num_ctx=128))
-        await answer(residency, ask(num_ctx=256))
-        assert residency.loaded()[0].context_length == 128
-
-
 async def test_the_request_that_loads_a_model_chooses_threads_and_gpu_layers_too(
     autojump_clock: trio.abc.Clock,
 ) -> None:
@@ -287,9 +287,18 @@ class FakeBrought:
 
     def __init__(self) -> None:
         self.kept: list[float | None] = []
+        self.there = True
+        self.looked = 0
 
     def brings(self, digest: Sha256) -> bool:
-        return digest == A
+        return digest == A and self.there
+
+    def look_at(self, digest: Sha256) -> None:
+        self.looked += 1
+
+    async def model_file(self, digest: Sha256) -> ModelFile:
+        file = await model_file(digest)
+        return msgspec.structs.replace(file, path="") if self.brings(digest) else file
 
     def loaded(self) -> tuple[LoadedView, ...]:
         return (LoadedView("a", A, 5, 5, 64, "gpu", ModelDetails(), None),)
@@ -336,3 +345,61 @@ async def test_what_an_engine_brings_along_is_kept_by_it_and_takes_no_place_of_o
         assert brought.kept == [60, 0, None, 0]
         await answer(residency, ask(B, keep_alive_s=0))
         assert brought.kept == [60, 0, None, 0]
+
+
+async def test_what_an_engine_brought_leaves_memory_with_it_and_our_own_engine_runs_our_copy(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    brought, engine = FakeBrought(), EchoEngine(CONFIG)
+    async with open_residency(engine, brought.model_file, CONFIG, lambda: 1000.0, brought=brought) as residency:
+        await answer(residency, ask(A))
+        brought.there = False
+        assert (residency.loaded()[0].size, residency.device(A)) == (5, None)  # the first is what the fake always says
+        residency.look_at_engines()
+        await trio.testing.wait_all_tasks_blocked()
+        assert residency.held() == frozenset()
+        assert residency.load().running == 0
+        assert finish(await answer(residency, ask(A))).done_reason == "stop"
+        residency.look_at_engines()
+        assert len(engine.models) == 1
+        assert residency.device(A) == "cpu"
+
+
+async def test_an_answer_that_fails_with_its_engine_takes_the_model_out_of_memory(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    brought, engine = FakeBrought(), EchoEngine(CONFIG)
+    async with open_residency(engine, brought.model_file, CONFIG, lambda: 1000.0, brought=brought) as residency:
+        await fail_at_first_event(residency, ask(A))
+        await trio.testing.wait_all_tasks_blocked()
+        assert (residency.held(), brought.looked) == (frozenset(), 1)
+        assert finish(await answer(residency, ask(A))).done_reason == "stop"
+        await fail_at_first_event(residency, ask(B))  # of our own the process tells whether it lives
+        assert (residency.held(), brought.looked) == (frozenset({A, B}), 1)
+
+
+async def test_an_ask_finds_our_own_copy_though_the_engine_that_brought_the_model_still_answers_another(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    brought, engine = FakeBrought(), EchoEngine(CONFIG)
+    async with open_residency(engine, brought.model_file, CONFIG, lambda: 1000.0, brought=brought) as residency:
+        async with residency.open_answer(ask(A)) as events:
+            await anext(events)
+            brought.there = False
+            await answer(residency, ask(A, keep_alive_s=40))
+            assert residency.load().running == 1
+        assert residency.load().running == 0
+        assert residency.device(A) == "cpu"
+
+
+async def test_where_a_model_is_in_memory_is_told_of_those_that_are_there_to_stay(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_residency(
+        EchoEngine(CONFIG), model_file, CONFIG, lambda: 1000.0, brought=FakeBrought()
+    ) as residency:
+        assert (residency.device(A), residency.device(B)) == ("gpu", None)
+        await answer(residency, ask(B))
+        assert residency.device(B) == "cpu"
+        await residency.unload(B)
+        assert residency.device(B) is None

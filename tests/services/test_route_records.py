@@ -44,3 +44,13 @@ async def test_the_record_of_a_request_that_is_over_holds_neither_its_prompt_nor
 def test_what_is_looked_for_would_be_found() -> None:
     assert holds([{"a": (Delta("one two"), Finish())}], "two")
     assert not holds([{"a": (Delta("one two"), Finish())}], "three")
+
+
+async def test_what_is_told_of_a_request_under_way_is_made_anew_when_something_has_come_of_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site(2, echo_tokens_per_s=1e6) as site, site[0].router.open_answer(ask(WORDS)) as answer:
+        begun = answer.route
+        assert answer.route is begun
+        await text_of(answer.events)
+        assert answer.route.output_tokens > begun.output_tokens

@@ -16,10 +16,10 @@ from meshmax.base.errors import (
 from meshmax.base.inference import Delta, EmbedRequest, Finish, GenerateRequest, Moved
 from meshmax.base.route import Wishes
 from meshmax.base.status import Load, PeerView
-from meshmax.core.absence import LostJustNow, WentAway
 from meshmax.core.breaker import BUSY_SPREAD, FIRST_BACKOFF_S
 from meshmax.core.delivery_attempt import FIRST_EVENT_DEADLINE_S
 from meshmax.core.delivery_wait import STUCK_S
+from meshmax.core.refusal import LostJustNow, WentAway
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.infer_client import OPEN_DEADLINE_S, SILENCE_S
@@ -360,7 +360,7 @@ async def test_requests_that_come_together_do_not_all_stay_here(autojump_clock: 
 async def test_of_requests_that_come_together_one_finds_out_whether_a_peer_works_again(autojump_clock: Clock) -> None:
     async with open_site(3, echo_tokens_per_s=10) as site:
         first_three(site)
-        site[0].router.measurements.on_failure(site[1].peer_id, None, "peer_gone", trio.current_time())
+        site[0].router.measurements.breakers.on_failure(site[1].peer_id, None, "peer_gone", trio.current_time())
         await trio.sleep(2)  # half-open from now on
         served: list[str] = []
 

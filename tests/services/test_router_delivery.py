@@ -166,7 +166,7 @@ async def test_a_draining_peer_hands_its_stream_over_and_is_no_failure(autojump_
         events = await collect(site)
         assert text(events) == WORDS
         assert [event.peer_id for event in events if isinstance(event, Moved)] == [site[2].peer_id]
-        standing = site[0].router.measurements.standing(site[1].peer_id, MODEL, trio.current_time())
+        standing = site[0].router.measurements.breakers.standing(site[1].peer_id, MODEL, trio.current_time())
         assert standing.failures == 0
 
 
@@ -305,7 +305,7 @@ async def test_nothing_is_sent_twice_where_only_a_broken_peer_is_left_beside_us(
     async with open_site(2, echo_tokens_per_s=1) as site:
         await loaded(site[0], site[1])
         site[0].change = advertised(site, 0)  # so that we seem late
-        site[0].router.measurements.on_failure(site[1].peer_id, None, "peer_gone", trio.current_time(), 60.0)
+        site[0].router.measurements.breakers.on_failure(site[1].peer_id, None, "peer_gone", trio.current_time(), 60.0)
         assert text(await collect(site, request="one two")) == "one two"
         (attempt,) = site[0].router.routes()[0].attempts
         assert (attempt.kind, attempt.peer_id) == ("first", site[0].peer_id)

@@ -14,10 +14,9 @@ import trio.testing
 from meshmax.base.errors import Busy, EngineUnavailable, MeshmaxError
 from meshmax.base.inference import Delta, Finish, Moved, RoutedEvent
 from meshmax.base.status import Load, PeerView
-from meshmax.core.absence import LostJustNow
 from meshmax.core.breaker import BUSY_SPREAD, FIRST_BACKOFF_S, MAX_BACKOFF_S, OWN_BACKOFF_S
 from meshmax.core.delivery_wait import PATIENCE_S
-from meshmax.core.refusal import NobodyNow
+from meshmax.core.refusal import LostJustNow, NobodyNow
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
 from meshmax.wire.failure import Failure
@@ -59,7 +58,7 @@ def holder(site: Site) -> Door:
 def fails(site: Site, number: int = 1, at_least_s: float = 0.0) -> None:
     """The entry peer has just lost that one."""
     now = trio.current_time()
-    site[0].router.measurements.on_failure(site[number].peer_id, None, "peer_gone", now, at_least_s)
+    site[0].router.measurements.breakers.on_failure(site[number].peer_id, None, "peer_gone", now, at_least_s)
 
 
 def changed(site: Site, number: int, change: Callable[[PeerView], PeerView]) -> None:
@@ -439,7 +438,7 @@ async def test_over_any_schedule_of_the_only_holder_nobody_asks_before_its_time_
                 nursery.start_soon(one, chance.uniform(0.0, 30.0))
         assert len(ends) == 40
         assert len(router._shared.waiting) == 0
-        standing = router.measurements.standing(site[1].peer_id, MODEL, trio.current_time())
+        standing = router.measurements.breakers.standing(site[1].peer_id, MODEL, trio.current_time())
         assert not standing.probing
         assert standing.until_s < math.inf
         await trio.sleep(MAX_BACKOFF_S)

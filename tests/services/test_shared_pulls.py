@@ -13,6 +13,7 @@ from meshmax.base.errors import Busy, MeshmaxError, NoProviders, PeerGone, Refus
 from meshmax.base.events import Transfer
 from meshmax.base.ids import PeerId, Sha256
 from meshmax.base.model import CHUNK_BYTES
+from meshmax.core.delivery_wait import PATIENCE_S
 from meshmax.ports import Stream
 from meshmax.services.frames import FrameStream
 from meshmax.services.pull_server import MAX_WAITING_PER_PEER, REQUEST_TIMEOUT_S, PullServer
@@ -148,7 +149,7 @@ async def test_a_paused_pull_is_waited_for_only_so_long(autojump_clock: Clock) -
         began = trio.current_time()
         with pytest.raises(NoProviders, match="paused"):
             await pull.wait()
-        assert WAIT_S <= trio.current_time() - began < WAIT_S + 5
+        assert PATIENCE_S <= trio.current_time() - began < PATIENCE_S + 5
 
 
 async def test_an_asked_peer_that_falls_silent_or_is_lost_is_gone(autojump_clock: Clock) -> None:
@@ -244,6 +245,27 @@ async def test_cancelled_at_any_moment_nothing_goes_on(here: bool, autojump_cloc
                 async with pair.shared.open_pull(peer.peer_id, NAME, pair.digest) as pull:
                     await pull.wait()
             await until(lambda: all(state in ("done", "cancelled") for state in pair.states(peer)))  # noqa: B023
+
+
+async def test_a_source_that_is_back_soon_saves_the_waiting_and_one_that_is_not_ends_it(autojump_clock: Clock) -> None:
+    pull = SharedPull("m")
+    pull.on_news(False, 10, 100, "")
+    began = trio.current_time()
+
+    async def tell() -> None:
+        await trio.sleep(PATIENCE_S + 1)
+        pull.on_news(True, 10, 100, "nobody has the rest")
+        await trio.sleep(PATIENCE_S - 1)
+        pull.on_news(False, 10, 100, "")
+        await trio.sleep(PATIENCE_S + 1)
+        pull.on_news(False, 20, 100, "")
+        pull.on_news(True, 20, 100, "nobody has the rest")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tell)
+        with pytest.raises(NoProviders, match="nobody has the rest"):
+            await pull.wait()
+    assert trio.current_time() - began == pytest.approx(4 * PATIENCE_S + 1)
 
 
 async def test_what_verifies_needs_no_bytes_and_what_goes_on_is_waited_for(autojump_clock: Clock) -> None:

@@ -166,9 +166,9 @@ async def test_an_upstream_that_takes_the_call_and_says_nothing_costs_its_timeou
     ("error", "why"),
     [
         (httpx.ConnectTimeout(""), "no connection within 5 s"),
-        (httpx.ConnectError(""), "connect error, without a reason given"),
+        (httpx.ConnectError(""), "no connection could be made"),
         (httpx.ReadTimeout(""), "nothing came within 30 s"),
-        (httpx.RemoteProtocolError(""), "remote protocol error, without a reason given"),
+        (httpx.RemoteProtocolError(""), "what came from the other side is not valid"),
         (httpx.ConnectError("no route"), "no route"),
     ],
 )

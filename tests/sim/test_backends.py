@@ -212,3 +212,43 @@ async def test_an_answer_of_an_ollama_that_dies_goes_on_at_a_peer_with_a_copy(
         assert "".join(event.text for event in said if isinstance(event, Delta)) == words
         (moved,) = [event for event in said if isinstance(event, Moved)]
         assert moved.peer_id == storing.peer_id
+
+
+async def test_an_answer_of_an_ollama_that_dies_goes_on_with_our_own_engine_and_copy(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    words = " ".join(f"word{number}" for number in range(200))
+    async with open_place(tmp_path, engine=EngineConfig(kind="echo", echo_tokens_per_s=5.0)) as place:
+        beside = await place.node("beside", engine=ECHO)
+        far = await place.mesh.node("far", NO_ENGINE)
+        await until(lambda: entry(far) is not None)
+        digest = far.catalog.resolve("tiny").digest
+        asked = Ask("r", digest, "tiny", GenerateRequest(words, raw=True))
+        async with far.router.open_answer(asked) as answer:
+            said = [await anext(answer.events) for _ in range(5)]
+            await place.mesh.add(beside, "tiny")  # as a file of its own, while its Ollama answers
+            await until(lambda: (one := entry(far)) is not None and bool(one.holders), 20)
+            place.front.down = True
+            place.front.cut()
+            said += [event async for event in answer.events]
+        assert "".join(event.text for event in said if isinstance(event, Delta)) == words
+        for node in (beside, far):
+            assert await ask(node, "tiny", "one two three") == ("one two three", "beside")
+        (shown,) = beside.residency.loaded()
+        assert shown.origin == ""
+        await until(lambda: bool(beside.backends.problems[0]))
+        assert [report.models for report in beside.backends.reports()] == [0]
+
+
+async def test_a_model_in_the_memory_of_an_ollama_that_dies_leaves_with_it_and_comes_back(
+    tmp_path: Path, autojump_clock: Clock
+) -> None:
+    async with open_place(tmp_path) as place:
+        beside = await place.node("beside", engine=ECHO)
+        await until(lambda: entry(beside) is not None)
+        assert await ask(beside, "tiny", "one two three") == ("one two three", "beside")
+        place.front.down = True
+        assert await until(lambda: not beside.residency.held() and entry(beside) is None) < 10
+        place.front.down = False
+        await until(lambda: entry(beside) is not None)
+        assert await ask(beside, "tiny", "one two three") == ("one two three", "beside")

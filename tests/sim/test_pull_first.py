@@ -13,6 +13,8 @@ from meshmax.base.errors import MeshmaxError, ModelNotFound, NoProviders
 from meshmax.base.inference import Ask, Delta, GenerateRequest, Moved
 from meshmax.base.model import CHUNK_BYTES
 from meshmax.base.route import Wishes
+from meshmax.core.catalog import last_holder
+from meshmax.core.delivery_wait import PATIENCE_S
 from meshmax.node import Node, open_node
 from tests.sim.site import Site, ask, online, open_site, pull, until
 
@@ -144,6 +146,38 @@ async def test_a_source_that_goes_away_ends_the_request_with_the_reason(
             assert answer.route.state == "failed"
         (route,) = a.router.routes()
         assert (route.state, route.attempts[0].error) == ("failed", "no_providers")
+
+
+async def test_a_source_that_is_stopped_in_order_ends_the_request_soon_and_is_known_to_have_had_the_model(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site(tmp_path) as site:
+        a = await site.node("a")
+        config, world = site.parts("store", STORES)
+        stop = trio.Event()
+
+        async def hold() -> None:
+            async with open_node(config, world) as store:
+                await until(lambda: online(store) == {"a"})
+                await site.add(store, "m", SIZE)
+                await stop.wait()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hold)
+            await until(lambda: bool(a.catalog.entries()))
+            site.network.wires.latency_s = 0.1
+            async with a.router.open_answer(request(a)) as answer:
+                await begun(a)
+                stop.set()
+                began = trio.current_time()
+                with pytest.raises(NoProviders, match="no peer that can be reached has the missing"):
+                    await anext(answer.events)
+                assert trio.current_time() - began < PATIENCE_S + 5
+        gone = last_holder("m", a.presence.lost())
+        assert gone is not None
+        assert gone.status is not None
+        assert (gone.status.name, gone.status.leaving) == ("store", True)
+        assert last_holder("n", a.presence.lost()) is None
 
 
 async def test_a_taker_that_goes_away_ends_the_request(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:

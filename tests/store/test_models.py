@@ -156,6 +156,15 @@ async def test_a_record_counts_only_for_the_manifest_that_it_was_put_with(store:
     assert model.record is None
 
 
+async def test_a_model_that_is_put_again_stays_as_old_as_it_is(store: Store, tmp_path: Path) -> None:
+    manifest = ollama_model(tmp_path / "models", "llama3")
+    (first,) = await store.models.models()
+    path = (tmp_path / "models").joinpath("manifests", *parse_name("llama3").path_parts)
+    os.utime(path, (1000.0, 1000.0))
+    again = await store.models.put(parse_name("llama3"), manifest.raw, RECORD)
+    assert (first.record, again.record, again.modified_at_s) == (None, RECORD, 1000.0)
+
+
 async def test_a_damaged_record_or_fact_file_is_as_none(store: Store, tmp_path: Path) -> None:
     stored = await add(store, tmp_path, record=RECORD)
     for folder in ("records", "details"):

@@ -19,6 +19,8 @@ from meshmax.base.status import (
     PeerStatus,
     Vitals,
     Wait,
+    cold,
+    lasting,
     vitals_of,
     with_vitals,
 )
@@ -26,6 +28,7 @@ from meshmax.wire.signed import STATUS_DOMAIN, sign
 from meshmax.wire.status import (
     BEAT,
     MAX_ALL_NAMES,
+    MAX_CONTEXT,
     MAX_STATUSES,
     Beat,
     check_statuses,
@@ -65,6 +68,8 @@ def test_a_full_status_fits_a_message() -> None:
         {"models": (msgspec.structs.replace(MODEL, names=("x" * 10_000,)),)},
         {"models": (msgspec.structs.replace(MODEL, family="\0" * 9, parameter_size="x" * 999),)},
         {"models": (msgspec.structs.replace(MODEL, context_length=1 << 64, embedding_length=-1),)},
+        {"models": (msgspec.structs.replace(MODEL, loaded_context=1 << 64),)},
+        {"models": (msgspec.structs.replace(MODEL, loaded_context=-1),)},
         {"models": (msgspec.structs.replace(MODEL, capabilities=("\n",) * 99),)},
         {"models": (msgspec.structs.replace(MODEL, load_s=float("nan"), decode_per_s=float("inf")),)},
     ],
@@ -104,6 +109,8 @@ def test_what_fits_is_told_as_it_is() -> None:
         {"cpu_percent": float("inf")},
         {"models": (msgspec.structs.replace(MODEL, digest=Sha256("../x")),)},
         {"models": (msgspec.structs.replace(MODEL, size=-1),)},
+        {"models": (msgspec.structs.replace(MODEL, loaded_context=-1),)},
+        {"models": (msgspec.structs.replace(MODEL, loaded_context=MAX_CONTEXT + 1),)},
         {"models": (msgspec.structs.replace(MODEL, decode_per_s=float("nan")),)},
         {"models": (msgspec.structs.replace(MODEL, names=("x",) * 65),)},
         {"gpus": (Gpu("\n"),)},
@@ -118,6 +125,30 @@ def test_what_fits_is_told_as_it_is() -> None:
 def test_a_status_out_of_bounds_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ManifestInvalid):
         read_status(sign(STATUS_DOMAIN, msgspec.structs.replace(STATUS, **change), PEER, KEY.sign))
+
+
+def test_a_peer_that_does_not_tell_the_context_of_a_loaded_model_and_one_that_tells_more_are_understood() -> None:
+    words: tuple[tuple[dict[str, int], int], ...] = (
+        ({}, 0),
+        ({"loaded_context": 8192}, 8192),
+        ({"loaded_context": 1, "newer": 2}, 1),
+    )
+    for told, loaded_context in words:
+        fields = msgspec.to_builtins(STATUS)
+        older = {name: value for name, value in fields["models"][0].items() if name != "loaded_context"}
+        fields["models"] = [older | told]
+        (model,) = read_status(sign(STATUS_DOMAIN, fields, PEER, KEY.sign)).models
+        assert model == msgspec.structs.replace(MODEL, loaded_context=loaded_context)
+
+
+def test_the_context_of_a_loaded_model_is_worth_being_told_anew_and_ends_with_a_restart() -> None:
+    model = msgspec.structs.replace(MODEL, state="loaded", loaded_context=512)
+    short, long = (
+        msgspec.structs.replace(STATUS, models=(msgspec.structs.replace(model, loaded_context=tokens),))
+        for tokens in (512, 1024)
+    )
+    assert lasting(short) != lasting(long)
+    assert cold(short).models == (MODEL,)
 
 
 def test_what_a_peer_tells_of_its_waits_comes_through() -> None:

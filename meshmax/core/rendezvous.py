@@ -6,7 +6,8 @@ every 30 s at first, or while nobody is connected, then every 5 min, for news on
 news tell nobody who left. A node that fails is visited again after growing pauses; a change of our network, or a person who
 asks, ends them. Each node is dealt with by itself, so that one that lies or is dead costs the others nothing. Whom it named
 is named again while the registration lasts, because other parts forget. Of one peer's records the one with the highest
-sequence wins. Not here: the messages (wire.rendezvous), visits themselves (services.rendezvous).
+sequence wins. A change that comes while a visit is under way outlasts it: what the visit told or asked was of before.
+Not here: the messages (wire.rendezvous), visits themselves (services.rendezvous).
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Schedule:
     """One node's. Times are monotonic seconds."""
 
     __slots__ = (
+        "_asked_again",
+        "_changed",
         "_discover_at",
         "_early_until",
         "_failures",
@@ -70,6 +73,7 @@ class Schedule:
         self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
         self._failures = self._refusals = 0
         self._soon = 0  # of DISCOVER_SOON_S are over
+        self._changed = self._asked_again = False  # since our record was last sent, since everybody was last asked for
 
     def due(self, now: float) -> Due | None:
         """What to visit the node for now; None: nothing."""
@@ -85,22 +89,26 @@ class Schedule:
 
     def on_record_changed(self, now: float) -> None:
         """The namespace or our addresses are others: register at once, and ask for everybody."""
-        self._register_at = now
+        self._register_at, self._changed = now, True
         self._refusals = 0
         self.on_look_again(now)
 
     def on_look_again(self, now: float) -> None:
         """The network changed, or a person asks: ask for everybody, pauses afresh."""
-        self.cookie = b""
+        self.cookie, self._asked_again = b"", True
         self._discover_at, self._soon = now, 0
         self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
         if self._failures:
             self._failures, self._pause_until = 0, now
 
+    def on_registering(self) -> None:
+        """Our record of now is about to be sent."""
+        self._changed = False
+
     def on_registered(self, ttl_s: float, now: float) -> None:
         """The node took our registration for ``ttl_s``."""
         self._refusals = 0
-        self._register_at = now + self._about(max(ttl_s / 2.0, MIN_PAUSE_S))
+        self._register_at = now if self._changed else now + self._about(max(ttl_s / 2.0, MIN_PAUSE_S))
 
     def on_register_refused(self, now: float) -> None:
         """The node is there but did not take our registration: try that again after a pause, the rest goes on."""
@@ -113,11 +121,19 @@ class Schedule:
 
     def on_nothing_to_register(self, now: float) -> None:
         """We have no address to tell; `on_record_changed` comes when there is one."""
-        self._register_at = now + MAX_BACKOFF_S
+        self._register_at = now if self._changed else now + MAX_BACKOFF_S
+
+    def on_discovering(self) -> bytes:
+        """A question for who is there is about to be sent; the cookie to ask with."""
+        self._asked_again = False
+        return self.cookie
 
     def on_discovered(self, cookie: bytes, alone: bool, now: float) -> None:
         """The node told all that it has; ``cookie`` asks for what comes later. ``alone``: no member is connected to us."""
         self._failures = 0
+        if self._asked_again:
+            self._discover_at = now
+            return
         self.cookie = cookie
         if now >= self._whole_at:
             self.cookie, self._whole_at = b"", now + WHOLE_S

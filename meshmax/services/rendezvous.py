@@ -261,6 +261,7 @@ class Rendezvous:
             await self._discover(node)
 
     async def _register(self, node: _Node) -> None:
+        node.schedule.on_registering()
         namespace, own = self._seen
         if node.namespace and node.namespace != namespace:
             await self._say(node, self._unregister(node.namespace))
@@ -293,7 +294,7 @@ class Rendezvous:
 
     async def _discover(self, node: _Node) -> None:
         namespace = self._seen[0]
-        cookie, told = node.schedule.cookie, 0
+        cookie, told = node.schedule.on_discovering(), 0
         for _ in range(MAX_PAGES):
             page = await self._ask(node, Discover(namespace, rendezvous.MAX_PAGE, cookie))
             if not isinstance(page, DiscoverResponse):

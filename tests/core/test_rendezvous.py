@@ -34,21 +34,26 @@ def visited(now: float = 0.0, *, alone: bool = False) -> Schedule:
     """A schedule after its first visit."""
     schedule = Schedule(random.Random(1), now)
     assert schedule.due(now) == Due(register=True, discover=True)
-    schedule.on_registered(TTL_S, now)
-    schedule.on_discovered(b"cookie", alone, now)
-    schedule.on_visited(now)
+    answer(schedule, Due(register=True, discover=True), now, alone=alone)
     return schedule
+
+
+def answer(schedule: Schedule, due: Due, now: float, *, alone: bool = False) -> None:
+    """A whole visit."""
+    if due.register:
+        schedule.on_registering()
+        schedule.on_registered(TTL_S, now)
+    if due.discover:
+        schedule.on_discovering()
+        schedule.on_discovered(b"cookie", alone, now)
+    schedule.on_visited(now)
 
 
 def next_visit(schedule: Schedule, *, alone: bool = False) -> tuple[float, Due]:
     now = schedule.deadline()
     due = schedule.due(now)
     assert due is not None
-    if due.register:
-        schedule.on_registered(TTL_S, now)
-    if due.discover:
-        schedule.on_discovered(b"cookie", alone, now)
-    schedule.on_visited(now)
+    answer(schedule, due, now, alone=alone)
     return now, due
 
 
@@ -118,12 +123,40 @@ def test_a_change_of_our_record_registers_and_asks_everybody_at_once() -> None:
     assert (schedule.due(100.0), schedule.cookie) == (Due(register=True, discover=True), b"")
 
 
+def test_a_change_while_a_visit_is_under_way_is_told_at_the_next_one_soon() -> None:
+    schedule = Schedule(random.Random(1), 0.0)
+    schedule.on_registering()
+    schedule.on_record_changed(0.1)  # what is on its way does not have it yet
+    schedule.on_registered(TTL_S, 0.2)
+    schedule.on_discovering()
+    schedule.on_discovered(b"c", False, 0.3)
+    schedule.on_visited(0.3)
+    assert schedule.deadline() == pytest.approx(1.3)
+    assert next_visit(schedule) == (pytest.approx(1.3), Due(register=True, discover=True))
+    assert next_visit(schedule)[1] == Due(register=False, discover=True)
+    schedule.on_registering()
+    schedule.on_record_changed(10.0)
+    schedule.on_nothing_to_register(10.1)
+    assert schedule.due(10.1) is not None
+
+
+def test_looking_again_while_a_question_is_under_way_asks_everybody_once_more() -> None:
+    schedule = Schedule(random.Random(1), 0.0)
+    answer(schedule, Due(register=True, discover=False), 0.0)
+    assert schedule.on_discovering() == b""
+    schedule.on_look_again(0.1)
+    schedule.on_discovered(b"c", False, 0.2)
+    schedule.on_visited(0.2)
+    assert (schedule.deadline(), schedule.cookie) == (pytest.approx(1.2), b"")
+    assert next_visit(schedule)[1] == Due(register=False, discover=True)
+    assert schedule.cookie == b"cookie"
+
+
 def test_looking_again_asks_everybody_at_once_but_does_not_register_anew() -> None:
     schedule = visited()
     schedule.on_look_again(100.0)
     assert (schedule.due(100.0), schedule.cookie) == (Due(register=False, discover=True), b"")
-    schedule.on_discovered(b"c", False, 100.0)
-    schedule.on_visited(100.0)
+    answer(schedule, Due(register=False, discover=True), 100.0)
     schedule.on_look_again(100.1)
     assert schedule.due(100.1) is None  # a person who asks on and on is no flood
     assert schedule.deadline() == pytest.approx(101.0)

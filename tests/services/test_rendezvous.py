@@ -171,6 +171,23 @@ async def test_a_new_address_is_known_to_all_at_their_next_question(autojump_clo
         assert other.found[moving.swarm.peer_id] == ("/ip4/10.9.9.9/tcp/5",)
 
 
+async def test_an_address_that_comes_at_whatever_moment_of_the_first_visit_is_told_soon(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_site() as site:
+        point = await site.point()
+        other = await site.seeker(100, point)
+        moved = {}
+        for moment in range(1, 25):  # a message takes 10 ms
+            more = await site.seeker(moment, point)
+            await trio.sleep(0.005 * moment)
+            more.swarm.addresses = (*more.swarm.addresses, f"/ip4/10.9.9.{moment}/tcp/5/p2p/{more.swarm.peer_id}")
+            more.rung.check()
+            moved[more.swarm.peer_id] = tuple(address.partition("/p2p/")[0] for address in more.swarm.addresses)
+        await trio.sleep(DISCOVER_EARLY_S * 1.2)
+        assert other.found == moved
+
+
 async def test_a_change_of_mesh_moves_the_peer_to_the_other_namespace(autojump_clock: trio.testing.MockClock) -> None:
     mesh = MeshId(SeededSigner(99).peer_id)
     async with open_site() as site:

@@ -7,6 +7,7 @@ it (schemas, tools, arguments) are held to MAX_DEPTH, since other parts walk the
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -27,6 +28,7 @@ MAX_BRACKETS: Final = 1_000_000
 MAX_COMMAS: Final = 4_000_000
 MAX_DEPTH: Final = 64  # levels in a free-form value; a JSON schema written by a person has under 20
 
+BODY_IS_HERE: Final = "meshmax.body_is_here"  # key in an ASGI scope: tells whether its rest can be read without waiting
 HOLD_BODY: Final = "meshmax.hold_body"  # key in an ASGI scope: is told how many bytes will stay in memory; raises Busy
 
 T = TypeVar("T")
@@ -38,6 +40,11 @@ def _hold_any(_size: int) -> None:
     """Where nobody counts: a request that came past the guard."""
 
 
+def _unknown() -> bool:
+    """Where no server of ours tells: it may have to be waited for."""
+    return False
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """The whole body. Raises PayloadTooLarge, RequestTimeout, PeerGone when the client went away, Busy."""
     announced = request.headers.get("content-length", "")
@@ -45,7 +52,8 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
     hold = request.scope.get(HOLD_BODY, _hold_any)
     body = bytearray()
-    with trio.move_on_after(BODY_TIMEOUT_S) as scope:
+    is_here = request.scope.get(BODY_IS_HERE, _unknown)
+    with nullcontext() if is_here() else trio.move_on_after(BODY_TIMEOUT_S) as scope:
         more = True
         while more:
             message = await request.receive()
@@ -57,7 +65,7 @@ async def read_body(request: Request, limit: int) -> bytes:
             more = message.get("more_body", False)
             if len(body) > limit:
                 raise PayloadTooLarge(f"the request's body is larger than {limit} bytes")
-    if scope.cancelled_caught:
+    if scope is not None and scope.cancelled_caught:
         raise RequestTimeout(f"the request's body did not arrive within {BODY_TIMEOUT_S:.0f} s")
     return bytes(body)
 

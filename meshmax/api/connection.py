@@ -27,6 +27,7 @@ from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
+from meshmax.api.bodies import BODY_IS_HERE
 from meshmax.api.guard import DRAIN_S
 from meshmax.api.heads import HeadBuffer, InvalidHead, needs_look, settled
 from meshmax.api.lines import BODY_FOLLOWS
@@ -281,6 +282,7 @@ class Tasks(TaskGroup):  # type: ignore[misc]
     async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Callable[[Any], Awaitable[None]]:
         """See hypercorn's."""
         inbox = _Inbox(config.max_app_queue_size)
+        scope[BODY_IS_HERE] = inbox.has_end
 
         async def run() -> None:
             try:
@@ -320,6 +322,10 @@ class _Inbox:
             await self._readers.park()
         self._writers.unpark()
         return self._waiting.popleft()
+
+    def has_end(self) -> bool:
+        """Whether all that is still to come is here."""
+        return bool(self._waiting) and not self._waiting[-1].get("more_body", False)
 
     def close(self) -> None:
         """Nobody reads any more."""

@@ -97,7 +97,7 @@ class OpenAnswers:
         return len(self._scopes)
 
     def release(self, scope: trio.CancelScope) -> None:
-        """``scope`` is not for `end_all` any more: what is inside it has begun to reply."""
+        """``scope`` is not for `end_all` any more: the last word of what is inside it was said."""
         self._scopes.discard(scope)
 
     def end_all(self) -> None:
@@ -135,6 +135,7 @@ class PromptReply:
         self._route: Route | None = None
         self._form: Form | None = None
         self._lines: Lines | None = None
+        self._over = False  # the line that ends the stream is on its way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; returns when the last byte is sent or the client is gone."""
@@ -176,22 +177,22 @@ class PromptReply:
     async def _answer_in_lines(self, lines: Lines) -> MeshmaxError | None:
         """The error that came before anything was sent, if any."""
         try:
-            with self._open_answers.held() as waiting:
+            with self._open_answers.held() as answering:
                 async with self._open_answer() as answer:
-                    self._open_answers.release(waiting)
                     self._route = answer.route
                     form = self._form = self._form_for(self._route)
                     if not lines.begun:
                         lines.begin(form.stream_type, route_headers(self._route))
                     await self._send_events(answer, form, lines)
-            if waiting.cancelled_caught:
+                    self._open_answers.release(answering)
+            if answering.cancelled_caught:
                 raise ShuttingDown
         except (MeshmaxError, BaseExceptionGroup) as error:
             if (ours := only_error(error)) is None:
                 raise
             if not lines.begun:
                 return ours
-            if self._route is None and self._form is not None:  # only its headers have left
+            if self._form is not None and not self._over:
                 await lines.send(self._form.failure(self._reword(ours)))
             else:
                 _log.info("an answer's end failed after it was sent", code=ours.code, error=ours.message)
@@ -199,19 +200,18 @@ class PromptReply:
 
     async def _send_events(self, answer: Answer, form: Form, lines: Lines) -> None:
         try:
-            with self._open_answers.held() as answering:
-                async for event in answer.events:
-                    if isinstance(event, Moved):
-                        form.on_moved(event)
-                    else:
-                        await lines.send(form.line(event))
-                    if isinstance(event, Finish):
-                        lines.flush()
-            if answering.cancelled_caught:
-                raise ShuttingDown
+            async for event in answer.events:
+                if isinstance(event, Moved):
+                    form.on_moved(event)
+                    continue
+                self._over = isinstance(event, Finish)
+                await lines.send(form.line(event))
+                if self._over:
+                    lines.flush()
         except (MeshmaxError, BaseExceptionGroup) as error:
             if (ours := only_error(error)) is None:
                 raise
+            self._over = True
             await lines.send(form.failure(self._reword(ours)))
 
     def _keep_alive(self) -> None:
@@ -268,9 +268,11 @@ async def cancel_on_hang_up(receive: Receive, scope: trio.CancelScope) -> None:
 
 async def watch_client(receive: Receive, scope: trio.CancelScope, look: Callable[[], None]) -> None:
     """As `cancel_on_hang_up`, and call ``look`` every _LOOK_S, which costs no timer for each line."""
-    while not scope.cancel_called:
-        with trio.move_on_after(_LOOK_S):
+    while True:
+        with trio.move_on_after(_LOOK_S) as patience:
             await cancel_on_hang_up(receive, scope)
+        if not patience.cancelled_caught:
+            return
         look()
 
 

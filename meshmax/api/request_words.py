@@ -75,6 +75,7 @@ def _attempt_json(attempt: Attempt, name: str) -> dict[str, Any]:
         "kind": attempt.kind,
         "at_ms": _ms(attempt.at_s),
         "first_token_ms": _ms(attempt.first_token_s),
+        "load_ms": _ms(attempt.load_s),
         "ended_ms": _ms(attempt.ended_s),
         "tokens": attempt.tokens,
         "error": attempt.error,

@@ -64,6 +64,8 @@ class Attempt(msgspec.Struct, frozen=True):
     ``at_s``: when it was sent, after the request came; ``first_token_s`` and ``ended_s`` after that, None if it did not.
     ``tokens``: how many of the client's tokens came from it. ``message``: the error's sentence, without the prompt.
     ``stopping``: the error is that the peer ended, and was not drained by somebody.
+    ``load_s``: how long of the time to the first token the model was loading, 0 where it was in memory, or where the peer did
+    not give the end of the answer, which tells.
     """
 
     peer_id: PeerId
@@ -75,6 +77,7 @@ class Attempt(msgspec.Struct, frozen=True):
     tokens: int = 0
     message: str = ""
     stopping: bool = False
+    load_s: float = 0.0
 
 
 class Wait(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from meshmax.cli.answer import AnswerWriter, say_if_fetching, timings, write_out
 from meshmax.cli.client import PeerClient
 from meshmax.cli.models import describe, list_models
 from meshmax.cli.output import emit, printable_answer
+from meshmax.cli.spelling import corrected
 
 PROMPT: Final = ">>> "
 MORE: Final = "... "
@@ -195,8 +196,8 @@ def obey(client: PeerClient, conversation: Conversation, words: list[str]) -> No
             from meshmax.cli.client import Target
 
             list_models(target=Target(api=client.url))
-        case ["/load", model]:
-            _switch(client, conversation, model)
+        case ["/load", *names]:
+            _switch(client, conversation, names)
         case ["/save", *_]:
             emit("/save is not offered by this version of meshmax: `meshmax cp` gives a model a second name")
         case ["/set", *rest]:
@@ -259,11 +260,16 @@ def _load(client: PeerClient, conversation: Conversation) -> None:
     client.call_slowly("POST", "/api/chat", {"model": conversation.model, "messages": [], "stream": False, **body})
 
 
-def _switch(client: PeerClient, conversation: Conversation, model: str) -> None:
+def _switch(client: PeerClient, conversation: Conversation, names: list[str]) -> None:
+    if len(names) != 1:
+        emit("Usage: /load <model>")
+        return
+    (model,) = names
     before, conversation.model = conversation.model, model
     try:
         emit(f"Loading model '{model}'")
-        _load(client, conversation)
+        with corrected(client, model):
+            _load(client, conversation)
     except MeshmaxError:
         conversation.model = before
         raise

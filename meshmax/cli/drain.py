@@ -58,7 +58,7 @@ def drain(
         moved = stand["handed_over"]
         emit(
             f"{name} is drained: it takes no prompts"
-            + (f", and {_count(moved)} went on elsewhere" if moved else "")
+            + (f", and {_count(moved)} {_were(moved)} handed over" if moved else "")
             + f" (`meshmax undrain{f' {name}' if peer else ''}` takes it back)"
         )
     else:
@@ -129,6 +129,10 @@ def _time(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = [f"{value} {unit}" for value, unit in ((hours, "h"), (minutes, "min"), (rest_s, "s")) if value]
     return " ".join(parts) or "0 s"
+
+
+def _were(answers: int) -> str:
+    return "was" if answers == 1 else "were"
 
 
 def _count(answers: int) -> str:

@@ -20,6 +20,7 @@ from meshmax.base.units import parse_duration_s
 from meshmax.cli.client import PeerClient, Target, open_client
 from meshmax.cli.models import HERE, AsJson, Model, MoreModels
 from meshmax.cli.output import emit, emit_json, printable
+from meshmax.cli.spelling import corrected
 
 SHOW_INTERVAL_S: Final = 1.0
 _NEW_LINE: Final = "\r\x1b[K"  # back to the beginning of the line, which is erased
@@ -42,7 +43,7 @@ def load(
     loaded = []
     with open_client(target) as client:
         for name in (model, *more):
-            with _shown(name, quiet=as_json):
+            with corrected(client, name), _shown(name, quiet=as_json):
                 loaded.append(_load(client, name, keepalive))
             if not as_json:
                 emit(_sentence(loaded[-1]))

@@ -225,7 +225,7 @@ def _further(part: dict[str, Any]) -> str:
     if not pull:
         return f"`meshmax pull {name}` goes on, `meshmax rm {name}` frees it"
     if part.get("state") == "paused":
-        return f"paused, `meshmax transfers resume {pull}` goes on"
+        return f"paused, `meshmax transfers resume {pull}` goes on, `meshmax transfers cancel {pull}` gives it up"
     return f"{part.get('state')}, `meshmax transfers` says what for"
 
 

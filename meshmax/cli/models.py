@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import quote
@@ -11,6 +13,7 @@ from urllib.parse import quote
 from cyclopts import Parameter
 
 from meshmax.base.errors import InvalidRequest, MeshmaxError, ModelNotFound, NoProviders, NotFound
+from meshmax.base.names import parse_name, split_digest
 from meshmax.base.units import format_bytes
 from meshmax.cli.client import PeerClient, Target, open_client
 from meshmax.cli.output import (
@@ -27,12 +30,14 @@ from meshmax.cli.output import (
     table,
 )
 from meshmax.cli.progress import show_progress
+from meshmax.cli.spelling import corrected, meant_name
 
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON.")]
 HERE: Final = Target()
 Model = Annotated[str, Parameter(help="A model's name: NAME, NAME:TAG or NAME@DIGEST.")]
 MoreModels = Annotated[str, Parameter(help="More of them.")]
 NO_MANIFEST: Final = "file does not exist"  # in Ollama's words: nobody has the model
+ENDED: Final = frozenset({"done", "failed", "cancelled"})  # states of transfers
 FACT_COLUMNS: Final = 30  # Ollama's, of a list in `show --verbose`
 ID_CHARACTERS: Final = 12  # of a digest, in tables
 
@@ -122,7 +127,7 @@ def show(
         raise InvalidRequest(
             "only one of '--license', '--modelfile', '--parameters', '--system', or '--template' can be given"
         )
-    with open_client(target) as client:
+    with open_client(target) as client, corrected(client, model):
         answer = client.call("POST", "/api/show", {"model": model, "verbose": verbose})
     if as_json:
         emit_json(answer)
@@ -197,8 +202,9 @@ def cp(
 ) -> None:
     """Give a model of this peer a second name."""
     body = {"source": source, "destination": destination}
-    with open_client(target) as client, client.open_answer("POST", "/api/copy", body, timed=True) as answer:
-        kept = printable(answer.headers.get("x-meshmax-kept", ""))
+    with open_client(target) as client, corrected(client, source, here=True):
+        with client.open_answer("POST", "/api/copy", body, timed=True) as answer:
+            kept = printable(answer.headers.get("x-meshmax-kept", ""))
     if as_json:
         emit_json({**body, **({"kept": kept} if kept else {})})
         return
@@ -211,11 +217,37 @@ def rm(model: Model, /, *more: MoreModels, as_json: AsJson = False, target: Targ
     """Delete models from this peer; other peers keep theirs."""
     with open_client(target) as client:
         for name in (model, *more):  # the peer frees the memory, too, when no other name means the same
-            client.call("DELETE", "/api/delete", {"model": name})
+            with corrected(client, name, here=True), _telling_of_its_pull(client, name):
+                client.call("DELETE", "/api/delete", {"model": name})
             if not as_json:
                 emit(f"deleted '{name}'")
     if as_json:
         emit_json({"deleted": [model, *more]})
+
+
+@contextmanager
+def _telling_of_its_pull(client: PeerClient, name: str) -> Iterator[None]:
+    """Where a model is not here but on its way, the error says how that ends."""
+    try:
+        yield
+    except NotFound as error:
+        if (pull := _pull_of(client, name)) is None:
+            raise
+        raise type(error)(
+            f"{error.message}; its pull is {pull['state']}: `meshmax transfers cancel {pull['id']}` ends it, and then"
+            f" `meshmax rm {name}` frees what came"
+        ) from None
+
+
+def _pull_of(client: PeerClient, name: str) -> dict[str, Any] | None:
+    """The pull of a model that has not ended. Raises InvalidName."""
+    key = parse_name(split_digest(name)[0]).key
+    try:
+        pulls: list[dict[str, Any]] = client.get("/api/v1/transfers")["transfers"]
+    except MeshmaxError:  # it has answered before: its first word is what to tell
+        return None
+    pulls = [pull for pull in pulls if pull["direction"] == "in" and pull["state"] not in ENDED]
+    return next((pull for pull in pulls if parse_name(split_digest(pull["model"])[0]).key == key), None)
 
 
 def stop(model: Model, /, *, as_json: AsJson = False, target: Target = HERE) -> None:
@@ -226,7 +258,9 @@ def stop(model: Model, /, *, as_json: AsJson = False, target: Target = HERE) -> 
             loaded = any(each["digest"] == digest for each in client.get("/api/ps")["models"])
             client.call("POST", "/api/generate", {"model": model, "keep_alive": 0, "stream": False})
         except NotFound:
-            raise ModelNotFound(f'couldn\'t find model "{model}" to stop') from None
+            meant = meant_name(client, model)
+            hint = f": did you mean '{meant}'?" if meant else ""
+            raise ModelNotFound(f'couldn\'t find model "{model}" to stop{hint}') from None
         elsewhere = [] if loaded else _others_with(client, digest)
     if as_json:
         emit_json({"stopped": model, "was_loaded": loaded})
@@ -272,22 +306,34 @@ def pull_model(client: PeerClient, model: str, as_json: bool, insecure: bool = F
     """Pull ``model`` and show how it goes. Raises NoProviders and what stopped it."""
     body = {"model": model, "insecure": insecure, "stream": True}
     try:
-        with client.open_answer("POST", "/api/pull", body) as answer:
+        with advised(client, model), client.open_answer("POST", "/api/pull", body) as answer:
             show_progress(answer.lines(), as_json)
     except KeyboardInterrupt:
         if not sys.stdout.isatty():  # else the bars ended their line
             sys.stderr.write("\n")
         sys.stderr.write(f"what was fetched is kept: `meshmax pull {model}` goes on, `meshmax rm {model}` frees it")
         raise  # main ends the line
+
+
+@contextmanager
+def advised(client: PeerClient, model: str) -> Iterator[None]:
+    """Where nobody has ``model``, the error of a pull says what to do. Raises NoProviders in its place."""
+    try:
+        yield
     except MeshmaxError as error:
         if NO_MANIFEST not in error.message:
             raise
         if " had it, and " in error.message or " are here" in error.message:
             raise NoProviders(error.message) from None  # there is such a model: no hint at how to add one
         # Ollama's interface says it with a status that tells nothing.
-        raise NoProviders(
-            f"{error.message}. `meshmax list` shows the models there are, `meshmax add {model} FILE.gguf` adds one"
-        ) from None
+        raise NoProviders(f"{error.message}. {what_to_do(client, model)}") from None
+
+
+def what_to_do(client: PeerClient, model: str) -> str:
+    """The sentence for a model that nobody has. Raises InvalidName where none can be called so."""
+    if meant := meant_name(client, model):
+        return f"Did you mean '{meant}'? `meshmax list` shows the models there are"
+    return f"`meshmax list` shows the models there are, `meshmax add {model} FILE.gguf` adds one"
 
 
 def add(

@@ -17,7 +17,7 @@ from meshmax.base.route import Policy
 from meshmax.base.units import parse_duration_s
 from meshmax.cli.answer import AnswerWriter, say_if_fetching, timings, write_out
 from meshmax.cli.client import PeerClient, Target, open_client
-from meshmax.cli.models import HERE, AsJson, Model, pull_model
+from meshmax.cli.models import HERE, AsJson, Model, pull_model, what_to_do
 from meshmax.cli.output import emit, emit_json
 
 ThinkFlag = Literal["true", "false", "low", "medium", "high", "max"]
@@ -106,10 +106,7 @@ def _capabilities(client: PeerClient, model: str) -> frozenset[str]:
     except NotFound as error:
         if not error.message.endswith("' not found"):
             raise  # it says already who has it, or had it
-        raise ModelNotFound(
-            f"{error.message}: no peer of the mesh has it. `meshmax list` shows the models there are,"
-            f" `meshmax add {model} FILE.gguf` adds one"
-        ) from None
+        raise ModelNotFound(f"{error.message}: no peer of the mesh has it. {what_to_do(client, model)}") from None
 
 
 def _print_answer(client: PeerClient, body: dict[str, Any], verbose: bool, hide_thinking: bool, wrap: bool) -> None:

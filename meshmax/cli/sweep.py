@@ -11,9 +11,10 @@ from cyclopts import Parameter
 from meshmax.base.errors import StoreFull
 from meshmax.base.names import parse_name, split_digest
 from meshmax.base.units import format_bytes, parse_bytes
-from meshmax.cli.client import Target, open_client
+from meshmax.cli.client import PeerClient, Target, open_client
 from meshmax.cli.models import HERE, ID_CHARACTERS, AsJson
 from meshmax.cli.output import emit, emit_json, human_time, parse_time_s, printable, table
+from meshmax.cli.spelling import corrected
 
 _HEADER = ("NAME", "ID", "SIZE", "LAST USED", "WHAT", "WHY")
 
@@ -32,13 +33,19 @@ def _change(verb: str, models: tuple[str, ...], as_json: bool, target: Target) -
     for model in models:
         parse_name(split_digest(model)[0])
     with open_client(target) as client:
-        answers = [client.call("POST", f"/api/v1/models/{quote(model, safe='/:@')}/{verb}", {}) for model in models]
+        answers = [_changed(client, verb, model) for model in models]
     if as_json:
         emit_json({"models": answers})
         return
     for answer in answers:
         words = f"is pinned to {answer['digest'][:ID_CHARACTERS]}" if answer["pinned"] else "is not pinned"
         emit(f"'{printable(answer['name'])}' {words}")
+
+
+def _changed(client: PeerClient, verb: str, model: str) -> dict[str, Any]:
+    with corrected(client, model, here=True):
+        answer: dict[str, Any] = client.call("POST", f"/api/v1/models/{quote(model, safe='/:@')}/{verb}", {})
+        return answer
 
 
 def sweep(

@@ -12,13 +12,13 @@ from cyclopts import App, Parameter
 from meshmax.base.errors import InvalidRequest
 from meshmax.base.units import format_bytes
 from meshmax.cli.client import PeerClient, Target, open_client
-from meshmax.cli.models import HERE, AsJson
+from meshmax.cli.models import ENDED, HERE, AsJson, advised
 from meshmax.cli.output import emit, emit_json, printable, table
+from meshmax.cli.spelling import corrected
 
 WATCH_INTERVAL_S: Final = 1.0
 ENDED_SHOWN: Final = 10  # ended transfers in the table; --json has all that are remembered
 _HEADER: Final = ("ID", "MODEL", "STATE", "DONE", "RATE", "ETA", "SOURCES")
-_ENDED: Final = frozenset({"done", "failed", "cancelled"})
 _CLEAR: Final = "\x1b[H\x1b[J"  # cursor home, erase what is below
 
 transfers = App(
@@ -87,8 +87,8 @@ def _steer(transfer: str, action: str, as_json: bool, target: Target) -> None:
 
 def describe(shown: list[dict[str, Any]]) -> str:
     """The table of transfers, and below it why some of them wait or failed."""
-    going = [transfer for transfer in shown if transfer["state"] not in _ENDED]
-    ended = [transfer for transfer in shown if transfer["state"] in _ENDED][:ENDED_SHOWN]
+    going = [transfer for transfer in shown if transfer["state"] not in ENDED]
+    ended = [transfer for transfer in shown if transfer["state"] in ENDED][:ENDED_SHOWN]
     lines = [table(_HEADER, [_row(transfer) for transfer in (*going, *ended)])]
     reasons = [
         (t["id"], str(t.get("reason") or t.get("note") or "")) for t in (*going, *ended) if t["state"] != "cancelled"
@@ -106,7 +106,7 @@ def _row(transfer: dict[str, Any]) -> tuple[str, ...]:
         state = "sending" if transfer["state"] == "running" else "sent"
         return (transfer["id"], transfer["model"], state, format_bytes(done), show_rate(rate), "-", f"to {len(peers)}")
     amount = f"{format_bytes(done)} / {format_bytes(total)}" if total else "-"
-    sources = str(active_sources(peers) if transfer["state"] not in _ENDED else len(peers))
+    sources = str(active_sources(peers) if transfer["state"] not in ENDED else len(peers))
     return (
         transfer["id"],
         transfer["model"],
@@ -157,7 +157,8 @@ def distribute(
         raise InvalidRequest("say either --to PEER... or --replicas N")
     body = {"nodes": list(to)} if to else {"replicas": replicas}
     with open_client(target) as client:
-        answer = client.call("POST", f"/api/v1/models/{_in_path(model)}/distribute", body)
+        with corrected(client, model):
+            answer = client.call("POST", f"/api/v1/models/{_in_path(model)}/distribute", body)
         names = {} if as_json else _node_names(client)
     if as_json:
         emit_json(answer)
@@ -172,7 +173,8 @@ def distribute(
 
 def detach(client: PeerClient, model: str, as_json: bool) -> None:
     """Have the peer pull ``model`` in the background."""
-    answer = client.call("POST", f"/api/v1/models/{_in_path(model)}/download", {})
+    with advised(client, model):
+        answer = client.call("POST", f"/api/v1/models/{_in_path(model)}/download", {})
     if as_json:
         emit_json(answer)
     else:

@@ -150,8 +150,8 @@ class Circuits:
     def on_connect(self, peer_id: PeerId, done: bool, now: float) -> None:
         """What a Connect came to. ``done``: there is a circuit, or none is wanted any more."""
         wanted = self._wanted.get(peer_id)
-        if wanted is None:
-            return
+        if wanted is None or not wanted.asked:
+            return  # a circuit broke since, and is to be replaced: what that Connect came to says nothing of it
         wanted.asked = False
         wanted.failures += 1
         wanted.retry_s = now + backoff_s(wanted.failures, RETRY_FIRST_S, RETRY_MOST_S, self._random)

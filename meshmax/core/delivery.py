@@ -136,6 +136,8 @@ class Delivery:
             attempt.first_s = now
         attempt.on_frame(now)
         attempt.told_s = attempt.spoke_s = now
+        if isinstance(last := events[-1], Finish):
+            attempt.on_finish(last)
         out: Sequence[RoutedEvent] = events
         if attempt.joint is not None:
             try:
@@ -147,7 +149,7 @@ class Delivery:
         if not out:
             return []
         actions = self._give(attempt, out, now)
-        if self._over and not isinstance(events[-1], Finish):  # a stop word was complete, and the peer goes on
+        if self._over and not isinstance(last, Finish):  # a stop word was complete, and the peer goes on
             actions.append(Cancel(number))
         return actions
 
@@ -167,7 +169,7 @@ class Delivery:
         if isinstance(error, CapabilityMissing) and attempt.mode == "prefix":
             self._cannot_go_on.add(peer)  # asked from the beginning it may do
             self._asks[peer] = 0
-        elif not passes(error):
+        elif not passes(error, middle=self._first_s is not None):
             self._refused.add(peer)
         if any(not other.suspected for other in self._open.values()):
             return []

@@ -9,6 +9,7 @@ import math
 from typing import Final
 
 from meshmax.base.errors import Draining, EngineError, FirstTokenTimeout, MeshmaxError, PeerGone
+from meshmax.base.inference import Finish
 from meshmax.base.route import Attempt, AttemptKind
 from meshmax.core.continuation import Joint
 from meshmax.core.delivery_words import Choice
@@ -36,6 +37,7 @@ class PeerAttempt:
         "kind",
         "late_at",
         "lateness",
+        "load_s",
         "look_at",
         "mode",
         "number",
@@ -64,6 +66,7 @@ class PeerAttempt:
         self.ended_s: float | None = None
         self.error: MeshmaxError | None = None
         self.tokens = 0
+        self.load_s = 0.0
 
     def quiet_at(self, factor: float) -> float:
         """When it is suspected if it says nothing until then. ``factor``: our patience with everybody."""
@@ -83,6 +86,10 @@ class PeerAttempt:
         if not self.sending and self.heard_s - self.told_s < CALM_AFTER_S - KEEP_ALIVE_S:
             self.choice.frames.add(now - self.heard_s, now)
         self.heard_s = now
+
+    def on_finish(self, finish: Finish) -> None:
+        """Its own words for the end. What it says of a load counts for no more than we waited for its first word."""
+        self.load_s = min(finish.load_s, (self.sent_s if self.first_s is None else self.first_s) - self.sent_s)
 
     def is_frozen(self, now: float) -> bool:
         """Whether not even KeepAlives come, where some were due."""
@@ -113,6 +120,7 @@ class PeerAttempt:
             tokens=self.tokens,
             message=error.message if error else "",
             stopping=isinstance(error, Draining) and error.stopping,
+            load_s=self.load_s,
         )
 
     def no_word(self) -> MeshmaxError:

@@ -139,7 +139,7 @@ class Patience:
         """It waits from now on, if it does not already."""
         if self.waits and (self.waits[-1].took_s is None or len(self.waits) >= MAX_WAITS):
             return
-        why = why_nobody(model, choices) if choices else "nobody was there who has it"
+        why = why_nobody(model, choices) if choices else "nobody was there who has it and takes prompts"
         self.waits.append(Wait(now - self._began_s, None, why))
 
     def on_waited(self, now: float) -> None:

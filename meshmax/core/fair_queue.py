@@ -395,7 +395,9 @@ class FairQueue:
             del self._wanted[ask.digest]
 
     def _line(self, digest: Sha256) -> _Line:
-        line = self._lines.setdefault(digest, _Line())
+        line = self._lines.get(digest)
+        if line is None:
+            line = self._lines[digest] = _Line()
         self._lines.move_to_end(digest)
         if len(self._lines) > MAX_LINES:
             idle = next(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import msgspec
@@ -137,7 +138,7 @@ class Measurements:
 
     def on_rtt(self, peer: PeerId, rtt_s: float, now: float) -> None:
         """A round trip to ``peer`` took ``rtt_s``."""
-        _touch(self._rtts, peer, Ewma(), MAX_PEERS).add(rtt_s, now)
+        _touch(self._rtts, peer, Ewma, MAX_PEERS).add(rtt_s, now)
 
     def on_first_token(
         self,
@@ -169,7 +170,7 @@ class Measurements:
         places = load.running + load.queued - capacity + 1
         if places > 0:
             turn_s = min(max(waited_s, 0.0) * capacity / places, MAX_TURN_S)
-            _touch(self._turns, peer, Ewma(), MAX_PEERS).add(turn_s, now)
+            _touch(self._turns, peer, Ewma, MAX_PEERS).add(turn_s, now)
 
     def on_finish(
         self,
@@ -227,7 +228,7 @@ class Measurements:
 
     def on_answer(self, digest: Sha256, tokens: int, now: float) -> None:
         """An answer of the model came to its own end after ``tokens``."""
-        _touch(self._answers, digest, Ewma(), MAX_MODELS).add(min(tokens, MAX_ANSWER_TOKENS), now)
+        _touch(self._answers, digest, Ewma, MAX_MODELS).add(min(tokens, MAX_ANSWER_TOKENS), now)
 
     def answer_tokens(self, digest: Sha256) -> float | None:
         """How long the model's answers are on average; None if none was seen."""
@@ -266,18 +267,20 @@ class Measurements:
         if seen.decode or seen.prefill or seen.load:
             kind = self._kinds.setdefault(device, _Paces())
             kind.add(seen, NO_PACE, now)
-            _touch(self._paces, (peer, device), _Paces(), MAX_PEERS).add(seen, kind.pace, now)
+            _touch(self._paces, (peer, device), _Paces, MAX_PEERS).add(seen, kind.pace, now)
 
     def _speed(self, peer: PeerId, digest: Sha256, device: Device) -> _Speed:
-        return _touch(self._speeds, (peer, digest, device), _Speed(), MAX_SPEEDS)
+        return _touch(self._speeds, (peer, digest, device), _Speed, MAX_SPEEDS)
 
 
 K = TypeVar("K")
 
 
-def _touch(table: OrderedDict[K, V], key: K, new: V, limit: int) -> V:
-    """The entry of ``key`` (``new`` if there is none), now the most recently used of at most ``limit``."""
-    entry = table.setdefault(key, new)
+def _touch(table: OrderedDict[K, V], key: K, make: Callable[[], V], limit: int) -> V:
+    """The entry of ``key`` (a new one if there is none), now the most recently used of at most ``limit``."""
+    entry = table.get(key)
+    if entry is None:
+        entry = table[key] = make()
     table.move_to_end(key)
     if len(table) > limit:
         table.popitem(last=False)

@@ -60,7 +60,8 @@ class PeerEntry(msgspec.Struct):
     failures: int = 0
     dial_at: float | None = None
     dialing: bool = False
-    news: bool = False  # other addresses were told while it is dialled at older ones
+    news: bool = False  # other addresses were told, or our network changed, while it is dialled as of before
+    again: bool = False  # there is new hope of reaching it since that dial began
     trial: bool = False  # may be dialled although there are enough neighbours, to see whether it is a better one
     refusal: Refusal | None = None
     why: str = ""  # the last dial failed; and by address, as far as that is known

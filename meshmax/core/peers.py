@@ -109,13 +109,19 @@ class PeerTable:
             return
         entry.last_sign_at = now
         entry.news = entry.dialing and (news or entry.news)
-        if entry.connected or entry.dialing or not entry.addresses:
+        if entry.connected or not entry.addresses:
             return
-        if news or entry.dial_at is None:
+        seen_again = (
+            entry.proven and not hearsay and not (entry.refusal or entry.parted)
+        )  # a rung of ours sees one of us
+        if entry.dialing:
+            entry.again = entry.again or seen_again
+        elif news or entry.dial_at is None:
             entry.failures, entry.refusal, entry.parted = 0, None, False
-            entry.dial_at = now + (0.0 if self._own < peer_id else YIELD_S)
-        elif entry.proven and not hearsay and not (entry.refusal or entry.parted):
-            self._hasten(entry, now)  # a rung of ours sees one of us again
+            dial_at = now + (0.0 if self._own < peer_id else YIELD_S)
+            entry.dial_at = dial_at if entry.dial_at is None else min(entry.dial_at, dial_at)
+        elif seen_again:
+            self._hasten(entry, now)
 
     def on_connected(
         self, peer_id: PeerId, address: str, now: float, chosen: bool = False, path: Path = "direct"
@@ -164,6 +170,8 @@ class PeerTable:
             self._back_off(entry, now)
             if entry.news:
                 entry.failures, entry.dial_at = 0, now
+            elif entry.again:
+                self._hasten(entry, now)
 
     def on_refused(self, peer_id: PeerId, address: str, reason: str, now: float) -> None:
         """It answered that we are not of its mesh: it is tried again after minutes, or at a new address."""
@@ -172,6 +180,8 @@ class PeerTable:
             entry.failures += 1
             entry.refusal = Refusal(peer_id, address, reason, now)
             entry.dial_at = now + REFUSED_S * (1.0 + 0.2 * self._random.random())
+            if entry.news:  # it was said where it was before
+                entry.failures, entry.refusal, entry.dial_at, entry.news = 0, None, now, False
 
     def on_parting(self, peer_id: PeerId) -> None:
         """It has too many neighbours, or we have; the connection ends next, and neither is dead."""
@@ -250,13 +260,17 @@ class PeerTable:
         if now - self._back_at >= AGAIN_S:
             self._back_at = now
             for entry in self._entries.values():
-                if entry.proven and self._waits(entry) and not (entry.refusal or entry.parted or entry.leaving):
-                    self._hasten(entry, now)
+                if entry.proven and not (entry.connected or entry.refusal or entry.parted or entry.leaving):
+                    entry.again = entry.dialing
+                    if entry.dial_at is not None:
+                        self._hasten(entry, now)
 
     def on_network_change(self, now: float) -> None:
-        """Our own network changed: what failed before may work now, so whoever waits is dialled soon."""
+        """Our own network changed: what failed before may work now, so whoever waits, or is dialled, is dialled soon."""
         for entry in self._entries.values():
-            if self._waits(entry) and not entry.parted:
+            if entry.dialing:
+                entry.news = True
+            elif self._waits(entry) and not entry.parted:
                 entry.failures, entry.refusal = 0, None
                 entry.dial_at = now + SPREAD_S * self._random.random()
 
@@ -280,7 +294,7 @@ class PeerTable:
         for entry in sorted(waiting, key=_preference) if len(waiting) > 1 else waiting:
             if not rooms.has_room(entry):
                 continue
-            entry.dialing, entry.news, entry.dial_at = True, False, None
+            entry.dialing, entry.news, entry.again, entry.dial_at = True, False, False, None
             rooms.take(entry)
             due.append(Dial(entry.peer_id, entry.addresses))
         return due

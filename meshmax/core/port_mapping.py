@@ -108,10 +108,14 @@ class PortMappings:
             self._ports.setdefault(each, _Port(each.port))
 
     def on_network(self, now: float) -> None:
-        """It may be another router. What is mapped stays until the new answer says otherwise; search at once."""
+        """It may be another router. What is mapped stays until the new answer says otherwise; search at once.
+
+        What was asked before counts no more: of no answer to that is to be told.
+        """
         self._by, self._search_failures, self._search_at_s = None, 0, now + SETTLE_S
+        self._searching = False
         for port in self._ports.values():
-            port.due_s, port.failures = now, 0
+            port.due_s, port.failures, port.asked = now, 0, False
 
     def on_router(self, by: By, external_ip: str, now: float) -> None:
         """One was found; ``external_ip`` is its own word."""

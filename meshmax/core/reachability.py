@@ -6,8 +6,9 @@ one alone was asked its word counts and ``why`` says so. Mapping and filtering a
 port each: the same mapping at most observers' addresses is endpoint-independent; where they differ and nobody was asked at
 two ports, the worse is assumed. Reached at an address of an interface of ours we are public, at another one mapped. What was
 reached, as UDP that was open, is given up after LOSSES looks in a row that say so, CONFIRM_S apart; what was not is reached at
-once. On another network nothing of before counts. What happens during a look may have come after its answers, so it brings
-another one. Not here: asking (services.reachability), remembering networks (store.networks_file).
+once. Where one of several answered in time, which tells no mapping, all are asked again after CONFIRM_S, once. On another
+network nothing of before counts. What happens during a look may have come after its answers, so it brings another one. Not
+here: asking (services.reachability), remembering networks (store.networks_file).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class DialledBack(msgspec.Struct, frozen=True):
 
 class Look(msgspec.Struct, frozen=True):
     """All of one look. ``own``: IP addresses of our interfaces, without loopback; ``udp_asked``: STUN servers' IP addresses;
-    ``control_port``: where we listen.
+    ``control_port``: where we listen; ``visited``: how many nodes were, whether they answered or not.
     """
 
     own: tuple[str, ...] = ()
@@ -92,6 +93,7 @@ class Look(msgspec.Struct, frozen=True):
     tcp: tuple[MappedSeen, ...] = ()
     dialled: tuple[DialledBack, ...] = ()
     mappings: tuple[PortMapping, ...] = ()
+    visited: int = 0
 
     @property
     def answered(self) -> bool:
@@ -258,6 +260,7 @@ class Whereabouts:
     """See the module. Times are monotonic seconds."""
 
     __slots__ = (
+        "_alone",
         "_blocked",
         "_doubts",
         "_due",
@@ -276,6 +279,7 @@ class Whereabouts:
         self._due = self._looked = now
         self._meanwhile = math.inf  # when a look is due for what happened since the last one began
         self._failed = self._lost = self._blocked = 0  # looks in a row
+        self._alone = 0  # likewise, in which one observer of several answered
         self._own: tuple[str, ...] = ()
         self._doubts: dict[PeerId, float] = {}  # neighbours that could not reach us, and when, oldest first
         self._losses: dict[PeerId, float] = {}  # likewise, connections that were lost
@@ -311,7 +315,8 @@ class Whereabouts:
 
     def _take(self, look: Look, now: float) -> None:
         before, found = self.view, judge(look)
-        self._failed, self._due, self._doubts = 0, now + LOOK_EVERY_S, {}
+        self._failed, self._due = 0, now + LOOK_EVERY_S
+        self._doubts = {peer_id: at for peer_id, at in self._doubts.items() if at >= self._looked}
         self._own = look.own
         lost = before.state in ("public", "mapped") and found.state in ("private", "unknown")
         self._lost = self._lost + 1 if lost else 0
@@ -324,12 +329,15 @@ class Whereabouts:
             found = msgspec.structs.replace(found, nat=before.nat)
         elif self._blocked:
             self._due = now + BLOCKED_EVERY_S
+        self._alone = self._alone + 1 if len(look.seen) == 1 < look.visited else 0
+        if self._alone == 1:
+            self._due = now + CONFIRM_S
         self.view, self._settled = found, True
 
     def on_network_change(self, own: Sequence[str], now: float) -> bool:
         """We are, or may be, on another network: look again, and take what comes at its word; whether the view changed."""
         before, self._due = self.view, now + SETTLE_S
-        self._failed = self._lost = self._blocked = 0
+        self._failed = self._lost = self._blocked = self._alone = 0
         self._settled = False
         self._doubts = {}
         if set(own) != set(self._own):

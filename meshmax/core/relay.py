@@ -138,6 +138,10 @@ class Relay:
                 return
             del self._reservations[oldest.peer_id]
 
+    def place_of(self, peer_id: PeerId) -> Reservation | None:
+        """The peer's place, another one each time that it has asked; None: it has none."""
+        return self._reservations.get(peer_id)
+
     def reserved(self) -> tuple[PeerId, ...]:
         """Who has a place."""
         return tuple(self._reservations)

@@ -1,13 +1,14 @@
 """When a peer visits a rendezvous node, what for, and what it remembers of whom it was told there.
 
-Rules. A registration is renewed at half of its TTL, and anew at once when the namespace or our record changes. Who is there
-is asked again after one, two, five and ten seconds, since peers often start together and soon have more addresses to tell; then
-every 30 s at first, or while nobody is connected, then every 5 min, for news only; now and then for everybody, since
-news tell nobody who left. A node that fails is visited again after growing pauses; a change of our network, or a person who
-asks, ends them. Each node is dealt with by itself, so that one that lies or is dead costs the others nothing. Whom it named
-is named again while the registration lasts, because other parts forget. Of one peer's records the one with the highest
-sequence wins. A change that comes while a visit is under way outlasts it: what the visit told or asked was of before.
-Not here: the messages (wire.rendezvous), visits themselves (services.rendezvous).
+Rules. A registration is renewed at half of its TTL, and anew at once when the namespace or our record changes; of such visits
+two may follow each other closely, since who starts soon has more addresses to tell. Who is there is asked again after half a
+second, one, two, five and ten seconds, for others often start together with us; then every 30 s at first, or while nobody is
+connected, then every 5 min, for news only; now and then for everybody, since news tell nobody who left. A node that fails is
+visited again after growing pauses; a change of our network, or a person who asks, ends them. Each node is dealt with by
+itself, so that one that lies or is dead costs the others nothing. Whom it named is named again while the registration lasts,
+because other parts forget. Of one peer's records the one with the highest sequence wins. A change that comes while a visit is
+under way outlasts it: what the visit told or asked was of before. Not here: the messages (wire.rendezvous), visits themselves
+(services.rendezvous).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from meshmax.wire.multiaddr import encode_multiaddr
 
 EARLY_S: Final = 300.0  # how long after a start or a change of the network we ask often
 DISCOVER_SOON_S: Final = (
+    0.5,
     1.0,
     2.0,
     5.0,
@@ -36,7 +38,10 @@ WHOLE_S: Final = 1800.0  # between questions for everybody
 REPEAT_S: Final = 300.0  # a peer is named again; peers are forgotten after twice as long without a sighting
 FIRST_BACKOFF_S: Final = 2.0
 MAX_BACKOFF_S: Final = 300.0
-MIN_PAUSE_S: Final = 1.0  # between two visits, whatever happens
+MIN_PAUSE_S: Final = 1.0  # between two visits, whatever happens, but for
+HASTE: Final = 2  # visits for small things that pause for HASTE_PAUSE_S only; one more each HASTE_REFILL_S
+HASTE_PAUSE_S: Final = 0.2  # places at two relays, and what observers see, come within that
+HASTE_REFILL_S: Final = 20.0
 JITTER: Final = 0.1  # of a pause, either way, so that peers that started together do not stay together
 MAX_KNOWN: Final = 2048  # peers remembered of one node; the table of peers is smaller
 
@@ -57,11 +62,14 @@ class Schedule:
         "_discover_at",
         "_early_until",
         "_failures",
+        "_haste",
+        "_hasty_until",
         "_pause_until",
         "_random",
         "_refusals",
         "_register_at",
         "_soon",
+        "_visited_at",
         "_whole_at",
         "cookie",
     )
@@ -69,29 +77,35 @@ class Schedule:
     def __init__(self, random: Random, now: float) -> None:
         self._random = random
         self.cookie = b""  # of the last page; b"" asks for everybody
-        self._register_at = self._discover_at = self._pause_until = now
+        self._register_at = self._discover_at = self._pause_until = self._hasty_until = now
         self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
         self._failures = self._refusals = 0
         self._soon = 0  # of DISCOVER_SOON_S are over
-        self._changed = self._asked_again = False  # since our record was last sent, since everybody was last asked for
+        self._changed = False  # since our record was last sent
+        self._asked_again = False  # since it was last asked who is there
+        self._haste, self._visited_at = float(HASTE), now
 
     def due(self, now: float) -> Due | None:
         """What to visit the node for now; None: nothing."""
-        if now < self._pause_until or now < min(self._register_at, self._discover_at):
+        if now < self.deadline():
             return None
         return Due(now >= self._register_at, now >= self._discover_at)
 
     def deadline(self) -> float:
         """When `due` is to be asked next."""
-        return max(self._pause_until, min(self._register_at, self._discover_at))
+        small = self._haste >= 1.0 and self.cookie  # nobody asks for everybody
+        return max(self._hasty_until if small else self._pause_until, min(self._register_at, self._discover_at))
 
     # --- events ------------------------------------------------------------------------------------------------------
 
-    def on_record_changed(self, now: float) -> None:
-        """The namespace or our addresses are others: register at once, and ask for everybody."""
+    def on_record_changed(self, now: float, elsewhere: bool = False) -> None:
+        """Our addresses are others: register at once, and ask for news. ``elsewhere``: the namespace is; ask for everybody."""
         self._register_at, self._changed = now, True
         self._refusals = 0
+        cookie = self.cookie
         self.on_look_again(now)
+        if not elsewhere:
+            self.cookie = cookie  # a large mesh has many pages
 
     def on_look_again(self, now: float) -> None:
         """The network changed, or a person asks: ask for everybody, pauses afresh."""
@@ -99,7 +113,7 @@ class Schedule:
         self._discover_at, self._soon = now, 0
         self._early_until, self._whole_at = now + EARLY_S, now + WHOLE_S
         if self._failures:
-            self._failures, self._pause_until = 0, now
+            self._failures, self._pause_until, self._hasty_until = 0, now, now
 
     def on_registering(self) -> None:
         """Our record of now is about to be sent."""
@@ -147,14 +161,17 @@ class Schedule:
     def on_visited(self, now: float) -> None:
         """A visit ended well."""
         self._failures = 0
-        self._pause_until = now + MIN_PAUSE_S
+        hasty = now < self._pause_until
+        self._haste = min(self._haste - hasty + (now - self._visited_at) / HASTE_REFILL_S, HASTE)
+        self._visited_at, self._pause_until, self._hasty_until = now, now + MIN_PAUSE_S, now + HASTE_PAUSE_S
 
     def on_failed(self, now: float) -> None:
         """A visit failed; what was due stays due. A node that was restarted does not know us any more."""
         self._failures += 1
         self._register_at = min(self._register_at, now)
         self._discover_at = min(self._discover_at, now)
-        self._pause_until = now + backoff_s(self._failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+        pause_s = backoff_s(self._failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+        self._pause_until = self._hasty_until = now + pause_s
 
     def _about(self, pause_s: float) -> float:
         return pause_s * (1.0 + JITTER * (2.0 * self._random.random() - 1.0))

@@ -4,8 +4,9 @@ Rules. At most MAX_PLACES are kept, so that one is left when a relay dies. Candi
 asked in it; one that fails, refuses or is lost is asked again after growing pauses, and the next one at once. One that fell
 silent is asked again at once as well: it may be our router that forgot the connection, or the relay that froze. A place is
 renewed at half of its time; whoever does not renew it has lost it for us. A place at who is no candidate any more is left:
-without candidates, as when we are reached without relays, all are. A change of our network ends every pause. Time is passed
-in. Not here: who is a candidate (the owner), circuits (core.circuits), streams (services.relay_client).
+without candidates, as when we are reached without relays, all are. A change of our network ends every pause, also that of a
+relay which is being asked, and places are asked for anew: a relay that missed us meanwhile keeps none. Time is passed in. Not
+here: who is a candidate (the owner), circuits (core.circuits), streams (services.relay_client).
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ Action: TypeAlias = Ask | Leave
 class _Relay:
     """One candidate. ``expires_s`` 0: we have no place there."""
 
-    __slots__ = ("asked", "doubtful", "expires_s", "failures", "place", "renew_s", "retry_s", "told")
+    __slots__ = ("again", "asked", "doubtful", "expires_s", "failures", "place", "renew_s", "retry_s", "told")
 
     def __init__(self, place: RelayPlace) -> None:
         self.place = place
         self.asked = False
         self.doubtful = False  # asked, with little hope
+        self.again = False  # our network changed since it was asked
         self.renew_s = self.expires_s = self.retry_s = 0.0
         self.failures = 0
         self.told: tuple[str, ...] = ()  # addresses that it told of itself
@@ -130,6 +132,8 @@ class Reservations:
             relay.expires_s = 0.0
             relay.failures += 1
             own_s = backoff_s(relay.failures, FIRST_BACKOFF_S, MAX_BACKOFF_S, self._random)
+            if relay.again:
+                relay.again, relay.failures, own_s = False, 0, 0.0
             relay.retry_s = now + max(own_s, pause_s)
         return self._next(now)
 
@@ -152,7 +156,7 @@ class Reservations:
     def on_network_change(self) -> None:
         """What failed from where we were may work from here: see `deadline`."""
         for relay in self._relays.values():
-            relay.failures, relay.retry_s = 0, -math.inf
+            relay.failures, relay.retry_s, relay.renew_s, relay.again = 0, -math.inf, -math.inf, relay.asked
 
     def tick(self, now: float) -> list[Action]:
         """Time passed: see `deadline`."""

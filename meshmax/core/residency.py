@@ -4,11 +4,11 @@ Rules. An ask names a model; it starts when the model is loaded, has a free slot
 also bounds how many wait). A load is asked for once, however many wait for it. A model that nobody uses goes when its
 keep-alive (that of the latest ask that named one; negative is for ever) is over. At most ``max_loaded`` models are in memory,
 and no more than there is room for (core.memory): for one more, the idle ones used longest ago go until it fits; if that is
-not enough, the one used longest ago takes no new ask (they wait for its next turn), so nobody waits for ever; what runs is
-never unloaded. Models are loaded in the order in which somebody began to wait for them. Where a load took more than was
-thought, or other programs take memory, idle ones go until the rest fits. What was preloaded takes free room only, and goes
-first as long as nobody used it. Models in the memory of others' engines take none of ours. A crash ends a model's asks that
-run; those that wait load it anew.
+not enough, the one used longest ago takes no new ask while somebody waits for room (they wait for its next turn), so nobody
+waits for ever; what runs is never unloaded. Models are loaded in the order in which somebody began to wait for them. Where a
+load took more than was thought, or other programs take memory, idle ones go until the rest fits. What was preloaded takes free
+room only, and goes first as long as nobody used it. Models in the memory of others' engines take none of ours. A crash ends a
+model's asks that run; those that wait load it anew.
 
 Contexts (core.context). A model is loaded with the largest context that somebody waits for. One that is loaded with less than a
 later ask wants takes no new ask, and is loaded anew when what runs has ended; like one that gives way it lets models that others
@@ -87,6 +87,7 @@ class _Resident(msgspec.Struct):
     preloaded_by: int | None = None  # the ask that loaded it ahead of any that needs it; None: it was used
     parallel: int = 1
     doomed: bool = False  # goes when its running asks have ended, and starts no other
+    gives_way: bool = False  # the same, as long as somebody waits for room
     outgrown: bool = False  # the same, because somebody waits who wants a larger context
     context_tokens: int = 0
     foreign: bool = False  # in the memory of an engine that brings it along, so nothing of ours gives way to it
@@ -94,11 +95,16 @@ class _Resident(msgspec.Struct):
 
     @property
     def is_usable(self) -> bool:
-        return self.phase is Phase.LOADED and not self.doomed and not self.outgrown
+        return self.phase is Phase.LOADED and not self.leaves and not self.outgrown
 
     @property
     def stays(self) -> bool:
-        return self.phase is not Phase.UNLOADING and not self.doomed and not self.outgrown
+        return self.phase is not Phase.UNLOADING and not self.leaves and not self.outgrown
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it does not come back by itself."""
+        return self.doomed or self.gives_way
 
     @property
     def goes_last(self) -> tuple[bool, bool, float]:
@@ -175,9 +181,11 @@ class ResidencyCore:
         resident = self._residents.get(digest)
         if not self._foreign(digest) and (resident is None or asked.best.tokens > resident.context_tokens):
             self._refuse_hopeless(asked)
-        free = resident is not None and resident.has_place_for(asked)
-        self._queue.join(asked, now, at_once=free and not self._queue.waiting(digest))
-        return self._advance(now)
+        if resident is None or not resident.has_place_for(asked) or self._queue.waiting(digest):
+            self._queue.join(asked, now)
+            return self._advance(now)
+        self._queue.join(asked, now, at_once=True)
+        return self._start_on(resident, now)  # it takes nothing that another one waits for
 
     def _refuse_hopeless(self, asked: Ask) -> None:
         """Of one that wants a larger context than there is: what failed a moment ago, or can never fit, is not tried."""
@@ -336,7 +344,7 @@ class ResidencyCore:
     def _staying(self, digest: Sha256) -> _Resident | None:
         """The model where it is in memory to stay, or leaves it to come back with a larger context."""
         resident = self._residents.get(digest)
-        if resident and not resident.doomed and (resident.outgrown or resident.phase is not Phase.UNLOADING):
+        if resident and not resident.leaves and (resident.outgrown or resident.phase is not Phase.UNLOADING):
             return resident
         return self._regrowing.get(digest) if resident is None else None
 
@@ -371,7 +379,11 @@ class ResidencyCore:
         return [*started, *self._expire(now), *self._shrink(), *self._load(now), *self._evict()]
 
     def _forgive(self) -> None:
-        """Whoever wanted a larger context has gone: what there is is large enough again."""
+        """Whoever wanted a larger context, or room, has gone: what there is is large enough again, and stays."""
+        giving = [resident for resident in self._residents.values() if resident.gives_way]
+        if giving and not self._missing():
+            for resident in giving:
+                resident.gives_way = resident.phase is not Phase.LOADED
         for resident in self._residents.values():
             if resident.outgrown and resident.phase is Phase.LOADED:
                 resident.outgrown = self._wanted_tokens(resident.digest) > resident.context_tokens
@@ -391,17 +403,17 @@ class ResidencyCore:
         return self._queue.largest(digest).tokens
 
     def _start(self, now: float) -> list[Action]:
+        return [start for resident in self._residents.values() for start in self._start_on(resident, now)]
+
+    def _start_on(self, resident: _Resident, now: float) -> list[Action]:
         started: list[Action] = []
-        for resident in self._residents.values():
-            most = math.inf if resident.foreign else resident.context_tokens
-            while resident.is_usable and (
-                ask := self._queue.start_next(resident.digest, resident.free_slots, now, most)
-            ):
-                resident.running[ask.id] = ask
-                resident.used_at, resident.keep_alive_s = now, ask.keep_alive_s
-                if ask.id != resident.preloaded_by:
-                    resident.preloaded_by = None
-                started.append(Start(ask.id))
+        most = math.inf if resident.foreign else resident.context_tokens
+        while resident.is_usable and (ask := self._queue.start_next(resident.digest, resident.free_slots, now, most)):
+            resident.running[ask.id] = ask
+            resident.used_at, resident.keep_alive_s = now, ask.keep_alive_s
+            if ask.id != resident.preloaded_by:
+                resident.preloaded_by = None
+            started.append(Start(ask.id))
         return started
 
     def _expire(self, now: float) -> list[Action]:
@@ -410,7 +422,7 @@ class ResidencyCore:
             for resident in self._residents.values()
             if resident.phase is Phase.LOADED
             and not resident.running
-            and (resident.doomed or resident.outgrown or resident.expires_at <= now)
+            and (resident.leaves or resident.outgrown or resident.expires_at <= now)
         ]
 
     def _load(self, now: float) -> list[Action]:
@@ -441,7 +453,7 @@ class ResidencyCore:
             while going and not self._fits(self._need(digest), kept):
                 resident = going.pop(0)
                 kept.remove(resident)
-                resident.doomed = True
+                resident.gives_way = True
                 self._queue.yield_turn(resident.digest)
                 if not resident.running:
                     actions.append(self._unload(resident))
@@ -480,6 +492,6 @@ class ResidencyCore:
 
     def _unload(self, resident: _Resident) -> Action:
         resident.phase = Phase.UNLOADING
-        if resident.outgrown and not resident.doomed:
+        if resident.outgrown and not resident.leaves:
             self._regrowing[resident.digest] = resident
         return Unload(resident.digest)

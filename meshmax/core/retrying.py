@@ -34,9 +34,10 @@ def is_final(error: MeshmaxError, ours: bool) -> bool:
     return ours or type(error) is not MeshmaxError
 
 
-def passes(error: MeshmaxError) -> bool:
-    """Whether the same peer may answer a moment later."""
-    return isinstance(error, _PASSING) and not isinstance(error, Draining)
+def passes(error: MeshmaxError, *, middle: bool = False) -> bool:
+    """Whether the same peer may answer a moment later. ``middle``: of an answer, which also waits for who was drained or
+    stopped to be undrained or back: nobody may be asked anew for what is half said."""
+    return isinstance(error, _PASSING) and (middle or not isinstance(error, Draining))
 
 
 def most_telling(errors: Sequence[MeshmaxError], *, middle: bool = False) -> MeshmaxError:
@@ -53,6 +54,8 @@ def most_telling(errors: Sequence[MeshmaxError], *, middle: bool = False) -> Mes
             isinstance(told, CapabilityMissing) and told is not errors[0]
         ):  # who was asked to go on; what broke off says more
             return type(errors[0])(f"{errors[0].message}; {told.message}")
+        if isinstance(told, Draining):
+            return Draining(f"{told.message}{NOBODY_ELSE}", told.retry_after_s, stopping=told.stopping)
         return PeerGone(f"{told.message}{NOBODY_ELSE}") if type(told) is PeerGone else told
     others = [error for error in errors if not isinstance(error, Busy)]
     if others and isinstance(others[-1], PeerGone | ConnectError):

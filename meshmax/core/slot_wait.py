@@ -126,7 +126,9 @@ class SlotWaits:
         return USUAL_S if turn_s is None else turn_s
 
     def _of(self, digest: Sha256) -> _Means:
-        means = self._means.setdefault(digest, _Means())
+        means = self._means.get(digest)
+        if means is None:
+            means = self._means[digest] = _Means()
         self._means.move_to_end(digest)
         if len(self._means) > MAX_MODELS:
             self._means.popitem(last=False)

@@ -3,8 +3,9 @@
 Rules. The side that dialled the relayed connection begins at once, the other one after YIELD_S, unless the path is better by
 then; who cannot agree on that begin both, and signalling sorts it out (core.signalling). An attempt that failed is repeated
 after PAUSES_S, the last of them for ever, each with jitter; at once, with pauses afresh, when our network changes or the peer
-tells other addresses, though not within AGAIN_S of the attempt before. At most AT_ONCE attempts go on. Whoever is connected
-over a path that is no relay's needs none. Not here: the attempt itself (services.signalling), the relayed connection.
+tells other addresses, though not within AGAIN_S of the attempt before. At most AT_ONCE attempts go on, one with each peer: one
+that has outlived its relayed connection is waited for. Whoever is connected over a path that is no relay's needs none. Not
+here: the attempt itself (services.signalling), the relayed connection.
 """
 
 from __future__ import annotations
@@ -34,27 +35,35 @@ class _Relayed:
 class Upgrades:
     """See the module. Times are monotonic seconds. As many entries as there are relayed connections."""
 
-    __slots__ = ("_peers", "_random")
+    __slots__ = ("_former", "_peers", "_random")
 
     def __init__(self, random: Random) -> None:
         self._random = random
         self._peers: dict[PeerId, _Relayed] = {}
+        # Attempts at these are under way from when they were reached over a relay before.
+        self._former: set[PeerId] = set()
 
     # --- events ------------------------------------------------------------------------------------------------------
 
     def on_path(self, peer_id: PeerId, path: Path, dialled: bool, now: float) -> None:
         """The best path to the peer is ``path`` now. ``dialled``: by us."""
         if path != "relay":
-            self._peers.pop(peer_id, None)
+            self.on_gone(peer_id)
         elif peer_id not in self._peers:
-            self._peers[peer_id] = _Relayed(now if dialled else now + YIELD_S)
+            peer = self._peers[peer_id] = _Relayed(now if dialled else now + YIELD_S)
+            if peer_id in self._former:
+                self._former.discard(peer_id)
+                peer.under_way = peer.again = True
 
     def on_gone(self, peer_id: PeerId) -> None:
-        """The peer is not connected any more."""
-        self._peers.pop(peer_id, None)
+        """The peer is not connected any more, or not over a relay."""
+        peer = self._peers.pop(peer_id, None)
+        if peer is not None and peer.under_way:
+            self._former.add(peer_id)
 
     def on_tried(self, peer_id: PeerId, now: float) -> None:
         """The attempt that `tick` named is over. Of one that worked `on_path` hears, too."""
+        self._former.discard(peer_id)
         if (peer := self._peers.get(peer_id)) is None:
             return
         again, peer.under_way, peer.again, peer.tried_at = peer.again, False, False, now
@@ -83,7 +92,7 @@ class Upgrades:
 
     def tick(self, now: float) -> list[PeerId]:
         """Attempts to be begun now, the longest due first; each is under way until `on_tried`."""
-        free = AT_ONCE - sum(peer.under_way for peer in self._peers.values())
+        free = AT_ONCE - self._under_way
         due = sorted(
             (peer.due_at, peer_id) for peer_id, peer in self._peers.items() if not peer.under_way and peer.due_at <= now
         )
@@ -94,6 +103,10 @@ class Upgrades:
 
     def deadline(self) -> float | None:
         """When `tick` is due next; None: when something happens."""
-        if sum(peer.under_way for peer in self._peers.values()) >= AT_ONCE:
+        if self._under_way >= AT_ONCE:
             return None
         return min((peer.due_at for peer in self._peers.values() if not peer.under_way), default=None)
+
+    @property
+    def _under_way(self) -> int:
+        return len(self._former) + sum(peer.under_way for peer in self._peers.values())

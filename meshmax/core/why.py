@@ -12,6 +12,7 @@ from typing import Final
 from meshmax.base.errors import Draining
 from meshmax.base.ids import PeerId
 from meshmax.base.route import Attempt, AttemptKind, Candidate, Policy, RequestKind, Route, Verdict, Wait
+from meshmax.core.measurements import MIN_LOAD_S
 
 CANCELLED: Final = "cancelled"  # the error of an attempt that was ended for no fault of its peer
 NOBODY: Final[Mapping[PeerId, str]] = {}
@@ -189,7 +190,9 @@ def _tried(route: Route, number: int, names: Mapping[PeerId, str]) -> str:
         return f"At {at} {who} {_fetched(attempt)}."
     words = [f"At {at} {who} was {_KIND_WORDS[attempt.kind]}"]
     if attempt.first_token_s is not None:
-        words.append(f"{_FIRST_WORDS[route.kind]} came {seconds(attempt.first_token_s)} later")
+        words.append(
+            f"{_FIRST_WORDS[route.kind]} came {seconds(attempt.first_token_s)} later{_loading(route, attempt)}"
+        )
     if attempt.tokens:
         words.append(f"it gave {_tokens(attempt.tokens)}")
     ended = f" after {seconds(attempt.ended_s)}" if attempt.ended_s is not None else ""
@@ -202,6 +205,12 @@ def _tried(route: Route, number: int, names: Mapping[PeerId, str]) -> str:
     elif route.state == "running":
         words.append("it is under way")
     return "; ".join(words) + "."
+
+
+def _loading(route: Route, attempt: Attempt) -> str:
+    """What of the time to the first word went for loading; of a request to load all of it did."""
+    loaded = attempt.load_s >= MIN_LOAD_S and route.kind in ("text", "vectors")
+    return f", {seconds(attempt.load_s)} of it for loading the model" if loaded else ""
 
 
 def _waited(wait: Wait) -> str:

@@ -108,11 +108,11 @@ class OllamaEngine:
 
     async def describe(self, digest: Sha256) -> ModelDescription:
         """See ports.Backend."""
-        return words.description_of(digest, await self._show(self._name(digest)))
+        return words.description_of(digest, await self._show(self.name_of(digest)))
 
     async def keep(self, digest: Sha256, keep_alive_s: float | None) -> None:
         """See ports.Backend."""
-        body: dict[str, object] = {"model": self._name(digest), "stream": False}
+        body: dict[str, object] = {"model": self.name_of(digest), "stream": False}
         if keep_alive_s is not None:
             body["keep_alive"] = -1 if keep_alive_s < 0 else keep_alive_s
         with trio.move_on_after(LOAD_S):
@@ -126,7 +126,8 @@ class OllamaEngine:
     async def open_model(self, model: ModelFile) -> AsyncIterator[OllamaModel]:
         """Nothing is loaded: the daemon does that with the first prompt. Raises ModelNotFound."""
         await trio.lowlevel.checkpoint()
-        loaded = OllamaModel(self, self._http, model, self._name(model.digest), self._where, self._places)
+        self.name_of(model.digest)
+        loaded = OllamaModel(self, self._http, model, self._where, self._places)
         try:
             yield loaded
         finally:
@@ -136,10 +137,11 @@ class OllamaEngine:
     async def goes_on(self, digest: Sha256) -> bool:
         """Whether the model's template lets an answer that was begun go on. Raises EngineError."""
         if digest not in self._goes_on:
-            _remember(self._goes_on, digest, words.goes_on(await self._show(self._name(digest))))
+            _remember(self._goes_on, digest, words.goes_on(await self._show(self.name_of(digest))))
         return self._goes_on[digest]
 
-    def _name(self, digest: Sha256) -> str:
+    def name_of(self, digest: Sha256) -> str:
+        """What the daemon calls the model, as of the last look. Raises ModelNotFound."""
         if digest not in self._names:
             raise shared.no_model(digest[:12], self._where)
         return self._names[digest]
@@ -165,16 +167,20 @@ class OllamaModel:
         engine: OllamaEngine,
         http: ServerHttp,
         model: ModelFile,
-        name: str,
         where: str,
         places: trio.CapacityLimiter,
     ) -> None:
         self._engine, self._http, self._where = engine, http, where
-        self._digest, self._name = model.digest, name
+        self._digest = model.digest
         self._capabilities = model.details.capabilities
         self.alive = True
         self.facts = LoadedFacts(model.size, 0, model.details.context_length, "cpu", int(places.total_tokens))
         self._places = places
+
+    @property
+    def _name(self) -> str:
+        """Its name now: one that it had may mean another model by then."""
+        return self._engine.name_of(self._digest)
 
     @asynccontextmanager
     async def answer(self, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:

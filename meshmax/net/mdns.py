@@ -69,6 +69,7 @@ class Mdns:
         self._peer_id, self._addresses, self._only = peer_id, addresses, tuple(interfaces)
         self._seen: dict[PeerId, tuple[tuple[str, ...], float]] = {}
         self._again = trio.Event()
+        self._asked = False  # to look again, since the session began
         self._zones: tuple[str, ...] = ()  # interfaces with IPv6
         self._lame = False  # an interface does not work
         self._patience_s = PATIENCE_S[0]
@@ -76,6 +77,10 @@ class Mdns:
 
     def look_again(self) -> None:
         """See ports.LooksAgain: ask and announce at once, tell what is known anew, look at the interfaces now."""
+        self._asked = True
+        self._look_again()
+
+    def _look_again(self) -> None:
         self._seen.clear()
         self._ipv6, self._patience_s = True, PATIENCE_S[0]
         self._again.set()
@@ -86,7 +91,7 @@ class Mdns:
         pause_s = RETRY_S[0]
         async with open_asyncio():
             while True:
-                started_s, failed = trio.current_time(), False
+                started_s, failed, self._asked = trio.current_time(), False, False
                 try:
                     await self._session(self._choose(), found)
                 except* (OSError, RuntimeError) as errors:  # RuntimeError: an interface that zeroconf does not find
@@ -96,12 +101,14 @@ class Mdns:
                 if failed:
                     if trio.current_time() - started_s > RETRY_S[1]:
                         pause_s = RETRY_S[0]
-                    pause_s = RETRY_S[0] if await self._pause(pause_s) else min(2 * pause_s, RETRY_S[1])
+                    # While the session ended, which may take a while, the network may have come back.
+                    looks = self._asked or await self._pause(pause_s, self._again)
+                    pause_s = RETRY_S[0] if looks else min(2 * pause_s, RETRY_S[1])
 
-    async def _pause(self, pause_s: float) -> bool:
+    async def _pause(self, pause_s: float, again: trio.Event) -> bool:
         """Wait; True as soon as it is to look again."""
         with trio.move_on_after(pause_s) as scope:
-            await self._again.wait()
+            await again.wait()
         return not scope.cancelled_caught
 
     def _choose(self) -> tuple[Way, ...]:
@@ -113,7 +120,7 @@ class Mdns:
             _log.warning("mDNS does not work for the moment", error=problem)
         elif self.problem and not problem:
             _log.info("mDNS works again")
-            self.look_again()
+            self._look_again()
         self.problem = problem
 
     # --- a session ---------------------------------------------------------------------------------------------------
@@ -144,18 +151,18 @@ class Mdns:
     async def _announce(self, zeroconf: Any, ways: tuple[Way, ...]) -> None:
         """Announce ourselves, again when our addresses change or we look again, until a new session is due."""
         label = "".join(secrets.choice(_LETTERS) for _ in range(PEER_NAME_LENGTH))
-        announced, told_s, again = b"", -math.inf, False
+        announced, told_s, looks = b"", -math.inf, False
         lame_at = trio.current_time() + self._patience_s
         while ways == self._choose():
-            now_s = trio.current_time()
+            now_s, again = trio.current_time(), self._again  # of before an announcement, which takes a second
             if self._lame and now_s >= lame_at:
                 self._patience_s = min(2 * self._patience_s, PATIENCE_S[1])
                 return
             txt = encode_txt(self._addresses())
-            if txt and (txt != announced or (again and now_s - told_s >= ANNOUNCE_PAUSE_S)):
+            if txt and (txt != announced or (looks and now_s - told_s >= ANNOUNCE_PAUSE_S)):
                 await call_asyncio(announcing(zeroconf, make_service(label, txt), anew=bool(announced)))
-                announced, told_s = txt, now_s
-            again = await self._pause(CHECK_INTERVAL_S)
+                announced, told_s, looks = txt, now_s, False
+            looks |= await self._pause(ANNOUNCE_PAUSE_S if looks else CHECK_INTERVAL_S, again)
 
     async def _ask(self, zeroconf: Any, ways: tuple[Way, ...]) -> None:
         asked, missing = 0, {way.ip: OSError(errno.EADDRNOTAVAIL, "") for way in unused(zeroconf, ways)}
@@ -163,7 +170,7 @@ class Mdns:
             delay_s = QUERY_DELAYS_S[asked] if asked < len(QUERY_DELAYS_S) else QUERY_INTERVAL_S
             if self._lame:
                 delay_s = min(delay_s, CHECK_INTERVAL_S)
-            asked = 1 if await self._pause(delay_s) else asked + 1
+            asked = 1 if await self._pause(delay_s, self._again) else asked + 1
             self._judge(ways, missing | send_question(zeroconf, SERVICE, "PTR"))
 
     def _judge(self, ways: tuple[Way, ...], broken: Mapping[str, OSError]) -> None:

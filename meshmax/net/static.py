@@ -48,10 +48,11 @@ class Static:
     async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
         """Name every peer again each REPEAT_S; ends at once where there is none."""
         while self._peers:
+            again = self._again  # from before the naming, which may take a while
             for peer_id, addresses in self._peers.items():
                 await found.send(Sighting(peer_id, tuple(addresses), self._source))
             with trio.move_on_after(REPEAT_S):
-                await self._again.wait()
+                await again.wait()
 
     def look_again(self) -> None:
         """See ports.LooksAgain."""

@@ -247,6 +247,7 @@ class _Opening:
                 node.traversal.connector.connect,
                 node.traversal.stand,
                 node.traversal.on_silent,
+                node.traversal.connector.on_told,
             )
         )
         node.garbage.leases.connect = node.traversal.connector.connect

@@ -128,4 +128,5 @@ async def open_traversal(node: Node) -> AsyncIterator[None]:
         traversal.relays.watch(traversal.where.on_relays)
         traversal.signals = await stack.enter_async_context(open_signalling(node, traversal.where))
         traversal.connector = await stack.enter_async_context(open_node_connector(node))
+        traversal.relays.watch(traversal.connector.on_relays)
         yield

@@ -1,7 +1,8 @@
 """Announces in the DHT what this node provides: its models, their names, itself, and that it is in its mesh. Owns one
 core.announce.Announcements.
 
-Rules: what is provided is asked for anew whenever something changed and every LOOK_S; nothing is announced while the DHT
+Rules: what is provided, and where, is asked for anew whenever something changed and every LOOK_S, much as there may be to
+announce; nothing is announced while the DHT
 knows no node, nor where there is no address at which others could reach us. Each record has a higher sequence than the one
 before, over restarts too, since it is the time. In another mesh all begins anew: its keys are others. Not here: when a
 word is due (core.announce), who stores it (net.dht).
@@ -66,10 +67,10 @@ class Announcer:
         """Announce, until cancelled."""
         while True:
             self._changed = trio.Event()
-            dht = self._look()
+            dht, look_at = self._look(), trio.current_time() + LOOK_S
             if dht is not None:
-                await self._announce_due(dht)
-            with trio.move_on_after(LOOK_S):
+                await self._announce_due(dht, look_at)
+            with trio.move_on_at(look_at):
                 await self._changed.wait()
 
     def _look(self) -> Dht | None:
@@ -89,15 +90,17 @@ class Announcer:
             self._core.on_moved(lambda word: dht.moved(self._key(word)), now)
         return dht
 
-    async def _announce_due(self, dht: Dht) -> None:
-        """Everything that is due, at the core's pace, until something changes."""
+    async def _announce_due(self, dht: Dht, until: float) -> None:
+        """Everything that is due, at the core's pace, until something changes or a look is due."""
         while not self._changed.is_set() and dht.contacts and self._dht() is dht:  # another one after a change of mesh
             now = trio.current_time()
+            if now >= until:
+                return
             if (due := self._core.tick(now)) is not None:
                 await isolate("announce", partial(self._announce, dht, *due))
                 continue
             deadline = self._core.deadline()
-            if deadline is None or deadline > now + LOOK_S:
+            if deadline is None or deadline >= until:
                 return
             with trio.move_on_at(deadline):
                 await self._changed.wait()

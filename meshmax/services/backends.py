@@ -160,6 +160,8 @@ class Backends:
         """Look at one backend until cancelled."""
         misses = 0
         while True:
+            # Before the look: what happens in the middle of one may be more than it has seen.
+            self._wake[place] = trio.Event()
             error = await self._try_look(place)
             misses = misses + 1 if error else 0
             if error is not None and (misses >= MISSES or not isinstance(error, Busy)):
@@ -168,7 +170,6 @@ class Backends:
             if error is not None:
                 wanted_s = error.retry_after_s if isinstance(error, Busy) else 0.0
                 pause_s = min(max(LOOK_S * 2 ** min(misses - 1, 10), wanted_s), MAX_PAUSE_S)
-            self._wake[place] = trio.Event()
             with trio.move_on_after(pause_s):
                 await self._wake[place].wait()
                 await trio.sleep(LOOK_S / 10)  # what happened there takes a moment to be seen

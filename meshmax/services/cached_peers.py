@@ -64,11 +64,14 @@ class CachedPeers:
 
     async def _name(self, found: trio.MemorySendChannel[Sighting]) -> NoReturn:
         while True:
+            again = self._again
             for peer in self._known.to_dial(self._mesh()):
+                if again.is_set():
+                    break  # all begins anew, in another mesh perhaps
                 if peer.peer_id not in self._swarm.connections():
                     await found.send(Sighting(peer.peer_id, peer.addresses, "cached"))
             with trio.move_on_after(REPEAT_S):
-                await self._again.wait()
+                await again.wait()
 
     async def _follow(self) -> None:
         async with self._swarm.subscribe() as events:

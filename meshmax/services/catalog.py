@@ -10,7 +10,7 @@ here: what a name means (core.catalog), transfers (services.pull).
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal, NoReturn, Protocol
@@ -96,6 +96,10 @@ class CatalogService:
         self._pins = pins or Pins()
         self._brought = brought
         self._local: tuple[StoredModel, ...] = ()
+        self._read: tuple[StoredModel, ...] = ()  # the list as it was read last, which the mesh was told of
+        # Held while a name changes and while the list is read: none that is of before a change is taken for one of after it.
+        self._changing = trio.Lock()
+        self._dropping: set[Sha256] = set()
         self._unsigned = trio.Event()  # set while there are models without a record that nobody has tried to sign
         self._tried: set[tuple[str, Sha256]] = set()
         self._signing: set[tuple[str, Sha256]] = set()  # those that somebody reads and signs right now
@@ -167,10 +171,12 @@ class CatalogService:
         Raises InvalidName, ModelNotFound, InvalidRequest (it is pinned).
         """
         parsed = parse_name(name)
-        self._stored(name)
-        self._pins.require_free(parsed, None)
-        await self._models.delete(parsed)
-        self._first_seen.forget(parsed.key)
+        async with self._changing:
+            self._stored(name)
+            self._pins.require_free(parsed, None)
+            await self._models.delete(parsed)
+            self._local = self._others(parsed)
+            self._first_seen.forget(parsed.key)
         await self.refresh()
 
     async def add(self, name: str, path: Path, link: bool, progress: Progress) -> StoredModel:
@@ -186,46 +192,69 @@ class CatalogService:
         """
         return await self._put(name, manifest)
 
-    async def keep_last_copy(self, name: ModelName, new_digest: Sha256) -> str:
-        """``name`` is about to mean ``new_digest``: the further name that what it means now gets, '' if it needs none.
+    async def put(self, name: ModelName, raw_manifest: bytes, record: Signed | None) -> StoredModel:
+        """As ModelStore.put, but what may be the last copy of another model is kept, and told. The lists are not read anew."""
+        digest = parse_manifest(raw_manifest).digest
+        # Of what is to be kept; signed before, since that may read a whole blob.
+        records: dict[Sha256, Signed | None] = {}
+        while True:
+            async with self._changing:
+                self._pins.require_free(name, digest)
+                last = self._last_copy(name, digest)
+                if last is None or last.digest in records:
+                    kept = "" if last is None else await self._keep(name, last, records[last.digest])
+                    stored = await self._models.put(name, raw_manifest, record)
+                    self._take((stored, *self._others(name)))
+                    return msgspec.structs.replace(stored, kept=kept)
+            records[last.digest] = await self._try_record(name_of_kept(name, last.digest), last)
 
-        It needs one where nobody else who is online has that model, and no other name here means it.
+    def _last_copy(self, name: ModelName, new_digest: Sha256) -> Manifest | None:
+        """What ``name``, which is about to mean ``new_digest``, means now, if it is to be kept.
+
+        It is where nobody else who is online has that model, and no other name here means it.
         """
         old = self._named(name.key)
         if old is None or old.manifest.digest == new_digest:
-            return ""
+            return None
         digest = old.manifest.digest
-        if any(s.manifest.digest == digest and parse_name(s.name).key != name.key for s in self._local):
-            return ""
-        if held_elsewhere(digest, self._peers()[1:]):
-            return ""
-        kept = name_of_kept(name, digest)
-        try:
-            record = await self._record(kept, old.manifest)
-        except BlobNotFound:
-            record = None  # a map is missing: better a model without a record than none
-        await self._models.put(kept, old.manifest.raw, record)
+        if any(stored.manifest.digest == digest for stored in self._others(name)):
+            return None
+        return None if held_elsewhere(digest, self._peers()[1:]) else old.manifest
+
+    async def _keep(self, name: ModelName, manifest: Manifest, record: Signed | None) -> str:
+        """Give what ``name`` means now a further name, which is returned."""
+        kept = name_of_kept(name, manifest.digest)
+        stored = await self._models.put(kept, manifest.raw, record)
+        self._take((stored, *self._others(kept)))
         _log.info("kept the last copy", name=str(name), kept=str(kept))
         return str(kept)
 
-    async def put(self, name: ModelName, raw_manifest: bytes, record: Signed | None) -> StoredModel:
-        """As ModelStore.put, but what may be the last copy of another model is kept. The lists are not read anew."""
-        digest = parse_manifest(raw_manifest).digest
-        self._pins.require_free(name, digest)
-        kept = await self.keep_last_copy(name, digest)
-        stored = await self._models.put(name, raw_manifest, record)
-        return msgspec.structs.replace(stored, kept=kept)
+    def _others(self, name: ModelName) -> tuple[StoredModel, ...]:
+        """The models here under every other name."""
+        return tuple(stored for stored in self._local if parse_name(stored.name).key != name.key)
 
     async def drop(self, digest: Sha256) -> None:
         """A sweep takes our copy of a model, all of its names; what the names mean stays as it is. Raises StoreError."""
         going = [stored for stored in self._local if stored.manifest.digest == digest]
         # At once, so that nobody turns to it any more.
-        self._local = tuple(stored for stored in self._local if stored.manifest.digest != digest)
-        for stored in going:
-            name = parse_name(stored.name)
-            self._first_seen.note(name.key, digest)
-            await self._models.delete(name)
+        self._dropping.add(digest)
+        self._take(self._local)
+        try:
+            async with self._changing:
+                for name in [parse_name(stored.name) for stored in going]:
+                    named = self._named(name.key)
+                    if named is not None and named.manifest.digest != digest:
+                        continue  # it came to mean another model while this waited for its turn
+                    self._first_seen.note(name.key, digest)
+                    with suppress(ModelNotFound):  # deleted meanwhile
+                        await self._models.delete(name)
+        finally:
+            self._dropping.discard(digest)
         await self.refresh()
+
+    def _take(self, models: tuple[StoredModel, ...]) -> None:
+        """``models`` are here, but for what a sweep takes now."""
+        self._local = tuple(stored for stored in models if stored.manifest.digest not in self._dropping)
 
     # --- for meshmax.node -------------------------------------------------------------------------------------------------
 
@@ -242,7 +271,9 @@ class CatalogService:
 
     async def refresh(self) -> None:
         """Read the local models anew; tell the mesh. What has no record gets one in the background."""
-        self._local = await self._models.models()
+        async with self._changing:
+            self._read = await self._models.models()
+            self._take(self._read)
         self._on_change()
         unsigned = self._without_record()
         self._tried &= unsigned
@@ -254,10 +285,12 @@ class CatalogService:
 
         New models get records of ours in the task of the caller, which takes as long as reading them.
         """
-        models = await self._models.models()
-        if models == self._local:
-            return False
-        self._local = models
+        async with self._changing:
+            models = await self._models.models()
+            if models == self._read == self._local:
+                return False
+            self._read = models
+            self._take(models)
         self._on_change()
         await self.sign_missing_records()
         return True
@@ -281,7 +314,7 @@ class CatalogService:
                 self._tried.add(key)
                 self._signing.add(key)
                 try:
-                    await isolate("record", partial(self._put, parse_name(stored.name), stored.manifest))
+                    await isolate("record", partial(self._sign, parse_name(stored.name), stored.manifest))
                 finally:
                     self._signing.discard(key)
 
@@ -336,10 +369,31 @@ class CatalogService:
 
     async def _put(self, name: ModelName, manifest: Manifest) -> StoredModel:
         stored = await self.put(name, manifest.raw, await self._record(name, manifest))
+        await self._on_ours(name, manifest)
+        return stored
+
+    async def _sign(self, name: ModelName, manifest: Manifest) -> None:
+        """Give what ``name`` means a record, unless it was deleted or came to mean something else while that was made."""
+        record = await self._record(name, manifest)
+        async with self._changing:
+            named = self._named(name.key)
+            if named is None or named.manifest.digest != manifest.digest:
+                return
+            stored = await self._models.put(name, manifest.raw, record)
+            self._take((stored, *self._others(name)))
+        await self._on_ours(name, manifest)
+
+    async def _on_ours(self, name: ModelName, manifest: Manifest) -> None:
+        """There is a record of ours of what ``name`` means."""
         self._first_seen.forget(name.key)
         self._first_seen.note(name.key, manifest.digest)
         await self.refresh()
-        return stored
+
+    async def _try_record(self, name: ModelName, manifest: Manifest) -> Signed | None:
+        try:
+            return await self._record(name, manifest)
+        except BlobNotFound:
+            return None  # a map is missing: better a model without a record than none
 
     async def _record(self, name: ModelName, manifest: Manifest) -> Signed:
         maps: dict[Sha256, MapAddress] = {}

@@ -1,7 +1,8 @@
 """Connects to members by every way there is, and looks for better paths while a peer is reached over a relay.
 
 `connect` follows core.dial_plan: the first connection that is admitted counts, all other tries end. That the peer takes us for
-no member, said on any way, ends it at once. Behind it one task follows the swarm's events, one begins attempts at better paths
+no member, said on any way, ends it at once. A relay over which the peer may be reached, and that is known only when the dial is
+under way, is tried at once. Behind it one task follows the swarm's events, one begins attempts at better paths
 when core.upgrades says so (signalled over the connection that is there, and dialled directly, side by side), one writes down
 what worked (core.path_memory). In the open mesh `connect` just dials. Not here: relays and punching themselves (`Relays`,
 `Signals`), whom to connect to (services.presence).
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, NoReturn
 
@@ -22,7 +23,7 @@ from meshmax.base.ids import PeerId
 from meshmax.base.status import MAX_ADDRESSES
 from meshmax.base.traversal import PathRecord, PathStory
 from meshmax.core.backoff import Random
-from meshmax.core.dial_plan import Own, Step, dial_plan, parse
+from meshmax.core.dial_plan import NEXT_RELAY_S, Own, Step, dial_plan, parse
 from meshmax.core.path_memory import PathMemory
 from meshmax.core.path_story import Story
 from meshmax.core.upgrades import Upgrades
@@ -38,6 +39,7 @@ UPGRADE_DIAL_S: Final = (
 BESIDE_S: Final = 5.0  # for a relayed connection beside one that is doubted
 BESIDE_PAUSE_S: Final = 0.3
 BESIDE_AGAIN_S: Final = 30.0  # before the same of the same peer: who is slow for long is not dead
+MAX_WAYS: Final = 8  # of one dial: more relays are named by who wants to have us dial them
 WRITE_PAUSE_S: Final = 5.0  # news of paths come many at a time
 LAST_WRITE_S: Final = 2.0
 
@@ -95,9 +97,11 @@ class Connector:
         if peer_id in self._swarm.connections() or not (guest or self._ways.wanted()):
             await self._swarm.dial(peer_id, addresses, guest=guest)
             return
-        dial = self._dials[peer_id] = _Dial(trio.current_time(), tuple(addresses[:MAX_ADDRESSES]))
+        dial = self._dials[peer_id] = _Dial(trio.current_time(), tuple(addresses[:MAX_ADDRESSES]), guest)
         try:
-            await self._race(self._ways_of(peer_id, self._plan(peer_id, addresses), guest), dial.arrived)
+            ways = self._ways_of(peer_id, self._plan(peer_id, addresses), guest)
+            dial.tried.update(way.name for way in ways)
+            await self._race(ways, dial.arrived, dial.race)
         finally:
             if self._dials.get(peer_id) is dial:
                 del self._dials[peer_id]
@@ -222,6 +226,27 @@ class Connector:
                 except ConnectError:  # connections to relays may have died with this one, and come back
                     await trio.sleep(BESIDE_PAUSE_S)
 
+    def on_relays(self) -> None:
+        """Other relays keep a place for us than before: who is dialled may have one there, too. Cheap, called from any task."""
+        for peer_id, dial in self._dials.items():
+            self._add_relays(peer_id, dial)
+
+    def on_told(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """A peer is said to be at these addresses, while it is dialled at others perhaps. Cheap, called from any task."""
+        if (dial := self._dials.get(peer_id)) is not None:
+            dial.addresses = tuple(dict.fromkeys((*addresses, *dial.addresses)))[:MAX_ADDRESSES]
+            self._add_relays(peer_id, dial)
+
+    def _add_relays(self, peer_id: PeerId, dial: _Dial) -> None:
+        if peer_id in self._swarm.connections():
+            return
+        for way in self._ways_of(peer_id, self._plan(peer_id, dial.addresses), dial.guest):
+            if way.name != "direct" and way.name not in dial.tried and len(dial.tried) < MAX_WAYS:
+                now = trio.current_time()
+                dial.tried.add(way.name)
+                dial.race.add(replace(way, delay_s=max(dial.next_relay - now, 0.0)))
+                dial.next_relay = max(dial.next_relay, now) + NEXT_RELAY_S
+
     def on_news(self) -> None:
         """Peers may tell other addresses than before. Cheap, called from any task."""
         for peer_id, before in self._told.items():
@@ -269,10 +294,10 @@ class Connector:
             found.append(Way("signalled", partial(signals.traverse, peer_id)))
         await self._race(found)
 
-    async def _race(self, ways: Sequence[Way], arrived: trio.Event | None = None) -> None:
+    async def _race(self, ways: Sequence[Way], arrived: trio.Event | None = None, race: Race | None = None) -> None:
         if not ways:
             raise ConnectError("no address of the peer is known")
-        await Race().run(ways, arrived)
+        await (race or Race()).run(ways, arrived)
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
@@ -303,8 +328,11 @@ async def _shortly(dial: Callable[[], Awaitable[None]]) -> None:
 class _Dial:
     """A `connect` under way."""
 
-    def __init__(self, began: float, addresses: tuple[str, ...]) -> None:
-        self.began, self.addresses = began, addresses
+    def __init__(self, began: float, addresses: tuple[str, ...], guest: bool) -> None:
+        self.began, self.addresses, self.guest = began, addresses, guest
+        self.race = Race()
+        self.tried: set[str] = set()  # ways, by name
+        self.next_relay = began  # when one more that is known only then may be tried
         self.arrived = trio.Event()  # the peer is connected
         self.over = trio.Event()
 

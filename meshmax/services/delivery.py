@@ -189,7 +189,8 @@ class RequestDelivery:
     async def wait_room(self) -> None:
         """Wait until the client has taken some."""
         while not self._has_room:
-            self._room = trio.Event()
+            if self._room.is_set():  # else somebody waits for it: another attempt, that was cancelled or will be
+                self._room = trio.Event()
             await self._room.wait()
 
 

@@ -124,8 +124,8 @@ class EarlyRecords:
             raise
         finally:
             record.close(state, refused)
-            if state == "routed" and not record.has_waited:
-                self.on_known(early.request_id)
+            if state == "routed" and not record.has_waited and self._records.get(early.request_id) is record:
+                del self._records[early.request_id]
 
     def refused(self, early: Early, error: MeshmaxError) -> None:
         """The router does not get it."""

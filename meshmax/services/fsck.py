@@ -2,7 +2,8 @@
 
 Rules: one blob at a time, at the speed of the disk; nothing that is good is touched. A blob with bad chunks becomes a partial
 without them, so that a repair fetches those alone. A model is repaired by pulling the very digest that its name meant; where
-no peer has that, it stays as it is and is told of. Not here: checking a blob (store), pulling (services.pull).
+no peer has that, it stays as it is and is told of. What was deleted while others were read is passed over. Not here: checking
+a blob (store), pulling (services.pull).
 """
 
 from __future__ import annotations
@@ -60,12 +61,16 @@ class Fsck:
         for digest, size in sizes.items():
             checked, reason = await self._check(digest, size)
             if reason:
+                if all(digest != blob for model in await self._listing() for blob, _ in model.blobs):
+                    continue
                 damaged[digest] = reason
             yield checked
         if damaged:
             await self._refresh()
         for model in listed:
-            yield await self._judge(model, damaged, repair)
+            # Anew for each: others were read, or fetched, since.
+            if any((each.name, each.digest) == (model.name, model.digest) for each in await self._listing()):
+                yield await self._judge(model, damaged, repair)
 
     async def _check(self, digest: Sha256, size: int) -> tuple[Checked, str]:
         try:
@@ -95,6 +100,8 @@ class Fsck:
         with trio.CancelScope() as patience:
             async with self._pulls().open_pull(name) as transfers:
                 async for transfer in transfers:
+                    if transfer.state == "paused":  # by a person, who alone lets it go on
+                        return transfer.reason
                     if transfer.state != "waiting":
                         patience.deadline = math.inf
                     elif last is None or last.state != "waiting":

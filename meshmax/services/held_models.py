@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import msgspec
+import structlog
 import trio
 
 from meshmax.base.catalog import LoadedView, ModelFile
@@ -138,6 +139,8 @@ class HeldModels:
             held.scope.cancel()
 
     async def _run(self, digest: Sha256, held: HeldModel, request: InferRequest, tokens: int) -> None:
+        # It outlives the prompt in whose task it was started, and serves others: its lines are not of that one.
+        structlog.contextvars.clear_contextvars()
         try:
             with held.scope:
                 await self._hold(digest, held, request, tokens)

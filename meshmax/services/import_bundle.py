@@ -154,6 +154,9 @@ class _Import:
                         await self._now_and_then(line, value.bytes_done, value.bytes_total)
                         if value.state == "waiting":
                             return  # for a peer; the bundle has nothing more for it either
+                        if value.state == "paused":  # by a person, who alone lets it go on
+                            await self._tell({"status": f"the pull of {entry.name} is paused: from the bundle alone"})
+                            return
             except MeshmaxError as error:
                 _log.info("pull beside an import failed", model=entry.name, code=error.code, error=error.message)
 

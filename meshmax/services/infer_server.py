@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Final
 
 import msgspec
@@ -148,6 +148,7 @@ class _Exchange:
         self._frames = frames
         self._ask = ask
         self._error: PeerGone | RemoteProtocolError | None = None
+        self._hurry = trio.Event()  # what was made is not to wait for what may follow
 
     async def run(self) -> None:
         # The engine may be MAX_EVENTS ahead of the wire, not more: a slow requester slows the engine down.
@@ -180,11 +181,23 @@ class _Exchange:
                     async with self._residency.open_answer(self._ask, self._frames.peer) as events:
                         async for event in events:
                             waiting.close()
-                            await _put(made, event)
+                            await self._put(made, event)
             except MeshmaxError as error:
                 # Those that are turned away are counted; under overload they would be all that the log says.
                 (_log.debug if isinstance(error, Busy) else _log.info)("request failed", code=error.code)
                 await made.send(failure_of(error))
+            finally:
+                self._hurry.set()
+
+    async def _put(self, made: trio.MemorySendChannel[Event | Failure], event: Event) -> None:
+        """Without a turn of the event loop where there is room: what the engine said in one breath goes out in one frame."""
+        try:
+            made.send_nowait(event)
+        except trio.WouldBlock:
+            self._hurry.set()
+            await made.send(event)
+        if isinstance(event, Finish):
+            self._hurry.set()
 
     async def _send(self, ready: trio.MemoryReceiveChannel[Event | Failure], scope: trio.CancelScope) -> None:
         try:
@@ -197,7 +210,7 @@ class _Exchange:
     async def _send_all(self, ready: trio.MemoryReceiveChannel[Event | Failure]) -> None:
         told_s = trio.current_time()  # the last word that was no KeepAlive
         next_s = -math.inf  # before then it waits for what may come with it
-        while (batch := await _next_batch(ready, keep_alive_s(trio.current_time() - told_s), next_s)) is not None:
+        while (batch := await self._next_batch(ready, told_s, next_s)) is not None:
             if batch:
                 told_s = trio.current_time()
                 next_s = told_s + pause_s(self._residency.load().running)
@@ -209,34 +222,32 @@ class _Exchange:
             for frame in sendable:
                 await _send(self._frames, frame)
 
-
-async def _put(made: trio.MemorySendChannel[Event | Failure], event: Event) -> None:
-    """Without a turn of the event loop where there is room: what the engine said in one breath goes out in one frame."""
-    try:
-        made.send_nowait(event)
-    except trio.WouldBlock:
-        await made.send(event)
-
-
-async def _next_batch(
-    ready: trio.MemoryReceiveChannel[Event | Failure], patience_s: float, next_s: float
-) -> list[Event | Failure] | None:
-    """What is ready, and what comes before ``next_s``; [] if nothing was for ``patience_s``, None at the end."""
-    batch: list[Event | Failure] = []
-    try:
-        with trio.move_on_after(patience_s):
-            batch.append(await ready.receive())
-        if batch and next_s > trio.current_time():
-            with trio.move_on_at(next_s):
-                while len(batch) < MAX_EVENTS and not isinstance(batch[-1], Finish | Failure):
+    async def _next_batch(
+        self, ready: trio.MemoryReceiveChannel[Event | Failure], told_s: float, next_s: float
+    ) -> list[Event | Failure] | None:
+        """What came before ``next_s``, or comes then; [] if nothing does for too long after ``told_s``, None at the end."""
+        now = trio.current_time()
+        silent_s = now + keep_alive_s(now - told_s)
+        batch: list[Event | Failure] = []
+        try:
+            if next_s > now:
+                with trio.move_on_at(next_s):
+                    await self._hurry.wait()
+                    self._hurry = trio.Event()
+                _take_ready(ready, batch)
+            if not batch:
+                with trio.move_on_at(silent_s):
                     batch.append(await ready.receive())
-        while batch and len(batch) < MAX_EVENTS:
+                _take_ready(ready, batch)
+        except trio.EndOfChannel:
+            return batch or None
+        return batch
+
+
+def _take_ready(ready: trio.MemoryReceiveChannel[Event | Failure], batch: list[Event | Failure]) -> None:
+    with suppress(trio.WouldBlock):
+        while len(batch) < MAX_EVENTS:
             batch.append(ready.receive_nowait())
-    except trio.WouldBlock:
-        pass
-    except trio.EndOfChannel:
-        return batch or None
-    return batch
 
 
 def _encode(batch: list[Event | Failure]) -> list[bytes]:

@@ -33,6 +33,7 @@ from meshmax.telemetry.log import get_logger
 from meshmax.wire import membership as wire
 
 ATTEMPT_TIMEOUT_S: Final = 15.0  # dialling, asking and the answer
+PATIENCE_S: Final = 3.0  # of these, for the dialling, once there is new hope elsewhere; a relay far away needs two
 FIRST_PAUSE_S: Final = 1.0
 EARLY_PAUSE_S: Final = 15.0  # a person looks on
 EARLY_S: Final = 300.0
@@ -57,6 +58,9 @@ class Joining:
         self._failed: tuple[str, float] | None = None  # what came of the last try, and when the next one is
         self._failures = 0  # in a row, since trying was last given a fresh start
         self._began: float | None = None  # when that was
+        self._again = False  # there is new hope since the last try began
+        self._reaching = trio.CancelScope()  # of its dialling
+        self._named: tuple[str, ...] = ()  # where it dials
         self.settled = trio.Event()
         self.refused: NotAMember | None = None
         self._name = name
@@ -75,6 +79,12 @@ class Joining:
     def look_again(self) -> None:
         """What failed may work now: try again soon and often, as at the beginning. The caller ends the pause. Cheap."""
         self._failures, self._began = 0, trio.current_time()
+        self._hasten()
+
+    def _hasten(self) -> None:
+        """A try that is under way began without this hope: it has not all its time any more, and the next follows at once."""
+        self._again = True
+        self._reaching.deadline = min(self._reaching.deadline, trio.current_time() + PATIENCE_S)
 
     async def run(
         self,
@@ -93,6 +103,7 @@ class Joining:
         tries, began = 0, trio.current_time()
         self._failures, self._began = 0, began
         while True:
+            self._again = False
             try:
                 issued = await self._attempt(swarm, addresses_of, unix_now, reach)
             except NotAMember as error:
@@ -110,7 +121,7 @@ class Joining:
             else:
                 return issued
             log = _log.info if tries == 1 else _log.debug
-            pause_s = self._pause_s(random)
+            pause_s = 0.0 if self._again else self._pause_s(random)
             times = "once" if tries == 1 else f"{tries} times"
             said = f"not joined yet: the ticket's issuer was not reached (tried {times}): {why[:400]}"
             self._failed = said, trio.current_time() + pause_s
@@ -134,6 +145,8 @@ class Joining:
                 fresh = sighting.addresses[:MAX_DIAL]
                 if sighting.peer_id == self.ticket.issuer and fresh != self._found:
                     self._found = fresh
+                    if not set(fresh) <= set(self._named):
+                        self._hasten()
                     news()
 
     async def _watch(self, rung: Discovery, news: Callable[[], None]) -> None:
@@ -155,8 +168,12 @@ class Joining:
             raise NotAMember(f"the ticket expired {format_span(late_s)} ago: ask for a new one")
         over = [f"{text}{CIRCUIT}" for text in learnt_bootstrap(ticket.bootstrap)[:MAX_RELAYS]]
         named = [*ticket.addresses, *self._found, *over, *addresses_of(ticket.issuer)]
+        self._named = tuple(dict.fromkeys(named))
         with trio.move_on_after(ATTEMPT_TIMEOUT_S):
-            await reach(ticket.issuer, list(dict.fromkeys(named)))
+            with trio.CancelScope() as self._reaching:
+                await reach(ticket.issuer, self._named)
+            if self._reaching.cancelled_caught:
+                raise PeerGone("no answer in time")
             issued = await ask_issuer(swarm, ticket.issuer, wire.Redeem(ticket.secret, self._name))
             Membership(ticket.mesh).verify(issued.chain, swarm.peer_id, unix_now())
             return issued

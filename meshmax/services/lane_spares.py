@@ -29,7 +29,8 @@ class _Spare:
     def __init__(self) -> None:
         self.settled = trio.Event()
         self.released = trio.Event()
-        self.unused = trio.CancelScope()  # ends the spare if nobody takes it
+        # Ends the spare if nobody takes it; set here, since it may be taken before its task has begun.
+        self.unused = trio.CancelScope(deadline=trio.current_time() + SPARE_S)
         self.lane: tuple[FetchLane, Stream] | None = None
         self.error: MeshmaxError = PeerGone("no lane in time")
 
@@ -77,10 +78,10 @@ class LaneSpares:
         self._opener.failed(peer, error)
 
     def _take(self, peer: PeerId) -> _Spare | None:
-        spares = self._spares.get(peer)
-        if not spares:
+        # One whose time is over is being closed, though its task may not have come to that yet.
+        spare = next((each for each in self._spares.get(peer, ()) if not each.unused.cancel_called), None)
+        if spare is None:
             return None
-        spare = spares[0]
         self._drop(peer, spare)
         spare.unused.deadline = float("inf")
         return spare
@@ -93,7 +94,6 @@ class LaneSpares:
                 del self._spares[peer]
 
     async def _keep(self, peer: PeerId, spare: _Spare) -> None:
-        spare.unused.deadline = trio.current_time() + SPARE_S
         try:
             with spare.unused, trio.fail_after(OPEN_TIMEOUT_S) as opening:
                 async with self._opener.open_lane(peer) as spare.lane:

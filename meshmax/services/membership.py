@@ -180,8 +180,7 @@ class MembershipService:
         standing = self._standing
         if standing.core is None:
             return ()
-        view, revocations = self.view(), standing.core.revocations
-        own_id = self._signer.peer_id
+        view, revocations, own_id = self.view(), standing.core.revocations, self._signer.peer_id
         found = [MemberView(own_id, self._name, view.scopes, view.expires_at_s or 0, revocations.revoked_at_s(own_id))]
         for peer_id, member in standing.members:
             certificate = member.certificate
@@ -196,12 +195,11 @@ class MembershipService:
     async def create(self, name: str) -> MeshView:
         """Make a mesh with this node as its first member and the keeper of its root key. Raises InvalidRequest, StoreError."""
         name = check_mesh_name(name)
-        async with self._writing:
+        async with self._changing():
             self._require_open()
             await self._run_sync(self._files.drop_pending)  # else it would be followed out of the new mesh
             self._stop_joining()
-            found = partial(self._files.found, name, self._signer.peer_id, self._unix_now())
-            own = await self._run_sync(found)
+            own = await self._run_sync(partial(self._files.found, name, self._signer.peer_id, self._unix_now()))
             await self._enter(own)
         return self.view()
 
@@ -210,12 +208,11 @@ class MembershipService:
 
         Raises InvalidRequest (in another mesh, no such key), ConfigError, StoreError.
         """
-        async with self._writing:
+        async with self._changing():
             mesh = await self._run_sync(partial(self._files.find_root, wanted))
             if self._standing.mesh != mesh:
                 self._require_open()
-            rejoin = partial(self._files.rejoin, mesh, self._signer.peer_id, self._unix_now(), name)
-            own = await self._run_sync(rejoin)
+            own = await self._run_sync(partial(self._files.rejoin, mesh, self._signer.peer_id, self._unix_now(), name))
             await self._run_sync(self._files.drop_pending)
             self._stop_joining()
             await self._enter(own)
@@ -236,7 +233,7 @@ class MembershipService:
         Raises InvalidRequest (no ticket, in another mesh), NotAMember (refused), StoreError.
         """
         ticket = parse_ticket(text)
-        async with self._writing:
+        async with self._changing():
             if self._standing.mesh not in (OPEN_MESH, ticket.mesh):
                 self._require_open()
             await self._run_sync(partial(self._files.save_pending, "".join(text.split())))
@@ -270,10 +267,17 @@ class MembershipService:
 
     async def leave(self) -> None:
         """Go back to the open mesh; a root key stays where it is. Raises StoreError."""
-        async with self._writing:
+        async with self._changing():
             await self._run_sync(self._files.leave)
             self._stop_joining()
             await self._enter(None)
+
+    @asynccontextmanager
+    async def _changing(self) -> AsyncIterator[None]:
+        """For a change that is written down: once begun it comes to its end, whoever gives up meanwhile."""
+        async with self._writing:
+            with trio.CancelScope(shield=True):  # noqa: ASYNC100  who changes it awaits
+                yield
 
     def _stop_joining(self) -> None:
         """Nobody waits for the outcome of another ticket any more."""
@@ -316,10 +320,8 @@ class MembershipService:
         _log.info("mesh changed", mesh=own.name if own else "open")
         for peer_id in (*self._swarm.connections(), *([joining.ticket.issuer] if joining else [])):
             await self._swarm.disconnect(peer_id)
-        if joining:
-            self.on_change(joining.ticket.issuer, joining.ticket.addresses)
-        else:
-            self.on_change(None, ())
+        first = (joining.ticket.issuer, joining.ticket.addresses) if joining else (None, ())
+        self.on_change(*first)
         self._wake()
 
     def _wake(self) -> None:
@@ -371,12 +373,13 @@ class MembershipService:
         if not news:
             await trio.lowlevel.checkpoint()
             return
-        await self._enforce(standing)  # before it is kept: a full disk keeps nobody in
-        self._telling.tell_all(partial(admission.tell_notices, notices=news), bearer)
-        async with self._writing:
-            if standing is self._standing:
-                save = partial(self._files.save_notices, standing.mesh, standing.core.revocations.notices())
-                await isolate("revocations", partial(self._run_sync, save))
+        with trio.CancelScope(shield=True):  # it is news once, and who brought it may have no more time
+            await self._enforce(standing)  # before it is kept: a full disk keeps nobody in
+            self._telling.tell_all(partial(admission.tell_notices, notices=news), bearer)
+            async with self._writing:
+                if standing is self._standing:
+                    save = partial(self._files.save_notices, standing.mesh, standing.core.revocations.notices())
+                    await isolate("revocations", partial(self._run_sync, save))
 
     async def _enforce(self, standing: Standing) -> None:
         """Let go who is no member any more."""
@@ -442,7 +445,9 @@ class MembershipService:
                 await woken.wait()
             elif not await isolate("joining", partial(self._join, joining)):
                 joining.settled.set()
-                await trio.sleep(LOOK_AGAIN_S)  # the disk takes nothing
+                with trio.move_on_after(LOOK_AGAIN_S):  # the disk takes nothing
+                    while self._joining is joining:
+                        await self._woken.wait()
 
     async def _join(self, joining: Joining) -> None:
         issued: wire.Issued | None = None
@@ -460,15 +465,14 @@ class MembershipService:
                 self._swarm, self.addresses_of, self._unix_now, self._random, lambda: self._woken, self.connect
             )
             nursery.cancel_scope.cancel()
-        async with self._writing:
+        async with self._changing():
             if self._joining is joining:
                 if issued is not None:
                     ticket = joining.ticket
                     # Those of before are of the same mesh, or none: one joins from the open mesh, or again.
                     bootstrap = learnt_bootstrap(ticket.bootstrap, self._standing.bootstrap)
-                    own = OwnMesh(
-                        ticket.mesh, shown_mesh_name(issued.mesh_name, ticket.mesh_name), issued.chain, bootstrap
-                    )
+                    name = shown_mesh_name(issued.mesh_name, ticket.mesh_name)
+                    own = OwnMesh(ticket.mesh, name, issued.chain, bootstrap)
                     await self._run_sync(partial(self._files.save_own, own))
                     await self._run_sync(self._files.drop_pending)
                     await self._enter(own)

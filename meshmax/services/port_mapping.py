@@ -1,8 +1,8 @@
 """Port mappings in the background: searches a router, asks, renews, gives back; what and when is core.port_mapping's.
 
 All ways are tried at once, the first in the order given counts of those that answer: NAT-PMP answers within a round trip, where
-UPnP takes two seconds. Nothing waits for any of it. At the end what was mapped is given back, for END_S at most. Not here: how a
-router is spoken to (ports.PortMapper).
+UPnP takes two seconds. Nothing waits for any of it. Where our network changes, what was asked in the one before is given up.
+At the end what was mapped is given back, for END_S at most. Not here: how a router is spoken to (ports.PortMapper).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PortMappingService:
         self._mappers, self._ports = tuple(mappers), ports
         self._core = PortMappings(random)
         self._mapper: PortMapper | None = None
-        self._asking: set[trio.CancelScope] = set()  # of questions for mappings
+        self._asking: set[trio.CancelScope] = set()  # of searches, and questions for mappings
         self._stopped = False
         self._watchers: list[Callable[[], None]] = []
         self._woken = trio.Event()
@@ -65,6 +65,8 @@ class PortMappingService:
     def look_again(self) -> None:
         """The network changed. Cheap, never raises."""
         self._core.on_network(trio.current_time())
+        for scope in self._asking:
+            scope.cancel()
         self._woken.set()
 
     def check(self) -> None:
@@ -78,14 +80,17 @@ class PortMappingService:
                 self._woken = trio.Event()
                 self._core.on_wanted(self._ports())
                 for action in self._core.tick(trio.current_time()):
-                    nursery.start_soon(self._do_alone, action)
+                    scope = trio.CancelScope(shield=isinstance(action, Ask))  # what nobody knows of would stay mapped
+                    if not isinstance(action, Give):
+                        self._asking.add(scope)
+                    nursery.start_soon(self._do_alone, action, scope)
                 self._tell()
                 wait_s = max(0.0, self._core.deadline() - trio.current_time())
                 with trio.move_on_after(min(wait_s, CHECK_S)):
                     await self._woken.wait()
 
     def stop_asking(self) -> None:
-        """Questions that are under way have END_S to be answered; what nobody knows of would stay mapped."""
+        """Questions that are under way have END_S to be answered."""
         self._stopped = True
         for scope in self._asking:
             scope.deadline = min(scope.deadline, trio.current_time() + END_S)
@@ -94,7 +99,7 @@ class PortMappingService:
         """Give everything back."""
         async with trio.open_nursery() as nursery:
             for action in self._core.end():
-                nursery.start_soon(self._do_alone, action)
+                nursery.start_soon(self._do_alone, action, trio.CancelScope())
 
     def _tell(self) -> None:
         # A renewal is no news.
@@ -105,8 +110,12 @@ class PortMappingService:
             for watcher in self._watchers:
                 watcher()
 
-    async def _do_alone(self, action: Action) -> None:
-        await isolate("port_mapping", partial(self._do, action))
+    async def _do_alone(self, action: Action, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                await isolate("port_mapping", partial(self._do, action))
+        finally:
+            self._asking.discard(scope)
         self._woken.set()
 
     async def _do(self, action: Action) -> None:
@@ -142,14 +151,6 @@ class PortMappingService:
     async def _ask(self, ask: Ask) -> None:
         if self._stopped:
             return
-        with trio.CancelScope(shield=True) as scope:
-            self._asking.add(scope)
-            try:
-                await self._ask_router(ask)
-            finally:
-                self._asking.discard(scope)
-
-    async def _ask_router(self, ask: Ask) -> None:
         wanted, mapper = ask.wanted, self._mapper
         assert mapper is not None
         try:

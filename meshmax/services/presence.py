@@ -68,9 +68,10 @@ class PresenceService:
         connect: Connect | None = None,
         stand: Callable[[], ReachState] = lambda: "unknown",
         on_silent: Callable[[PeerId], None] = lambda peer_id: None,
+        on_told: Callable[[PeerId, Sequence[str]], None] = lambda peer_id, addresses: None,
     ) -> None:
         self._swarm = swarm
-        self._connect, self._stand = connect, stand
+        self._connect, self._stand, self._on_told = connect, stand, on_told
         self._signer = signer
         self._config = config
         self._unix_now = unix_now
@@ -134,12 +135,17 @@ class PresenceService:
     def on_network_change(self) -> None:
         """Our addresses are others, or a cable is back: say so, and dial soon whom we could not reach before."""
         self._table.on_network_change(trio.current_time())
+        for peer_id in self._dials:
+            self._hasten(peer_id)
         self._dial_soon.set()
         self.own.changed()
 
     def on_mesh_change(self) -> None:
         """We are of another mesh now, and every connection was cut: nothing that was known of peers counts."""
         self._table.clear()
+        dials, self._dials = self._dials, {}
+        for scope in dials.values():  # what comes of them is of the former mesh, and says nothing of this one
+            scope.cancel()
         self.own.issue()  # now: as long as ours names the former mesh, we dismiss the statuses of the new one
         self._dial_soon.set()
         self._tell()
@@ -238,7 +244,8 @@ class PresenceService:
                     self._table.on_connected(dial.peer_id, connection.address, now, chosen, connection.path)
                     self._dialled(dial, scope)
                     return
-        self._dialled(dial, scope)
+        if not self._dialled(dial, scope):
+            return  # the table waits for another one
         entry = self._table.entry(dial.peer_id)
         # Once for people, who may have given the address; what follows is only the same again.
         # Refusals are told where they are made (net.admission).
@@ -251,16 +258,22 @@ class PresenceService:
             self._table.on_dial_failed(dial.peer_id, now, why, attempts)
         self._dial_soon.set()
 
-    def _dialled(self, dial: Dial, scope: trio.CancelScope) -> None:
-        """A dial is over; another one to the same peer may have begun, where that came to us meanwhile and went again."""
-        if self._dials.get(dial.peer_id) is scope:
-            del self._dials[dial.peer_id]
+    def _dialled(self, dial: Dial, scope: trio.CancelScope) -> bool:
+        """A dial is over; False where its end says nothing any more.
+
+        Our mesh may be another, or another dial to the same peer may have begun, where that came to us meanwhile and went again.
+        """
+        if self._dials.get(dial.peer_id) is not scope:
+            return False
+        del self._dials[dial.peer_id]
+        return True
 
     def _hasten(self, peer_id: PeerId) -> None:
         """A dial that is under way at older addresses than those just told has not all its time any more."""
         entry, scope = self._table.entry(peer_id), self._dials.get(peer_id)
         if entry and entry.news and scope:
             scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE_S)
+            self._on_told(peer_id, entry.addresses)
 
     async def run_review(self) -> NoReturn:
         """Look now and then who is in use, whom to let go and whom to try instead, and whether an identity is copied."""
@@ -352,15 +365,17 @@ async def open_presence(
     connect: Connect | None = None,
     stand: Callable[[], ReachState] = lambda: "unknown",
     on_silent: Callable[[PeerId], None] = lambda peer_id: None,
+    on_told: Callable[[PeerId, Sequence[str]], None] = lambda peer_id, addresses: None,
 ) -> AsyncIterator[PresenceService]:
     """Presence, running. ``describe`` says what our status tells now; it is called in the event loop and must be quick.
 
     ``discovery`` names peers: a services.ladder. ``sequence`` goes on where this peer was before it was started anew; ``keep``
     writes down how far it may come. ``connect``: how peers are connected to, if not by dialling alone (services.connector).
-    ``stand``: where we stand now; cheap. ``on_silent``: a connected peer lets us wait longer than it should.
+    ``stand``: where we stand now; cheap. ``on_silent``: a connected peer lets us wait longer than it should. ``on_told``: a
+    peer is said to be at these addresses, while it is dialled at others.
     """
     presence = PresenceService(
-        swarm, signer, config, describe, unix_now, random, sequence, keep, connect, stand, on_silent
+        swarm, signer, config, describe, unix_now, random, sequence, keep, connect, stand, on_silent, on_told
     )
     await presence.own.reserve()
     swarm.serve(STATUS, presence.heartbeat.answer)

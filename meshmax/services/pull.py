@@ -89,6 +89,7 @@ class PullService:
         self._jobs: dict[Sha256, Job] = {}
         self._ended: deque[Transfer] = deque(maxlen=MAX_ENDED)
         self._count = 0
+        self._closed = False
 
     # --- ports.Pulls -------------------------------------------------------------------------------------------------
 
@@ -243,6 +244,10 @@ class PullService:
                 )
             )
 
+    def close(self) -> None:
+        """Begin no pull any more: peers' streams outlive the nursery that pulls run in by a moment."""
+        self._closed = True
+
     async def run_keeper(self) -> None:
         """Remember the detached pulls whenever they changed, until cancelled."""
         await self._kept.run()
@@ -308,7 +313,7 @@ class PullService:
 
     def _under_way(self, digest: Sha256) -> Job | None:
         job = self._jobs.get(digest)
-        return job if job and job.board.value.state not in FINAL else None
+        return job if job and not job.cancelled and job.board.value.state not in FINAL else None
 
     def _resolve(self, name: str) -> _Meaning | None:
         """What ``name`` means, by the catalog or by a pull that is under way. Raises InvalidName."""
@@ -346,6 +351,8 @@ class PullService:
         return found.board.value
 
     def _start(self, job: Job) -> Job:
+        if self._closed:
+            raise Busy("this peer is shutting down")
         if len(self._jobs) >= MAX_PULLS:
             raise Busy(f"{MAX_PULLS} models are being pulled already; try again when one is here")
         self._jobs[job.digest] = job
@@ -437,8 +444,11 @@ async def open_pulls(
         pulls.take_up(downloads)
         nursery.start_soon(pulls.run_keeper)
         nursery.start_soon(outflow.run)
-        yield pulls
-        nursery.cancel_scope.cancel()
+        try:
+            yield pulls
+        finally:
+            pulls.close()
+            nursery.cancel_scope.cancel()
 
 
 def _nobody_has(name: str, hint: str = "") -> NoProviders:

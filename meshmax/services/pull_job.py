@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -104,6 +105,11 @@ class Job:
         return self.model.manifest.blobs if self.model else self._tally.layers
 
     @property
+    def cancelled(self) -> bool:
+        """Whether it was told to end, and perhaps still closes its files: who comes now needs another one."""
+        return self._scope.cancel_called
+
+    @property
     def fraction(self) -> float:
         """The share of the model's bytes that is here, 0 to 1."""
         value = self.board.value
@@ -162,6 +168,9 @@ class Job:
 
     async def _go_on(self) -> None:
         while self.board.value.state not in FINAL:
+            if self._paused:
+                with suppress(MeshmaxError):  # then it is told when the pull goes on
+                    await self._steps.look()
             while self._paused:
                 await self._nudge()
             self._going = trio.CancelScope()

@@ -103,6 +103,12 @@ class Steps:
                         self._tally.place(layer.digest, 0)
         await self._run()
 
+    async def look(self) -> None:
+        """See what is here of the model, if what it consists of is known and that was not seen yet. Raises StoreError."""
+        if self.model is not None and not self._tally.layers:
+            await self._survey(self.model)
+            self._watch.on_model(self.model)
+
     async def _run(self) -> None:
         if (origin := await self._try_origin()) is not None:
             await self._take(origin)
@@ -163,14 +169,15 @@ class Steps:
     async def _survey(self, model: FetchedModel) -> None:
         """See what of it is here."""
         # Small ones first: whoever has some of the model then has them, should the first source vanish.
-        self._tally.layers = tuple(sorted(model.manifest.blobs, key=lambda layer: layer.size))
-        for layer in self._tally.layers:
+        layers = tuple(sorted(model.manifest.blobs, key=lambda layer: layer.size))
+        for layer in layers:
             if await self._world.is_whole(layer.digest):
                 self._tally.place(layer.digest, layer.size)
             elif known := await self._world.blobs.haves(layer.digest):
                 chunk_map, haves = known
                 here = (chunk_map.span(index)[1] for index in range(chunk_map.count) if index in haves)
                 self._tally.place(layer.digest, min(sum(here), layer.size))
+        self._tally.layers = layers
 
     # --- asking ------------------------------------------------------------------------------------------------------
 

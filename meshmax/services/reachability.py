@@ -253,7 +253,7 @@ class ReachabilityService:
 
     async def _look_at(self, whom: Mapping[PeerId, tuple[str, ...]]) -> None:
         visited = await self._visit_all(whom)
-        look = Look(tuple(self._own()), self._control_port(), mappings=tuple(self._mappings()))
+        look = Look(tuple(self._own()), self._control_port(), mappings=tuple(self._mappings()), visited=len(whom))
         look = msgspec.structs.replace(look, seen=tuple(SeenFrom(e.ip, e.seen_ip) for e in visited if e.seen_ip))
         self._core.on_seen(look)
         self._tell()

@@ -38,6 +38,7 @@ from meshmax.wire.protocols import RELAY_HOP, RELAY_STOP
 
 CHECK_S: Final = 5.0  # between looks at who may be asked; whoever is told of changes calls look_again
 ASK_S: Final = 10.0  # for a place: dial, ask, answer
+PATIENCE_S: Final = 1.5  # of these, once our network is another: then we ask from there
 REQUEST_S: Final = 5.0  # for a relay to say what circuit it brings
 ADOPT_S: Final = 10.0  # for Noise, Yamux and admission over a circuit
 OFFERS_PER_S, OFFERS_BURST, OFFERS_TOTAL_PER_S = 2.0, 16.0, 10.0  # circuits that one relay may bring, and all of them
@@ -75,6 +76,7 @@ class RelayClient:
         self._watchers: list[Callable[[], None]] = []
         self._told: tuple[object, ...] = ()
         self._wake = trio.Event()
+        self._asks: dict[PeerId, trio.CancelScope] = {}  # for places: the last of each relay that is under way
         self._pings = RelayPings(swarm, nursery, self.uses, self._on_unanswered)
         self._uses: Counter[PeerId] = Counter()  # open circuits, and those on their way
 
@@ -112,6 +114,8 @@ class RelayClient:
     def look_again(self) -> None:
         """Our network or our mesh has changed: what failed may work now. Cheap, never raises."""
         self._reservations.on_network_change()
+        for scope in self._asks.values():
+            scope.deadline = min(scope.deadline, trio.current_time() + PATIENCE_S)
         self.doubt()
         self.check()
 
@@ -174,14 +178,17 @@ class RelayClient:
         self._wake.set()
 
     async def _reserve(self, place: RelayPlace) -> None:
-        why = f"no answer within {ASK_S:g} s"
+        why, relay = f"no answer within {ASK_S:g} s", place.peer_id
         status: wire.RelayStatus | None = None
-        with trio.move_on_after(ASK_S):
+        with trio.move_on_after(ASK_S) as scope:
+            self._asks[relay] = scope
             try:
                 status = await self._ask_for_place(place)
             except MeshmaxError as error:
                 why = error.message
-        now, relay = trio.current_time(), place.peer_id
+        now, last = trio.current_time(), self._asks.get(relay) is scope
+        if last:
+            del self._asks[relay]
         if status is not None and status.status == wire.OK:
             ttl_s = status.expires_at_s - self._unix_now() if status.expires_at_s else MAX_TTL_S
             first = relay not in self.relays
@@ -194,7 +201,8 @@ class RelayClient:
         if status is not None:
             why = _WHY.get(status.status, f"it answered with status {status.status}")
         _log.info("relay keeps no place for us", relay=relay, why=why)
-        self._perform(self._reservations.on_failed(relay, now))
+        if last:  # else it was asked once more since, over another connection, and that counts
+            self._perform(self._reservations.on_failed(relay, now))
 
     def _seen_at(self, relay: PeerId) -> str:
         """The IP address at which we reach the relay; '' where there is none."""

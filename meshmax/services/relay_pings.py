@@ -36,6 +36,7 @@ class RelayPings:
         self._swarm, self._nursery, self._uses, self._on_over = swarm, nursery, uses, on_over
         self._pinged: set[PeerId] = set()
         self._pauses: set[trio.CancelScope] = set()  # between pings
+        self._waits: set[trio.CancelScope] = set()  # for answers
         self._doubted_s = float("-inf")
 
     def __contains__(self, relay: object) -> bool:
@@ -52,6 +53,8 @@ class RelayPings:
         self._doubted_s = trio.current_time()
         for pause in self._pauses:
             pause.cancel()
+        for wait in self._waits:
+            wait.deadline = min(wait.deadline, self._doubted_s + DOUBT_TIMEOUT_S)
 
     async def _ping_while_used(self, relay: PeerId) -> None:
         try:
@@ -66,8 +69,10 @@ class RelayPings:
         failures = 0
         try:
             while self._uses(relay):
-                doubted = trio.current_time() - self._doubted_s < DOUBT_TIMEOUT_S
+                began_s = trio.current_time()
+                doubted = began_s - self._doubted_s < DOUBT_TIMEOUT_S
                 with trio.move_on_after(DOUBT_TIMEOUT_S if doubted else PING_TIMEOUT_S) as scope:
+                    self._waits.add(scope)
                     try:
                         stream = stream or await self._swarm.open_stream(relay, PING)
                         await _ping_once(stream)
@@ -76,11 +81,14 @@ class RelayPings:
                         stream, failures = None, failures + 1
                     except MeshmaxError:
                         stream = None  # it answers, and that it does not speak this protocol
+                    finally:
+                        self._waits.discard(scope)
                 if scope.cancelled_caught:
                     return True
                 if failures > 1:
                     return False
-                if not failures and await self._ended(stream, PING_S):
+                # What came from before a doubt says nothing of now: then it is asked at once.
+                if not failures and self._doubted_s <= began_s and await self._ended(stream, PING_S):
                     stream = None
         finally:
             if stream is not None:

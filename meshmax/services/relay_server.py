@@ -171,11 +171,15 @@ class RelayServer:
                         relay.expire(trio.current_time())
                         for peer_id in relay.reserved():
                             if self._may_be_reached(relay, peer_id):
-                                nursery.start_soon(self._ping, relay, peer_id, limiter)
+                                nursery.start_soon(self._ping, relay, relay.place_of(peer_id), limiter)
                             else:
                                 relay.forget(peer_id)
 
-    async def _ping(self, relay: Relay, peer_id: PeerId, limiter: trio.CapacityLimiter) -> None:
+    async def _ping(self, relay: Relay, place: Reservation | None, limiter: trio.CapacityLimiter) -> None:
+        """Free the place if who has it does not answer, nor asks for it anew meanwhile, as over another connection."""
+        if place is None:
+            return
+        peer_id = place.peer_id
         async with limiter:
             stream: Stream | None = None
             try:
@@ -193,7 +197,8 @@ class RelayServer:
                 if stream is not None:
                     with trio.CancelScope(shield=True):  # does not block
                         await stream.reset()
-            relay.forget(peer_id)
+            if relay.place_of(peer_id) is place:
+                relay.forget(peer_id)
 
 
 def _limit_of(relay: Relay) -> wire.Limit:

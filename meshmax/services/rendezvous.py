@@ -170,9 +170,10 @@ class Rendezvous:
         if before == self._seen:
             return
         for node in self._nodes:
-            if before[0] != self._seen[0]:
+            elsewhere = before[0] != self._seen[0]
+            if elsewhere:
                 node.known.clear()
-            node.schedule.on_record_changed(trio.current_time())
+            node.schedule.on_record_changed(trio.current_time(), elsewhere)
             node.wake()
 
     def _places(self) -> dict[PeerId, tuple[str, ...]]:
@@ -200,12 +201,14 @@ class Rendezvous:
     async def _run_sightings(self, found: trio.MemorySendChannel[Sighting]) -> None:
         """Name whom the nodes told of. Apart from the visits, so that a slow reader holds up none."""
         while True:
+            news, namespace = self._news, self._seen[0]
             for node in self._nodes:
                 others = [other.known for other in self._nodes if other is not node]
                 for told in node.known.take_due(trio.current_time(), others):
-                    await found.send(Sighting(told.peer_id, told.addresses, "rendezvous"))
+                    if namespace == self._seen[0]:  # else we went to another mesh meanwhile
+                        await found.send(Sighting(told.peer_id, told.addresses, "rendezvous"))
             with trio.move_on_after(CHECK_S):
-                await self._news.wait()
+                await news.wait()
 
     def _tell(self) -> None:
         self._news.set()

@@ -62,8 +62,8 @@ _queue_wait, _queued = cache(QUEUE_WAIT.labels), cache(QUEUED.labels)
 
 
 class _Waiter:
-    def __init__(self, ask: Ask) -> None:
-        self.ask = ask
+    def __init__(self, ask: Ask, ahead: bool = False) -> None:
+        self.ask, self.ahead = ask, ahead
         self.settled = trio.Event()
         self.error: MeshmaxError | None = None
         self.model: LoadedModel | None = None
@@ -98,6 +98,7 @@ class ModelResidency:
         self._contexts = WantedContexts(model_file, config, self._memory, self._core, self._held, self._brought.brings)
         self._stopped: dict[Sha256, float] = {}  # when somebody wanted a model out of memory
         self._words = SlotWords(self._core.snapshot)
+        self._queued: dict[Priority, int] = {"interactive": -1, "batch": -1}  # how many wait, as was told last
         self._asks = 0
         self.moves = 0  # of models into memory and out of it
         self._closed = False
@@ -192,18 +193,22 @@ class ModelResidency:
         """
         ask = Ask("preload", digest, name, GenerateRequest(), keep_alive_s, "batch")
         self._notice_crash(digest)
-        stopped_s = trio.current_time() - self._stopped.get(digest, -math.inf)
-        if self._closed or self._held.get(digest) or self._brought.brings(digest) or stopped_s < STOPPED_S:
+        if self._closed or self._held.get(digest) or self._brought.brings(digest) or self._was_stopped(digest):
             await trio.lowlevel.checkpoint()
             return False
         with self._drain.admit() as has_begun:
             await self._learn(ask)
+            if self._was_stopped(digest):
+                return False
             try:
                 async with self._turn(ask, None, keep_alive_s, ahead=True):
                     has_begun()
             except Busy:
                 return False
         return True
+
+    def _was_stopped(self, digest: Sha256) -> bool:
+        return trio.current_time() - self._stopped.get(digest, -math.inf) < STOPPED_S
 
     async def _learn(self, ask: Ask) -> None:
         """Find out what a model takes that may have to be loaded. Raises ModelNotFound, StoreError, EngineUnavailable."""
@@ -222,8 +227,9 @@ class ModelResidency:
 
         ``ahead``: only load it, in free room. ``wish``: for its context, None: what the ask says. Raises Busy.
         """
+        self._refuse_closed()  # again: something was waited for, and the models' nursery may be gone by now
         number = self._asks = self._asks + 1
-        waiter = self._waiters[number] = _Waiter(ask)
+        waiter = self._waiters[number] = _Waiter(ask, ahead)
         held = self._held.get(ask.digest)
         ready = held if held is not None and held.ready else None
         begun = trio.current_time()
@@ -236,7 +242,6 @@ class ModelResidency:
             if not waiter.settled.is_set():  # one that need not wait begins at once
                 await waiter.settled.wait()
             _queue_wait(priority=ask.priority).observe(trio.current_time() - begun)
-            self._count(ask.priority)
             if waiter.error:
                 raise waiter.error
             if waiter.model is None:
@@ -249,7 +254,6 @@ class ModelResidency:
             del self._waiters[number]
             self._notice_crash(ask.digest)
             self._do(self._core.on_end(number, trio.current_time()))
-            self._count(ask.priority)
 
     def _reloaded_s(self, digest: Sha256, before: HeldModel) -> float:
         """How long the model took to be loaded anew, as we waited; what was running before that is no load."""
@@ -271,8 +275,6 @@ class ModelResidency:
         except Busy:
             SHED.labels(where="queue", priority=ask.priority).inc()
             raise
-        finally:
-            self._count(ask.priority)
 
     def _preload(self, number: int, ask: Ask, wish: Wish) -> list[Action]:
         self._core.on_need(ask.digest, wish.best.need)
@@ -281,8 +283,11 @@ class ModelResidency:
             raise Busy(NO_ROOM)
         return actions
 
-    def _count(self, priority: Priority) -> None:
-        _queued(priority=priority).set(self._queue.waiting_of(priority))
+    def _tell_queued(self) -> None:
+        for priority, told in self._queued.items():
+            if (waiting := self._queue.waiting_of(priority)) != told:
+                self._queued[priority] = waiting
+                _queued(priority=priority).set(waiting)
 
     def close(self) -> None:
         """Take no ask any more: peers' streams outlive the nursery that models run in by a moment."""
@@ -358,6 +363,11 @@ class ModelResidency:
         self._stopped[digest] = trio.current_time()
         if len(self._stopped) > MAX_STOPPED:
             del self._stopped[min(self._stopped, key=self._stopped.__getitem__)]
+        for number, waiter in list(self._waiters.items()):  # else it would be loaded anew for who only preloads it
+            if waiter.ahead and waiter.ask.digest == digest and not waiter.settled.is_set():
+                waiter.error = Busy(NO_ROOM)
+                waiter.settled.set()
+                self._do(self._core.on_end(number, trio.current_time()))
         self._do(self._core.on_unload(digest, trio.current_time()))
 
     async def run_expiry(self) -> None:
@@ -384,6 +394,7 @@ class ModelResidency:
                 waiter.settled.set()
         if self._core.deadline() < self._due_s:  # one that moved on is seen when the earlier one is due
             self._changed.set()
+        self._tell_queued()
         self._words.changed()
         self._on_change()
 

@@ -108,6 +108,7 @@ class Signalling:
         self._turn, self._allowed = tuple(turn), allowed
         self._relay_ips: frozenset[str] = frozenset()  # of the TURN servers, when they were last looked up
         self._relays_due_s = 0.0  # when they are looked up again
+        self._looking_up = trio.Lock()
         self._core = Core(swarm.peer_id, new_id)
         self._runs: dict[bytes, AttemptRun] = {}
         self._begun = trio.Event()
@@ -219,10 +220,11 @@ class Signalling:
             await self.on_lane_stream(lane)
 
     async def _look_up_relays(self) -> None:
-        if trio.current_time() >= self._relays_due_s:  # so that offers without end ask no name server without end
-            self._relays_due_s = trio.current_time() + RELAYS_KNOWN_S
-            servers = await resolve_servers([parse_turn_url(server.url) for server in self._turn])
-            self._relay_ips = frozenset(ip for ip, _ in servers)
+        async with self._looking_up:  # whoever comes meanwhile needs them, too
+            if trio.current_time() >= self._relays_due_s:  # so that offers without end ask no name server without end
+                servers = await resolve_servers([parse_turn_url(server.url) for server in self._turn])
+                self._relay_ips = frozenset(ip for ip, _ in servers)
+                self._relays_due_s = trio.current_time() + RELAYS_KNOWN_S
 
     # --- pieces ------------------------------------------------------------------------------------------------------
 

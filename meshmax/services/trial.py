@@ -16,6 +16,7 @@ import trio
 from meshmax.base.errors import (
     Busy,
     ConnectError,
+    Draining,
     EngineCrashed,
     EngineError,
     EngineUnavailable,
@@ -49,6 +50,8 @@ _OF_ONE_PEER: Final = (
     EngineCrashed,
 )  # another one might do better
 _OF_THE_WHOLE_PEER: Final = ("peer_gone", "connect", "version_mismatch", "remote_protocol")  # not of one model on it
+
+_OF_ITSELF: Final = "this peer "  # how what a peer says of itself begins (core.draining)
 
 TryNext = Callable[[], Awaitable[Sequence[Event] | None]]  # more of an answer, None at its end
 
@@ -280,7 +283,10 @@ class Trial:
         return min(ahead_of(load), max(load.capacity, 1) - 1)
 
     def _named(self, error: MeshmaxError) -> MeshmaxError:
-        """``error`` with the peer's name where it speaks of that peer's connection or engine."""
+        """``error`` with the peer's name where it speaks of that peer, its connection or its engine."""
+        if self._name and isinstance(error, Draining) and error.message.startswith(_OF_ITSELF):
+            said = f"{self._name} {error.message.removeprefix(_OF_ITSELF)}"
+            return Draining(said, error.retry_after_s, stopping=error.stopping)
         if not self._name or type(error) not in _OF_ONE_PEER:
             return error
         if isinstance(error, PeerGone | ConnectError):  # why it did is of the network's words: for the log

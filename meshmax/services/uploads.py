@@ -9,8 +9,9 @@ manifest has named KEPT_S after they came are removed. Not here: HTTP (api.regis
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final, NoReturn
 
@@ -74,6 +75,8 @@ class Uploads:
         self._open: dict[str, Upload] = {}
         self._opening = 0
         self._loose: dict[Sha256, float] = {}  # pushed blobs -> when, until a manifest names them
+        self._naming: Counter[Sha256] = Counter()  # blobs of manifests that are being taken: they stay
+        self._removing = trio.Lock()
 
     async def open(self) -> Upload:
         """A new upload. Raises Busy, StoreError."""
@@ -105,6 +108,8 @@ class Uploads:
     async def finish(self, upload: Upload, digest: Sha256) -> None:
         """Every byte has come. Raises IntegrityError (the upload is gone then), StoreError (bytes are missing)."""
         if await self.has(digest):
+            if digest in self._loose:  # whoever pushes it again is about to name it
+                self._loose[digest] = trio.current_time()
             await self.cancel(upload)
             return
         async with upload.busy:
@@ -134,13 +139,27 @@ class Uploads:
     async def put_manifest(self, name: ModelName, raw: bytes) -> StoredModel:
         """Make a model of blobs that are here. Raises ManifestInvalid, BlobNotFound that names the first one missing."""
         manifest = parse_manifest(raw)
-        for layer in manifest.blobs:
-            if not await self.has(layer.digest):
-                raise BlobNotFound(f"blob sha256:{layer.digest} was not pushed")
-        stored = await self._publish(name, manifest)
+        with self._named(manifest):
+            async with self._removing:
+                pass  # one that is being removed is gone by then
+            for layer in manifest.blobs:
+                if not await self.has(layer.digest):
+                    raise BlobNotFound(f"blob sha256:{layer.digest} was not pushed")
+            stored = await self._publish(name, manifest)
         for layer in manifest.blobs:
             self._loose.pop(layer.digest, None)
         return stored
+
+    @contextmanager
+    def _named(self, manifest: Manifest) -> Iterator[None]:
+        """While inside, no sweep removes what ``manifest`` names."""
+        digests = {layer.digest for layer in manifest.blobs}
+        self._naming.update(digests)
+        try:
+            yield
+        finally:
+            self._naming.subtract(digests)
+            self._naming += Counter()  # drops the zeros
 
     # --- for open_uploads --------------------------------------------------------------------------------------------
 
@@ -148,15 +167,22 @@ class Uploads:
         """Remove, now and then, what nobody came back for."""
         while True:
             await trio.sleep(SWEEP_S)
-            now = trio.current_time()
-            for upload in [each for each in self._open.values() if now - each.used_s >= IDLE_S]:
-                if not upload.busy.locked():
+            # Each is looked at in its turn: while others were thrown away it may have been used.
+            for upload in list(self._open.values()):
+                if trio.current_time() - upload.used_s >= IDLE_S and not upload.busy.locked():
                     await self.cancel(upload)
-            named = {layer.digest for stored in self._local() for layer in stored.manifest.blobs}
-            for digest in [digest for digest, since_s in self._loose.items() if now - since_s >= KEPT_S]:
-                del self._loose[digest]
-                if digest not in named:
-                    await isolate("loose blob", partial(self._remove, digest))
+            for digest in list(self._loose):
+                await self._remove_loose(digest)
+
+    async def _remove_loose(self, digest: Sha256) -> None:
+        """Remove a pushed blob if its time is over and nothing names it."""
+        async with self._removing:
+            since_s = self._loose.get(digest)
+            if since_s is None or trio.current_time() - since_s < KEPT_S or digest in self._naming:
+                return
+            del self._loose[digest]
+            if all(digest != layer.digest for stored in self._local() for layer in stored.manifest.blobs):
+                await isolate("loose blob", partial(self._remove, digest))
 
     async def aclose(self) -> None:
         """Throw away what is under way."""

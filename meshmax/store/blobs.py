@@ -29,6 +29,7 @@ from meshmax.store.scrub import Scrub, bad_to_partial
 from meshmax.telemetry.log import get_logger
 from meshmax.wire.chunkmap import check_chunk
 
+MAX_READINGS: Final = 3  # of a blob in one check, whose file others replace meanwhile
 MAX_MAPPING: Final = 256  # adopted blobs waiting for their map; more are told "nothing here" until there is room
 _log = get_logger("store")
 T = TypeVar("T")
@@ -180,18 +181,26 @@ class FileBlobStore:
         """See ports.BlobStore. Computes the sha256 too unless it is proved; a blob that fails only that has a lying map,
         or none: it is deleted and StoreCorrupt raised."""
         async with self._one_pass:
-            partial = self._partials.get(digest)
-            what = f"blob {digest[:12]} was not looked up"
-            chunk_map = partial.chunk_map if partial else await self._run(what, lambda: self.maps.load(digest))
-            path = self.layout.partial(digest) if partial else self.layout.blob(digest)
-            if not await self.run_sync(path.is_file):
-                raise BlobNotFound(f"blob {digest[:12]} is not in the store")
-            scrub = await self._scrub(digest, path, chunk_map, partial.haves if partial else None)
-            if partial is not None:
-                for index in scrub.bad:
-                    partial.drop_chunk(index)
-                return partial.haves
-            return await self._judge(digest, scrub)
+            for _ in range(MAX_READINGS):
+                haves = await self._try_verify(digest)
+                if haves is not None:
+                    return haves
+        raise StoreError(f"blob {digest[:12]} was replaced again and again while it was read")
+
+    async def _try_verify(self, digest: Sha256) -> Haves | None:
+        """Read a blob through; None where its file was replaced meanwhile."""
+        partial = self._partials.get(digest)
+        what = f"blob {digest[:12]} was not looked up"
+        chunk_map = partial.chunk_map if partial else await self._run(what, lambda: self.maps.load(digest))
+        path = self.layout.partial(digest) if partial else self.layout.blob(digest)
+        if not await self.run_sync(path.is_file):
+            raise BlobNotFound(f"blob {digest[:12]} is not in the store")
+        scrub = await self._scrub(digest, path, chunk_map, partial.haves if partial else None)
+        if partial is not None:
+            for index in scrub.bad:
+                partial.drop_chunk(index)
+            return partial.haves
+        return await self._judge(digest, scrub)
 
     async def remove(self, digest: Sha256) -> None:
         """Delete a whole blob with map and seal; a partial of it stays."""
@@ -306,9 +315,11 @@ class FileBlobStore:
             pass
         return scrub
 
-    async def _judge(self, digest: Sha256, scrub: Scrub) -> Haves:
-        """What becomes of a whole blob that was read through."""
+    async def _judge(self, digest: Sha256, scrub: Scrub) -> Haves | None:
+        """What becomes of a whole blob that was read through; None where another file is in its place by now."""
         if scrub.true_map is not None and scrub.true_map.sha256 != digest and not scrub.bad:
+            if not await self.run_sync(scrub.is_of_now):
+                return None
             await self.remove(digest)
             raise StoreCorrupt(f"blob {digest[:12]} did not hold what its name says and was removed; pull it again")
         chunk_map = scrub.chunk_map or scrub.true_map
@@ -316,14 +327,23 @@ class FileBlobStore:
             raise BlobNotFound(f"blob {digest[:12]} is not in the store")
         haves = scrub.good_haves(chunk_map.count)
         with translated(f"blob {digest[:12]} was not put in order"):
-            if haves.whole:
-                await self.run_sync(lambda: scrub.seal(self.maps, digest))
-            else:
-                await self.run_sync(lambda: bad_to_partial(self.layout, self.disk, self.maps, chunk_map, haves))
-                self._adopt_partial(chunk_map, haves)
+            if not await self.run_sync(lambda: self._put_in_order(digest, scrub, chunk_map, haves)):
+                return None
+        if not haves.whole:
+            self._adopt_partial(chunk_map, haves)
         self._bad.pop(digest, None)
         self._rotten.discard(digest)
         return haves
+
+    def _put_in_order(self, digest: Sha256, scrub: Scrub, chunk_map: ChunkMap, haves: Haves) -> bool:
+        """In a thread: seal a good blob, make a partial of a damaged one; False if another file is in its place by now."""
+        if not scrub.is_of_now():
+            return False
+        if haves.whole:
+            scrub.seal(self.maps, digest)
+        else:
+            bad_to_partial(self.layout, self.disk, self.maps, chunk_map, haves)
+        return True
 
     async def _map_adopted(self, digest: Sha256) -> bool:
         """Have the map of an adopted blob made, or wait for it; whether there may be one now."""
@@ -340,6 +360,8 @@ class FileBlobStore:
         try:
             async with self._one_pass:
                 scrub = await self._scrub(digest, self.layout.blob(digest), None, None)
+                if not await self.run_sync(scrub.is_of_now):
+                    return  # whoever asks again has the new one read
                 if scrub.true_map is None or scrub.true_map.sha256 != digest:
                     self._rotten.add(digest)
                     _log.warning("blob does not hold what its name says", blob=digest[:12])

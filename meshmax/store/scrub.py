@@ -49,6 +49,15 @@ class Scrub:
             self._work = self._read_through()
         return next(self._work, True) is True
 
+    def is_of_now(self) -> bool:
+        """Whether the file that was read is the one that is there now: reading takes long, and others replace files."""
+        try:
+            now = os.stat(self._path)
+        except OSError:
+            return False
+        read = self._stat
+        return read is not None and (read.st_dev, read.st_ino) == (now.st_dev, now.st_ino)
+
     def good_haves(self, count: int) -> Haves:
         """The chunks of a whole blob that are good."""
         bits = (1 << count) - 1

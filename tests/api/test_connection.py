@@ -6,6 +6,7 @@ On real sockets: tests.loopback.test_clients_raw.
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,13 @@ import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 from hypercorn.typing import ConnectionState
+from starlette.requests import Request
 from trio.testing import MockClock, memory_stream_one_way_pair
 
+from meshmax.api.bodies import BODY_TIMEOUT_S, read_body
 from meshmax.api.connection import IDLE_S, LINGER_S, Connection, IdleTimer, Tasks
 from meshmax.api.lines import BODY_FOLLOWS, Lines, open_lines
+from meshmax.api.replies import RequestTimeout
 from meshmax.api.server import hypercorn_config
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
@@ -300,3 +304,40 @@ async def test_a_body_that_does_not_go_on_arriving_is_not_waited_for(
             client.says.close()
         await client.ended.wait()
         assert trio.current_time() - began_s == pytest.approx(ends_s)
+
+
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello"
+
+
+async def tell_body(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the request's body, or that it did not come in time."""
+    try:
+        body = await read_body(Request(scope, receive), 100)
+    except RequestTimeout:
+        body = b"too late"
+    length = str(len(body)).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize("pause_s", [0.0, BODY_TIMEOUT_S / 2 - 1])
+@pytest.mark.parametrize("cuts", [(), (20,), (len(POST) - 5,), (len(POST) - 1,), (20, len(POST) - 4)])
+async def test_a_body_is_read_whole_however_it_comes(
+    autojump_clock: MockClock, cuts: tuple[int, ...], pause_s: float
+) -> None:
+    async with connected(tell_body) as client:
+        for start, end in pairwise((0, *cuts, len(POST))):
+            await client.says.send_all(POST[start:end])
+            await trio.sleep(pause_s)
+        await trio.sleep(1)
+        assert b"".join(client.heard).endswith(b"\r\n\r\nhello")
+
+
+@pytest.mark.parametrize("sent", [b"", b"hell"])
+async def test_a_body_that_does_not_come_whole_is_waited_for_so_long(autojump_clock: MockClock, sent: bytes) -> None:
+    async with connected(tell_body) as client:
+        began_s = trio.current_time()
+        await client.says.send_all(POST.removesuffix(b"hello") + sent)
+        await trio.sleep(BODY_TIMEOUT_S + 1)
+        assert b"".join(client.heard).endswith(b"\r\n\r\ntoo late")
+        assert client.writes[0][0] - began_s == pytest.approx(BODY_TIMEOUT_S)

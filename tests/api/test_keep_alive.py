@@ -75,7 +75,14 @@ class Client:
 
 
 async def reply(
-    form: str, before_s: float, steps: list[Step], *, stream: bool = True, known: Route | None = ROUTE, client: Client
+    form: str,
+    before_s: float,
+    steps: list[Step],
+    *,
+    stream: bool = True,
+    known: Route | None = ROUTE,
+    client: Client,
+    closing_s: float = 0.0,
 ) -> None:
     dialect, form_for = FORMS[form]
 
@@ -98,6 +105,7 @@ async def reply(
         events = play([first, *rest])
         try:
             yield SimpleNamespace(route=ROUTE, events=events)
+            await trio.sleep(closing_s)
         finally:
             await events.aclose()  # type: ignore[attr-defined]
 
@@ -191,6 +199,37 @@ async def test_a_node_that_ends_says_so_in_a_stream_whose_headers_have_left(auto
         await reply("chat", 1000.0, ["x"], client=client)
     assert client.head["status"] == 200
     assert "shutting down" in client.pieces()[0]["error"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_a_node_that_ends_says_so_once_in_the_middle_of_an_answer(form: str, autojump_clock: MockClock) -> None:
+    client = Client()
+    async with trio.open_nursery() as nursery:
+
+        async def end() -> None:
+            await trio.sleep(5)
+            client.answers.end_all()
+
+        nursery.start_soon(end)
+        with trio.fail_after(6):
+            await reply(form, 0.0, ["one", 3.0, "two", 1000.0, "three"], client=client)
+    *said, last = client.pieces()
+    assert len(said) == 2
+    assert "shutting down" in json.dumps(last["error"])
+    assert client.heard[-1][1]["more_body"] is False
+
+
+async def test_a_node_that_ends_adds_nothing_to_an_answer_that_is_whole(autojump_clock: MockClock) -> None:
+    client = Client()
+    async with trio.open_nursery() as nursery:
+
+        async def end() -> None:
+            await trio.sleep(5)
+            client.answers.end_all()
+
+        nursery.start_soon(end)
+        await reply("chat", 0.0, ["one"], client=client, closing_s=7.0)
+    assert [piece["done"] for piece in client.pieces()] == [False, True]
 
 
 async def test_a_pull_that_waits_keeps_its_client(autojump_clock: MockClock) -> None:

@@ -19,7 +19,10 @@ ROUTE = Route(
     DESK,
     "desk: near",
     (CANDIDATE,),
-    (Attempt(DESK, "peer_gone", 0.05, "first", 0.0, 1.0, 7, "gone"), Attempt(ATTIC, kind="continuation", at_s=1.001)),
+    (
+        Attempt(DESK, "peer_gone", 0.05, "first", 0.0, 1.0, 7, "gone"),
+        Attempt(ATTIC, kind="continuation", at_s=1.001, load_s=0.5),
+    ),
     model="m",
     started_at_s=1_761_498_924.5,
     first_token_s=0.05,
@@ -40,6 +43,7 @@ def test_moments_are_rfc_3339_and_lengths_are_milliseconds() -> None:
     first, second = shown["attempts"]
     assert (first["name"], first["at_ms"], first["ended_ms"], first["tokens"]) == ("desk", 0.0, 1000.0, 7)
     assert (second["name"], second["at_ms"], second["ended_ms"]) == ("...attic-id", 1001.0, None)
+    assert (first["load_ms"], second["load_ms"]) == (0.0, 500.0)
     assert not any(key.endswith("_s") for key in msgspec.json.decode(msgspec.json.encode(shown)))
 
 

@@ -117,6 +117,23 @@ def test_a_model_that_cannot_be_loaded_leaves_the_conversation_as_it_was(peer: F
     assert (talk.model, len(talk.messages)) == ("m", 1)
 
 
+def test_a_model_that_nobody_knows_is_answered_with_the_one_that_was_meant(
+    peer: FakePeer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer.on("GET", "/api/tags", {"models": [{"name": "smollm2:latest"}]})
+    said = "model 'smolm2' not found; `meshmax pull smolm2` would get it from registry.ollama.ai, if it is there"
+    peer.on("POST", "/api/chat", {"error": said}, 404)
+    talk = Conversation("m", {})
+    with PeerClient(peer.url) as client, pytest.raises(NotFound) as caught:
+        obey(client, talk, ["/load", "smolm2"])
+    assert caught.value.message == f"{said}. Did you mean 'smollm2'?"
+    assert talk.model == "m"
+    with PeerClient(peer.url) as client:
+        obey(client, talk, ["/load"])
+        obey(client, talk, ["/load", "two", "words"])
+    assert capsys.readouterr().out.endswith("Usage: /load <model>\nUsage: /load <model>\n")
+
+
 def test_an_unknown_command_says_where_help_is(peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
     assert hold(peer, "/frob", "/?", "/set", "/show", "/? shortcuts") == []
     out = capsys.readouterr().out

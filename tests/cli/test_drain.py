@@ -44,7 +44,7 @@ def test_it_waits_says_what_still_runs_and_then_that_it_is_drained(
         "desk takes no prompts; 2 answers may go on for 9 s, then other peers carry on what is not whole",
         "(`meshmax drain --deadline 0s` hands over at once; Ctrl-C leaves this command, and desk goes on draining)",
         "1 answer still running, 9 s left",
-        "desk is drained: it takes no prompts, and 1 answer went on elsewhere (`meshmax undrain` takes it back)",
+        "desk is drained: it takes no prompts, and 1 answer was handed over (`meshmax undrain` takes it back)",
     ]
 
 

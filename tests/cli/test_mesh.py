@@ -227,7 +227,7 @@ def test_status_names_what_an_interrupted_pull_left_and_what_can_be_done(
 @pytest.mark.parametrize(
     ("state", "further"),
     [
-        ("paused", "paused, `meshmax transfers resume t7` goes on"),
+        ("paused", "paused, `meshmax transfers resume t7` goes on, `meshmax transfers cancel t7` gives it up"),
         ("waiting", "waiting, `meshmax transfers` says what for"),
     ],
 )

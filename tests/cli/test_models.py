@@ -173,6 +173,22 @@ def test_rm_of_an_unknown_model_ends_with_3(fake_peer: FakePeer, capsys: pytest.
     assert capsys.readouterr().err == "Error: model 'x' not found\n"
 
 
+def test_rm_of_what_is_on_its_way_says_how_that_ends(fake_peer: FakePeer, capsys: pytest.CaptureFixture[str]) -> None:
+    fake_peer.on("DELETE", "/api/delete", {"error": "model 'x' not found on this peer; attic has it"}, 404)
+    ended = {"id": "ab-1", "model": "x:latest", "direction": "in", "state": "done"}
+    sent = {"id": "ab-2", "model": "x:latest", "direction": "out", "state": "running"}
+    going = {"id": "ab-3", "model": "X:latest", "direction": "in", "state": "paused"}
+    fake_peer.on("GET", "/api/v1/transfers", {"transfers": [ended, sent, going]})
+    assert main(["rm", "x"]) == 3
+    assert capsys.readouterr().err == (
+        "Error: model 'x' not found on this peer; attic has it; its pull is paused: `meshmax transfers cancel ab-3` ends it,"
+        " and then `meshmax rm x` frees what came\n"
+    )
+    fake_peer.on("GET", "/api/v1/transfers", {"transfers": [ended, sent]})
+    assert main(["rm", "x"]) == 3
+    assert capsys.readouterr().err == "Error: model 'x' not found on this peer; attic has it\n"
+
+
 @pytest.mark.parametrize("loaded", [True, False])
 def test_stop_asks_by_the_name_that_was_given_and_says_if_there_was_nothing_to_stop(
     fake_peer: FakePeer, capsys: pytest.CaptureFixture[str], loaded: bool

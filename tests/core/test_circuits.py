@@ -114,3 +114,16 @@ def test_a_relay_that_brings_guests_without_end_leaves_room_for_other_relays_and
     for _ in range(MAX_CIRCUITS_PER_PEER):
         assert circuits.room_for(PEER)
         circuits.on_opened(PEER, RELAY, "out", LIFE, 0.0)
+
+
+def test_one_that_breaks_as_soon_as_its_renewal_stands_is_replaced() -> None:
+    circuits = made()
+    first = circuits.on_opened(PEER, RELAY, "out", LIFE, 0.0)
+    assert circuits.tick(900.0) == [Connect(PEER, RELAY, False)]
+    second = circuits.on_opened(PEER, RELAY, "out", LIFE, 901.0)
+    circuits.on_ended(first, True, 901.0)
+    circuits.on_ended(second, True, 901.0)
+    circuits.on_connect(PEER, True, 901.0)  # which is not true any more
+    assert circuits.tick(901.0) == [Connect(PEER, RELAY, True)]
+    circuits.on_connect(PEER, True, 902.0)
+    assert circuits.tick(1000.0) == []

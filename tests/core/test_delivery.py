@@ -11,6 +11,7 @@ from meshmax.base.errors import (
     Busy,
     ContextTooLong,
     DeadlineExceeded,
+    Draining,
     EngineCrashed,
     InvalidRequest,
     MeshmaxError,
@@ -39,6 +40,16 @@ def test_the_best_peer_answers_alone_where_nothing_goes_wrong() -> None:
     assert run.kinds == [("a", "first")]
     assert not run.moved
     assert not run.suspected
+
+
+@pytest.mark.parametrize(("says_s", "told_s"), [(0.03, 0.03), (1e6, 0.05), (0.0, 0.0)])
+def test_a_load_that_a_peer_tells_counts_for_no_more_than_we_waited(says_s: float, told_s: float) -> None:
+    run = Run([Peer("a")], PROMPT)
+    run.core.begin(0.0)
+    run.core.on_events(0, (Delta("word0"),), 0.05)
+    assert run.core.attempts()[0].load_s == 0.0
+    run.core.on_events(0, (Delta("word1"), Finish(output_tokens=2, load_s=says_s)), 0.1)
+    assert run.core.attempts()[0].load_s == told_s
 
 
 @pytest.mark.parametrize("fault", ["dies", "crashes", "busy", "ends"])
@@ -107,6 +118,43 @@ def test_the_only_peer_is_waited_for_though_it_is_suspected() -> None:
     assert whole(run)
     assert len(run.suspected) == 1
     assert run.kinds == [("a", "first")]
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_in_the_middle_the_only_peer_is_asked_again_when_it_was_undrained_or_is_back(stopping: bool) -> None:
+    run = Run([Peer("a")], PROMPT)
+    run.do(run.core.begin(0.0))
+    run.do(run.core.on_events(0, (Delta("word0"),), 0.1))
+    run.absent.add("a")  # its status says that it takes none
+    run.do(run.core.on_failed(0, Draining(stopping=stopping), 0.2))
+    run.do(run.core.on_news(5.0))
+    assert run.core.waits
+    run.absent.clear()
+    run.do(run.core.on_news(20.0))
+    assert run.kinds == [("a", "first"), ("a", "continuation")]
+
+
+def test_a_drained_peer_whose_status_does_not_say_so_yet_is_not_asked_in_a_row() -> None:
+    run = Run([Peer("a")], PROMPT)
+    run.do(run.core.begin(0.0))
+    run.do(run.core.on_events(0, (Delta("word0"),), 0.1))
+    now, asked = 0.2, 0
+    while not run.core.over:
+        while asked < len(run.started):
+            run.do(run.core.on_failed(asked, Draining(), now))
+            asked += 1
+        now = max(run.core.deadline(), now)
+        run.do(run.core.tick(now))
+    assert asked < MAX_ATTEMPTS + 2
+    assert isinstance(run.error, Draining)
+    assert now > 10.0
+
+
+def test_before_the_first_token_a_drained_peer_is_not_waited_for() -> None:
+    run = Run([Peer("a")], PROMPT)
+    run.do(run.core.begin(0.0))
+    run.do(run.core.on_failed(0, Draining(), 0.1))
+    assert isinstance(run.error, Draining)
 
 
 def test_the_only_peers_engine_is_asked_again_after_a_crash() -> None:

@@ -286,3 +286,13 @@ def test_a_first_connection_to_one_that_others_told_of_takes_their_word() -> Non
     peers.on_status(*told(5, "one"), IDS[3], 0.0)
     peers.on_connected(HIGH, ADDRESS, 1.0)
     assert seen(peers) == ("loaded", 2, 1)
+
+
+def test_more_addresses_that_are_told_while_the_larger_id_waits_put_its_dial_off_no_further() -> None:
+    peers, now = table(HIGH), 0.0
+    for number in range(8):
+        now = number * YIELD_S / 4
+        peers.on_sighting(LOW, [f"/ip4/10.0.0.{number}/tcp/1"], now)
+        if dials := peers.tick(now):
+            break
+    assert (now, [dial.peer_id for dial in dials]) == (YIELD_S, [LOW])

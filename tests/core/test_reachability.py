@@ -261,6 +261,23 @@ def test_no_answer_is_retried_with_growing_pauses_and_believed_the_second_time()
     assert where.deadline() == at + RETRY_S[1]
 
 
+def test_where_one_of_several_answered_in_time_all_are_asked_again_soon_but_once() -> None:
+    alone = msgspec.structs.replace(UP, visited=3)
+    where = Whereabouts(0.0)
+    where.on_look(UP, 0.0)  # nobody else is known
+    assert where.deadline() == LOOK_EVERY_S
+    where.on_look(alone, 600.0)
+    assert where.deadline() == 600.0 + CONFIRM_S
+    where.on_look(alone, 615.0)  # the others are gone
+    assert where.deadline() == 615.0 + LOOK_EVERY_S
+    where.on_look(alone, 1215.0)
+    assert where.deadline() == 1215.0 + LOOK_EVERY_S
+    where.on_look(msgspec.structs.replace(alone, seen=(SeenFrom(A, WAN), SeenFrom(B, WAN))), 1815.0)
+    assert where.deadline() == 1815.0 + LOOK_EVERY_S
+    where.on_look(alone, 2415.0)
+    assert where.deadline() == 2415.0 + CONFIRM_S
+
+
 def test_on_another_network_nothing_of_before_counts() -> None:
     where = Whereabouts(0.0)
     where.on_look(UP, 0.0)
@@ -401,3 +418,21 @@ def test_of_neighbours_without_end_a_few_are_remembered() -> None:
     for number in range(10 * MAX_DOUBTERS):
         where.on_unreached(PeerId(f"P{number}"), 5000.0)
     assert len(where._doubts) <= MAX_DOUBTERS
+
+
+@pytest.mark.parametrize("at_s", [599.0, 600.0, 602.0, 605.0, 606.0])
+def test_at_whatever_moment_of_a_look_the_first_of_two_neighbours_fails_to_reach_us_the_second_brings_another(
+    at_s: float,
+) -> None:
+    where = Whereabouts(0.0)
+    where.on_look(UP, 0.0)
+    if at_s < 600.0:
+        where.on_unreached(PeerId("P"), at_s)  # whom the look may have heard of
+    where.begin(600.0)
+    if 600.0 <= at_s < 605.0:
+        where.on_unreached(PeerId("P"), at_s)
+    where.on_look(UP, 605.0)
+    if at_s >= 605.0:
+        where.on_unreached(PeerId("P"), at_s)
+    where.on_unreached(PeerId("Q"), 700.0)
+    assert where.deadline() == (605.0 + LOOK_EVERY_S if at_s < 600.0 else 700.0)

@@ -12,9 +12,12 @@ from meshmax.core.rendezvous import (
     DISCOVER_S,
     DISCOVER_SOON_S,
     EARLY_S,
+    HASTE,
+    HASTE_PAUSE_S,
     JITTER,
     MAX_BACKOFF_S,
     MAX_KNOWN,
+    MIN_PAUSE_S,
     REPEAT_S,
     WHOLE_S,
     Due,
@@ -117,10 +120,26 @@ def test_a_node_that_failed_is_registered_at_again_since_it_may_have_forgotten_u
     assert schedule.due(schedule.deadline()) == Due(register=True, discover=True)
 
 
-def test_a_change_of_our_record_registers_and_asks_everybody_at_once() -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_change_of_our_record_registers_and_asks_at_once_in_another_namespace_for_everybody(elsewhere: bool) -> None:
     schedule = visited()
-    schedule.on_record_changed(100.0)
-    assert (schedule.due(100.0), schedule.cookie) == (Due(register=True, discover=True), b"")
+    schedule.on_record_changed(100.0, elsewhere)
+    wanted = b"" if elsewhere else b"cookie"
+    assert (schedule.due(100.0), schedule.cookie) == (Due(register=True, discover=True), wanted)
+
+
+def test_a_few_changes_in_a_row_are_told_each_at_once_and_many_of_them_at_a_measured_pace() -> None:
+    schedule, now, told = Schedule(random.Random(1), 0.0), 0.0, list[float]()
+    answer(schedule, Due(register=True, discover=True), now)
+    while now < 60.0:
+        schedule.on_record_changed(now)
+        now, due = next_visit(schedule)
+        assert due.register
+        told.append(now)
+    pauses = [later - before for before, later in itertools.pairwise([0.0, *told])]
+    assert pauses[:HASTE] == pytest.approx([HASTE_PAUSE_S] * HASTE)
+    assert pauses[HASTE] == pytest.approx(MIN_PAUSE_S)
+    assert len(told) <= 60.0 / MIN_PAUSE_S + 2 * HASTE
 
 
 def test_a_change_while_a_visit_is_under_way_is_told_at_the_next_one_soon() -> None:
@@ -131,8 +150,11 @@ def test_a_change_while_a_visit_is_under_way_is_told_at_the_next_one_soon() -> N
     schedule.on_discovering()
     schedule.on_discovered(b"c", False, 0.3)
     schedule.on_visited(0.3)
-    assert schedule.deadline() == pytest.approx(1.3)
-    assert next_visit(schedule) == (pytest.approx(1.3), Due(register=True, discover=True))
+    soon_s = 0.3 + HASTE_PAUSE_S
+    assert schedule.deadline() == pytest.approx(soon_s)
+    at, due = next_visit(schedule)
+    assert at == pytest.approx(soon_s)
+    assert due == Due(register=True, discover=False)
     assert next_visit(schedule)[1] == Due(register=False, discover=True)
     schedule.on_registering()
     schedule.on_record_changed(10.0)
@@ -147,7 +169,8 @@ def test_looking_again_while_a_question_is_under_way_asks_everybody_once_more() 
     schedule.on_look_again(0.1)
     schedule.on_discovered(b"c", False, 0.2)
     schedule.on_visited(0.2)
-    assert (schedule.deadline(), schedule.cookie) == (pytest.approx(1.2), b"")
+    assert schedule.deadline() == pytest.approx(1.2)
+    assert schedule.cookie == b""
     assert next_visit(schedule)[1] == Due(register=False, discover=True)
     assert schedule.cookie == b"cookie"
 

@@ -146,3 +146,24 @@ def test_whatever_happens_no_more_than_two_are_kept_or_asked() -> None:
                 under_way.add(name)
             assert len(kept.relays) <= MAX_PLACES
             assert len(kept._relays) <= MAX_CANDIDATES
+
+
+def test_where_our_network_changes_while_a_relay_is_asked_it_is_asked_again_at_once() -> None:
+    kept = Reservations(random.Random(1))
+    kept.on_candidates(PLACES[:1], 0.0)
+    for nth in range(8):
+        kept.on_failed(A, float(nth))
+        kept.tick(kept.deadline() or 0.0)
+    kept.on_network_change()
+    assert asked(kept.on_failed(A, 1000.0)) == [A]
+    assert asked(kept.on_failed(A, 1001.0)) == []  # that one was of the new network
+
+
+def test_places_are_asked_for_anew_where_our_network_changes_since_relays_may_have_missed_us() -> None:
+    kept = held(A, B)
+    kept.on_network_change()
+    assert asked(kept.tick(10.0)) == [A, B]
+    assert set(kept.relays) == {A, B}
+    kept.on_reserved(A, 3600.0, (), 10.1)
+    kept.on_reserved(B, 3600.0, (), 10.1)
+    assert kept.deadline() == 10.1 + 1800.0

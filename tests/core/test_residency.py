@@ -257,3 +257,21 @@ def test_an_ask_whose_model_crashed_counts_as_running_until_it_has_ended() -> No
     assert world.core.running == 1
     world.end(0)
     assert world.core.running == 0
+
+
+def test_a_model_that_was_to_give_way_stays_when_nobody_waits_for_its_room_any_more() -> None:
+    core = core_of(10, max_loaded=1)
+    loaded(core, A, 1, parallel=2)
+    assert core.on_ask(2, B, 10, 1.0) == []
+    assert core.on_ask(3, A, 10, 2.0) == []  # it takes no new ask, for the sake of the one that waits for B
+    assert core.on_end(2, 3.0) == [Start(3)]  # who has left
+    assert core.on_ask(4, B, 10, 4.0) == []
+    assert core.on_ask(5, C, 10, 5.0) == []
+    assert core.on_end(4, 6.0) == []  # C is still waited for
+    assert core.on_ask(6, A, 10, 7.0) == []
+    assert core.on_end(5, 8.0) == []
+    assert core.on_end(1, 9.0) == [Start(6)]
+    assert core.on_unload(A, 10.0) == []
+    assert core.on_ask(7, A, 10, 11.0) == []  # who wants it out of memory does not take that back
+    assert core.on_end(3, 12.0) == []
+    assert core.on_end(6, 13.0) == [Unload(A)]

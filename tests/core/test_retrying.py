@@ -50,6 +50,20 @@ from meshmax.core.retrying import is_final, most_telling, passes
 def test_who_may_be_asked_again(error: MeshmaxError, ours: bool, final: bool, passing: bool) -> None:
     assert is_final(error, ours) == final
     assert passes(error) == passing
+    assert passes(error, middle=True) == (passing or isinstance(error, Draining))
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_of_an_answer_that_was_handed_over_it_is_told_that_nobody_took_it(stopping: bool) -> None:
+    told = most_telling(
+        [Draining("desk was drained", 2.0, stopping=stopping), PeerGone("attic went away")], middle=True
+    )
+    assert isinstance(told, Draining)
+    assert (told.message, told.retry_after_s, told.stopping) == (
+        "desk was drained, and no other peer could carry it on",
+        2.0,
+        stopping,
+    )
 
 
 def test_what_broke_is_told_before_who_was_busy_and_of_the_busy_the_shortest_wait() -> None:

@@ -124,9 +124,24 @@ def test_whatever_happens_no_peer_is_tried_twice_at_once(events: list[tuple[str,
             core.on_network_change(now)
         elif kind == "addresses":
             core.on_addresses(peer_id, now)
-        if kind in ("gone", "tried", "direct"):
+        if kind == "tried":  # an attempt goes on for a while at who is gone, or is reached better
             under_way.discard(peer_id)
         begun = core.tick(now)
         assert not under_way & set(begun)
         under_way |= set(begun)
         assert len(under_way) <= AT_ONCE
+
+
+def test_who_is_back_over_a_relay_is_tried_anew_as_soon_as_the_attempt_of_before_is_over() -> None:
+    for how in ("gone", "direct"):
+        core = make()
+        core.on_path(PEER, "relay", True, 0.0)
+        assert core.tick(0.0) == [PEER]
+        if how == "gone":
+            core.on_gone(PEER)
+        else:
+            core.on_path(PEER, "direct", True, 0.5)
+        core.on_path(PEER, "relay", True, 1.0)
+        assert core.tick(1.0) == []
+        core.on_tried(PEER, 3.0)
+        assert core.tick(3.0 + AGAIN_S) == [PEER]

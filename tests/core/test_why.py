@@ -5,7 +5,7 @@ import pytest
 
 from meshmax.base.errors import Draining
 from meshmax.base.ids import PeerId, Sha256
-from meshmax.base.route import Attempt, Candidate, Figures, Route, Wait
+from meshmax.base.route import Attempt, Candidate, Figures, RequestKind, Route, Wait
 from meshmax.core.why import reason, seconds, story
 
 A, B, C = PeerId("12D3KooWaaaaaaaa"), PeerId("12D3KooWbbbbbbbb"), PeerId("12D3KooWcccccccc")
@@ -31,6 +31,21 @@ def test_a_plain_answer_is_told_with_its_choice_and_figures() -> None:
         " (the queue 3.00 s, loading 1.50 s, the prompt 1.00 s, the answer 4.00 s).",
         "At 0 ms desk was asked; its first word came 0.20 s later; it gave 120 tokens; it ended after 3.40 s.",
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "load_s", "words"),
+    [
+        ("text", 1.72, "its first word came 1.90 s later, 1.72 s of it for loading the model; "),
+        ("vectors", 1.72, "its first vector came 1.90 s later, 1.72 s of it for loading the model; "),
+        ("text", 0.004, "its first word came 1.90 s later; "),  # the bookkeeping of a model in memory
+        ("text", 0.0, "its first word came 1.90 s later; "),
+        ("load", 1.9, "its answer came 1.90 s later; "),
+    ],
+)
+def test_a_load_that_the_prompt_waited_for_is_told(kind: RequestKind, load_s: float, words: str) -> None:
+    attempt = Attempt(A, first_token_s=1.9, ended_s=3.4, tokens=120, load_s=load_s)
+    assert words in story(route(kind=kind, attempts=(attempt,)))[-1]
 
 
 @pytest.mark.parametrize(

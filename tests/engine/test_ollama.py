@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trio.testing
 
+from meshmax.base.catalog import ModelFile
 from meshmax.base.errors import CapabilityMissing, EngineUnavailable, InvalidRequest, ModelNotFound
 from meshmax.base.ids import Sha256
 from meshmax.base.inference import ChatRequest, EmbedRequest, GenerateRequest, Message, Said, Vector
@@ -111,3 +112,24 @@ async def test_a_model_that_is_not_in_memory_runs_where_others_did(autojump_cloc
             server.replies["/api/ps"] = json({"models": models})
             (offer,) = await engine.look()
             assert (offer.device, offer.loaded is not None) == ("gpu", loaded_now)
+
+
+async def test_a_model_is_asked_for_by_the_name_that_it_has_now(autojump_clock: Clock) -> None:
+    (tag,) = TAGS["models"]
+    async with open_server() as server:
+        server.replies |= {"/api/chat": stream(*CHAT)}
+        engine = OllamaEngine(http(server))
+        (offer,) = await engine.look()
+        async with engine.open_model(ModelFile(DIGEST, offer.name, "", 9)) as model:
+            await answered(model)
+            assert server.body()["model"] == "m:latest"
+            # Somebody kept it under another name, and pulled what its old one means now.
+            kept, pulled = tag | {"name": "old:1", "model": "old:1"}, tag | {"digest": "e" * 64}
+            server.replies["/api/tags"] = json({"models": [pulled, kept]})
+            await engine.look()
+            await answered(model)
+            assert server.body()["model"] == "old:1"
+            server.replies["/api/tags"] = json({"models": [pulled]})
+            await engine.look()
+            with pytest.raises(ModelNotFound):
+                await answered(model)

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.loopback
 END_WITHIN_S = 2.0
 SLACK_S = 10.0  # the machine may be slow, and busy with other tests; what goes wrong takes longer
 HELP_WITHIN_S = 0.3
+HELP_PER_NOTHING = 12  # twice what it is on the machines that this was written on
 
 
 @pytest.fixture
@@ -215,15 +216,22 @@ def test_after_a_kill_the_command_line_says_that_no_peer_is_running(peer: PeerPr
     assert "start one with `meshmax peer`" in done.stderr
 
 
-def test_help_takes_less_than_a_third_of_a_second() -> None:
-    """Processor time, the least of several, since the machine may be busy."""
+def processor_s(*words: str) -> float:
+    """Of Python with these arguments: the least of several, since the machine may be busy."""
     took_s = []
     for _ in range(5):
         before = os.times()
-        subprocess.run([sys.executable, "-m", "meshmax.cli.main", "--help"], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
         after = os.times()
         took_s.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    assert min(took_s) < HELP_WITHIN_S
+    return min(took_s)
+
+
+def test_help_takes_less_than_a_third_of_a_second() -> None:
+    """Or, on a machine on which Python takes long to do nothing, not much longer than that."""
+    assert processor_s("-m", "meshmax.cli.main", "--help") < max(
+        HELP_WITHIN_S, HELP_PER_NOTHING * processor_s("-c", "")
+    )
 
 
 def test_help_imports_nothing_slow() -> None:

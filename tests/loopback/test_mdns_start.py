@@ -18,4 +18,4 @@ async def test_a_start_that_fails_leaves_no_socket_open() -> None:
             with pytest.raises((OSError, RuntimeError)):
                 # An address for documentation (RFC 5737), which no interface has.
                 await make_in_asyncio(lambda: make_zeroconf([Way("eth9", 9, "203.0.113.7")]))
-        assert len(os.listdir("/dev/fd")) == before
+        assert len(os.listdir("/dev/fd")) <= before  # what earlier tests left may be collected meanwhile

@@ -68,21 +68,19 @@ async def test_two_bootstrap_nodes_tell_all_there_is_to_know(tmp_path: Path) -> 
         open_reachability(service(swarm, nodes)) as where,
     ):
         began = time.monotonic()
-        await until(lambda: where.view.state != "unknown")
+        await until(lambda: "2 observers" in where.view.why)  # one that is late is asked again
         took_s = time.monotonic() - began
         view = where.view
         assert (view.state, view.external_ips) == ("public", ("127.0.0.1",)), view
         assert view.addresses == (swarm.addresses[0].partition("/p2p/")[0],)
         assert view.nat.udp == "open"
         assert view.nat.mapping == view.nat.tcp_mapping == view.nat.filtering == "endpoint-independent"
-        assert "2 observers" in view.why
         assert {ip for ip, _ in where.stun} == {"127.0.0.1", "127.0.0.2"}
         assert {port for _, port in where.tcp_observers} == {node.serving.observer_port for node in nodes}
         known = {node.peer_id for node in nodes}
         assert {signed.signer for signed in where.vouchers} == known
         assert vouches(swarm.peer_id, "127.0.0.1", where.vouchers, known, time.time())
         assert not where.udp_blocked
-        assert took_s < 30
         print(f"known after {took_s:.2f} s")
 
 
@@ -134,8 +132,8 @@ def test_a_real_peer_shows_where_it_stands(tmp_path: Path) -> None:
     with points(tmp_path, "one", "two") as nodes:
         addresses = ",".join(node.address for node in nodes)
         with peers(tmp_path, "a", lan="false", bootstrap=addresses) as (a,):
-            asked = lambda: a.get("/api/v1/status")["reachability"]["state"] == "public"  # noqa: E731
-            until_true("it knows where it stands", asked)
+            asked = lambda: a.get("/api/v1/status")["reachability"]["nat"]["mapping"] != "unknown"  # noqa: E731
+            until_true("it knows where it stands, and both nodes were heard", asked)
             where = a.get("/api/v1/status")["reachability"]
             assert (where["nat"]["udp"], where["external_ips"], where["udp_blocked"]) == ("open", ["127.0.0.1"], False)
             text = a.run("status").stdout

@@ -374,17 +374,18 @@ def test_a_body_that_cannot_be_sent_to_its_end_is_broken_off(tmp_path: Path, cli
 
 
 def test_headers_come_before_the_bytes_and_many_clients_share_one_pull(tmp_path: Path, client_of: ClientOf) -> None:
-    registry = SlowRegistry("library/big", [(MODEL, BIG)], CONFIG, rate_bytes_per_s=2 << 20)
+    registry = SlowRegistry("library/big", [(MODEL, BIG)], CONFIG, rate_bytes_per_s=1 << 20)
     with registry.serving(), one(tmp_path, offline="false", upstreams=registry.url) as peer:
         clients = [client_of(peer.api) for _ in range(3)]
         http = clients[0].http
         manifest = http.get(f"{peer.api}/v2/library/big/manifests/latest").json()
         url = f"{peer.api}/v2/library/big/blobs/{manifest['layers'][0]['digest']}"
-        began = time.monotonic()
         clients[0].direct(url)
-        assert time.monotonic() - began < 2
+        assert registry.sent < len(BIG)
         with ThreadPoolExecutor(3) as pool:
             pulled = list(pool.map(lambda client: client.pull("library/big"), clients))
         assert all(BIG in blobs.values() for _, blobs in pulled)
-        assert _states(peer) == ["done"]
-    assert registry.sent < len(BIG) + (2 << 20)
+        until("the pull is done", lambda: _states(peer) == ["done"])  # the disk may take longer than the clients
+    assert registry.sent < len(BIG) + (
+        16 << 20
+    )  # once, and what was on its way when ranges were cut for another connection

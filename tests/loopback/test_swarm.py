@@ -141,11 +141,13 @@ async def test_a_flood_of_half_open_dials_stays_within_bounds_and_honest_peers_g
 async def test_a_dial_costs_no_artificial_delay() -> None:
     async with open_swarm(KEYS[0], [("127.0.0.1", 0)]) as a, open_swarm(KEYS[1], [("127.0.0.1", 0)]) as b:
         fastest_s = 1.0
-        for _ in range(5):
+        for _ in range(100):  # of which one finds the machine idle enough
             started_s = trio.current_time()
             await a.dial(b.peer_id, b.addresses)
             fastest_s = min(fastest_s, trio.current_time() - started_s)
             await a.disconnect(b.peer_id)
+            if fastest_s < 0.2:
+                break
             await trio.sleep(0.05)
         assert fastest_s < 0.2  # the library's own way takes a quarter of a second
 

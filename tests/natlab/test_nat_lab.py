@@ -18,6 +18,7 @@ pytestmark = pytest.mark.natlab
 SERVERS = (f"{NETWORK}.1", f"{NETWORK}.2")
 PORTS = (3478, 3479)
 ANSWER_S = 0.4  # ten times the way there and back
+PATIENCE_S = 20.0  # for what does come: the machine may be slow, and the wire is a process of its own
 
 
 class Server:
@@ -79,23 +80,27 @@ def udp_socket(host: Host) -> socket.socket:
     with host.inside():
         made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     made.bind(("0.0.0.0", 0))
-    made.settimeout(ANSWER_S)
+    made.setblocking(False)
     return made
 
 
-def ask(asker: socket.socket, server: int, port: int, change: bytes = b"") -> str:
-    """How it is seen there; '' without an answer."""
+def ask(host: Host, asker: socket.socket, server: int, port: int, change: bytes = b"") -> str:
+    """How ``asker``, of ``host``, is seen there; '' without an answer, which is none that later questions overtook."""
     asker.sendto(b"as " + change, (SERVERS[server], PORTS[port]))
+    if not select.select([asker], [], [], ANSWER_S)[0]:
+        for _ in range(2):  # the second is asked when the server has seen the question, if it ever does
+            with dial(host, SERVERS[server], 443) as overtaking:
+                assert overtaking.recv(100)
     with suppress(OSError):
         return asker.recvfrom(100)[0].decode()
     return ""
 
 
-def dial(host: Host, ip: str, port: int, from_port: int = 0) -> socket.socket:
+def dial(host: Host, ip: str, port: int, from_port: int = 0, within_s: float = PATIENCE_S) -> socket.socket:
     with host.inside():
         made = socket.socket()
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    made.settimeout(ANSWER_S)
+    made.settimeout(within_s)
     try:
         made.bind(("0.0.0.0", from_port))
         made.connect((ip, port))
@@ -108,13 +113,13 @@ def dial(host: Host, ip: str, port: int, from_port: int = 0) -> socket.socket:
 def classify(host: Host) -> tuple[str, str]:
     """Mapping and filtering (RFC 5780, 4.3 and 4.4); ("", "") where no UDP goes out."""
     with udp_socket(host) as one, udp_socket(host) as fresh:
-        seen = [ask(one, 0, 0), ask(one, 0, 1), ask(one, 1, 0)]
+        seen = [ask(host, one, *place) for place in ((0, 0), (0, 1), (1, 0))]
         if not seen[0]:
             return "", ""
         mapping = "independent" if len(set(seen)) == 1 else "address" if seen[0] == seen[1] else "port"
-        if ask(fresh, 0, 0, b"ip port"):
+        if ask(host, fresh, 0, 0, b"ip port"):
             return mapping, "independent"
-        return mapping, "address" if ask(fresh, 0, 0, b"port") else "port"
+        return mapping, "address" if ask(host, fresh, 0, 0, b"port") else "port"
 
 
 EXPECTED: dict[NatKind, tuple[str, str]] = {
@@ -146,7 +151,7 @@ def test_tcp_is_mapped_as_udp_is_and_goes_where_the_kind_allows(internet: Intern
         router.become(kind)
         if kind == "corp":
             with pytest.raises(TimeoutError):
-                dial(host, SERVERS[0], PORTS[0])
+                dial(host, SERVERS[0], PORTS[0], within_s=ANSWER_S)
             dial(host, SERVERS[0], 443).close()
             continue
         with ExitStack() as stack:
@@ -161,16 +166,16 @@ def test_sites_are_forty_milliseconds_apart_and_nothing_answers_for_who_is_not_t
     internet: Internet, servers: list[Host]
 ) -> None:
     host = internet.router("router", 10, "port").behind("host")
-    took = []
+    took: list[float] = []
     with udp_socket(host) as asker:
-        for _ in range(10):
+        while len(took) < 10 or (min(took) >= 0.060 and len(took) < 200):  # the machine may be busy for a while
             began_s = time.monotonic()
-            assert ask(asker, 0, 0)
+            assert ask(host, asker, 0, 0)
             took.append(time.monotonic() - began_s)
     assert 0.040 <= min(took) < 0.060
     for ip in (f"{NETWORK}.77", "192.168.5.5", "8.8.8.8"):
         with pytest.raises(TimeoutError):
-            dial(host, ip, 80)
+            dial(host, ip, 80, within_s=ANSWER_S)
 
 
 def test_a_router_that_forgets_lets_connections_hang_and_new_ones_through(
@@ -182,10 +187,11 @@ def test_a_router_that_forgets_lets_connections_hang_and_new_ones_through(
     with far.inside():
         listener = socket.create_server(("0.0.0.0", 80))
     with listener, dial(host, f"{NETWORK}.3", 80) as one, listener.accept()[0] as other:
-        other.settimeout(ANSWER_S)
+        other.settimeout(PATIENCE_S)
         one.send(b"before")
         assert other.recv(100) == b"before"
         router.flush()
+        other.settimeout(ANSWER_S)
         one.send(b"after")
         with pytest.raises(TimeoutError):
             other.recv(100)
@@ -197,9 +203,9 @@ def test_a_router_that_gets_another_address_is_seen_at_it(internet: Internet, se
     router = internet.router("router", 10, "port")
     host = router.behind("host")
     with udp_socket(host) as asker:
-        assert ask(asker, 0, 0).startswith(f"{NETWORK}.10:")
+        assert ask(host, asker, 0, 0).startswith(f"{NETWORK}.10:")
         router.rebind(110)
-        assert ask(asker, 0, 0).startswith(f"{NETWORK}.110:")
+        assert ask(host, asker, 0, 0).startswith(f"{NETWORK}.110:")
 
 
 def test_a_host_that_is_plugged_in_elsewhere_is_seen_there(internet: Internet, servers: list[Host]) -> None:
@@ -208,7 +214,7 @@ def test_a_host_that_is_plugged_in_elsewhere_is_seen_there(internet: Internet, s
     for router in (*routers, routers[0]):
         router.take(host)
         with udp_socket(host) as asker:
-            assert ask(asker, 0, 0).startswith(f"{router.ip}:")
+            assert ask(host, asker, 0, 0).startswith(f"{router.ip}:")
 
 
 def test_much_goes_through_in_little_time(internet: Internet, servers: list[Host]) -> None:

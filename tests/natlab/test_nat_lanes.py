@@ -186,4 +186,4 @@ def test_when_a_router_forgets_a_lane_that_is_noticed_and_the_next_lane_brings_t
     assert fetcher.sunk == {index: chunk_of(index) for index in range(CHUNKS)}
     print([lost_s - faulty_s for lost_s in fetcher.lost_s])
     assert len(fetcher.lost_s) == 1
-    assert fetcher.lost_s[0] - faulty_s < 4 + 2 * lane_socket.KEEP_ALIVE_S + 1
+    assert fetcher.lost_s[0] - faulty_s < 4 + 2 * lane_socket.KEEP_ALIVE_S + 10  # of which the machine may need some

@@ -32,7 +32,6 @@ def test_a_mapped_peer_is_reached_from_behind_any_nat_and_gives_its_ports_back(s
         where = until(
             "others reached it so",
             lambda: (known := site.get(left, "/api/v1/status")["reachability"])["state"] == "mapped" and known,
-            20,
         )
         assert {each["by"] for each in where["mappings"]} == {by}
         assert {each["protocol"] for each in where["mappings"]} == {"tcp", "udp"}

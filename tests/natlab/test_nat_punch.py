@@ -7,6 +7,7 @@ import itertools
 import queue
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import trio
 
 from meshmax.base.errors import ConnectError
 from meshmax.base.traversal import PUNCH_UDP_S, Candidate
-from meshmax.net import punch
+from meshmax.net import ice, punch
 from meshmax.net.addresses import running_addresses
 from meshmax.net.ice import open_channels
 from meshmax.net.punch import TcpPuncher
@@ -30,6 +31,10 @@ pytestmark = pytest.mark.natlab
 OBSERVERS = [(f"{NETWORK}.{number}", 11437) for number in (1, 2)]
 STUN = [(f"{NETWORK}.{number}", CONTROL_PORT) for number in (1, 2)]
 PATIENCE_S = 20.0  # where a pair gets through the machine may be slow; where none does there is nothing to wait for
+# As peers make them: a SYN that comes when its answer is waited for no more leaves a half-open connection behind, which is in
+# the way at these two ports for a minute. That takes a machine that stands still for a while.
+ATTEMPTS = 5
+ALL_TRIES_S = 6.0  # what punch.TRIES take, the times between them growing
 PUNCHED: tuple[NatKind, ...] = ("full", "addr", "port", "sym", "reject", "noudp")
 
 
@@ -70,14 +75,22 @@ async def over_tcp(side: Side) -> float:
         assert targets, "no observer answered the other side"
         sink, source = trio.open_memory_channel[ByteStream](8)
         began, took = trio.current_time(), 0.0
+
+        async def greet(stream: ByteStream) -> None:
+            nonlocal took
+            here = trio.current_time() - began
+            try:
+                if await _is_the_other(side, stream) and not took:
+                    took = here
+                    await _until_both_know(side)
+                    nursery.cancel_scope.cancel()
+            finally:
+                stream.close()
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_punch, port, targets, sink)
-            async for stream in source:
-                here = trio.current_time() - began
-                if await _is_the_other(side, stream):
-                    took = here
-                    break
-            nursery.cancel_scope.cancel()
+            async for stream in source:  # all at once: where there are two, each side may see another one first
+                nursery.start_soon(greet, stream)
     return took
 
 
@@ -96,8 +109,13 @@ async def over_udp(side: Side) -> float:
         except (ConnectError, trio.TooSlowError):
             return 0.0
         took: float = trio.current_time() - began
-        good: bool = await _is_the_other(side, stream)
-        return took if good else 0.0
+        try:
+            if not await _is_the_other(side, stream):
+                return 0.0
+            await _until_both_know(side)
+            return took
+        finally:
+            stream.close()
 
 
 async def _punch(port: PunchPort, targets: Sequence[Candidate], sink: trio.MemorySendChannel[ByteStream]) -> None:
@@ -106,17 +124,15 @@ async def _punch(port: PunchPort, targets: Sequence[Candidate], sink: trio.Memor
 
 
 async def _is_the_other(side: Side, stream: ByteStream) -> bool:
-    answer = b""
-    try:
-        with trio.move_on_after(3.0):  # there may be two, of which each side tries another one first
-            await stream.send_all(b"x")
-            answer = await stream.receive_some(1)
-        if answer == b"x":
-            side.words.put("heard")
-            await side.hear()  # it has heard us, too
-        return answer == b"x"
-    finally:
-        stream.close()
+    with trio.move_on_after(side.patience_s), suppress(trio.BrokenResourceError):
+        await stream.send_all(b"x")
+        return await stream.receive_some(1) == b"x"
+    return False
+
+
+async def _until_both_know(side: Side) -> None:
+    side.words.put("heard")
+    await side.hear()
 
 
 def attempt(site: NatSite, left: NatKind, right: NatKind, how: Callable[[Side], Awaitable[float]]) -> float:
@@ -132,20 +148,29 @@ def attempt(site: NatSite, left: NatKind, right: NatKind, how: Callable[[Side], 
     return min(took_s)
 
 
+def gets_through(site: NatSite, left: NatKind, right: NatKind, how: Callable[[Side], Awaitable[float]]) -> bool:
+    """At the first attempt, on a machine that is not very busy; each is at ports of its own."""
+    count = ATTEMPTS if possible_directly(left, right) else 1
+    return any(attempt(site, left, right, how) > 0 for _ in range(count))
+
+
 @pytest.mark.parametrize(("left", "right"), [*itertools.combinations_with_replacement(PUNCHED, 2)])
 def test_tcp_gets_through_every_pair_but_a_symmetric_nat_and_one_that_filters_by_port(
     site: NatSite, left: NatKind, right: NatKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if possible_directly(left, right):
-        monkeypatch.setattr(punch, "PUNCH_TCP_S", PATIENCE_S)
+        monkeypatch.setattr(punch, "PUNCH_TCP_S", ALL_TRIES_S)
     monkeypatch.setattr(punch, "READY_S", PATIENCE_S)
-    assert bool(attempt(site, left, right, over_tcp)) is possible_directly(left, right)
+    assert gets_through(site, left, right, over_tcp) is possible_directly(left, right)
 
 
 # aioice begins a check in the moment in which it is ended.
 @pytest.mark.filterwarnings("ignore:coroutine 'Connection.check_start' was never awaited:RuntimeWarning")
 @pytest.mark.parametrize(("left", "right"), [*itertools.combinations_with_replacement(PUNCHED[:-1], 2)])
-def test_udp_gets_through_the_same_pairs_unless_it_is_blocked(site: NatSite, left: NatKind, right: NatKind) -> None:
-    took_s = attempt(site, left, right, over_udp)
+def test_udp_gets_through_the_same_pairs_unless_it_is_blocked(
+    site: NatSite, left: NatKind, right: NatKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ice, "GATHER_S", PATIENCE_S)
+    got_through = gets_through(site, left, right, over_udp)
     gc.collect()
-    assert bool(took_s) is possible_directly(left, right)
+    assert got_through is possible_directly(left, right)

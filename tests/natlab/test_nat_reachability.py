@@ -47,8 +47,10 @@ def known(site: NatSite, name: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_each_kind_of_nat_is_told(site: NatSite, pair: tuple[Place, Place]) -> None:
     for name, place in zip(site.pair(*pair), pair, strict=True):
-        until(f"{name} knows where it stands", lambda name=name: known(site, name)[0] != "unknown", 60.0)  # type: ignore[misc]
-        assert known(site, name) == KNOWN[place], site.get(name, "/api/v1/status")["reachability"]
+        try:  # on a busy machine one observer may be late, and is asked again
+            until(f"{name} knows it", lambda name=name, place=place: known(site, name) == KNOWN[place], 60.0)  # type: ignore[misc]
+        except AssertionError:
+            assert known(site, name) == KNOWN[place], site.get(name, "/api/v1/status")["reachability"]
 
 
 def external(site: NatSite, name: str) -> list[str]:

@@ -33,6 +33,7 @@ class Seeker:
         self.found: dict[PeerId, tuple[str, ...]] = {}
         self.sightings: list[tuple[float, Sighting]] = []
         self.scope = trio.CancelScope()
+        self.read_s = 0.0  # what it takes for each sighting
         self.places = places
         self.rung = Rendezvous(
             swarm,
@@ -58,6 +59,7 @@ class Seeker:
                 async for sighting in receive:
                     self.found[sighting.peer_id] = sighting.addresses
                     self.sightings.append((trio.current_time(), sighting))
+                    await trio.sleep(self.read_s)
 
 
 class Site:

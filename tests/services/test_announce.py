@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from random import Random
 
+import pytest
 import trio
 import trio.testing
 
@@ -128,3 +129,20 @@ async def test_when_the_dht_ends_while_much_is_announced_nothing_more_is_told_to
         told = sum([bool(await node.found(word)) for word in node.words])
         await trio.sleep(60)
         assert sum([bool(await node.found(word)) for word in node.words]) == told < 200
+
+
+@pytest.mark.parametrize("at_s", [0.0, 0.4, 3.0, 20.0, 60.0])
+async def test_at_whatever_moment_of_announcing_much_our_addresses_change_what_is_announced_then_tells_the_new_ones(
+    at_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_node() as node:
+        node.words = [Word("model", f"{number:064x}") for number in range(200)]
+        node.announcer.changed()
+        await trio.sleep(at_s)
+        node.addresses = ("/ip4/10.0.0.99/tcp/11435",)
+        await trio.sleep(2 * LOOK_S)
+        before = {word for word in node.words if await node.found(word)}
+        await trio.sleep(2 * LOOK_S)
+        new = [found[0] for word in node.words if word not in before and (found := await node.found(word))]
+        assert new
+        assert {record.addresses for record in new} == {node.addresses}

@@ -197,3 +197,26 @@ def test_a_status_tells_of_a_brought_model_that_it_is_no_copy() -> None:
     assert (told.served, told.is_copy, told.engine, told.state, told.device) == (True, False, "ollama", "loaded", "gpu")
     assert (told.prefill_per_s, told.decode_per_s, told.load_s) == (1.0, 2.0, 3.0)
     assert not served_presence(offer(A), (), Speed()).is_copy
+
+
+class Reading(FakeBackend):
+    """What a look finds was so when it began."""
+
+    async def look(self) -> tuple[OfferedModel, ...]:
+        found = self.offers
+        await super().look()
+        return found
+
+
+@pytest.mark.parametrize("at_s", [each / 4 for each in range(40)])
+async def test_what_happens_there_at_whatever_moment_is_seen_by_the_next_look(
+    at_s: float, autojump_clock: Clock
+) -> None:
+    fake = Reading(offer(A))
+    fake.takes_s = 2.0
+    async with looking(fake) as (backends, _):
+        await trio.sleep(2 * fake.takes_s + LOOK_S + at_s)  # twice looked, and somewhere between two looks or in one
+        fake.offers = ()
+        backends.look_at(A)
+        await trio.sleep(2 * fake.takes_s + LOOK_S / 5)  # the look under way, a moment, and another one
+        assert backends.offered() == ()

@@ -141,3 +141,31 @@ def pieces_of(reader: Any, digest: str, path: Path) -> list[int]:
     from meshmax.wire.bundle import chunks_of
 
     return [index for where, piece in reader.pieces(digest) if where == path for index in chunks_of(piece)]
+
+
+async def test_an_import_beside_a_paused_pull_takes_the_bundle_alone_and_leaves_the_pull_paused(
+    tmp_path: Path, autojump_clock: object
+) -> None:
+    files = await bundle(tmp_path)
+    said: list[str] = []
+
+    async def tell(line: dict[str, Any]) -> None:
+        await trio.lowlevel.checkpoint()
+        said.append(line["status"])
+
+    async with pull_site.open_site() as site:
+        holder, taker = await holder_of(site, tmp_path), await site.peer()
+        begun = await taker.pulls.start_download("small")
+        await taker.pulls.steer(begun.id, "pause")
+        with trio.fail_after(60):
+            await importer(taker, holder).run(files, tell)
+        assert "the pull of small:latest is paused: from the bundle alone" in said
+        assert said[-1] == "success"
+        assert [one.name for one in await taker.store.models.models()] == ["small:latest"]
+        (transfer,) = [t for t in taker.pulls.transfers() if t.id == begun.id]
+        assert transfer.state == "paused"
+        await taker.pulls.steer(begun.id, "resume")
+        with trio.fail_after(60):
+            async with taker.pulls.open_pull("small") as values:
+                states = [value.state async for value in values]
+        assert states[-1] == "done"

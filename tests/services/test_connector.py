@@ -20,7 +20,7 @@ from meshmax.core.path_memory import PathMemory, fingerprint
 from meshmax.core.upgrades import JITTER, PAUSES_S, YIELD_S
 from meshmax.net.swarm import LibrarySwarm
 from meshmax.ports import ByteStream
-from meshmax.services.connector import UPGRADE_DIAL_S, WRITE_PAUSE_S, Connector, Ways, open_connector
+from meshmax.services.connector import MAX_WAYS, UPGRADE_DIAL_S, WRITE_PAUSE_S, Connector, Ways, open_connector
 from meshmax.testing.memory_swarm import SeededSigner
 from meshmax.testing.sim_network import SimNetwork
 
@@ -40,6 +40,7 @@ class Ground:
         self.signals: Signals | None = Signals(self)
         self.wanted = True
         self.outside: tuple[str, ...] = ()
+        self.own_relays: tuple[PeerId, ...] = ()
         self.told: tuple[str, ...] = b.addresses
         self.kept: list[tuple[PathRecord, ...]] = []
         self.connector: Connector
@@ -80,7 +81,12 @@ class Ground:
 
         return Ways(
             wanted=lambda: self.wanted,
-            own=lambda: Own(self.a.peer_id, external_ips=self.outside),
+            own=lambda: Own(
+                self.a.peer_id,
+                external_ips=self.outside,
+                relays=self.own_relays,
+                circuits=(RELAY_ADDRESS,) * bool(self.own_relays),
+            ),
             network=lambda: NETWORK,
             relays=lambda: self.relays,
             signals=lambda: self.signals,
@@ -231,6 +237,54 @@ async def test_a_peer_that_comes_to_us_meanwhile_ends_the_dial(autojump_clock: C
         story = g.connector.path_of(g.b.peer_id)
         assert story is not None
         assert story.via == "it came to us: relay bootstrap-1"
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("at_s", [0.001, 0.01, 0.1, 1.0, 3.9])
+async def test_at_whatever_moment_of_a_dial_a_relay_is_known_the_peer_is_met_over_it_at_once(
+    at_s: float, told: bool, autojump_clock: Clock
+) -> None:
+    async with ground() as g:
+        g.apart()
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(g.connector.connect, g.b.peer_id, g.b.addresses)
+            await trio.sleep(at_s)
+            if told:
+                g.connector.on_told(g.b.peer_id, [g.circuit, *g.b.addresses])
+                g.connector.on_told(g.b.peer_id, [g.circuit])
+            else:
+                g.own_relays = (RELAY,)
+                g.connector.on_relays()
+                g.connector.on_relays()
+        assert g.path() == "relay"
+        assert trio.current_time() - began <= at_s + RELAY_S + 0.2
+        assert g.relays
+        assert len(g.relays.asked) == 1
+
+
+async def test_a_relay_that_is_known_too_late_or_leads_nowhere_ends_no_dial(autojump_clock: Clock) -> None:
+    async with ground() as g:
+        g.connector.on_told(g.b.peer_id, [g.circuit])  # nobody is dialled
+        g.apart()
+        assert g.relays
+        g.relays.failure = ConnectError("no place there")
+        failures: list[ConnectError] = []
+
+        async def connect() -> None:
+            try:
+                await g.connector.connect(g.b.peer_id, g.b.addresses)
+            except ConnectError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connect)
+            await trio.sleep(1.0)
+            for number in range(100):
+                g.connector.on_told(g.b.peer_id, [f"/ip4/203.0.113.{number}/tcp/1/p2p/{RELAY}/p2p-circuit"])
+        assert {address for address, _, _ in failures[0].attempts} > set(g.b.addresses)
+        assert len(g.relays.asked) < MAX_WAYS
+        g.connector.on_told(g.b.peer_id, [g.circuit])
 
 
 async def test_a_dial_that_is_given_up_leaves_nothing_behind(autojump_clock: Clock) -> None:

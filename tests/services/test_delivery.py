@@ -139,3 +139,46 @@ async def test_events_that_came_before_a_failure_are_given_before_it(autojump_cl
             async for event in delivery:
                 events.append(event)  # noqa: PERF401  what came before the error is kept
         assert events[0] == Delta("a")
+
+
+class TwoPeers(OnePeer):
+    """A Chooser of two, the second beside the first where that is late."""
+
+    def choices(self) -> Sequence[Choice]:
+        return tuple(Choice(PeerId(peer), Gaps(), frame_gaps(), ours=True, late_s=0.5, first_s=0.1) for peer in "ab")
+
+    def may_hedge(self, lateness: int) -> bool:
+        return True
+
+
+class At(Script):
+    """Says all that it has once ``word`` has come, each batch as soon as the one before was taken."""
+
+    def __init__(self, word: trio.Event, *batches: Sequence[Event]) -> None:
+        super().__init__(*batches)
+        self._word = word
+
+    async def run(self, feed: Feed) -> None:
+        await self._word.wait()
+        for batch in self._batches:
+            await feed.send(batch)
+
+
+@pytest.mark.parametrize("apart_s", [0.0, 0.1])
+async def test_an_answer_goes_on_at_whatever_moment_the_slower_of_two_peers_speaks(
+    apart_s: float, autojump_clock: Clock
+) -> None:
+    large, end = [Delta("a")] * MAX_READY, [Finish()]
+    words = trio.Event(), trio.Event()
+    trials = iter([At(word, large, end) for word in words])
+    both = Delivery(REQUEST, TwoPeers(), random.Random(1), trio.current_time())
+    async with open_delivery(both, lambda _start: next(trials), lambda _delivery, _waits: None) as delivery:  # type: ignore[arg-type,return-value]
+        await trio.sleep(2)
+        assert len(both.attempts()) == 2
+        words[0].set()
+        if apart_s:
+            await trio.sleep(apart_s)
+        words[1].set()
+        await trio.sleep(10)  # the client takes nothing for a while
+        with trio.fail_after(10):
+            assert len([event async for event in delivery]) == MAX_READY + 1

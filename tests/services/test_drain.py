@@ -148,6 +148,48 @@ async def test_the_answer_of_a_drained_peer_goes_on_at_another_to_the_byte(first
             assert answer.route.peer_id == site[first].peer_id
 
 
+@pytest.mark.parametrize("only", [0, 1])
+async def test_an_answer_whose_only_holder_is_drained_goes_on_there_when_it_is_undrained(
+    only: int, autojump_clock: Clock
+) -> None:
+    async with open_site(2, echo_tokens_per_s=10) as site, trio.open_nursery() as nursery:
+        only_on(site, only)
+
+        async def undrain_later() -> None:
+            await trio.sleep(20)
+            site[only].drain.undrain()
+            site[0].router.on_news()
+
+        async with site[0].router.open_answer(ask()) as answer:
+            events = [await anext(answer.events)]
+            site[only].drain.drain(0.0)
+            nursery.start_soon(undrain_later)
+            events += [event async for event in answer.events]
+        assert "".join(event.text for event in events if isinstance(event, Delta)) == WORDS
+        (route,) = site[0].router.routes()
+        assert [a.kind for a in route.attempts] == ["first", "continuation"]
+        assert [wait.took_s for wait in route.waits] == [pytest.approx(20, abs=1.0)]
+
+
+@pytest.mark.parametrize(("only", "who"), [(0, "this peer"), (1, "peer1")])
+async def test_an_answer_that_nobody_could_carry_on_names_the_peer_that_was_drained(
+    only: int, who: str, autojump_clock: Clock
+) -> None:
+    async with open_site(2, echo_tokens_per_s=10) as site:
+        only_on(site, only)
+        failed: Draining | None = None
+        try:
+            async with site[0].router.open_answer(ask()) as answer:
+                await anext(answer.events)
+                site[only].drain.drain(0.0)
+                _ = [event async for event in answer.events]
+        except Draining as error:
+            failed = error
+        said = f"{who} was drained before its answer was whole, and no other peer could carry it on"
+        assert failed is not None
+        assert failed.message == said
+
+
 async def test_what_waits_at_a_peer_that_is_drained_begins_at_another(autojump_clock: Clock) -> None:
     async with open_site(3, echo_tokens_per_s=10, load_s=30.0) as site:
         only_on(site, 1, 2)

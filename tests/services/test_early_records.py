@@ -1,5 +1,7 @@
 """What is told of prompts before the router has them: their waits, their refusals, and that they are the same prompts then."""
 
+from contextlib import ExitStack
+
 import pytest
 import trio
 
@@ -133,3 +135,14 @@ def test_attempts_of_the_router_come_later_too() -> None:
     )
     told = records.told(routed)
     assert (told.attempts[0].at_s, told.first_token_s, told.total_s) == (2.5, 2.7, None)
+
+
+def test_a_try_that_ends_at_once_forgets_no_newer_one_under_its_id() -> None:
+    records, _ = made()
+    with ExitStack() as newer:
+        with records.begun(EARLY):
+            record = newer.enter_context(records.begun(EARLY))  # the client came again meanwhile
+            newer.enter_context(record.waiting("attic is looked for"))
+        told = records.find("r1")
+        assert told is not None
+        assert told.state == "running"

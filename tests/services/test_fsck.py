@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
@@ -146,6 +147,28 @@ async def test_a_repair_that_only_waits_is_given_up_soon(
         assert trio.current_time() < REPAIR_WAIT_S + 5
 
 
+async def test_a_repair_whose_pull_is_paused_is_not_waited_for(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Paused(MeshPulls):
+        @asynccontextmanager
+        async def open_pull(self, name: str) -> AsyncIterator[AsyncIterator[Transfer]]:
+            paused = Transfer("t-1", name, "in", "paused", reason="paused by request, and `...` goes on")
+            async with aclosing(self._for_ever(paused)) as values:
+                yield values
+
+        async def _for_ever(self, value: Transfer) -> AsyncGenerator[Transfer, None]:
+            yield value
+            await trio.sleep_forever()
+
+    async with stored(tmp_path, flip) as (store, _):
+        with trio.fail_after(60):
+            results = await check(store, Paused(store, None))
+        (verdict,) = [result for result in results if isinstance(result, Verdict)]
+        assert verdict.state == "damaged"
+        assert verdict.reason.endswith("not repaired: paused by request, and `...` goes on")
+
+
 async def test_without_repair_damage_is_only_told(tmp_path: Path) -> None:
     async with stored(tmp_path, flip) as (store, original):
         pulls = MeshPulls(store, original)
@@ -157,3 +180,27 @@ async def test_a_blob_that_is_gone_is_damage_too(tmp_path: Path) -> None:
     async with stored(tmp_path, Path.unlink) as (store, _):
         results = await check(store, MeshPulls(store, None))
         assert verdicts(results) == [("tiny:latest", "damaged")]
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("after", range(4))
+async def test_a_model_that_is_deleted_at_whatever_moment_of_a_check_is_not_fetched_again(
+    after: int, other: bool, tmp_path: Path
+) -> None:
+    async with stored(tmp_path, flip) as (store, original):
+        pulls = MeshPulls(store, original)
+        if other:  # another name of the model, which is kept
+            await store.models.copy(parse_name(MODEL), parse_name("other"))
+        fsck = Fsck(store.models.listing, store.blobs, trio.lowlevel.checkpoint, lambda: pulls)  # type: ignore[arg-type,return-value]
+        results: list[Checked | Verdict] = []
+        async with aclosing(fsck.run(repair=True)) as found:
+            while True:
+                if len(results) == after:
+                    await store.models.delete(parse_name(MODEL))
+                result = await anext(found, None)
+                if result is None:
+                    break
+                results.append(result)
+        told = [name for name, _ in verdicts(results[after:])]
+        assert told == ["other:latest"] if other else not told
+        assert not [name for name in pulls.asked if name.startswith(MODEL)] or after == 3

@@ -1,7 +1,9 @@
 """Asking one peer: the answer, leaving it, losing the peer, and what a server takes from strangers."""
 
 import struct
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
 
 import pytest
 import trio
@@ -9,9 +11,21 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshmax.base.errors import Busy, ModelNotFound, PeerGone, Refused, RemoteProtocolError
-from meshmax.base.inference import ChatRequest, Delta, EmbedRequest, Event, Finish, GenerateRequest, Message, Options
+from meshmax.base.errors import Busy, EngineCrashed, ModelNotFound, PeerGone, Refused, RemoteProtocolError
+from meshmax.base.inference import (
+    ChatRequest,
+    Delta,
+    EmbedRequest,
+    Event,
+    Finish,
+    GenerateRequest,
+    InferRequest,
+    Message,
+    Options,
+)
 from meshmax.core.memory import DEFAULT_CONTEXT_TOKENS
+from meshmax.core.write_pace import pause_s
+from meshmax.engine.echo import EchoModel
 from meshmax.ports import Stream
 from meshmax.services import infer_server
 from meshmax.services.frames import FrameStream
@@ -71,6 +85,54 @@ async def test_events_keep_coming_as_they_are_made(autojump_clock: Clock) -> Non
             for count in range(1, 30):
                 await anext(events)
                 assert trio.current_time() - begun == pytest.approx(count / 10, abs=0.02)
+
+
+@pytest.mark.parametrize("closing_s", [0.0, 1.0])
+async def test_of_many_answers_what_comes_within_a_moment_leaves_together_but_the_first_word_and_the_last_at_once(
+    autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch, closing_s: float
+) -> None:
+    answer = EchoModel.answer
+
+    @asynccontextmanager
+    async def answer_and_close(model: EchoModel, request: InferRequest) -> AsyncIterator[AsyncIterator[Event]]:
+        async with answer(model, request) as events:
+            yield events
+            await trio.sleep(closing_s)
+
+    monkeypatch.setattr(EchoModel, "answer", answer_and_close)
+    many, arrived = 30, list[tuple[float, int]]()
+    async with open_site(2, echo_tokens_per_s=100, parallel=many) as site, trio.open_nursery() as others:
+        for _ in range(many - 1):
+            others.start_soon(remote, site, f"{WORDS} {WORDS}")
+        words = WORDS.rsplit(" ", 2)[0]
+        async with open_remote_answer(site[0].swarm, site[1].peer_id, ask(words)) as events:
+            began = trio.current_time()
+            while (batch := await events.try_next()) is not None:
+                arrived.append((trio.current_time() - began, len(batch)))
+    first, *between, last = arrived
+    assert first[0] == pytest.approx(0.01, abs=0.005)
+    assert first[1] == 1
+    assert {count for _, count in between} <= {2, 3, 4}
+    assert all(at - before == pytest.approx(pause_s(many), abs=0.011) for (before, _), (at, _) in pairwise(between))
+    assert last[0] == pytest.approx(0.98, abs=0.005)
+    assert sum(count for _, count in arrived) == 98 + 1  # the words and the end
+
+
+async def test_a_failure_does_not_wait_for_what_may_follow(autojump_clock: Clock) -> None:
+    many = 60  # whose pieces leave every 50 ms
+    async with open_site(2, echo_tokens_per_s=100, parallel=many) as site:
+        async with trio.open_nursery() as others:
+            for _ in range(many):
+                others.start_soon(_fails_at, site, 0.48)
+            await trio.sleep(0.475)
+            site[1].engine.models[0].crash()
+
+
+async def _fails_at(site: Site, at_s: float) -> None:
+    began = trio.current_time()
+    with pytest.raises(EngineCrashed):
+        await remote(site)
+    assert trio.current_time() - began == pytest.approx(at_s, abs=0.005)
 
 
 async def test_a_large_request_arrives_whole(autojump_clock: Clock) -> None:

@@ -13,7 +13,7 @@ from meshmax.base.errors import ConnectError
 from meshmax.base.ids import PeerId
 from meshmax.base.membership import MeshId, Ticket
 from meshmax.ports import Sighting
-from meshmax.services.joining import EARLY_PAUSE_S, EARLY_S, MAX_PAUSE_S, SEARCH_S, Joining
+from meshmax.services.joining import EARLY_PAUSE_S, EARLY_S, MAX_PAUSE_S, PATIENCE_S, SEARCH_S, Joining
 from meshmax.testing.memory_swarm import SeededSigner
 
 Clock = trio.testing.MockClock
@@ -120,3 +120,47 @@ async def test_bootstrap_nodes_that_come_back_are_used_at_once(autojump_clock: C
         rung.problem = ""
         await trio.sleep(EARLY_PAUSE_S)
         assert len(way.tried) >= count + 3
+
+
+class Hanging(Way):
+    """Nobody answers, and nobody refuses."""
+
+    async def reach(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        self.tried.append((trio.current_time(), tuple(addresses)))
+        await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("at_s", [0.0, 0.5, 7.0, 14.9, 15.1])
+async def test_at_whatever_moment_of_a_try_there_is_new_hope_the_next_one_follows_soon(
+    named: bool, at_s: float, autojump_clock: Clock
+) -> None:
+    way, joining = Hanging(), Joining(ticket(), "b")
+    send, receive = trio.open_memory_channel[Sighting](0)
+
+    class Rung:
+        name = "rendezvous"
+
+        async def run(self, found: trio.MemorySendChannel[Sighting]) -> None:
+            async for sighting in receive:
+                await found.send(sighting)
+
+    async with on_its_way(way, joining) as nursery:
+        nursery.start_soon(joining.search, Rung(), way.wake)
+        await trio.sleep(3 * EARLY_S)
+        count = len(way.tried)
+        while len(way.tried) == count:  # noqa: ASYNC110  it looks from outside
+            await trio.sleep(0.01)
+        began, count = way.tried[-1][0], len(way.tried)
+        await trio.sleep_until(began + at_s)
+        hope_s = trio.current_time()
+        if named:
+            await send.send(Sighting(ISSUER, ("/ip4/203.0.113.5/tcp/1",), "rendezvous"))
+        else:
+            joining.look_again()
+            way.wake()
+        while len(way.tried) == count:  # noqa: ASYNC110  it looks from outside
+            await trio.sleep(0.01)
+        at, addresses = way.tried[count]
+        assert at - hope_s <= PATIENCE_S + 0.1
+        assert not named or "/ip4/203.0.113.5/tcp/1" in addresses

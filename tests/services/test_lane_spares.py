@@ -120,3 +120,17 @@ async def test_a_taker_that_gives_up_while_waiting_leaves_no_lane(autojump_clock
         assert scope.cancelled_caught
         await trio.sleep(2.0)
         assert stock.open == 0
+
+
+@pytest.mark.parametrize("after_s", [None, 0.0, 0.05, 5.0, SPARE_S - 0.01, SPARE_S, SPARE_S + 0.01])
+async def test_one_that_is_taken_at_whatever_moment_stays_open_for_its_taker(
+    after_s: float | None, autojump_clock: trio.testing.MockClock
+) -> None:
+    stock = Stock()
+    async with open_spares(stock) as spares:
+        spares.prepare(A, 1)
+        if after_s is not None:  # else its task has not begun
+            await trio.sleep(after_s)
+        async with spares.open_lane(A):
+            await trio.sleep(2 * SPARE_S)
+            assert stock.open == 1

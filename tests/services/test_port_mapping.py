@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from random import Random
 
+import pytest
 import trio
 from trio.testing import MockClock
 
+from meshmax.base.errors import ConnectError
 from meshmax.base.reachability import MappingProtocol
-from meshmax.core.port_mapping import LIFETIME_S, PortWanted
+from meshmax.core.port_mapping import LIFETIME_S, SETTLE_S, PortWanted
 from meshmax.services.port_mapping import END_S, PortMappingService, open_port_mapping
 from meshmax.testing.memory_router import MemoryRouter
 
@@ -164,3 +166,49 @@ async def test_a_router_that_never_says_what_it_maps_holds_nobody_up(autojump_cl
         assert router.asked["add"] == 1
         stopped_s = trio.current_time()
     assert trio.current_time() - stopped_s <= 2 * END_S
+
+
+class Moves(MemoryRouter):
+    """The router of the network that we are in, who takes ``answer_s``; one asked before we moved answers as if we had not, or
+    not at all."""
+
+    def __init__(self, silent: bool) -> None:
+        super().__init__(answer_s=1.0)
+        self.silent = silent
+        self.found_ip = ""
+
+    async def find(self) -> str:
+        asked = self.external_ip
+        await self._answered_by(asked, "find")
+        self.found_ip = asked
+        return asked
+
+    async def add(self, protocol: MappingProtocol, port: int, external_port: int, lifetime_s: int) -> tuple[int, int]:
+        await self._answered_by(self.found_ip, "add")
+        return external_port, lifetime_s
+
+    async def _answered_by(self, asked: str, what: str) -> None:
+        at_once = asked == self.external_ip
+        await self._answer(what)
+        if self.silent and asked != self.external_ip:
+            raise ConnectError("the router does not answer")
+        assert at_once or not self.silent
+
+
+@pytest.mark.parametrize(
+    "then", ["11.22.33.1", "11.22.33.9"]
+)  # the same router, as where a cable was added; another one
+@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("at_s", [0.0, 0.5, 0.99, 1.01, 1.5, 1.99, 2.01, 10.0])
+async def test_at_whatever_moment_our_network_changes_the_router_of_the_new_one_maps_our_ports_soon(
+    at_s: float, silent: bool, then: str, autojump_clock: MockClock
+) -> None:
+    router = Moves(silent)
+    async with running(router, wanted=[CONTROL, UDP]) as service:
+        await trio.sleep(at_s)
+        router.external_ip = then
+        service.look_again()
+        await trio.sleep(SETTLE_S + 2 * router.answer_s + 0.1)
+        assert [mapping.external_ip for mapping in service.mappings] == [then] * 2
+        await trio.sleep(300)
+        assert [mapping.external_ip for mapping in service.mappings] == [then] * 2

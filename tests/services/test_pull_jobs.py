@@ -273,9 +273,13 @@ async def test_a_paused_download_stays_paused_over_a_restart(autojump_clock: Clo
             await fetched(c, begun.id, 10)
             await c.pulls.steer(begun.id, "pause")
             assert c.kept[0].paused
+            paused = shown(c, begun.id)
         again = await site.peer(c.store, c.kept)
         await trio.sleep(100)
         assert shown(again, begun.id).state == "paused"
+        assert shown(again, begun.id).bytes_done == paused.bytes_done >= 10 * CHUNK_BYTES
+        assert shown(again, begun.id).bytes_total == paused.bytes_total
+        assert c.store.blobs.open_partials == set()
         await again.pulls.steer(begun.id, "resume")
         assert (await ended(again, begun.id)).state == "done"
 

@@ -148,6 +148,24 @@ async def test_a_dead_bootstrap_node_holds_nothing_up_for_long(autojump_clock: A
             assert "the only observer" in where.view.why
 
 
+def mapping_of(where: ReachabilityService) -> str:
+    return where.view.nat.mapping
+
+
+async def test_a_bootstrap_node_that_was_late_is_asked_again_soon_for_what_one_alone_cannot_tell(
+    autojump_clock: Any,
+) -> None:
+    async with open_site(A, B) as site:
+        late = next(peer for peer, texts in site.observers.items() if B in texts[0])
+        site.network.partition(site.swarm.peer_id, late)
+        async with open_reachability(site.service()) as where:
+            await trio.sleep(8)
+            assert mapping_of(where) == "unknown"
+            site.network.heal(site.swarm.peer_id, late)
+            await trio.sleep(CONFIRM_S + 5)
+            assert mapping_of(where) == "endpoint-independent"
+
+
 async def test_without_anybody_to_ask_nothing_is_asked_until_there_is(autojump_clock: Any) -> None:
     async with open_site(A) as site:
         observers, site.observers = site.observers, {}

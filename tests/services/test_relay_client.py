@@ -409,3 +409,55 @@ async def test_members_meet_over_a_member_that_relays(autojump_clock: Any) -> No
         relay.serves = False
         with pytest.raises(ConnectError, match="does not relay for us"):
             await a.client.connect(b.peer_id, b.client.addresses[0])
+
+
+async def test_who_slept_while_its_relay_missed_it_has_its_place_again_at_once(autojump_clock: Any) -> None:
+    async with open_site() as site:
+        relay = await site.relay()
+        b = await site.member()
+        await until(lambda: b.peer_id in relay.core.reserved())
+        relay.core.forget(b.peer_id)  # it did not answer, and its connection outlived that
+        await trio.sleep(1.0)
+        assert b.client.relays and not relay.core.reserved()
+        b.client.look_again()
+        assert await until(lambda: b.peer_id in relay.core.reserved()) < 0.5
+
+
+@pytest.mark.parametrize("at_s", [0.0, 0.02, 1.0, 5.0, 9.9, 10.1])
+async def test_at_whatever_moment_a_relay_is_asked_in_vain_our_network_changes_a_place_is_had_soon(
+    autojump_clock: Any, at_s: float
+) -> None:
+    async with open_site() as site:
+        relay, answers = await site.relay(), False
+
+        async def answer(stream: Stream) -> None:
+            if not answers:
+                await trio.sleep_forever()
+            await relay.server.answer(stream)
+
+        relay.swarm.serve(RELAY_HOP, answer, to="anyone")
+        b = await site.member()
+        await until(lambda: bool(b.client._reservations._relays))
+        asking = b.client._reservations._relays[relay.peer_id]
+        await until(lambda: asking.asked)
+        await until(lambda: not asking.asked)
+        await until(lambda: asking.asked, 600)
+        await trio.sleep(at_s)
+        answers = True
+        b.client.look_again()
+        assert await until(lambda: bool(b.client.relays)) < 3.0
+
+
+@pytest.mark.parametrize("after_s", [0.1, 1.0, 2.0, 3.0, 3.5, 4.5, 5.5])
+async def test_at_whatever_moment_of_the_pings_connections_are_doubted_a_dead_one_is_noticed_as_soon(
+    autojump_clock: Any, after_s: float
+) -> None:
+    async with open_site() as site:
+        relay = await site.relay()
+        b = await site.member()
+        await until(lambda: bool(b.client.relays))
+        await trio.sleep(100)
+        site.wires.partition(b.ip, relay.ip)
+        await trio.sleep(after_s)
+        b.client.doubt()
+        assert await until(lambda: not b.client.relays) <= DOUBT_TIMEOUT_S + 0.1

@@ -362,3 +362,26 @@ async def test_a_flood_of_requests_is_paced_and_others_are_served(autojump_clock
         statuses = [(await here.reserve(a)).status for _ in range(30)]
         assert statuses.count(wire.RESOURCE_LIMIT_EXCEEDED) >= 10
         assert (await here.reserve(b)).status == wire.OK
+
+
+@pytest.mark.parametrize("at_s", [0.0, 0.5, 5.0, 9.9])
+async def test_at_whatever_moment_of_a_ping_that_is_not_answered_a_peer_asks_anew_it_keeps_its_place(
+    autojump_clock: Any, at_s: float
+) -> None:
+    async with site() as here:
+        b = await here.peer(1, echo)
+        await here.reserve(b)
+        pinged = trio.Event()
+
+        async def mute(stream: Stream) -> None:  # as over the connection that it had before its router forgot it
+            pinged.set()
+            await trio.sleep_forever()
+
+        b.serve(PING, mute)
+        await pinged.wait()
+        await trio.sleep(at_s)
+        assert (await here.reserve(b)).status == wire.OK
+        b.serve(PING, _pong)
+        await trio.sleep(module.PING_TIMEOUT_S + 2.0)
+        assert here.server.relay is not None
+        assert b.peer_id in here.server.relay.reserved()

@@ -428,3 +428,50 @@ async def test_questions_go_out_with_the_page_size_and_the_cookie_of_the_last_an
         await lied_to(site, Listening())
         await trio.sleep(DISCOVER_EARLY_S * 1.2)
     assert asked[:2] == [Discover(OPEN, rendezvous.MAX_PAGE, b""), Discover(OPEN, rendezvous.MAX_PAGE, b"c")]
+
+
+@pytest.mark.parametrize("at_s", [0.1, 0.5, 1.0, 1.5, 3.0])
+@pytest.mark.parametrize("moves", [False, True])
+async def test_at_whatever_moment_of_the_naming_it_is_to_look_again_all_are_named_soon_and_none_of_another_mesh(
+    moves: bool, at_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    mesh, count = MeshId(SeededSigner(99).peer_id), 16
+    async with open_site() as site:
+        point = await site.point()
+        here = [await site.seeker(10 + nth, point) for nth in range(count)]
+        there = [await site.seeker(40 + nth, point) for nth in range(count)]
+        for seeker in there:
+            seeker.join(mesh)
+        await trio.sleep(SOON_S)
+        newcomer = await site.seeker(1, point)
+        newcomer.read_s = 0.1
+        await trio.sleep(at_s)
+        if moves:
+            newcomer.mesh = mesh
+        newcomer.rung.look_again()
+        looked_s = trio.current_time()
+        await trio.sleep(CHECK_S - 1.0)
+        told = {sighting.peer_id for at, sighting in newcomer.sightings if at >= looked_s}
+        wanted = {seeker.swarm.peer_id for seeker in (there if moves else here)}
+        assert wanted <= told
+        assert len(told - wanted) <= 1  # one is on its way
+
+
+@pytest.mark.parametrize("at_s", [0.0, 0.005, 0.015, 0.025, 0.035, 0.045, 0.06, 0.5, 2.0])
+async def test_at_whatever_moment_after_it_was_given_up_a_node_is_named_again_we_are_registered_there(
+    at_s: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_site() as site:
+        point = await site.point()
+        seeker = await site.seeker(1, point)
+        await trio.sleep(100)
+        places, seeker.places = seeker.places, {}
+        seeker.rung.check()
+        await trio.sleep(at_s)
+        seeker.places = places
+        seeker.rung.check()
+        await trio.sleep(SOON_S)
+        assert seeker.rung.nodes[0].registered
+        newcomer = await site.seeker(2, point)
+        await trio.sleep(SOON_S)
+        assert set(newcomer.found) == {seeker.swarm.peer_id}

@@ -1,11 +1,13 @@
 """The residency service over the echo engine, in virtual time."""
 
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
 import pytest
+import structlog
 import trio
 import trio.testing
 
@@ -17,6 +19,7 @@ from meshmax.base.inference import Ask, ChatRequest, Delta, Event, Finish, Infer
 from meshmax.base.model import ModelDetails
 from meshmax.engine.echo import EchoEngine, EchoModel
 from meshmax.services.residency import ModelResidency, open_residency
+from meshmax.telemetry.log import configure, get_logger
 
 A, B, C, D = (Sha256(letter * 64) for letter in "abcd")
 MISSING = Sha256("0" * 64)
@@ -210,6 +213,21 @@ async def test_a_load_that_takes_too_long_is_given_up(autojump_clock: trio.abc.C
     async with residency_of(EchoEngine(CONFIG, load_s=31.0)) as residency:
         with pytest.raises(EngineUnavailable, match="within 30 s"):
             await answer(residency, ask())
+
+
+async def test_what_is_logged_of_a_model_is_not_of_the_prompt_that_it_was_loaded_for(
+    autojump_clock: trio.abc.Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure("info", json_lines=True)
+    async with open_residency(EchoEngine(CONFIG), model_file, CONFIG) as residency:
+        with structlog.contextvars.bound_contextvars(request_id="r", peer="p"):
+            await answer(residency, ask())
+            get_logger("test").info("answered")
+    configure("error", json_lines=False)
+    lines = {line["event"]: line for line in map(json.loads, capsys.readouterr().err.splitlines())}
+    assert lines["loaded"]["model"] == "model-a"
+    assert lines["loaded"].keys().isdisjoint(("request_id", "peer"))
+    assert lines["answered"]["request_id"] == "r"
 
 
 async def test_unload_waits_for_running_answers(autojump_clock: trio.abc.Clock) -> None:

@@ -144,3 +144,67 @@ async def test_a_manifest_of_what_is_not_here_is_refused(tmp_path: Path, autojum
         with pytest.raises(ManifestInvalid):
             await site.uploads.put_manifest(NAME, b"{}")
         assert site.published == []
+
+
+class Slow(Site):
+    """A disk on which each removal, and each change of a name, takes a second."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.uploads = Uploads(store.staging, store.blobs, self.publish, self.local, self.remove)
+
+    async def publish(self, name: ModelName, manifest: Manifest) -> StoredModel:
+        await trio.sleep(1.0)
+        return await super().publish(name, manifest)
+
+    async def remove(self, digest: Sha256) -> None:
+        await trio.sleep(1.0)
+        await self.store.blobs.remove(digest)
+
+
+@pytest.mark.parametrize("after_s", [each / 4 for each in range(-6, 18)])
+async def test_blobs_whose_manifest_comes_at_whatever_moment_of_the_sweep_stay(
+    after_s: float, tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with open_store(tmp_path / "models", tmp_path / "state", in_place) as store:
+        site = Slow(store)
+        async with open_uploads(site.uploads):
+            pushed = [await site.push(data) for data in (b"{}", b"loose", b"weights")]
+            raw = build_manifest(Layer(CONFIG_MEDIA_TYPE, pushed[0].digest, 2), [pushed[2]])
+            await trio.sleep(KEPT_S + after_s)
+            try:
+                await site.uploads.put_manifest(NAME, raw)
+            except BlobNotFound:
+                assert after_s >= 0.0  # swept before; a client pushes again
+            else:
+                await trio.sleep(3 * SWEEP_S)
+                assert all([await site.uploads.has(layer.digest) for layer in (pushed[0], pushed[2])])
+            await trio.sleep(3 * SWEEP_S)
+            assert not await site.uploads.has(pushed[1].digest)
+
+
+async def test_a_blob_that_is_pushed_again_is_kept_for_another_hour(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with opened(tmp_path) as site:
+        layer = await site.push(b"weights")
+        await trio.sleep(KEPT_S - SWEEP_S)
+        await site.push(b"weights")  # it is here, so nothing is taken
+        await trio.sleep(3 * SWEEP_S)
+        assert await site.uploads.has(layer.digest)
+
+
+async def test_an_upload_that_goes_on_while_others_are_thrown_away_stays(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with opened(tmp_path) as site:
+        idle, used = await site.uploads.open(), await site.uploads.open()
+        close = idle.staged.aclose
+
+        async def slow() -> None:
+            await trio.sleep(1.0)
+            await close()
+
+        idle.staged.aclose = slow  # type: ignore[method-assign]
+        await trio.sleep(IDLE_S + 0.5)
+        await site.uploads.write(site.uploads.get(used.id), 0, b"x")
+        await trio.sleep(2.0)
+        assert site.uploads.get(used.id) is used

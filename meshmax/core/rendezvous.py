@@ -25,13 +25,8 @@ from meshmax.core.backoff import Random, backoff_s
 from meshmax.wire.multiaddr import encode_multiaddr
 
 EARLY_S: Final = 300.0  # how long after a start or a change of the network we ask often
-DISCOVER_SOON_S: Final = (
-    0.5,
-    1.0,
-    2.0,
-    5.0,
-    10.0,
-)  # pauses after a start or a change; a question for news is some 100 bytes
+# Pauses after a start or a change; a question for news is some 100 bytes.
+DISCOVER_SOON_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 DISCOVER_EARLY_S: Final = 30.0
 DISCOVER_S: Final = 300.0
 WHOLE_S: Final = 1800.0  # between questions for everybody

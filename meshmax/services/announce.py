@@ -2,10 +2,9 @@
 core.announce.Announcements.
 
 Rules: what is provided, and where, is asked for anew whenever something changed and every LOOK_S, much as there may be to
-announce; nothing is announced while the DHT
-knows no node, nor where there is no address at which others could reach us. Each record has a higher sequence than the one
-before, over restarts too, since it is the time. In another mesh all begins anew: its keys are others. Not here: when a
-word is due (core.announce), who stores it (net.dht).
+announce; nothing is announced while the DHT knows no node, nor where there is no address at which others could reach us. Each
+record has a higher sequence than the one before, over restarts too, since it is the time. In another mesh all begins anew: its
+keys are others. Not here: when a word is due (core.announce), who stores it (net.dht).
 """
 
 from __future__ import annotations

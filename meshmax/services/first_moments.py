@@ -1,20 +1,18 @@
 """The first moments of a node in its mesh, in which it has not met the others yet: whoever misses something waits for them.
 
-Rules. Whoever waits looks again with each news of a peer, and never in between. MAX_WAITING wait at most: one more finds what
-there is. Owns no tasks. Not here: for how long (core.first_moments), who is there (services.presence).
+Where too many wait already, one more finds what there is. Owns no tasks. Not here: news of peers (services.peer_news), for how
+long (core.first_moments), who is there (services.presence).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Final
 
 import trio
 
 from meshmax.base.discovery import RungReport
 from meshmax.core.first_moments import first_left_s
-
-MAX_WAITING: Final = 256  # each looks at who is there with each news
+from meshmax.services.peer_news import PeerNews
 
 
 class FirstMoments:
@@ -27,14 +25,7 @@ class FirstMoments:
         """``rungs``: how discovery stands."""
         self._rungs = rungs
         self._began_s = trio.current_time()
-        self._news = trio.Event()
-        self._waiting = 0
-        watch(self._on_news)
-
-    def _on_news(self) -> None:
-        if self._waiting:
-            self._news.set()
-            self._news = trio.Event()
+        self._news = PeerNews(watch)
 
     def begin(self) -> None:
         """The node is up, or of another mesh: whoever is there is yet to be met."""
@@ -47,12 +38,9 @@ class FirstMoments:
     async def wait(self, found: Callable[[], bool]) -> None:
         """Until ``found()``, or the first moments are over. Cancelling costs nothing."""
         await trio.lowlevel.checkpoint()
-        if self._waiting >= MAX_WAITING:
+        if self._news.is_full:
             return
-        self._waiting += 1
-        try:
+        with self._news.waiting():
             while not found() and (left_s := self.left_s()):
                 with trio.move_on_after(left_s):
                     await self._news.wait()
-        finally:
-            self._waiting -= 1

@@ -187,15 +187,21 @@ async def test_a_client_that_goes_away_while_it_waits_ends_everything(
             await reply("chat", 60.0, ["x", 1000.0], client=client)
 
 
-async def test_a_node_that_ends_says_so_in_a_stream_whose_headers_have_left(autojump_clock: MockClock) -> None:
+@asynccontextmanager
+async def client_of_a_node_that_ends(after_s: float) -> AsyncIterator[Client]:
     client = Client()
     async with trio.open_nursery() as nursery:
 
         async def end() -> None:
-            await trio.sleep(30)
+            await trio.sleep(after_s)
             client.answers.end_all()
 
         nursery.start_soon(end)
+        yield client
+
+
+async def test_a_node_that_ends_says_so_in_a_stream_whose_headers_have_left(autojump_clock: MockClock) -> None:
+    async with client_of_a_node_that_ends(30) as client:
         await reply("chat", 1000.0, ["x"], client=client)
     assert client.head["status"] == 200
     assert "shutting down" in client.pieces()[0]["error"]
@@ -203,14 +209,7 @@ async def test_a_node_that_ends_says_so_in_a_stream_whose_headers_have_left(auto
 
 @pytest.mark.parametrize("form", FORMS)
 async def test_a_node_that_ends_says_so_once_in_the_middle_of_an_answer(form: str, autojump_clock: MockClock) -> None:
-    client = Client()
-    async with trio.open_nursery() as nursery:
-
-        async def end() -> None:
-            await trio.sleep(5)
-            client.answers.end_all()
-
-        nursery.start_soon(end)
+    async with client_of_a_node_that_ends(5) as client:
         with trio.fail_after(6):
             await reply(form, 0.0, ["one", 3.0, "two", 1000.0, "three"], client=client)
     *said, last = client.pieces()
@@ -220,14 +219,7 @@ async def test_a_node_that_ends_says_so_once_in_the_middle_of_an_answer(form: st
 
 
 async def test_a_node_that_ends_adds_nothing_to_an_answer_that_is_whole(autojump_clock: MockClock) -> None:
-    client = Client()
-    async with trio.open_nursery() as nursery:
-
-        async def end() -> None:
-            await trio.sleep(5)
-            client.answers.end_all()
-
-        nursery.start_soon(end)
+    async with client_of_a_node_that_ends(5) as client:
         await reply("chat", 0.0, ["one"], client=client, closing_s=7.0)
     assert [piece["done"] for piece in client.pieces()] == [False, True]
 

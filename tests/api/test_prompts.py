@@ -308,7 +308,7 @@ async def test_a_client_that_leaves_in_the_first_moments_ends_the_wait(node: Any
 async def test_one_more_than_may_wait_in_the_first_moments_is_told_at_once(
     node: Any, client: httpx.AsyncClient, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("meshmax.api.until_back.MAX_WAITING", 0)
+    monkeypatch.setattr("meshmax.services.peer_news.MAX_WAITING", 0)
     begin(node)
     began = trio.current_time()
     assert (await client.post(path, json={"model": "nope", "prompt": "x"})).status_code == 404

@@ -7,7 +7,8 @@ import trio.testing
 
 from meshmax.base.discovery import RungReport
 from meshmax.core.first_moments import BEGIN_S, FIRST_S
-from meshmax.services.first_moments import MAX_WAITING, FirstMoments
+from meshmax.services.first_moments import FirstMoments
+from meshmax.services.peer_news import MAX_WAITING
 
 Clock = trio.testing.MockClock
 ALONE = (RungReport("mdns", "off"),)
